@@ -1,0 +1,48 @@
+# Each target does its own set-up: a virtual environment with a constrained install (see constraints.txt).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint format bench docs clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[lab,dev]'
+	touch $(READY)
+
+setup: $(READY) ## the virtual environment, with the package in editable mode
+
+demo: $(READY) ## compare losses on handwritten digits, with clean and with 30% wrong labels: under 2 minutes
+	$(BIN)/largemargin compare --label-noise 0 0.3 --out runs/demo
+
+test: $(READY) ## the tests, without the slow ones
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
+
+test-all: $(READY) ## every test
+	$(BIN)/python -m pytest -n 2
+
+lint: $(READY) ## format, lint, types, import rules
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY) ## format the code
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+bench: $(READY) ## time the loss beside torch's cross-entropy
+	$(BIN)/python benchmarks/reference_path.py
+
+docs: $(READY) ## run every code block of the README and docs/
+	$(BIN)/python -m pytest -q tests/test_docs.py
+
+clean: ## remove what the other targets made, but for runs/
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

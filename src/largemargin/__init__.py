@@ -1,0 +1,68 @@
+"""Classification losses with a margin (Kobayashi, Large Margin In Softmax Cross-Entropy Loss, BMVC 2019).
+
+In reading order: the statistics of a row, the losses made of them, and their modules. Names load on first use, so that the command
+line starts without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0.dev0"
+
+if TYPE_CHECKING:
+    from .functional import (
+        crammer_singer_hinge,
+        divergence,
+        hard_margin_softplus,
+        large_margin_cross_entropy,
+        multiclass_hinge,
+    )
+    from .losses import (
+        CrammerSingerHingeLoss,
+        HardMarginSoftplusLoss,
+        LargeMarginCrossEntropyLoss,
+        LargeMarginInSoftmaxLoss,
+        MulticlassHingeLoss,
+    )
+    from .ops import row_stats
+    from .rowstats import RowStats
+
+_HOME = {
+    "RowStats": "rowstats",
+    "row_stats": "ops",
+    "divergence": "functional",
+    "large_margin_cross_entropy": "functional",
+    "multiclass_hinge": "functional",
+    "crammer_singer_hinge": "functional",
+    "hard_margin_softplus": "functional",
+    "LargeMarginCrossEntropyLoss": "losses",
+    "LargeMarginInSoftmaxLoss": "losses",
+    "MulticlassHingeLoss": "losses",
+    "CrammerSingerHingeLoss": "losses",
+    "HardMarginSoftplusLoss": "losses",
+}
+
+__all__ = [
+    "CrammerSingerHingeLoss",
+    "HardMarginSoftplusLoss",
+    "LargeMarginCrossEntropyLoss",
+    "LargeMarginInSoftmaxLoss",
+    "MulticlassHingeLoss",
+    "RowStats",
+    "crammer_singer_hinge",
+    "divergence",
+    "hard_margin_softplus",
+    "large_margin_cross_entropy",
+    "multiclass_hinge",
+    "row_stats",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

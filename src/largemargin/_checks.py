@@ -1,0 +1,145 @@
+"""One vocabulary of errors: each names the argument, what came, what was expected and the likely fix.
+
+Where :func:`torch.nn.functional.cross_entropy` raises for the same mistake, the type is torch's; elsewhere it is ValueError or
+TypeError. Only labels are looked at by value, and only where that costs no synchronisation.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def describe(value: object) -> str:
+    """What came, in the words of an error message."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {describe(value)}; wrap it in torch.as_tensor")
+
+
+def check_word(name: str, value: object, allowed: Iterable[object]) -> None:
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}, not a valid value for {name}")
+
+
+def check_number(name: str, value: object, *, low: float = -math.inf) -> None:
+    if isinstance(value, Tensor) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a Python number, got {describe(value)}; for a 0-d tensor pass {name}.item()")
+    if not math.isfinite(value) or value < low:
+        raise ValueError(f"{name} must be finite{f' and at least {low:g}' if low > -math.inf else ''}, got {value!r}")
+
+
+def check_label_smoothing(value: object) -> None:
+    if isinstance(value, Tensor) or not isinstance(value, (int, float)):
+        raise TypeError(f"label_smoothing must be a Python number in [0, 1], got {describe(value)}")
+    if not 0 <= value <= 1:
+        # torch raises above 1 and reads a negative value as 0
+        raise (RuntimeError if value > 1 else ValueError)(f"label_smoothing must be between 0.0 and 1.0, got {value!r}")
+
+
+def check_input(input: object) -> None:
+    check_tensor("input", input)
+    assert isinstance(input, Tensor)
+    if input.dim() == 0:
+        raise RuntimeError("input must be logits of shape (C,), (N, C) or (N, C, d1, ..., dk), got a tensor without dimensions")
+    if input.dtype not in FLOATING:
+        words = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
+        raise NotImplementedError(f"input must be logits in one of {words}; got {describe(input)}; convert it with input.float()")
+
+
+def check_same_device(name: str, value: Tensor, input: Tensor) -> None:
+    if value.device != input.device:
+        raise RuntimeError(
+            f"{name} must be on the device of input, {input.device}, got {value.device}; move it with {name}.to(input.device)"
+        )
+
+
+def is_probabilities(input: Tensor, target: object) -> bool:
+    """Whether the target holds class probabilities: torch's rule, the same shape as the input."""
+    check_tensor("target", target)
+    assert isinstance(target, Tensor)
+    return target.shape == input.shape
+
+
+def check_probabilities(input: Tensor, target: Tensor, ignore_index: object) -> None:
+    check_integer("ignore_index", ignore_index)
+    if target.dtype not in FLOATING:
+        raise RuntimeError(
+            f"target has the shape of input, {tuple(input.shape)}, so it must hold class probabilities in a floating dtype; got "
+            f"{describe(target)}; class indices would have the shape {index_shape(input)}, for one-hot rows pass target.float()"
+        )
+    check_same_device("target", target, input)
+    if isinstance(ignore_index, int) and ignore_index >= 0:
+        raise RuntimeError(f"ignore_index={ignore_index} needs class indices, got probabilities; give rows to be left out a zero target")
+
+
+def check_integer(name: str, value: object) -> None:
+    if not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {describe(value)}")
+
+
+def num_classes(input: Tensor) -> int:
+    return input.shape[min(1, input.dim() - 1)]
+
+
+def index_shape(input: Tensor) -> tuple[int, ...]:
+    """The shape of class indices for this input."""
+    return (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
+
+
+def check_indices(input: Tensor, target: object, ignore_index: object) -> None:
+    check_tensor("target", target)
+    assert isinstance(target, Tensor)
+    check_integer("ignore_index", ignore_index)
+    expected = index_shape(input)
+    said = f"target must be int64 class indices of shape {expected} for input of shape {tuple(input.shape)}, got {describe(target)}"
+    if target.shape == input.shape:
+        raise RuntimeError(f"{said}; these statistics are of one class a row, so probabilities have none")
+    # torch also takes one label in a vector for one row without a batch dimension
+    if tuple(target.shape) != expected and not (input.dim() == 1 and tuple(target.shape) == (1,)):
+        batch_differs = target.shape[:1] != input.shape[:1] if input.dim() > 1 else target.dim() == 1
+        raise (ValueError if batch_differs else RuntimeError)(f"{said}; class probabilities would have the shape of input")
+    if target.dtype not in (torch.int64, torch.uint8):
+        fix = (
+            "convert it with target.long()"
+            if not target.is_floating_point()
+            else f"class probabilities have the shape {tuple(input.shape)}"
+        )
+        raise RuntimeError(f"{said}; {fix}")
+    check_same_device("target", target, input)
+
+
+def can_look_at(target: Tensor) -> bool:
+    """Whether looking at the labels is free: on the CPU, and neither traced nor batched."""
+    return target.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+
+
+def check_range(target: Tensor, fine: Tensor, num_classes: int, ignore_index: int) -> None:
+    if not bool(fine.all()):
+        bad = target[~fine]
+        raise IndexError(
+            f"target must hold class indices in [0, {num_classes}) or ignore_index={ignore_index}, but holds {int(bad[0])} "
+            f"({bad.numel()} of {target.numel()} labels are out of range); check num_classes, or pass ignore_index"
+        )
+
+
+def check_weight(weight: object, input: Tensor) -> None:
+    if weight is None:
+        return
+    check_tensor("weight", weight)
+    assert isinstance(weight, Tensor)
+    expected = (num_classes(input),)
+    if tuple(weight.shape) != expected:
+        raise RuntimeError(f"weight must have one entry for each of the {expected[0]} classes, shape {expected}, got {describe(weight)}")
+    if weight.dtype not in FLOATING:
+        raise RuntimeError(f"weight must have a floating dtype, got {describe(weight)}; convert it with weight.float()")
+    check_same_device("weight", weight, input)

@@ -1,0 +1,34 @@
+"""Weight, ignored rows and reduction: once, for every loss."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Reduction = Literal["none", "mean", "sum"]
+REDUCTIONS = get_args(Reduction)
+
+
+def reduce(losses: Tensor, denominator: Tensor | int, reduction: Reduction) -> Tensor:
+    """``mean`` is the sum over the denominator, NaN where that is 0."""
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    return total if reduction == "sum" else total / denominator
+
+
+def reduce_rows(losses: Tensor, index: Tensor, weight: Tensor | None, reduction: Reduction, unscaled: Tensor | None = None) -> Tensor:
+    """Reduce the losses (...) of rows with class indices ``index`` (...), -1 for an ignored row.
+
+    A row counts ``w_y`` times, an ignored row not at all. ``unscaled`` is added to each row as it is: torch's smoothing term is
+    weighted class by class instead. ``mean`` divides by the summed weights of the kept rows.
+    """
+    kept = index >= 0
+    row_weight = kept.to(losses.dtype)
+    if weight is not None:
+        row_weight = row_weight * weight.to(losses.dtype)[index.clamp(min=0)]
+        losses = losses * row_weight
+    if unscaled is not None:
+        losses = losses + unscaled
+    losses = torch.where(kept, losses, 0.0)  # not a product: an ignored row may hold NaN
+    return reduce(losses, row_weight.sum(), reduction)

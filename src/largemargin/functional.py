@@ -1,0 +1,332 @@
+"""The losses of the paper, as short formulas on the statistics of a row, shaped like :func:`torch.nn.functional.cross_entropy`.
+
+In the symbols of :mod:`.rowstats` (``l`` the log-odds of the target, ``e`` and ``a`` the two averages of ``log q``, K non-targets):
+
+    softmax loss                (2, 3, 6)   softplus(-l)
+    with a hard bias b          (15)        softplus(b - l)
+    D(q||u), D(u||q), half sum  (10, 8)     log K + e,  -log K - a,  (e - a) / 2
+    the large-margin loss       (11)        softplus(b - l) + lam * divergence
+    label smoothing             (13)        (1 - eps) softplus(-l) + eps * mean over all classes of -log p_c
+    hard margin                 (Sec. 3)    softplus(margin - (l + rho)), since f_y - f_c* = l + rho
+    Crammer-Singer hinge        (1)         max(0, margin - (l + rho))
+
+The dense hinge (14) is the one loss that is not a function of the statistics.
+"""
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _checks
+from ._reduce import REDUCTIONS, Reduction, reduce, reduce_rows
+from .ops import Backend, Rows, checked_rows, classes_last, stats_of_all_classes, stats_of_rows
+from .rowstats import RowStats, accumulation_dtype
+
+Divergence = Literal["symmetric", "kl_qu", "kl_uq"]
+DIVERGENCES = get_args(Divergence)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x), the paper's L of eq. (3)."""
+    # torch's default threshold of 20 is 2e-9 off in float64; log1p(exp(-|x|)) + max(x, 0) has the wrong derivative at 0
+    return F.softplus(x, threshold=40)
+
+
+def divergence(stats: RowStats, kind: Divergence = "symmetric") -> Tensor:
+    r"""How far the non-target logits are from uniform: the paper's regulariser, differentiable.
+
+    .. math:: \tilde D = \tfrac12 \{D(q \| u) + D(u \| q)\} \; (8), \quad D(q \| u) = \log K + E_q[\log q], \quad
+              D(u \| q) = -\log K - \tfrac1K \textstyle\sum_{c \neq y} \log q_c \; (10)
+
+    It never depends on the target's logit. With two classes there is one non-target, q = u, and it is 0: the large-margin loss
+    of a two-class problem is the softmax loss.
+
+    Args:
+        stats: what :func:`row_stats` returns.
+        kind: ``"symmetric"`` for (8), ``"kl_qu"`` for D(q||u), ``"kl_uq"`` for D(u||q).
+
+    Returns:
+        One value a row, shaped like the fields of ``stats``; at least 0 up to rounding, never clamped (that would stop its gradient).
+
+    Raises:
+        ValueError: unknown ``kind``.
+
+    Example:
+        >>> import torch, largemargin
+        >>> stats = largemargin.row_stats(torch.tensor([[5.0, 1.0, 1.0], [5.0, 3.0, 1.0]]), torch.tensor([0, 0]))
+        >>> largemargin.divergence(stats)
+        tensor([0.0000, 0.3808])
+
+    Source: Kobayashi, BMVC 2019, eqs. (8) and (10).
+    """
+    _checks.check_word("kind", kind, DIVERGENCES)
+    if kind == "symmetric":
+        return stats.spread / 2  # eq. (8); log K cancels
+    log_num_nontargets = stats.num_nontargets.clamp(min=1).log()
+    return log_num_nontargets + stats.neg_entropy if kind == "kl_qu" else -log_num_nontargets - stats.mean_log_q  # eq. (10)
+
+
+def _margin_term(stats: RowStats, lam: float, kind: Divergence, hard_bias: float, label_smoothing: float) -> Tensor:
+    """``(1 - eps) softplus(b - l) + lam D``: eqs. (3), (11) and (15), and the first term of (13)."""
+    loss = softplus(hard_bias - stats.log_odds)
+    if label_smoothing > 0:
+        loss = (1 - label_smoothing) * loss
+    return loss + lam * divergence(stats, kind) if lam > 0 else loss
+
+
+def _mean_cross_entropy(stats: RowStats) -> Tensor:
+    """The mean of ``-log p_c`` over the classes of the row: the second term of (13), ``D(u||p) + log C``."""
+    l, count = stats.log_odds, stats.num_nontargets
+    off_target = torch.where(count == 0, 0.0, count * (softplus(l) - stats.mean_log_q))  # -log p_c = softplus(l) - log q_c
+    masked = l == -torch.inf  # then y is no class of the row
+    return (off_target + torch.where(masked, 0.0, softplus(-l))) / (count + (~masked).to(l.dtype))
+
+
+def _weighted_mean_cross_entropy(logits: Tensor, weight: Tensor | None) -> Tensor:
+    """The mean of ``-w_c log p_c`` over the classes of the row; ``logits`` (..., C)."""
+    logits = logits.to(accumulation_dtype(logits.dtype))
+    kept = logits != -torch.inf
+    losses = torch.where(kept, -logits.log_softmax(-1), 0.0)
+    if weight is not None:
+        losses = losses * weight.to(losses.dtype)
+    return losses.sum(-1) / kept.sum(-1)
+
+
+def large_margin_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    lam: float = 0.3,
+    divergence: Divergence = "symmetric",
+    hard_bias: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    backend: Backend | None = None,
+) -> Tensor:
+    r"""Softmax cross-entropy plus a regulariser that widens its margin; a drop-in for :func:`torch.nn.functional.cross_entropy`.
+
+    .. math:: \mathrm{softplus}(b - l) + \lambda \tilde D(q) \quad (11, 15), \qquad l = f_y - \mathrm{LSE}(\{f_c\}_{c \neq y})
+
+    With ``weight`` and ``label_smoothing`` a row's loss is
+    :math:`w_y [(1-\epsilon)\,\mathrm{softplus}(b - l) + \lambda D] + \tfrac{\epsilon}{C} \sum_c w_c (-\log p_c)`. For probabilities
+    ``t`` it is the expectation over :math:`y \sim t`. With ``lam=0`` and ``hard_bias=0`` value and gradient are those of
+    :func:`torch.nn.functional.cross_entropy`.
+
+    Args:
+        input: logits, shape ``(C,)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``; any floating dtype, half precision is computed in
+            float32. A class whose logit is -inf is not in the row.
+        target: class indices, shape ``()``, ``(N,)`` or ``(N, d1, ..., dk)``, int64 (or uint8), or class probabilities of the
+            shape of ``input``, floating.
+        weight: a factor for each class, shape ``(C,)``, floating; it scales both terms.
+        lam: the paper's lambda, at least 0; 0 leaves the regulariser out.
+        divergence: ``"symmetric"`` (8), ``"kl_qu"`` or ``"kl_uq"`` (10).
+        hard_bias: the constant b of eq. (15), in nats, finite; the paper's modified loss has 1.
+        label_smoothing: the epsilon of eq. (13), in [0, 1].
+        ignore_index: rows with this target have loss 0 and an exactly zero gradient; class indices only.
+        reduction: ``"none"``, ``"sum"`` or ``"mean"``, which divides by the summed weights of the kept rows (class indices) or by the
+            number of rows (probabilities), as torch does, for all terms.
+        backend: who computes the statistics; ``None`` chooses.
+
+    Returns:
+        A scalar, or with ``reduction="none"`` the loss of each row, shaped like class indices; float32, or float64 for float64.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, IndexError: the type :func:`torch.nn.functional.cross_entropy` raises for the same
+            mistake; ValueError or TypeError for an argument torch does not have. Labels out of range raise on the CPU; on an
+            accelerator and in compiled code their rows are NaN.
+
+    Example:
+        >>> import torch
+        >>> from largemargin import large_margin_cross_entropy
+        >>> logits = torch.tensor([[3.0, 1.0, 0.0], [0.5, 2.0, -1.0]], requires_grad=True)
+        >>> loss = large_margin_cross_entropy(logits, torch.tensor([0, 1]))
+        >>> loss
+        tensor(0.2586, grad_fn=<...>)
+        >>> loss.backward()
+        >>> large_margin_cross_entropy(logits, torch.tensor([0, 1]), lam=0)  # = torch.nn.functional.cross_entropy
+        tensor(0.2051, grad_fn=<...>)
+
+    Source: Kobayashi, *Large Margin In Softmax Cross-Entropy Loss*, BMVC 2019, eqs. (8), (11), (13) and (15).
+    """
+    _checks.check_number("lam", lam, low=0)
+    _checks.check_word("divergence", divergence, DIVERGENCES)
+    _checks.check_number("hard_bias", hard_bias)
+    _checks.check_label_smoothing(label_smoothing)
+    _checks.check_word("reduction", reduction, REDUCTIONS)
+    _checks.check_input(input)
+    _checks.check_weight(weight, input)
+
+    if _checks.is_probabilities(input, target):
+        _checks.check_probabilities(input, target, ignore_index)
+        logits, t = classes_last(input), classes_last(target)
+        losses = _margin_term(stats_of_all_classes(logits, backend), lam, divergence, hard_bias, label_smoothing)
+        losses = torch.where((t == 0) & (logits == -torch.inf), 0.0, losses)  # a masked class without a share adds nothing
+        losses = (losses * t if weight is None else losses * t * weight.to(losses.dtype)).sum(-1)
+        if label_smoothing > 0:
+            losses = losses + label_smoothing * _weighted_mean_cross_entropy(logits, weight)
+        return reduce(losses, losses.numel() if _checks.num_classes(input) else 0, reduction)
+
+    rows = checked_rows(input, target, ignore_index)
+    stats = stats_of_rows(rows, backend)
+    losses = _margin_term(stats, lam, divergence, hard_bias, label_smoothing)
+    smoothing = None
+    if label_smoothing > 0 and weight is None:
+        smoothing = label_smoothing * _mean_cross_entropy(stats)
+    elif label_smoothing > 0:
+        # an ignored row is emptied first: log_softmax would pass its NaN on to the gradient
+        smoothing = label_smoothing * _weighted_mean_cross_entropy(rows.logits.masked_fill(rows.class_index.unsqueeze(-1) < 0, 0.0), weight)
+    return reduce_rows(losses, rows.class_index, weight, reduction, smoothing)
+
+
+def hard_margin_softplus(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    margin: float = 1.0,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    backend: Backend | None = None,
+) -> Tensor:
+    r"""Softmax loss with a hard margin in place of the one it hides: only the target and the largest non-target get a gradient.
+
+    .. math:: \mathrm{softplus}(f_{c^*} - f_y + \rho) \quad \text{(Sec. 3, Margin by LSE)}
+
+    The paper reports that CNNs "are not properly trained at all" by it; it is here to be compared with.
+
+    Args:
+        input: logits, shape ``(C,)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``, floating.
+        target: class indices, shape ``()``, ``(N,)`` or ``(N, d1, ..., dk)``; no probabilities.
+        weight: a factor for each class, shape ``(C,)``, floating.
+        margin: the constant rho in nats, finite; the paper has 1.
+        ignore_index: rows with this target have loss 0 and an exactly zero gradient.
+        reduction: ``"none"``, ``"sum"`` or ``"mean"``, which divides by the summed weights of the kept rows.
+        backend: who computes the statistics; ``None`` chooses.
+
+    Returns:
+        A scalar, or with ``reduction="none"`` the loss of each row.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, IndexError: as :func:`large_margin_cross_entropy`; RuntimeError for probabilities.
+
+    Example:
+        >>> import torch, largemargin
+        >>> largemargin.hard_margin_softplus(torch.tensor([[2.0, 1.0, -1.0]]), torch.tensor([0]))
+        tensor(0.6931)
+
+    Source: Kobayashi, BMVC 2019, Sec. 3.
+    """
+    margins, rows = _margins(input, target, weight, margin, ignore_index, reduction, backend)
+    return reduce_rows(softplus(margin - margins), rows.class_index, weight, reduction)
+
+
+def crammer_singer_hinge(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    margin: float = 1.0,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    backend: Backend | None = None,
+) -> Tensor:
+    r"""The multi-class hinge of Crammer and Singer; only the target and the largest non-target get a gradient.
+
+    .. math:: \max(0, f_{c^*} - f_y + \rho) \quad (1)
+
+    The paper reports that CNNs "are not properly trained at all" by it; it is here to be compared with.
+
+    Args:
+        input: logits, shape ``(C,)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``, floating.
+        target: class indices, shape ``()``, ``(N,)`` or ``(N, d1, ..., dk)``; no probabilities.
+        weight: a factor for each class, shape ``(C,)``, floating.
+        margin: the constant rho in nats, finite; the paper has 1.
+        ignore_index: rows with this target have loss 0 and an exactly zero gradient.
+        reduction: ``"none"``, ``"sum"`` or ``"mean"``, which divides by the summed weights of the kept rows.
+        backend: who computes the statistics; ``None`` chooses.
+
+    Returns:
+        A scalar, or with ``reduction="none"`` the loss of each row.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, IndexError: as :func:`hard_margin_softplus`.
+
+    Example:
+        >>> import torch, largemargin
+        >>> largemargin.crammer_singer_hinge(torch.tensor([[2.0, 1.5, -1.0]]), torch.tensor([0]))
+        tensor(0.5000)
+
+    Source: Crammer and Singer, JMLR 2, 2001; eq. (1) with the hinge in Kobayashi, BMVC 2019.
+    """
+    margins, rows = _margins(input, target, weight, margin, ignore_index, reduction, backend)
+    return reduce_rows((margin - margins).relu(), rows.class_index, weight, reduction)
+
+
+def multiclass_hinge(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    margin: float = 1.0,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""The hinge averaged over all non-target classes: the paper's remedy for the sparse gradients of the Crammer-Singer hinge.
+
+    .. math:: \frac{1}{C-1} \sum_{c \neq y} \max(0, f_c - f_y + \rho) \quad (14)
+
+    ``torch.nn.functional.multi_margin_loss`` divides by C instead, and with weights its ``mean`` divides by the number of rows, not by
+    their summed weights.
+
+    Args:
+        input: logits, shape ``(C,)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``, floating.
+        target: class indices, shape ``()``, ``(N,)`` or ``(N, d1, ..., dk)``; no probabilities.
+        weight: a factor for each class, shape ``(C,)``, floating.
+        margin: the constant rho in nats, finite; the paper has 1.
+        ignore_index: rows with this target have loss 0 and an exactly zero gradient.
+        reduction: ``"none"``, ``"sum"`` or ``"mean"``, which divides by the summed weights of the kept rows.
+
+    Returns:
+        A scalar, or with ``reduction="none"`` the loss of each row.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, IndexError: as :func:`hard_margin_softplus`.
+
+    Example:
+        >>> import torch, largemargin
+        >>> largemargin.multiclass_hinge(torch.tensor([[2.0, 1.5, -1.0]]), torch.tensor([0]))
+        tensor(0.2500)
+
+    Source: Kobayashi, BMVC 2019, eq. (14).
+    """
+    rows = _checked_hinge_rows(input, target, weight, margin, ignore_index, reduction)
+    logits = rows.logits.to(accumulation_dtype(rows.logits.dtype))
+    target_logit = logits.gather(-1, rows.class_index.clamp(min=0).unsqueeze(-1))
+    is_target = torch.arange(logits.shape[-1], device=logits.device) == rows.class_index.unsqueeze(-1)
+    nontarget = ~is_target & (logits != -torch.inf) & (rows.class_index >= 0).unsqueeze(-1)
+    violations = torch.where(nontarget, (logits - target_logit + margin).relu(), 0.0)
+    losses = violations.sum(-1) / nontarget.sum(-1).clamp(min=1)
+    return reduce_rows(torch.where(rows.valid, losses, torch.nan), rows.class_index, weight, reduction)
+
+
+def _checked_hinge_rows(
+    input: Tensor, target: Tensor, weight: Tensor | None, margin: float, ignore_index: int, reduction: Reduction
+) -> Rows:
+    _checks.check_number("margin", margin)
+    _checks.check_word("reduction", reduction, REDUCTIONS)
+    rows = checked_rows(input, target, ignore_index)
+    _checks.check_weight(weight, input)
+    return rows
+
+
+def _margins(
+    input: Tensor, target: Tensor, weight: Tensor | None, margin: float, ignore_index: int, reduction: Reduction, backend: Backend | None
+) -> tuple[Tensor, Rows]:
+    """The classification margin ``f_y - f_c* = l + rho`` of each row (Sec. 2.1)."""
+    rows = _checked_hinge_rows(input, target, weight, margin, ignore_index, reduction)
+    stats = stats_of_rows(rows, backend)
+    return stats.log_odds + stats.rho, rows

@@ -1,0 +1,295 @@
+"""``largemargin compare``: the same network under several losses and seeds on the same data; which is better, and by how much."""
+
+import csv
+import dataclasses
+import io
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from . import data
+from .errors import LabError
+from .files import write_json, write_text
+from .queue import decoded_images, result_of, run_all
+from .recipe import LOSSES, Recipe
+
+BASELINE = "softmax"
+MARKER = "compare.json"  # tells a folder of ours from one that is not
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared: every loss with every seed at every share of label noise."""
+
+    data: str = "digits"
+    data_root: str = "data"
+    data_digest: str = ""
+    image_size: int = 32
+    losses: tuple[str, ...] = ("softmax", "label_smoothing", "large_margin")
+    lam: float = 0.3
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    epochs: int | None = None  # None: 30 for digits, 50 elsewhere
+    label_noise: tuple[float, ...] = (0.0,)
+    train_fraction: float = 1.0
+    device: str = "cpu"
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> "Comparison":
+        """What ``vars`` gave, also after a passage through JSON."""
+        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+        return cls(**values)
+
+    def recipes(self) -> list[Recipe]:
+        """The runs, seed by seed, so that pairs are finished together."""
+        shared: dict[str, Any] = {"data": self.data, "data_digest": self.data_digest, "train_fraction": self.train_fraction}
+        shared["device"] = self.device
+        shared["epochs"] = self.epochs if self.epochs is not None else 30 if self.data == "digits" else 50
+        if self.data in ("cifar10", "cifar100"):
+            shared |= {"data_root": self.data_root, "crop_padding": 4, "flip": True}
+        elif self.data != "digits":
+            shared |= {"image_size": self.image_size, "crop_padding": self.image_size // 8, "flip": True}
+        return [
+            Recipe(loss=loss, seed=seed, label_noise=noise, **shared, **self.settings(loss))
+            for seed in self.seeds
+            for noise in self.label_noise
+            for loss in self.losses
+        ]
+
+    def settings(self, loss: str) -> dict[str, Any]:
+        """The numbers of a loss, as fields of its recipe."""
+        return {name: self.lam if name == "lam" else value for name, value in LOSSES[loss].items()}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The paired difference of test errors to the baseline, loss minus baseline, in percentage points."""
+
+    mean: float
+    low: float  # the ends of the 95% Student-t interval over seeds
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        return "better" if self.high < 0 else "worse" if self.low > 0 else "not told apart"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a loss at a share of label noise, over its seeds. ``std`` is over seeds, with n - 1."""
+
+    label: str
+    loss: str
+    label_noise: float
+    n: int
+    error: float
+    error_std: float | None
+    difference: Difference | None
+    margin: float
+    rho: float
+    ece: float
+    nll: float
+
+
+def paired_difference(errors: Sequence[float], baseline: Sequence[float], confidence: float = 0.95) -> Difference | None:
+    """The mean of ``errors - baseline``, pair by pair, with its Student-t interval; None for fewer than two pairs."""
+    if len(errors) < 2:
+        return None
+    from scipy import stats
+
+    differences = [error - base for error, base in zip(errors, baseline, strict=True)]
+    mean = statistics.fmean(differences)
+    half = stats.t.ppf((1 + confidence) / 2, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
+    return Difference(mean, float(mean - half), float(mean + half))
+
+
+def mean_or_nan(values: Sequence[float | None]) -> float:
+    """The mean; NaN where a run that diverged left a null."""
+    return statistics.fmean(float("nan") if value is None else value for value in values)
+
+
+def summarise(records: Sequence[dict[str, Any]]) -> list[Row]:
+    """The lines of the table, in the order in which losses and noise first come."""
+    groups: dict[tuple[float, str], list[dict[str, Any]]] = {}
+    for record in records:
+        groups.setdefault((record["recipe"]["label_noise"], record["recipe"]["loss"]), []).append(record)
+    rows = []
+    for (noise, loss), group in sorted(groups.items(), key=lambda item: item[0][0]):
+        group.sort(key=lambda record: record["recipe"]["seed"])
+        errors = [record["test"]["error"] for record in group]
+        baseline = groups.get((noise, BASELINE)) if loss != BASELINE else None
+        means = {name: mean_or_nan([record["test"][name] for record in group]) for name in ("margin", "rho", "ece", "nll")}
+        rows.append(
+            Row(
+                label=Recipe(**group[0]["recipe"]).loss_label,
+                loss=loss,
+                label_noise=noise,
+                n=len(group),
+                error=statistics.fmean(errors),
+                error_std=statistics.stdev(errors) if len(errors) > 1 else None,
+                difference=paired_difference(
+                    errors, [record["test"]["error"] for record in sorted(baseline, key=lambda r: r["recipe"]["seed"])]
+                )
+                if baseline
+                else None,
+                **means,
+            )
+        )
+    return rows
+
+
+COLUMNS = ("loss", "test error %", "minus softmax, 95% interval", "verdict", "margin", "rho-hat", "ECE %", "NLL")
+NOTE = (
+    "Test error at the last epoch, mean ± std (n-1) over seeds. The interval is of the paired difference over seeds (Student t): "
+    "it covers the seeds, not the choice of test samples. One seed has no interval."
+)
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """The cells of a row as text, under COLUMNS."""
+    error = f"{row.error:.2f}" + (f" ± {row.error_std:.2f}" if row.error_std is not None else "")
+    difference, verdict = "n/a", "n/a"
+    if row.loss == BASELINE:
+        difference, verdict = "–", "–"
+    elif row.difference is not None:
+        d = row.difference
+        difference, verdict = f"{d.mean:+.2f} [{d.low:+.2f}, {d.high:+.2f}]", d.verdict
+    return (row.label, error, difference, verdict, f"{row.margin:.2f}", f"{row.rho:.2f}", f"{row.ece:.2f}", f"{row.nll:.3f}")
+
+
+def print_tables(rows: Sequence[Row], console: Console) -> None:
+    for noise in dict.fromkeys(row.label_noise for row in rows):
+        group = [row for row in rows if row.label_noise == noise]
+        table = Table(title=f"label noise {noise:g}, {group[0].n} seed{'s' if group[0].n > 1 else ''}", title_justify="left")
+        for i, column in enumerate(COLUMNS):
+            table.add_column(column, justify="left" if i in (0, 3) else "right", no_wrap=i == 0)
+        for row in group:
+            table.add_row(*cells(row))
+        console.print(table)
+    console.print(NOTE, style="dim")
+
+
+def results_csv(records: Sequence[dict[str, Any]]) -> str:
+    """One line a run."""
+    text = io.StringIO()
+    names = ("data", "loss", "lam", "label_smoothing", "hard_bias", "label_noise", "train_fraction", "seed", "epochs")
+    measured = ("error", "margin", "rho", "ece", "nll")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*names, *(f"test_{name}" for name in measured), "seconds"])
+    for record in records:
+        values = [record["recipe"][name] for name in names] + [record["test"][name] for name in measured] + [round(record["seconds"], 2)]
+        writer.writerow(["" if value is None else value for value in values])
+    return text.getvalue()
+
+
+def check_folder(out: Path) -> None:
+    """Say why ``out`` cannot be ours, before anything is written."""
+    try:
+        if out.exists() and not (out / MARKER).is_file() and any(out.iterdir()):
+            raise LabError(f"--out {out} holds files that are not of a comparison; choose a new or empty folder")
+    except OSError as error:
+        raise LabError(f"--out {out} cannot be used: {error.strerror or error}; choose another folder") from error
+
+
+def check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a device it was not built for
+        raise LabError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def compare(comparison: Comparison, out: Path, jobs: int, console: Console) -> list[Row]:
+    """Do what is left of the comparison, print its table, and write ``results.csv`` and ``report.html`` into ``out``."""
+    check_device(comparison.device)
+    check_folder(out)
+    images = data.load(comparison.data, comparison.data_root, comparison.image_size)  # bad data stops here, before anything is written
+    comparison = dataclasses.replace(comparison, data_digest=images.digest())
+    recipes, runs = comparison.recipes(), out / "runs"
+    decoded = decoded_images(recipes[0], runs)
+    try:
+        write_json(out / MARKER, {"largemargin": "compare", "comparison": vars(comparison)})
+        if comparison.data not in ("digits", "cifar10", "cifar100"):
+            images.save(decoded)
+    except OSError as error:
+        raise LabError(f"--out {out} cannot be written to: {error.strerror or error}; choose another folder") from error
+    del images
+    done = sum(result_of(recipe, runs) is not None for recipe in recipes)
+    console.print(
+        f"{len(recipes)} runs of {recipes[0].epochs} epochs on {comparison.data}, {jobs} at a time, into {out}"
+        + (f"; {done} already done" if done else "")
+    )
+    try:
+        records = _run_with_progress(recipes, runs, jobs, console)
+    except KeyboardInterrupt:
+        done = sum(result_of(recipe, runs) is not None for recipe in recipes)
+        raise LabError(
+            f"interrupted; {done} of {len(recipes)} runs are done and kept in {out}. The same command goes on from here."
+        ) from None
+    decoded.unlink(missing_ok=True)
+    rows = summarise(records)
+    write_results(out, comparison, records, rows)
+    print_tables(rows, console)
+    console.print(
+        f"[bold]{out / 'report.html'}[/bold]  the same with figures; results.csv has a line for each run, runs/ a record", highlight=False
+    )
+    return rows
+
+
+def write_results(out: Path, comparison: Comparison, records: Sequence[dict[str, Any]], rows: Sequence[Row]) -> None:
+    """``results.csv``, ``report.html``, and the first figure of the report alone, ``errors.svg``."""
+    from . import report  # matplotlib is slow to import: not before the runs
+
+    write_text(out / "results.csv", results_csv(records))
+    write_text(out / "errors.svg", report.overview(rows, background="white"))
+    write_text(out / "report.html", report.render(comparison, records, rows))
+
+
+def _run_with_progress(recipes: Sequence[Recipe], runs: Path, jobs: int, console: Console) -> list[dict[str, Any]]:
+    """A live display on a terminal, a line for each finished run elsewhere."""
+    finished = {recipe.id for recipe in recipes if result_of(recipe, runs) is not None}
+    if not console.is_terminal:
+
+        def on_epoch(recipe: Recipe, epoch: int) -> None:
+            if epoch == recipe.epochs:
+                finished.add(recipe.id)
+                console.print(
+                    f"[{len(finished)}/{len(recipes)}] {recipe.loss_label}, label noise {recipe.label_noise:g}, seed {recipe.seed}",
+                    markup=False,
+                )
+
+        return run_all(recipes, runs, jobs, on_epoch)
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        total = progress.add_task("epochs of all runs", total=sum(recipe.epochs for recipe in recipes if recipe.id not in finished))
+        bars: dict[str, Any] = {}
+        seen: dict[str, int] = {}
+
+        def on_epoch(recipe: Recipe, epoch: int) -> None:
+            if recipe.id not in bars:
+                label = f"{recipe.loss_label}, noise {recipe.label_noise:g}, seed {recipe.seed}"
+                bars[recipe.id] = progress.add_task(label, total=recipe.epochs)
+            progress.update(bars[recipe.id], completed=epoch)
+            progress.update(total, advance=epoch - seen.get(recipe.id, 0))
+            seen[recipe.id] = epoch
+            if epoch == recipe.epochs:
+                progress.remove_task(bars[recipe.id])
+
+        return run_all(recipes, runs, jobs, on_epoch)
+
+
+def reopen(out: Path) -> tuple[Comparison, list[dict[str, Any]]]:
+    """The comparison of a folder and the records of its finished runs."""
+    try:
+        settings = json.loads((out / MARKER).read_text())["comparison"]
+    except (OSError, ValueError, KeyError) as error:
+        raise LabError(f"{out} is not the folder of a comparison: it has no readable {MARKER}") from error
+    comparison = Comparison.from_dict(settings)
+    return comparison, [record for recipe in comparison.recipes() if (record := result_of(recipe, out / "runs")) is not None]

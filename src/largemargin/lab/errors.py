@@ -1,0 +1,5 @@
+"""The one exception a user of the tool is meant to read."""
+
+
+class LabError(Exception):
+    """Something the user can mend; the command line prints its message as one line and stops."""

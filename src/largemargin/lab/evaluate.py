@@ -1,0 +1,48 @@
+"""What a set of logits says about a classifier: error, margin, the margin hidden in the loss, calibration."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import row_stats
+
+MARGIN_EDGES = torch.linspace(-40, 40, 161)  # nats; margins beyond are counted in the outermost bins
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over the samples of a set."""
+
+    error: float  # top-1, in percent
+    nll: float  # nats
+    ece: float  # percent
+    margin: float  # f_y - f_c*, nats
+    rho: float  # eq. (7), nats
+    margin_histogram: list[int]  # counts between MARGIN_EDGES
+
+
+def expected_calibration_error(logits: Tensor, target: Tensor, num_bins: int = 15) -> Tensor:
+    """The mean gap between confidence and accuracy, over equal-width bins of confidence weighted by their samples (Guo et al., 2017)."""
+    confidence, prediction = logits.softmax(-1).max(-1)
+    bins = (confidence * num_bins).ceil().long().clamp(1, num_bins) - 1  # the bins are open on the left
+    gaps = torch.zeros(num_bins, dtype=torch.float64).index_add_(0, bins, (prediction == target).double() - confidence.double())
+    return gaps.abs().sum() / len(target)
+
+
+@torch.no_grad()
+def evaluate(logits: Tensor, target: Tensor) -> Evaluation:
+    """Evaluate logits (N, C) against class indices (N,)."""
+    logits, target = logits.cpu().double(), target.cpu()
+    stats = row_stats(logits, target)
+    margins = stats.log_odds + stats.rho
+    counts = torch.histogram(margins.clamp(-40, 40).float(), MARGIN_EDGES).hist
+    return Evaluation(
+        error=100 * (logits.argmax(-1) != target).double().mean().item(),
+        nll=F.cross_entropy(logits, target).item(),
+        ece=100 * expected_calibration_error(logits, target).item(),
+        margin=margins.mean().item(),
+        rho=stats.rho.mean().item(),
+        margin_histogram=counts.long().tolist(),
+    )

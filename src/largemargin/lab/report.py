@@ -1,0 +1,216 @@
+"""The report of a comparison: one self-contained page with the table and the figures."""
+
+import io
+import math
+import statistics
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .compare import BASELINE, COLUMNS, NOTE, Comparison, Row, cells
+from .evaluate import MARGIN_EDGES
+from .recipe import Recipe
+
+# a palette that colour-blind readers can tell apart (Okabe and Ito); the baseline is grey
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f5f00")
+STYLE: Any = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "largemargin",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"],
+}
+
+Records = Sequence[dict[str, Any]]
+
+
+def render(comparison: Comparison, records: Records, rows: Sequence[Row]) -> str:
+    """The page, as HTML that needs nothing from outside."""
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        files("largemargin.lab").joinpath("templates/report.html.j2").read_text()
+    )
+    noises = list(dict.fromkeys(row.label_noise for row in rows))
+    sections = []
+    for noise in noises:
+        group = [row for row in rows if row.label_noise == noise]
+        of_noise = [record for record in records if record["recipe"]["label_noise"] == noise]
+        figures = [
+            (
+                "Learning curves",
+                learning_curves(of_noise),
+                "Test error after each epoch: the mean over seeds, and the span of all seeds as a band.",
+            ),
+            (
+                "Margins",
+                margin_histograms(of_noise),
+                "f<sub>y</sub> − max f<sub>c</sub> of the test samples of all seeds; left of 0 they are misclassified.",
+            ),
+            (
+                "The margin hidden in the loss",
+                rho_curves(of_noise),
+                "ρ̂ (eq. 7), the mean of each training batch, over training; the mean over seeds.",
+            ),
+        ]
+        labels = list(by_loss(of_noise))
+        legend = [(label, color_of(labels)[label]) for label in labels]
+        sections.append({"noise": noise, "legend": legend, "rows": [(row, cells(row)) for row in group], "figures": figures})
+    first = records[0]
+    return template.render(
+        headline=headline(rows),
+        overview=overview(rows),
+        sections=sections,
+        columns=COLUMNS,
+        note=NOTE,
+        comparison=comparison,
+        first=first,
+        recipe=Recipe(**first["recipe"]),
+        num_runs=len(records),
+        seconds=sum(record["seconds"] for record in records),
+        baseline=BASELINE,
+    )
+
+
+def headline(rows: Sequence[Row]) -> list[str]:
+    """What the table says, in a sentence for each share of label noise."""
+    sentences = []
+    for noise in dict.fromkeys(row.label_noise for row in rows):
+        where = f"With {noise:.0%} wrong training labels" if noise else "With the labels as they are"
+        compared = [row for row in rows if row.label_noise == noise and row.difference is not None]
+        told = [row for row in compared if row.difference is not None and row.difference.verdict != "not told apart"]
+        parts = [
+            f"{row.label} is {row.difference.verdict} than {BASELINE} by {abs(row.difference.mean):.2f} points"
+            for row in sorted(told, key=lambda row: row.error)
+            if row.difference is not None
+        ]
+        if parts:
+            sentences.append(f"{where}, {'; '.join(parts)}.")
+        elif compared:
+            sentences.append(f"{where}, these seeds do not tell the losses from {BASELINE}.")
+    return sentences
+
+
+def color_of(labels: Sequence[str]) -> dict[str, str]:
+    others = [label for label in labels if label != BASELINE]
+    return {BASELINE: "#555555"} | {label: PALETTE[i % len(PALETTE)] for i, label in enumerate(others)}
+
+
+def by_loss(records: Records) -> dict[str, list[dict[str, Any]]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        groups.setdefault(Recipe(**record["recipe"]).loss_label, []).append(record)
+    return groups
+
+
+def svg(figure: Figure, background: str = "none") -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight", facecolor=background)
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def axes(width: float = 4.2, height: float = 3.0) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height))
+    return figure, figure.subplots()
+
+
+def overview(rows: Sequence[Row], background: str = "none") -> str:
+    """Test error of every loss: each with its standard deviation over seeds, grouped by label noise."""
+    with matplotlib.rc_context(STYLE):
+        noises = list(dict.fromkeys(row.label_noise for row in rows))
+        colors = color_of(list(dict.fromkeys(row.label for row in rows)))
+        figure = Figure(figsize=(7.2, 0.6 + 0.33 * len(rows) + 0.35 * len(noises)))
+        panels = figure.subplots(len(noises), 1, squeeze=False)[:, 0]
+        for panel, noise in zip(panels, noises, strict=True):
+            group = [row for row in rows if row.label_noise == noise][::-1]
+            for y, row in enumerate(group):
+                panel.barh(y, row.error, 0.62, color=colors[row.label], alpha=0.85)
+                panel.errorbar(row.error, y, xerr=row.error_std, color="#222222", capsize=3, linewidth=1)
+                panel.annotate(
+                    f"{row.error:.2f}", (row.error + (row.error_std or 0), y), (5, 0), textcoords="offset points", va="center", fontsize=9
+                )
+            panel.set_yticks(range(len(group)), [row.label for row in group])
+            panel.grid(axis="y", visible=False)
+            panel.margins(x=0.12)
+            panel.set_xlim(left=0)
+            panel.set_title(f"label noise {noise:g}")
+        panels[-1].set_xlabel("test error % (mean ± std over seeds)")
+        figure.tight_layout()
+        return svg(figure, background)
+
+
+def learning_curves(records: Records) -> str:
+    """Test error after each epoch: the mean over seeds, and the span of the seeds."""
+    with matplotlib.rc_context(STYLE):
+        figure, ax = axes()
+        groups = by_loss(records)
+        colors = color_of(list(groups))
+        settled = 0.0
+        for label, group in groups.items():
+            by_epoch = list(zip(*([row["test_error"] for row in record["epochs"]] for record in group), strict=True))
+            epochs = range(1, len(by_epoch) + 1)
+            low, high = [min(errors) for errors in by_epoch], [max(errors) for errors in by_epoch]
+            ax.plot(epochs, [statistics.fmean(errors) for errors in by_epoch], color=colors[label], linewidth=1.6)
+            ax.fill_between(epochs, low, high, color=colors[label], alpha=0.15, linewidth=0)
+            settled = max(settled, *high[len(high) // 5 :])
+        ax.set_ylim(0, 1.1 * settled or 1.0)  # the first fifth may run out at the top
+        ax.set_xlabel("epoch")
+        ax.set_ylabel("test error %")
+        return svg(figure)
+
+
+def margin_histograms(records: Records) -> str:
+    """The margins of the test samples of all seeds."""
+    with matplotlib.rc_context(STYLE):
+        figure, ax = axes()
+        groups = by_loss(records)
+        colors = color_of(list(groups))
+        edges = MARGIN_EDGES.tolist()
+        used = [0.0]
+        for label, group in groups.items():
+            counts = [sum(bins) for bins in zip(*(record["test"]["margin_histogram"] for record in group), strict=True)]
+            total = sum(counts) or 1
+            ax.stairs([100 * count / total for count in counts], edges, color=colors[label], linewidth=1.4)
+            used += [edge for edge, count in zip(edges, counts, strict=False) if count / total > 5e-4]
+        ax.axvline(0, color="#222222", linewidth=0.8)
+        ax.set_xlim(min(used) - 1, max(used) + 1.5)
+        ax.set_xlabel("margin (nats)")
+        ax.set_ylabel("% of test samples")
+        return svg(figure)
+
+
+def rho_curves(records: Records) -> str:
+    """The margin hidden in the loss, over training batches: the paper's Fig. 3."""
+    with matplotlib.rc_context(STYLE):
+        figure, ax = axes()
+        groups = by_loss(records)
+        colors = color_of(list(groups))
+        for label, group in groups.items():
+            curves = [record["rho_of_batches"] for record in group]
+            ax.plot(
+                curves[0]["batch"],
+                [statistics.fmean(v) for v in zip(*(c["rho"] for c in curves), strict=True)],
+                color=colors[label],
+                label=label,
+                linewidth=1.3,
+            )
+        bound = math.log(len(records[0]["classes"]) - 1)
+        ax.axhline(bound, color="#222222", linewidth=0.8, linestyle=":")
+        ax.annotate(
+            "log(C − 1), its bound (4)", (0.01, bound), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=9
+        )
+        ax.set_ylim(0, bound * 1.14 or 1.0)  # two classes have a bound of 0
+        ax.set_xlabel("training batch")
+        ax.set_ylabel("ρ̂ (nats)")
+        return svg(figure)

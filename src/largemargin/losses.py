@@ -1,0 +1,155 @@
+"""The losses of :mod:`.functional` as modules: each stores the arguments, and its ``forward`` delegates.
+
+Where the input is logits of a softmax the module is an ``nn.CrossEntropyLoss``: frameworks ask ``isinstance`` to decide whether
+predictions are a softmax away.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from . import _checks
+from . import functional as F
+from ._reduce import REDUCTIONS, Reduction
+from .functional import DIVERGENCES, Divergence
+from .ops import BACKENDS, Backend
+
+
+class LargeMarginCrossEntropyLoss(nn.CrossEntropyLoss):
+    """:func:`.large_margin_cross_entropy` as a module; replaces ``nn.CrossEntropyLoss``.
+
+    Example:
+        >>> import torch
+        >>> from largemargin import LargeMarginCrossEntropyLoss
+        >>> criterion = LargeMarginCrossEntropyLoss(lam=0.3)
+        >>> criterion(torch.tensor([[3.0, 1.0, 0.0]]), torch.tensor([0]))
+        tensor(0.2045)
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        lam: float = 0.3,
+        divergence: Divergence = "symmetric",
+        hard_bias: float = 0.0,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        backend: Backend | None = None,
+    ) -> None:
+        _checks.check_number("lam", lam, low=0)
+        _checks.check_word("divergence", divergence, DIVERGENCES)
+        _checks.check_number("hard_bias", hard_bias)
+        _checks.check_label_smoothing(label_smoothing)
+        _checks.check_word("reduction", reduction, REDUCTIONS)
+        _checks.check_word("backend", backend, BACKENDS)
+        super().__init__(weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
+        self.lam = lam
+        self.divergence: Divergence = divergence
+        self.hard_bias = hard_bias
+        self.backend: Backend | None = backend
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of logits ``input`` and class indices or probabilities ``target``."""
+        return F.large_margin_cross_entropy(
+            input,
+            target,
+            self.weight,
+            lam=self.lam,
+            divergence=self.divergence,
+            hard_bias=self.hard_bias,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,  # type: ignore[arg-type]  # torch types it as str
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"lam={self.lam}, divergence={self.divergence!r}, hard_bias={self.hard_bias}, label_smoothing={self.label_smoothing}, "
+            f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, backend={self.backend!r}"
+        )
+
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor, target: Tensor) -> Tensor: ...
+
+
+class LargeMarginInSoftmaxLoss(LargeMarginCrossEntropyLoss):
+    """:class:`LargeMarginCrossEntropyLoss` under the names and in the order of the author's own class, for those who switch.
+
+    Equal to it for unweighted rows (N, C) in float32 and float64. Elsewhere it follows this library: ignored rows are left out of
+    the regulariser, ``weight`` scales both terms, half precision works, and so do (N, C, d1, ..., dk) and probabilities.
+
+    Args:
+        reg_lambda: the paper's lambda.
+        deg_logit: what is subtracted from the target's logit, in nats: ``True`` is 1.0 (eq. 15), ``None`` and ``False`` are 0.
+        weight, ignore_index, reduction: as in :func:`.large_margin_cross_entropy`.
+        size_average, reduce: torch's deprecated spelling of ``reduction``.
+    """
+
+    def __init__(
+        self,
+        reg_lambda: float = 0.3,
+        deg_logit: float | bool | None = None,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: Reduction = "mean",
+    ) -> None:
+        if size_average is not None or reduce is not None:
+            reduction = nn.CrossEntropyLoss(size_average=size_average, reduce=reduce).reduction  # type: ignore[assignment]
+        super().__init__(weight, lam=reg_lambda, hard_bias=float(deg_logit or 0.0), ignore_index=ignore_index, reduction=reduction)
+
+
+class _HingeLoss(nn.Module):
+    """What the losses on the classification margin store. They are no cross-entropies: their input is not a softmax away from p."""
+
+    weight: Tensor | None
+
+    def __init__(
+        self, weight: Tensor | None = None, *, margin: float = 1.0, ignore_index: int = -100, reduction: Reduction = "mean"
+    ) -> None:
+        super().__init__()
+        _checks.check_number("margin", margin)
+        _checks.check_word("reduction", reduction, REDUCTIONS)
+        self.register_buffer("weight", weight)
+        self.margin = margin
+        self.ignore_index = ignore_index
+        self.reduction: Reduction = reduction
+
+    def _options(self) -> dict[str, Any]:
+        return {"margin": self.margin, "ignore_index": self.ignore_index, "reduction": self.reduction}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
+
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor, target: Tensor) -> Tensor: ...
+
+
+class MulticlassHingeLoss(_HingeLoss):
+    """:func:`.multiclass_hinge` (eq. 14) as a module."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of logits ``input`` and class indices ``target``."""
+        return F.multiclass_hinge(input, target, self.weight, **self._options())
+
+
+class CrammerSingerHingeLoss(_HingeLoss):
+    """:func:`.crammer_singer_hinge` (eq. 1) as a module."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of logits ``input`` and class indices ``target``."""
+        return F.crammer_singer_hinge(input, target, self.weight, **self._options())
+
+
+class HardMarginSoftplusLoss(_HingeLoss):
+    """:func:`.hard_margin_softplus` (Sec. 3) as a module."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of logits ``input`` and class indices ``target``."""
+        return F.hard_margin_softplus(input, target, self.weight, **self._options())

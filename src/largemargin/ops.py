@@ -1,0 +1,156 @@
+"""``row_stats``: the one differentiable operation, and the ladder that picks who computes it.
+
+The autograd functions below save only their inputs. Their backward is plain torch on those inputs, so that it can be
+differentiated again, batched by ``vmap`` and traced by ``torch.compile`` like any other code.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from .allclasses import all_row_stats, all_row_stats_jvp, all_row_stats_vjp
+from .rowstats import RowStats, row_stats_jvp, row_stats_vjp
+from .rowstats import row_stats as row_stats_reference
+
+Backend = Literal["reference"]
+BACKENDS = (None, "reference")
+
+
+class _RowStats(torch.autograd.Function):
+    """The statistics of one target a row: logits (..., C), target (...)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        return tuple(row_stats_reference(logits, target))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+        ctx.mark_non_differentiable(output[-1])
+        ctx.set_materialize_grads(False)  # a loss without a regulariser should not pay for one
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None]:
+        logits, target = ctx.saved_tensors
+        return row_stats_vjp(logits, target, grads), None
+
+
+class _RowStatsWithJvp(_RowStats):
+    # a class of its own because torch.compile traces no function that has a jvp
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        logits, target = ctx.saved_tensors
+        return (*row_stats_jvp(logits, target, tangent)[:5], None)
+
+
+class _AllRowStats(torch.autograd.Function):
+    """The statistics of every class as target: logits (..., C)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: Tensor) -> tuple[Tensor, ...]:
+        return tuple(all_row_stats(logits))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+        ctx.mark_non_differentiable(output[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (logits,) = ctx.saved_tensors
+        return all_row_stats_vjp(logits, grads)
+
+
+class _AllRowStatsWithJvp(_AllRowStats):
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> tuple[Tensor | None, ...]:
+        (logits,) = ctx.saved_tensors
+        return (*all_row_stats_jvp(logits, tangent)[:5], None)
+
+
+class Rows(NamedTuple):
+    """Checked rows in the layout the backends take."""
+
+    logits: Tensor  # (..., C), C >= 1
+    class_index: Tensor  # (...), int64 in [0, C), or -1 for an ignored row
+    valid: Tensor  # (...), False where the label was out of range
+
+
+def classes_last(input: Tensor) -> Tensor:
+    """A view (..., C) of ``input`` (C,), (N, C) or (N, C, d1, ..., dk), with C >= 1."""
+    logits = input.movedim(1, -1) if input.dim() > 2 else input
+    # torch accepts rows without classes where no label asks for one; a masked class says the same
+    return logits if logits.shape[-1] else torch.nn.functional.pad(logits, (0, 1), value=-torch.inf)
+
+
+def checked_rows(input: Tensor, target: Tensor, ignore_index: int) -> Rows:
+    """The rows of logits ``input`` (C,), (N, C) or (N, C, d1, ..., dk) with class indices ``target``; bad input raises."""
+    _checks.check_input(input)
+    _checks.check_indices(input, target, ignore_index)
+    num_classes = _checks.num_classes(input)
+    logits = classes_last(input)
+    target = target.long().reshape(logits.shape[:-1])
+    ignored = target == ignore_index
+    in_range = (target >= 0) & (target < num_classes)
+    valid = ignored | in_range
+    if _checks.can_look_at(target):
+        _checks.check_range(target, valid, num_classes, ignore_index)
+    return Rows(logits, torch.where(ignored, -1, torch.where(in_range, target, 0)), valid)
+
+
+def stats_of_rows(rows: Rows, backend: Backend | None) -> RowStats:
+    """The statistics of each row about its target; NaN where the label was out of range."""
+    _checks.check_word("backend", backend, BACKENDS)
+    op = _RowStats if torch.compiler.is_compiling() else _RowStatsWithJvp
+    return RowStats(*(torch.where(rows.valid, field, torch.nan) for field in op.apply(rows.logits, rows.class_index)))
+
+
+def stats_of_all_classes(logits: Tensor, backend: Backend | None) -> RowStats:
+    """The statistics of each row for every class as its target; ``logits`` and every field (..., C)."""
+    _checks.check_word("backend", backend, BACKENDS)
+    op = _AllRowStats if torch.compiler.is_compiling() else _AllRowStatsWithJvp
+    return RowStats(*op.apply(logits))
+
+
+def row_stats(input: Tensor, target: Tensor, *, ignore_index: int = -100, backend: Backend | None = None) -> RowStats:
+    r"""The statistics of each row of logits about its target; differentiable, and all a loss needs.
+
+    .. math:: l = f_y - L, \quad e = E_q[\log q], \quad a = \tfrac1K \textstyle\sum_{c \neq y} \log q_c, \quad
+              \hat\rho = L - f_{c^*} \; (7), \qquad L = \mathrm{LSE}(\{f_c\}_{c \neq y})
+
+    with :math:`q` the softmax over the K non-target classes (eq. 9). Classes whose logit is -inf are not in the row.
+
+    Args:
+        input: logits, shape ``(C,)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``; any floating dtype, half precision is computed in float32.
+        target: class indices in ``[0, C)`` or ``ignore_index``, int64 (or uint8), shape ``()``, ``(N,)`` or ``(N, d1, ..., dk)``.
+        ignore_index: rows with this target get statistics 0 and an exactly zero gradient, whatever they hold.
+        backend: who computes; ``None`` chooses.
+
+    Returns:
+        :class:`RowStats`, a named tuple of ``log_odds``, ``neg_entropy``, ``mean_log_q``, ``rho``, ``spread`` and ``num_nontargets``,
+        each shaped like ``target``, in float32 or (for float64 input) float64.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, IndexError: as :func:`torch.nn.functional.cross_entropy` does for the same mistake; also
+            ValueError for an unknown backend. Off the CPU and in compiled code a label out of range is not an error: its row is NaN.
+
+    Example:
+        >>> import torch, largemargin
+        >>> logits = torch.tensor([[2.0, 0.0, 0.0]], requires_grad=True)
+        >>> stats = largemargin.row_stats(logits, torch.tensor([0]))
+        >>> stats.rho  # two equal non-targets: log 2
+        tensor([0.6931], grad_fn=<...>)
+        >>> focal = ((1 - stats.log_odds.sigmoid()) ** 2 * torch.nn.functional.softplus(-stats.log_odds)).mean()
+        >>> focal.backward()  # one's own loss, in one line
+
+    Source: Kobayashi, *Large Margin In Softmax Cross-Entropy Loss*, BMVC 2019, Sec. 2.
+    """
+    return stats_of_rows(checked_rows(input, target, ignore_index), backend)

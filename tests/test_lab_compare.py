@@ -1,0 +1,296 @@
+"""The command ``largemargin compare``, from the statistics to an interrupt in the middle."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+from largemargin.lab import cli, compare, queue
+from largemargin.lab.errors import LabError
+from largemargin.lab.recipe import LOSSES, Recipe
+
+LARGEMARGIN = [sys.executable, "-W", "error", "-m", "largemargin.lab.cli"]
+
+
+def record(loss, seed, error, noise=0.0, margin=1.0):
+    test = {"error": error, "margin": margin, "rho": 0.5, "ece": 2.0, "nll": 0.1, "margin_histogram": [0] * 160}
+    recipe = Recipe(loss=loss, seed=seed, label_noise=noise, **LOSSES[loss]).to_dict()
+    return {"recipe": recipe, "test": test, "seconds": 1.0}
+
+
+def test_the_interval_is_that_of_the_paired_t_test():
+    rng = np.random.default_rng(0)
+    errors, baseline = rng.normal(10, 1, 7), rng.normal(11, 1, 7)
+    difference = compare.paired_difference(errors.tolist(), baseline.tolist())
+    low, high = stats.ttest_rel(errors, baseline).confidence_interval(0.95)
+    assert difference.mean == pytest.approx((errors - baseline).mean())
+    assert (difference.low, difference.high) == pytest.approx((low, high))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"), [(-2.0, -0.1, "better"), (0.1, 2.0, "worse"), (-1.0, 0.1, "not told apart"), (-1.0, 0.0, "not told apart")]
+)
+def test_better_is_said_only_where_the_interval_excludes_zero(low, high, verdict):
+    assert compare.Difference((low + high) / 2, low, high).verdict == verdict
+
+
+def test_pairs_are_matched_by_seed_whatever_the_order():
+    records = [record("softmax", s, 10.0 + s) for s in (0, 1, 2)] + [record("large_margin", s, 9.0 + s) for s in (2, 0, 1)]
+    row = compare.summarise(records)[1]
+    assert (row.difference.mean, row.difference.low, row.difference.high) == (-1.0, -1.0, -1.0)
+    assert row.error == 10.0 and row.error_std == 1.0  # n - 1
+
+
+def test_one_seed_has_no_interval_and_a_missing_baseline_no_difference():
+    one = compare.summarise([record("softmax", 0, 10.0), record("large_margin", 0, 9.0)])
+    assert one[1].difference is None and one[1].error_std is None
+    assert "n/a" in compare.cells(one[1])
+    alone = compare.summarise([record("large_margin", s, 9.0 + s) for s in (0, 1)])
+    assert alone[0].difference is None
+
+
+def test_a_diverged_run_is_shown_as_nan_and_does_not_break_the_table():
+    broken = record("softmax", 0, 90.0)
+    broken["test"]["margin"] = broken["test"]["nll"] = None
+    assert compare.cells(compare.summarise([broken, record("softmax", 1, 10.0)])[0])[4] == "nan"
+
+
+def test_recipes_are_every_loss_with_every_seed_at_every_noise():
+    comparison = compare.Comparison(seeds=(3, 4), label_noise=(0.0, 0.2), lam=0.7, epochs=9)
+    recipes = comparison.recipes()
+    assert len({recipe.id for recipe in recipes}) == len(recipes) == 12
+    assert {recipe.lam for recipe in recipes if recipe.loss == "large_margin"} == {0.7}
+    assert all(recipe.lam is None for recipe in recipes if recipe.loss != "large_margin")
+    # what does not concern a loss does not make it another run
+    others = {recipe.id for recipe in compare.Comparison(seeds=(3, 4), label_noise=(0.0, 0.2), lam=0.1, epochs=9).recipes()}
+    assert len(others & {recipe.id for recipe in recipes}) == 8
+
+
+def run_cli(*arguments, **settings):
+    return subprocess.run([*LARGEMARGIN, *arguments], capture_output=True, text=True, timeout=200, **settings)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A small comparison, done once."""
+    out = tmp_path_factory.mktemp("compare") / "out"
+    command = [
+        "compare",
+        "--seeds",
+        "0",
+        "1",
+        "--epochs",
+        "1",
+        "--label-noise",
+        "0",
+        "0.3",
+        "--losses",
+        "softmax",
+        "large_margin",
+        "--out",
+        str(out),
+    ]
+    return out, command, run_cli(*command)
+
+
+def test_compare_ends_with_a_table_and_its_files(finished):
+    out, _, done = finished
+    assert done.returncode == 0, done.stderr
+    assert "minus softmax, 95% interval" in done.stdout and "label noise 0.3, 2 seeds" in done.stdout
+    assert len(re.findall(r"^\[\d/8\] ", done.stdout, re.MULTILINE)) == 8  # plain lines where there is no terminal
+    rows = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
+    records = [json.loads(path.read_text()) for path in (out / "runs").glob("*/result.json")]
+    assert len(rows) == len(records) == 8
+    by_key = {(r["recipe"]["loss"], r["recipe"]["seed"], r["recipe"]["label_noise"]): r for r in records}
+    for row in rows:
+        assert float(row["test_error"]) == by_key[row["loss"], int(row["seed"]), float(row["label_noise"])]["test"]["error"]
+    assert (out / "report.html").stat().st_size > 10_000
+    assert not list(out.rglob("*.pt"))
+
+
+def test_the_same_command_repeats_nothing(finished):
+    out, command, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*") if path.is_file()}
+    again = run_cli(*command)
+    assert again.returncode == 0 and "8 already done" in again.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*") if path.is_file()}
+
+
+def test_more_seeds_add_runs_to_those_there(finished, tmp_path):
+    out, command, _ = finished
+    shutil.copytree(out, tmp_path / "more")
+    more = run_cli(*[{"0": "0", "1": "2"}.get(word, word) for word in command[:4]], *command[4:-1], str(tmp_path / "more"))
+    assert more.returncode == 0 and "8 runs" in more.stdout and "4 already done" in more.stdout
+    assert len(list((tmp_path / "more" / "runs").glob("*/result.json"))) == 12
+
+
+def test_report_prints_the_table_again(finished, tmp_path):
+    out, _, done = finished
+    shutil.copytree(out, tmp_path / "copy")
+    (tmp_path / "copy" / "report.html").unlink()
+    again = run_cli("report", str(tmp_path / "copy"))
+    assert again.returncode == 0 and (tmp_path / "copy" / "report.html").is_file()
+    assert done.stdout[done.stdout.index("label noise 0, 2 seeds") : done.stdout.index("Test error at")] in again.stdout
+    assert (tmp_path / "copy" / "report.html").read_text() == (out / "report.html").read_text()
+
+
+def test_an_interrupt_keeps_what_is_finished_and_the_same_command_goes_on(tmp_path):
+    out = tmp_path / "out"
+    command = [
+        *LARGEMARGIN,
+        "compare",
+        "--seeds",
+        "0",
+        "1",
+        "2",
+        "--epochs",
+        "12",
+        "--losses",
+        "softmax",
+        "large_margin",
+        "--out",
+        str(out),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list((out / "runs").glob("*/result.json")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: every process of the group hears it
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "kept" in error and "Traceback" not in error and len(error.strip().splitlines()) == 1
+    kept = {path: path.stat().st_mtime_ns for path in (out / "runs").glob("*/result.json")}
+    assert 1 <= len(kept) < 6
+    assert not list(out.rglob(".*"))  # nothing half-written
+    again = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0, again.stderr
+    assert all(path.stat().st_mtime_ns == changed for path, changed in kept.items())
+    assert len(list((out / "runs").glob("*/result.json"))) == 6
+
+
+def test_an_image_folder_is_compared(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, level in (("dark", 40), ("light", 200)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(20):
+            Image.fromarray(rng.integers(level - 30, level + 30, (14, 18, 3), dtype=np.uint8)).save(tmp_path / "images" / name / f"{i}.png")
+    command = [
+        "compare",
+        "--data",
+        str(tmp_path / "images"),
+        "--image-size",
+        "12",
+        "--epochs",
+        "2",
+        "--seeds",
+        "0",
+        "--losses",
+        "softmax",
+        "modified",
+    ]
+    done = run_cli(*command, "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert "n/a" in done.stdout  # one seed
+    records = [json.loads(path.read_text()) for path in (tmp_path / "out" / "runs").glob("*/result.json")]
+    assert [record["num_train"] for record in records] == [32, 32] and records[0]["classes"] == ["dark", "light"]
+    assert not list((tmp_path / "out").rglob("*.pt"))  # the decoded images are gone with the runs that needed them
+
+
+def test_a_foreign_folder_is_refused_and_left_as_it_was(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert cli.main(["compare", "--out", str(tmp_path)]) == 2
+    assert "not of a comparison" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_an_unwritable_folder_says_so(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli.main(["compare", "--out", str(tmp_path / "file" / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "--out" in error and len(error.splitlines()) == 1
+    assert cli.main(["compare", "--out", str(tmp_path / "file")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["compare", "--losses", "softmx"], "softmx"),
+        (["compare", "--seeds", "-1"], "seeds"),
+        (["compare", "--seeds", "1.5"], "seeds"),
+        (["compare", "--lam", "nan"], "lam"),
+        (["compare", "--lam", "inf"], "lam"),
+        (["compare", "--label-noise", "1.5"], "label_noise"),
+        (["compare", "--train-fraction", "0"], "train_fraction"),
+        (["compare", "--epochs", "0"], "epochs"),
+        (["compare", "--jobs", "0"], "jobs"),
+        (["compare", "--image-size", "2"], "image_size"),
+        (["compare", "--nosuch"], "--nosuch"),
+        (["compare", "--device", "nosuch"], "--device nosuch"),
+        (["compare", "--data", "/nosuch"], "/nosuch"),
+        (["compare", "--data", "cifar100", "--data-root", "/nosuch"], "/nosuch"),
+        (["report", "/nosuch"], "/nosuch"),
+        (["nosuch"], "nosuch"),
+        ([], "command"),
+    ],
+)
+def test_bad_options_get_one_clear_line(arguments, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.startswith("largemargin: ") and len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"], ["report", "--help"], ["--version"]])
+def test_help_does_not_import_torch(arguments):
+    code = f"""
+import sys
+from largemargin.lab.cli import main
+try:
+    main({arguments!r})
+except SystemExit as stop:
+    assert not stop.code, stop.code
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "largemargin" in done.stdout
+
+
+def test_without_the_extra_the_install_line_is_printed(monkeypatch, capsys):
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "jsonargparse" else object())
+    assert cli.main(["compare"]) == 2
+    assert 'pip install "largemargin[lab]"' in capsys.readouterr().err
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_kept(tmp_path):
+    good, bad = Recipe(loss="softmax", seed=0, epochs=1), Recipe(loss="softmax", seed=1, epochs=1, network="nosuch")
+    with pytest.raises(LabError, match=f"1 of 2 runs failed.*{bad.id}.*nosuch"):
+        queue.run_all([bad, good], tmp_path, 1, lambda *_: None)
+    assert queue.result_of(good, tmp_path) is not None
+    assert "Traceback" in (tmp_path / bad.id / "error.txt").read_text()
+
+
+def test_a_broken_record_is_named(tmp_path):
+    recipe = Recipe(loss="softmax", seed=0)
+    (tmp_path / recipe.id).mkdir()
+    (tmp_path / recipe.id / "result.json").write_text("{")
+    with pytest.raises(LabError, match=r"result\.json is not the record"):
+        queue.result_of(recipe, tmp_path)
+
+
+def test_options_can_come_from_a_file(tmp_path):
+    (tmp_path / "options.yaml").write_text("seeds: [0, 7]\nlam: 0.5\nlabel_noise: [0.1]\n")
+    parsed = cli.build_parser().parse_args(["compare", "--config", str(tmp_path / "options.yaml"), "--lam", "1"])
+    assert parsed.compare.seeds == [0, 7] and parsed.compare.lam == 1 and parsed.compare.label_noise == [0.1]
