@@ -106,7 +106,7 @@ def finished(tmp_path_factory):
 def test_compare_ends_with_a_table_and_its_files(finished):
     out, _, done = finished
     assert done.returncode == 0, done.stderr
-    assert "minus softmax, 95% interval" in done.stdout and "label noise 0.3, 2 seeds" in done.stdout
+    assert "minus softmax [95%]" in done.stdout and "label noise 0.3, 2 seeds" in done.stdout
     assert len(re.findall(r"^\[\d/8\] ", done.stdout, re.MULTILINE)) == 8  # plain lines where there is no terminal
     rows = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
     records = [json.loads(path.read_text()) for path in (out / "runs").glob("*/result.json")]

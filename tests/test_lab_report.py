@@ -29,7 +29,7 @@ def test_the_page_needs_nothing_from_outside(page):
 def test_the_page_holds_the_table_and_every_figure(page):
     text = page.read_text()
     assert text.count("<svg") == 7  # the overview, and three figures for each share of noise
-    for words in ("label smoothing ε=0.1", "large margin λ=0.3", "minus softmax, 95% interval", "Learning curves", "log(C − 1)", "seeds"):
+    for words in ("label smoothing ε=0.1", "large margin λ=0.3", "minus softmax [95%]", "Learning curves", "log(C − 1)", "seeds"):
         assert words in text
     assert "nan" not in re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL).lower()
 

@@ -148,7 +148,7 @@ def large_margin_cross_entropy(
         tensor(0.2586, grad_fn=<...>)
         >>> loss.backward()
         >>> large_margin_cross_entropy(logits, torch.tensor([0, 1]), lam=0)  # = torch.nn.functional.cross_entropy
-        tensor(0.2051, grad_fn=<...>)
+        tensor(0.2056, grad_fn=<...>)
 
     Source: Kobayashi, *Large Margin In Softmax Cross-Entropy Loss*, BMVC 2019, eqs. (8), (11), (13) and (15).
     """

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -145,7 +146,7 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[Row]:
     return rows
 
 
-COLUMNS = ("loss", "test error %", "minus softmax, 95% interval", "verdict", "margin", "rho-hat", "ECE %", "NLL")
+COLUMNS = ("loss", "test error %", "minus softmax [95%]", "verdict", "margin", "rho-hat", "ECE %", "NLL")
 NOTE = (
     "Test error at the last epoch, mean ± std (n-1) over seeds. The interval is of the paired difference over seeds (Student t): "
     "it covers the seeds, not the choice of test samples. One seed has no interval."
@@ -165,14 +166,20 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def print_tables(rows: Sequence[Row], console: Console) -> None:
+    """A table for each share of label noise; in two parts where the terminal is narrow."""
+    whole = range(len(COLUMNS))
+    parts = [whole] if console.width >= 100 else [whole[:4], [0, *whole[4:]]]
     for noise in dict.fromkeys(row.label_noise for row in rows):
         group = [row for row in rows if row.label_noise == noise]
-        table = Table(title=f"label noise {noise:g}, {group[0].n} seed{'s' if group[0].n > 1 else ''}", title_justify="left")
-        for i, column in enumerate(COLUMNS):
-            table.add_column(column, justify="left" if i in (0, 3) else "right", no_wrap=i == 0)
-        for row in group:
-            table.add_row(*cells(row))
-        console.print(table)
+        console.print(f"\nlabel noise {noise:g}, {group[0].n} seed{'s' if group[0].n > 1 else ''}", style="bold", highlight=False)
+        for part in parts:
+            table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+            for i in part:
+                table.add_column(COLUMNS[i], justify="left" if i in (0, 3) else "right", no_wrap=True)
+            for row in group:
+                texts = cells(row)
+                table.add_row(*(texts[i] for i in part))
+            console.print(table)
     console.print(NOTE, style="dim")
 
 

@@ -1,0 +1,51 @@
+"""The README and docs/: every Python block runs, every name and test they mention is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import largemargin
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def python_blocks(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.name)
+def test_every_python_block_runs(page):
+    namespace = {}
+    for block in python_blocks(page):
+        exec(compile(block, str(page), "exec"), namespace)
+
+
+def test_the_readme_mentions_the_commands_that_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        assert set(re.findall(r"\bmake ([a-z-]+)\b(?=[`) ]| *#)", page.read_text())) <= targets, page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_files_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        assert (page.parent / link).exists(), link
+
+
+def test_every_equation_has_a_name_in_the_code_and_a_test():
+    rows = re.findall(r"^\| (\(\d+\)|Sec\. 3) \|(.*)\|$", (ROOT / "docs" / "maths.md").read_text(), re.MULTILINE)
+    assert [number for number, _ in rows] == [f"({i})" for i in range(1, 16)] + ["Sec. 3"]
+    for number, cells in rows:
+        tests = re.findall(r"`(test_\w+)\.(test_\w+)`", cells)
+        assert tests, number
+        for file, name in tests:
+            assert re.search(rf"^def {name}\(", (ROOT / "tests" / f"{file}.py").read_text(), re.MULTILINE), f"{file}.{name}"
+
+
+def test_the_words_of_the_docs_are_the_words_of_the_code():
+    maths = (ROOT / "docs" / "maths.md").read_text()
+    for kind in re.findall(r'divergence\(stats, "(\w+)"\)', maths):
+        stats = largemargin.RowStats(*[__import__("torch").ones(1)] * 6)
+        largemargin.divergence(stats, kind)
