@@ -5,6 +5,7 @@ TypeError. Only labels are looked at by value, and only where that costs no sync
 """
 
 import math
+import sys
 from collections.abc import Iterable
 
 import torch
@@ -31,11 +32,11 @@ def check_word(name: str, value: object, allowed: Iterable[object]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}, not a valid value for {name}")
 
 
-def check_number(name: str, value: object, *, low: float = -math.inf) -> None:
+def check_number(name: str, value: object, *, low: float = -sys.float_info.max) -> None:
     if isinstance(value, Tensor) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a Python number, got {describe(value)}; for a 0-d tensor pass {name}.item()")
-    if not math.isfinite(value) or value < low:
-        raise ValueError(f"{name} must be finite{f' and at least {low:g}' if low > -math.inf else ''}, got {value!r}")
+    if not low <= value < math.inf:  # compared, not asked math.isfinite: in dynamic compilation the value is a symbol
+        raise ValueError(f"{name} must be finite{f' and at least {low:g}' if low > -1 else ''}, got {value!r}")
 
 
 def check_label_smoothing(value: object) -> None:
@@ -46,11 +47,15 @@ def check_label_smoothing(value: object) -> None:
         raise (RuntimeError if value > 1 else ValueError)(f"label_smoothing must be between 0.0 and 1.0, got {value!r}")
 
 
-def check_input(input: object) -> None:
+def check_input(input: object, target: object) -> None:
     check_tensor("input", input)
-    assert isinstance(input, Tensor)
+    check_tensor("target", target)
+    assert isinstance(input, Tensor) and isinstance(target, Tensor)
     if input.dim() == 0:
-        raise RuntimeError("input must be logits of shape (C,), (N, C) or (N, C, d1, ..., dk), got a tensor without dimensions")
+        same = target.dim() == 0 and not target.is_floating_point()
+        raise (RuntimeError if same else IndexError)(
+            "input must be logits of shape (C,), (N, C) or (N, C, d1, ..., dk), got a tensor without dimensions"
+        )
     if input.dtype not in FLOATING:
         words = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
         raise NotImplementedError(f"input must be logits in one of {words}; got {describe(input)}; convert it with input.float()")
@@ -63,10 +68,8 @@ def check_same_device(name: str, value: Tensor, input: Tensor) -> None:
         )
 
 
-def is_probabilities(input: Tensor, target: object) -> bool:
+def is_probabilities(input: Tensor, target: Tensor) -> bool:
     """Whether the target holds class probabilities: torch's rule, the same shape as the input."""
-    check_tensor("target", target)
-    assert isinstance(target, Tensor)
     return target.shape == input.shape
 
 
@@ -96,9 +99,7 @@ def index_shape(input: Tensor) -> tuple[int, ...]:
     return (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
 
 
-def check_indices(input: Tensor, target: object, ignore_index: object) -> None:
-    check_tensor("target", target)
-    assert isinstance(target, Tensor)
+def check_indices(input: Tensor, target: Tensor, ignore_index: object) -> None:
     check_integer("ignore_index", ignore_index)
     expected = index_shape(input)
     said = f"target must be int64 class indices of shape {expected} for input of shape {tuple(input.shape)}, got {describe(target)}"
@@ -106,7 +107,7 @@ def check_indices(input: Tensor, target: object, ignore_index: object) -> None:
         raise RuntimeError(f"{said}; these statistics are of one class a row, so probabilities have none")
     # torch also takes one label in a vector for one row without a batch dimension
     if tuple(target.shape) != expected and not (input.dim() == 1 and tuple(target.shape) == (1,)):
-        batch_differs = target.shape[:1] != input.shape[:1] if input.dim() > 1 else target.dim() == 1
+        batch_differs = target.shape[:1] != input.shape[:1] if input.dim() > 1 else target.dim() == 1 and not target.is_floating_point()
         raise (ValueError if batch_differs else RuntimeError)(f"{said}; class probabilities would have the shape of input")
     if target.dtype not in (torch.int64, torch.uint8):
         fix = (

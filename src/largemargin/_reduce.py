@@ -25,8 +25,9 @@ def reduce_rows(losses: Tensor, index: Tensor, weight: Tensor | None, reduction:
     """
     kept = index >= 0
     row_weight = kept.to(losses.dtype)
-    if weight is not None:
-        row_weight = row_weight * weight.to(losses.dtype)[index.clamp(min=0)]
+    if weight is not None and weight.numel():  # without classes every row is ignored
+        of_targets = weight.to(losses.dtype).index_select(0, index.clamp(min=0).reshape(-1)).reshape(index.shape)
+        row_weight = row_weight * of_targets
         losses = losses * row_weight
     if unscaled is not None:
         losses = losses + unscaled

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .rowstats import RowStats, accumulation_dtype, row_stats, row_stats_jvp, row_stats_vjp
+from .rowstats import RowStats, accumulation_dtype, near, row_stats, row_stats_jvp, row_stats_vjp
 
 
 class _Peeled(NamedTuple):
@@ -27,6 +27,7 @@ class _Peeled(NamedTuple):
     kept: Tensor  # the classes of the row: their logit is not -inf
     z: Tensor
     x: Tensor
+    xz: Tensor
     S: Tensor
     tau: Tensor
     mean_u_z: Tensor  # mean of z over the non-targets of y
@@ -43,13 +44,13 @@ def _peel(logits: Tensor) -> _Peeled:
     kept = logits != -torch.inf
     is_top = torch.arange(logits.shape[-1], device=logits.device) == top.unsqueeze(-1)
     z = torch.where(kept, logits - logits.gather(-1, top.unsqueeze(-1)), 0.0)
-    z = z.clamp(min=torch.finfo(z.dtype).min)  # as in rowstats: a difference of finite logits can overflow
     x = torch.where(kept, z.exp(), 0.0)
+    xz = x * near(z)
     others = torch.where(is_top, 0.0, x)
     S = 1 + (others.sum(-1, keepdim=True) - x)
-    tau = ((others * z).sum(-1, keepdim=True) - x * z) / S
+    tau = (xz.sum(-1, keepdim=True) - xz) / S  # z_j = 0
     count = (kept.sum(-1, keepdim=True) - 1).clamp(min=1).to(z.dtype)
-    return _Peeled(top, is_top, kept, z, x, S, tau, (z.sum(-1, keepdim=True) - z) / count, count)
+    return _Peeled(top, is_top, kept, z, x, xz, S, tau, (z.sum(-1, keepdim=True) - z) / count, count)
 
 
 def all_row_stats(logits: Tensor) -> RowStats:
@@ -60,7 +61,8 @@ def all_row_stats(logits: Tensor) -> RowStats:
     logits = logits.to(accumulation_dtype(logits.dtype))
     row = _peel(logits)
     log_S = torch.log1p(row.S - 1)
-    log_odds = torch.where(row.kept, row.z - log_S, -torch.inf)
+    no_class = ~row.kept.any(-1, keepdim=True)
+    log_odds = torch.where(row.kept, row.z - log_S, torch.where(no_class, torch.nan, -torch.inf))
     count = row.num_nontargets.expand_as(row.z) * (row.kept.sum(-1, keepdim=True) > 1)
     others = RowStats(log_odds, row.tau - log_S, row.mean_u_z - log_S, log_S, row.tau - row.mean_u_z, count)
     top = row_stats(logits, row.top)
@@ -77,7 +79,7 @@ def all_row_stats_vjp(logits: Tensor, grads: tuple[Tensor, ...]) -> Tensor:
     at_top = row.top.unsqueeze(-1)
     grad = row_stats_vjp(logits, row.top, tuple(g.gather(-1, at_top).squeeze(-1) for g in (g_l, g_e, g_a, g_rho)))
     grad = grad + torch.where(row.is_top, 0.0, g_l)
-    grad = grad + row.x * (row.z * row.rest(g_e / row.S) - row.rest((g_e * row.tau + g_l) / row.S))
+    grad = grad + row.xz * row.rest(g_e / row.S) - row.x * row.rest((g_e * row.tau + g_l) / row.S)
     grad = grad + (row.rest(g_a) / row.num_nontargets - row.x * row.rest(g_a / row.S))
     # off the arg-max, rho is measured from f_j
     grad = grad + row.x * row.rest(g_rho / row.S) - torch.where(row.is_top, row.rest(g_rho), 0.0)
@@ -95,7 +97,7 @@ def all_row_stats_jvp(logits: Tensor, tangent: Tensor) -> RowStats:
         return values.sum(-1, keepdim=True) - values
 
     mu = without_own(row.x * v) / row.S  # E_q[v]
-    d_neg_entropy = without_own(row.x * row.z * v) / row.S - row.tau * mu
+    d_neg_entropy = without_own(row.xz * v) / row.S - row.tau * mu
     d_mean_log_q = without_own(v) / row.num_nontargets - mu
     d_rho = mu - v.gather(-1, row.top.unsqueeze(-1))
     others = RowStats(

@@ -71,7 +71,9 @@ def divergence(stats: RowStats, kind: Divergence = "symmetric") -> Tensor:
 def _margin_term(stats: RowStats, lam: float, kind: Divergence, hard_bias: float, label_smoothing: float) -> Tensor:
     """``(1 - eps) softplus(b - l) + lam D``: eqs. (3), (11) and (15), and the first term of (13)."""
     loss = softplus(hard_bias - stats.log_odds)
-    if label_smoothing > 0:
+    if label_smoothing == 1:
+        loss = torch.where(loss.isfinite(), 0.0, loss)  # 0 * inf is NaN; a masked target stays infinite
+    elif label_smoothing > 0:
         loss = (1 - label_smoothing) * loss
     return loss + lam * divergence(stats, kind) if lam > 0 else loss
 
@@ -85,8 +87,7 @@ def _mean_cross_entropy(stats: RowStats) -> Tensor:
 
 
 def _weighted_mean_cross_entropy(logits: Tensor, weight: Tensor | None) -> Tensor:
-    """The mean of ``-w_c log p_c`` over the classes of the row; ``logits`` (..., C)."""
-    logits = logits.to(accumulation_dtype(logits.dtype))
+    """The mean of ``-w_c log p_c`` over the classes of the row; ``logits`` (..., C), not of half precision."""
     kept = logits != -torch.inf
     losses = torch.where(kept, -logits.log_softmax(-1), 0.0)
     if weight is not None:
@@ -157,19 +158,21 @@ def large_margin_cross_entropy(
     _checks.check_number("hard_bias", hard_bias)
     _checks.check_label_smoothing(label_smoothing)
     _checks.check_word("reduction", reduction, REDUCTIONS)
-    _checks.check_input(input)
+    _checks.check_input(input, target)
     _checks.check_weight(weight, input)
 
     if _checks.is_probabilities(input, target):
         _checks.check_probabilities(input, target, ignore_index)
-        logits, t = classes_last(input), classes_last(target)
+        logits, t = classes_last(input.to(accumulation_dtype(input.dtype))), classes_last(target)
         losses = _margin_term(stats_of_all_classes(logits, backend), lam, divergence, hard_bias, label_smoothing)
-        losses = torch.where((t == 0) & (logits == -torch.inf), 0.0, losses)  # a masked class without a share adds nothing
+        losses = torch.where((t == 0) & (losses == torch.inf), 0.0, losses)  # a masked class without a share adds nothing
         losses = (losses * t if weight is None else losses * t * weight.to(losses.dtype)).sum(-1)
         if label_smoothing > 0:
             losses = losses + label_smoothing * _weighted_mean_cross_entropy(logits, weight)
         return reduce(losses, losses.numel() if _checks.num_classes(input) else 0, reduction)
 
+    if label_smoothing > 0 and weight is not None:
+        input = input.to(accumulation_dtype(input.dtype))  # two terms read it: their gradients are to be added before they are rounded
     rows = checked_rows(input, target, ignore_index)
     stats = stats_of_rows(rows, backend)
     losses = _margin_term(stats, lam, divergence, hard_bias, label_smoothing)
@@ -310,6 +313,8 @@ def multiclass_hinge(
     nontarget = ~is_target & (logits != -torch.inf) & (rows.class_index >= 0).unsqueeze(-1)
     violations = torch.where(nontarget, (logits - target_logit + margin).relu(), 0.0)
     losses = violations.sum(-1) / nontarget.sum(-1).clamp(min=1)
+    largest = logits.detach().amax(-1)
+    losses = losses + (largest - largest)  # NaN where the row holds NaN or +inf, or nothing but -inf; else 0
     return reduce_rows(torch.where(rows.valid, losses, torch.nan), rows.class_index, weight, reduction)
 
 

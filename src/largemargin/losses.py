@@ -42,6 +42,7 @@ class LargeMarginCrossEntropyLoss(nn.CrossEntropyLoss):
         _checks.check_word("divergence", divergence, DIVERGENCES)
         _checks.check_number("hard_bias", hard_bias)
         _checks.check_label_smoothing(label_smoothing)
+        _checks.check_integer("ignore_index", ignore_index)
         _checks.check_word("reduction", reduction, REDUCTIONS)
         _checks.check_word("backend", backend, BACKENDS)
         super().__init__(weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
@@ -103,6 +104,9 @@ class LargeMarginInSoftmaxLoss(LargeMarginCrossEntropyLoss):
             reduction = nn.CrossEntropyLoss(size_average=size_average, reduce=reduce).reduction  # type: ignore[assignment]
         super().__init__(weight, lam=reg_lambda, hard_bias=float(deg_logit or 0.0), ignore_index=ignore_index, reduction=reduction)
 
+    def extra_repr(self) -> str:
+        return f"reg_lambda={self.lam}, deg_logit={self.hard_bias}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
+
 
 class _HingeLoss(nn.Module):
     """What the losses on the classification margin store. They are no cross-entropies: their input is not a softmax away from p."""
@@ -114,6 +118,7 @@ class _HingeLoss(nn.Module):
     ) -> None:
         super().__init__()
         _checks.check_number("margin", margin)
+        _checks.check_integer("ignore_index", ignore_index)
         _checks.check_word("reduction", reduction, REDUCTIONS)
         self.register_buffer("weight", weight)
         self.margin = margin

@@ -40,12 +40,18 @@ class _RowStats(torch.autograd.Function):
         return row_stats_vjp(logits, target, grads), None
 
 
+def differentiable_jvp() -> Any:
+    """Around the body of a jvp: torch calls it with forward mode off, which silently drops the tangents of an outer jvp."""
+    return torch.autograd.forward_ad._set_fwd_grad_enabled(True)
+
+
 class _RowStatsWithJvp(_RowStats):
     # a class of its own because torch.compile traces no function that has a jvp
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        logits, target = ctx.saved_tensors
-        return (*row_stats_jvp(logits, target, tangent)[:5], None)
+        with differentiable_jvp():
+            logits, target = (torch.autograd.forward_ad.unpack_dual(saved).primal for saved in ctx.saved_tensors)
+            return (*row_stats_jvp(logits, target, tangent)[:5], None)
 
 
 class _AllRowStats(torch.autograd.Function):
@@ -72,8 +78,9 @@ class _AllRowStats(torch.autograd.Function):
 class _AllRowStatsWithJvp(_AllRowStats):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> tuple[Tensor | None, ...]:
-        (logits,) = ctx.saved_tensors
-        return (*all_row_stats_jvp(logits, tangent)[:5], None)
+        with differentiable_jvp():
+            logits = torch.autograd.forward_ad.unpack_dual(ctx.saved_tensors[0]).primal
+            return (*all_row_stats_jvp(logits, tangent)[:5], None)
 
 
 class Rows(NamedTuple):
@@ -93,7 +100,7 @@ def classes_last(input: Tensor) -> Tensor:
 
 def checked_rows(input: Tensor, target: Tensor, ignore_index: int) -> Rows:
     """The rows of logits ``input`` (C,), (N, C) or (N, C, d1, ..., dk) with class indices ``target``; bad input raises."""
-    _checks.check_input(input)
+    _checks.check_input(input, target)
     _checks.check_indices(input, target, ignore_index)
     num_classes = _checks.num_classes(input)
     logits = classes_last(input)

@@ -61,16 +61,19 @@ def _shifted(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     z = logits - shift.unsqueeze(-1)
     absent = logits == -torch.inf
     exp_z = z.exp()
-    z = z.masked_fill(absent, 0.0)
-    z = z.clamp(min=torch.finfo(z.dtype).min)  # a difference of finite logits can overflow, and 0 * -inf is NaN
-    return m, absent, z, exp_z
+    return m, absent, z.masked_fill(absent, 0.0), exp_z
+
+
+def near(z: Tensor) -> Tensor:
+    """``z`` for products with ``e^z``, which is 0 from -1e4 down: a larger factor could overflow, and 0 * inf is NaN."""
+    return z.clamp(min=-1e4)
 
 
 def record(logits: Tensor) -> Record:
     """The sums over the classes of the last dimension; a class whose logit is -inf is absent."""
     m, absent, z, exp_z = _shifted(logits)
     num_classes = (logits.shape[-1] - absent.sum(-1)).to(z.dtype)
-    return Record(m, exp_z.sum(-1), (exp_z * z).sum(-1), z.sum(-1), num_classes)
+    return Record(m, exp_z.sum(-1), (exp_z * near(z)).sum(-1), z.sum(-1), num_classes)
 
 
 def merge(left: Record, right: Record) -> Record:
@@ -134,6 +137,7 @@ def _row(logits: Tensor, target: Tensor) -> _Row:
     num_nontargets = (logits.shape[-1] - absent.sum(-1, keepdim=True)).to(z.dtype)
     alone = num_nontargets == 0
     sum_exp = torch.where(alone, 1.0, exp_z.sum(-1, keepdim=True))
+    z = near(z)
     mean_q_z = (exp_z * z).sum(-1, keepdim=True) / sum_exp
     return _Row(others, absent, exp_z / sum_exp, z - mean_q_z, num_nontargets.clamp(min=1), alone)
 

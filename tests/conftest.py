@@ -1,0 +1,24 @@
+"""How the suite runs: the Hypothesis profile, one thread a worker, the helper modules on the path."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+sys.path.insert(0, str(Path(__file__).parent))  # oracle, strategies and measure: import-mode=importlib puts no folder on the path
+
+# derandomize: a run is the same everywhere; deadline None: the first call of a torch operator is slow
+settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("suite")
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    """A generator of its own for each test, so that no test depends on which others ran."""
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,223 @@
+"""Class probabilities: the expectation of the loss over the classes, which the paper's one-class loss defines."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import oracle
+import strategies
+from largemargin import large_margin_cross_entropy
+from measure import INF, assert_within, loss_scale
+
+DIVERGENCES = ("symmetric", "kl_qu", "kl_uq")
+DTYPES = (torch.float32, torch.float64)
+LEADS = (12, 16, 20, 50, 87, 103, 110)
+
+
+def loss_and_gradient(input: Tensor, target: Tensor, *args: Tensor | None, **options) -> tuple[Tensor, Tensor]:
+    leaf = input.clone().requires_grad_()
+    loss = large_margin_cross_entropy(leaf, target, *args, **options)
+    return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
+
+
+def soft_scale(f: list[float], t: list[float], weight: list[float] | None = None, *, label_smoothing: float = 0.0, **options) -> float:
+    w = [1.0] * len(f) if weight is None else weight
+    scale = sum(share * w[y] * loss_scale(f, y, **options) for y, share in enumerate(t) if share > 0)
+    if label_smoothing > 0:
+        kept = [c for c, value in enumerate(f) if value != -INF]
+        top = max(f[c] for c in kept)
+        scale += label_smoothing * sum(w[c] * (1 + math.log(len(kept)) + top - f[c]) for c in kept) / len(kept)
+    return scale
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(row=strategies.rows(max_classes=10), data=st.data())
+def test_loss_equals_the_expectation(dtype, row, data):
+    f = row.logits
+    t, weight = data.draw(strategies.probabilities(f)), data.draw(strategies.weights(len(f)))
+    options = {
+        "lam": data.draw(strategies.lams),
+        "divergence": data.draw(strategies.divergences),
+        "hard_bias": data.draw(strategies.hard_biases),
+        "label_smoothing": data.draw(strategies.smoothings),
+    }
+    loss = large_margin_cross_entropy(
+        torch.tensor(f, dtype=dtype),
+        torch.tensor(t, dtype=dtype),
+        None if weight is None else torch.tensor(weight, dtype=dtype),
+        reduction="sum",
+        **options,
+    )
+    assert_within(loss, float(oracle.expectation(f, t, weight, **options)), soft_scale(f, t, weight, **options), 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(row=strategies.rows(min_classes=2, max_classes=6, scales=(1e-2, 1.0, 5.0, 30.0)), data=st.data())
+def test_gradient_equals_the_derivative_of_the_expectation(dtype, row, data):
+    f = row.logits
+    t, weight = data.draw(strategies.probabilities(f)), data.draw(strategies.weights(len(f)))
+    options = {
+        "lam": data.draw(strategies.lams),
+        "divergence": data.draw(strategies.divergences),
+        "hard_bias": data.draw(strategies.hard_biases),
+        "label_smoothing": data.draw(strategies.smoothings),
+    }
+    truth = oracle.gradient(lambda logits: oracle.expectation(logits, t, weight, **options), f)
+    _, gradient = loss_and_gradient(
+        torch.tensor(f, dtype=dtype),
+        torch.tensor(t, dtype=dtype),
+        None if weight is None else torch.tensor(weight, dtype=dtype),
+        reduction="sum",
+        **options,
+    )
+    heaviest = (max(weight) if weight else 1.0) * max(1.0, sum(t))
+    reach = 3 + math.log(len(f)) + abs(options["hard_bias"])
+    assert_within(gradient, truth, heaviest * reach * (1 + options["lam"]), 4)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("offset", [0.0, 1e4, 1e5])
+@pytest.mark.parametrize("lead", LEADS)
+def test_leads_and_offsets_in_float32(lead, offset, divergence, rng):
+    # the plain downdate of the sum of exponentials is 25% wrong at 16 nats and NaN from 18
+    others = torch.randn(6, generator=rng)
+    input = torch.cat([others[:3], (others.max() + lead)[None], others[3:]]) + offset
+    target = torch.tensor([0.0, 0.1, 0.0, 0.7, 0.2, 0.0, 0.0])
+    loss, gradient = loss_and_gradient(input, target, divergence=divergence)
+    f, t = input.tolist(), target.tolist()
+    truth = float(oracle.expectation(f, t, divergence=divergence))
+    # the whole claim: 2.4e-7 and 2e-7 of the result's size
+    assert abs(loss.item() - truth) <= 3e-7 * max(1.0, truth)
+    expected = oracle.gradient(lambda logits: oracle.expectation(logits, t, divergence=divergence), f)
+    assert (gradient.double() - torch.tensor(expected, dtype=torch.float64)).abs().max() <= 3e-7
+
+
+@pytest.mark.parametrize("lead", LEADS)
+def test_tails_of_a_one_hot_target(lead, rng):
+    others = torch.randn(6, generator=rng)
+    input = torch.cat([(others.max() + lead)[None], others])
+    target = torch.eye(7)[0]
+    loss, gradient = loss_and_gradient(input, target, lam=0.0)
+    truth, target_truth = float(oracle.softmax_loss(input.tolist(), 0)), float(oracle.ours_gradient(input.tolist(), 0, 0.0)[0])
+    quantum = torch.finfo(torch.float32).smallest_normal * torch.finfo(torch.float32).eps
+    assert abs(loss.item() - truth) <= 1.2e-7 * (1 + lead) * truth + quantum
+    assert abs(gradient[0].item() - target_truth) <= 1.2e-7 * (1 + lead) * truth + quantum
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_one_hot_probabilities_equal_class_indices(reduction, divergence, weighted, rng):
+    if reduction == "mean" and weighted:
+        weighted = False  # indices divide by the summed weights, probabilities by the number of rows: as torch
+    input = torch.randn(8, 6, generator=rng, dtype=torch.float64) * 4
+    input[0, 3] = input[1, :4] = -INF
+    target = torch.tensor([0, 5, 2, 3, 4, 5, 0, 1])
+    weight = torch.rand(6, generator=rng, dtype=torch.float64) + 0.5 if weighted else None
+    options = {"reduction": reduction, "divergence": divergence, "hard_bias": 1.0, "label_smoothing": 0.1}
+    loss, gradient = loss_and_gradient(input, torch.eye(6, dtype=torch.float64)[target], weight, **options)
+    expected, expected_gradient = loss_and_gradient(input, target, weight, **options)
+    assert_within(loss, expected, 64.0, 2)
+    assert_within(gradient, expected_gradient, 4.0, 2)
+
+
+def test_mean_divides_by_the_number_of_rows_even_with_weights(rng):
+    input, target = torch.randn(2, 5, 3, generator=rng), torch.rand(2, 5, 3, generator=rng)
+    weight = torch.rand(5, generator=rng)
+    total, _ = loss_and_gradient(input, target, weight, reduction="sum")
+    assert_within(loss_and_gradient(input, target, weight)[0], total.double() / 6, 4.0, 1)
+
+
+def test_the_loss_is_linear_in_the_target(rng):
+    input = torch.randn(8, 6, generator=rng, dtype=torch.float64) * 3
+    first, second = torch.rand(2, 8, 6, generator=rng, dtype=torch.float64)
+    options = {"reduction": "none", "divergence": "kl_uq"}
+    mixed = large_margin_cross_entropy(input, 0.25 * first + 2 * second, **options)
+    parts = [large_margin_cross_entropy(input, target, **options) for target in (first, second)]
+    assert_within(mixed, 0.25 * parts[0] + 2 * parts[1], 100.0, 1)
+
+
+def test_the_gradient_of_the_target_is_the_loss_of_each_class(rng):
+    input = torch.randn(6, generator=rng, dtype=torch.float64) * 3
+    target = torch.rand(6, generator=rng, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(large_margin_cross_entropy(input, target), target)
+    each = torch.stack([large_margin_cross_entropy(input, torch.tensor(y)) for y in range(6)])
+    assert_within(gradient, each, 16.0, 2)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_masked_classes_without_a_share_are_deleted(divergence, smoothing, rng):
+    input, target = torch.randn(8, 6, generator=rng, dtype=torch.float64), torch.rand(8, 6, generator=rng, dtype=torch.float64)
+    keep = [0, 2, 3, 5]
+    input[:, [1, 4]], target[:, [1, 4]] = -INF, 0.0
+    options = {"divergence": divergence, "label_smoothing": smoothing}
+    loss, gradient = loss_and_gradient(input, target, **options)
+    expected, expected_gradient = loss_and_gradient(input[:, keep], target[:, keep], **options)
+    assert_within(loss, expected, 32.0, 2)
+    assert_within(gradient[:, keep], expected_gradient, 8.0, 2)
+    assert not gradient[:, [1, 4]].any()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("lam", [0.0, 0.3])
+def test_a_masked_class_with_a_share_has_infinite_loss(lam, smoothing):
+    input, target = torch.tensor([[-INF, 1.0, 0.0], [2.0, 1.0, 0.0]]), torch.tensor([[0.1, 0.9, 0.0], [0.1, 0.9, 0.0]])
+    losses, gradient = loss_and_gradient(input, target, lam=lam, label_smoothing=smoothing, reduction="none")
+    assert losses[0] == INF and losses[1].isfinite()
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.3])
+@pytest.mark.parametrize("target", [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.2, 0.3, 0.5]])
+@pytest.mark.parametrize("row", [[INF, 1.0, 0.0], [0.0, INF, 0.0], [math.nan, 1.0, 0.0], [0.0, 1.0, math.nan], [-INF, -INF, -INF]])
+def test_infinities_and_nan_give_nan(row, target, lam):
+    losses = large_margin_cross_entropy(torch.tensor([row, [0.0, 1.0, 2.0]]), torch.tensor([target, target]), lam=lam, reduction="none")
+    assert losses.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("row", [[2.0], [2.0, -INF, -INF]])
+def test_no_nontarget_left(row):
+    target = torch.eye(len(row))[:1]
+    loss, gradient = loss_and_gradient(torch.tensor([row]), target, label_smoothing=0.1, hard_bias=1.0)
+    assert loss == 0 and not gradient.any()
+
+
+def test_a_row_without_shares_is_left_out_but_for_smoothing(rng):
+    # the way to ignore a row of probabilities
+    input, target = torch.randn(3, 4, generator=rng), torch.rand(3, 4, generator=rng)
+    target[1] = 0
+    losses, gradient = loss_and_gradient(input, target, reduction="none")
+    assert losses[1] == 0 and not gradient[1].any() and (losses[[0, 2]] > 0).all()
+
+
+def test_ties_for_the_largest_logit(rng):
+    # which of them is peeled must not matter
+    input = torch.tensor([3.0, 3.0, 1.0, 3.0], dtype=torch.float64)
+    target = torch.tensor([0.1, 0.4, 0.3, 0.2], dtype=torch.float64)
+    loss, gradient = loss_and_gradient(input, target)
+    assert_within(loss, float(oracle.expectation(input.tolist(), target.tolist())), 4.0, 1)
+    expected = oracle.gradient(lambda logits: oracle.expectation(logits, target.tolist()), input.tolist())
+    assert_within(gradient, expected, 2.0, 2)
+
+
+@pytest.mark.parametrize("target_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_targets_may_have_any_floating_dtype(target_dtype, rng):
+    input = torch.randn(3, 4, generator=rng)
+    target = torch.tensor([[0.5, 0.25, 0.25, 0.0]] * 3).to(target_dtype)  # exact in all of them
+    got = large_margin_cross_entropy(input, target)
+    assert_within(got, large_margin_cross_entropy(input.double(), target.double()), 4.0, 2, torch.float32)
+
+
+def test_gradcheck_in_every_argument(rng):
+    input = (torch.randn(4, 5, generator=rng, dtype=torch.float64) * 2).requires_grad_()
+    target = torch.rand(4, 5, generator=rng, dtype=torch.float64, requires_grad=True)
+    for divergence in DIVERGENCES:
+        assert torch.autograd.gradcheck(
+            lambda f, t, kind=divergence: large_margin_cross_entropy(f, t, divergence=kind, label_smoothing=0.1, hard_bias=0.5),
+            (input, target),
+        )

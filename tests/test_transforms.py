@@ -1,0 +1,311 @@
+"""The losses under what torch does to functions: higher derivatives, functorch transforms, compilation, export, checkpointing."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
+
+from largemargin import (
+    LargeMarginCrossEntropyLoss,
+    crammer_singer_hinge,
+    hard_margin_softplus,
+    large_margin_cross_entropy,
+    multiclass_hinge,
+    row_stats,
+)
+from measure import INF, assert_within, compiles, same_bits
+
+# torch's own forward-mode formulas and inductor are scripted, which torch deprecates; warnings are errors here
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+
+DIVERGENCES = ("symmetric", "kl_qu", "kl_uq")
+KINDS = ("indices", "probabilities")
+each_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+class Problem:
+    """A small float64 problem with a masked class, an ignored row, weights and smoothing."""
+
+    def __init__(self, kind: str, rng: torch.Generator, divergence: str = "symmetric", rows: int = 4, classes: int = 5) -> None:
+        self.input = torch.randn(rows, classes, generator=rng, dtype=torch.float64) * 2
+        self.masked = torch.zeros(rows, classes, dtype=torch.bool)
+        self.masked[1, 2] = True
+        if kind == "indices":
+            self.target = torch.tensor([0, 3, -100, 1])[:rows]
+        else:
+            self.target = torch.rand(rows, classes, generator=rng, dtype=torch.float64).masked_fill(self.masked, 0.0)
+        weight = torch.rand(classes, generator=rng, dtype=torch.float64) + 0.5
+        self.options = {"weight": weight, "label_smoothing": 0.1, "divergence": divergence, "hard_bias": 0.5}
+
+    def losses(self, input: Tensor, target: Tensor | None = None, **options: object) -> Tensor:
+        target = self.target if target is None else target
+        return large_margin_cross_entropy(input.masked_fill(self.masked, -INF), target, **{**self.options, **options})
+
+
+# derivatives
+
+
+@each_divergence
+@each_kind
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_first_derivatives(reduction, kind, divergence, rng):
+    problem = Problem(kind, rng, divergence)
+    assert gradcheck(
+        lambda f: problem.losses(f, reduction=reduction),
+        problem.input.requires_grad_(),
+        check_forward_ad=True,
+        check_batched_grad=True,
+        check_batched_forward_grad=True,
+    )
+
+
+# sharp case 22
+@each_divergence
+@each_kind
+def test_case_22_second_derivatives(kind, divergence, rng):
+    problem = Problem(kind, rng, divergence, rows=2)
+    for smoothing in (0.0, 0.1):
+        assert gradgradcheck(
+            lambda f, smoothing=smoothing: problem.losses(f[:2], label_smoothing=smoothing),
+            problem.input.requires_grad_(),
+            check_fwd_over_rev=True,
+            check_rev_over_rev=True,
+        )
+
+
+def test_case_22_derivatives_of_the_statistics(rng):
+    input, target = torch.randn(3, 5, generator=rng, dtype=torch.float64, requires_grad=True), torch.tensor([0, -100, 4])
+
+    def smooth(f: Tensor) -> tuple[Tensor, ...]:
+        return row_stats(f, target)[:5]
+
+    assert gradcheck(smooth, input, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)
+    assert gradgradcheck(smooth, input, check_fwd_over_rev=True)
+
+
+@each_divergence
+@pytest.mark.parametrize("bias", [0.0, 1.5])
+def test_case_22_hessian_vector_product_has_its_closed_form(bias, divergence, rng):
+    input, target = torch.randn(6, 7, generator=rng, dtype=torch.float64) * 3, torch.tensor([0, 1, 2, 3, 4, 5])
+    input[0, 0] += 30.0  # where the form with p (v - p.v) has lost the row
+    v, lam = torch.randn(6, 7, generator=rng, dtype=torch.float64), 0.3
+    leaf = input.clone().requires_grad_()
+    loss = large_margin_cross_entropy(leaf, target, lam=lam, divergence=divergence, hard_bias=bias, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    (got,) = torch.autograd.grad(gradient, leaf, v)
+
+    is_target = torch.nn.functional.one_hot(target, 7).bool()
+    others = input.masked_fill(is_target, -INF)
+    log_q = others.log_softmax(1).masked_fill(is_target, 0.0)
+    q = others.softmax(1)
+    e = (q * log_q).sum(1, keepdim=True)
+    l = input[is_target] - others.logsumexp(1)
+    g_e, g_a = {"symmetric": (lam / 2, -lam / 2), "kl_qu": (lam, 0.0), "kl_uq": (0.0, -lam)}[divergence]
+    g_l = -torch.sigmoid(bias - l)[:, None]
+    mu = (q * v).sum(1, keepdim=True)
+    de = (q * (log_q - e) * v).sum(1, keepdim=True)
+    dg_l = (torch.sigmoid(bias - l) * torch.sigmoid(l - bias) * (v[is_target] - mu[:, 0]))[:, None]
+    r = g_e * (log_q - e) - g_l - g_a
+    truth = torch.where(is_target, dg_l, q * ((v - mu) * (r + g_e) - g_e * de - dg_l))
+    assert_within(got, truth, 30.0, 2)
+    assert_within(got[0, 0], dg_l[0, 0], 64 * dg_l[0, 0].abs(), 2)  # relative, however small
+
+
+@each_kind
+def test_case_22_functorch_agrees_with_autograd(kind, rng):
+    problem = Problem(kind, rng)
+    input = problem.input.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(problem.losses(input), input)
+    assert_within(torch.func.grad(problem.losses)(problem.input), gradient, 1.0, 2)
+
+    def each(f: Tensor) -> Tensor:
+        return problem.losses(f, reduction="none")
+
+    jacobian = torch.autograd.functional.jacobian(each, problem.input)
+    assert_within(torch.func.jacrev(each)(problem.input), jacobian, 8.0, 2)
+    assert_within(torch.func.jacfwd(each)(problem.input), jacobian, 8.0, 4)
+    assert jacobian.any()
+
+
+@pytest.mark.parametrize("outer", [torch.func.jacrev, torch.func.jacfwd])
+@pytest.mark.parametrize("inner", [torch.func.jacrev, torch.func.jacfwd])
+@each_kind
+def test_case_22_hessians_in_every_order(kind, inner, outer, rng):
+    problem = Problem(kind, rng)
+    hessian = torch.autograd.functional.hessian(problem.losses, problem.input)
+    assert hessian.any()
+    assert_within(outer(inner(problem.losses))(problem.input), hessian, 8.0, 4)
+
+
+@each_kind
+def test_case_22_gradients_of_each_row_by_vmap(kind, rng):
+    problem = Problem(kind, rng)
+
+    def one(f: Tensor, y: Tensor) -> Tensor:
+        return large_margin_cross_entropy(f, y, reduction="sum", **problem.options)
+
+    input = problem.input.masked_fill(problem.masked, -INF)
+    got = torch.func.vmap(torch.func.grad(one))(input, problem.target)
+    for n in range(len(input)):
+        leaf = input[n].clone().requires_grad_()
+        (expected,) = torch.autograd.grad(one(leaf, problem.target[n]), leaf)
+        assert_within(got[n], expected, 4.0, 2)
+    losses = torch.func.vmap(one)(input, problem.target)
+    assert_within(losses, problem.losses(problem.input, reduction="none"), 32.0, 2)
+
+
+def test_case_22_forward_mode_by_hand(rng):
+    problem, v = Problem("indices", rng), torch.randn(4, 5, generator=rng, dtype=torch.float64)
+    leaf = problem.input.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(problem.losses(leaf), leaf)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(problem.losses(forward_ad.make_dual(problem.input, v))).tangent
+    assert_within(tangent, (gradient * v).sum(), 8.0, 2)
+
+
+@pytest.mark.parametrize("hinge", [multiclass_hinge, crammer_singer_hinge, hard_margin_softplus], ids=lambda hinge: hinge.__name__)
+def test_hinges_under_transforms(hinge, rng):
+    input, target = torch.randn(4, 5, generator=rng, dtype=torch.float64), torch.tensor([0, 3, -100, 1])
+
+    def each(f: Tensor) -> Tensor:
+        return hinge(f, target, reduction="none")
+
+    assert gradcheck(each, input.clone().requires_grad_(), check_forward_ad=True, check_batched_grad=True)
+    jacobian = torch.autograd.functional.jacobian(each, input)
+    assert_within(torch.func.jacfwd(each)(input), jacobian, 8.0, 2)
+    leaf = input.clone().requires_grad_()
+    (first,) = torch.autograd.grad(each(leaf).sum(), leaf, create_graph=True)
+    if hinge is hard_margin_softplus:  # the others are piecewise linear
+        assert gradgradcheck(lambda f: each(f).sum(), input.clone().requires_grad_(), check_fwd_over_rev=True)
+        assert torch.autograd.grad(first.square().sum(), leaf)[0].any()
+
+
+# no gradients
+
+
+@each_kind
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(context, kind, rng):
+    problem = Problem(kind, rng)
+    expected = problem.losses(problem.input)
+    leaf = problem.input.clone().requires_grad_()
+    with context():
+        loss = problem.losses(leaf)
+    assert not loss.requires_grad and loss.grad_fn is None
+    assert same_bits(loss, expected)
+    assert not problem.losses(problem.input).requires_grad
+
+
+@each_kind
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint(use_reentrant, kind, rng):
+    problem = Problem(kind, rng)
+    gradients = []
+    for run in (problem.losses, lambda f: checkpoint(problem.losses, f, use_reentrant=use_reentrant)):
+        leaf = problem.input.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(run(leaf * 1), leaf)[0] if not use_reentrant else backward(run(leaf * 1), leaf))
+    assert same_bits(*gradients)
+
+
+def backward(loss: Tensor, leaf: Tensor) -> Tensor:
+    loss.backward()  # reentrant checkpointing knows no autograd.grad
+    return leaf.grad
+
+
+# compilation and export
+
+
+def compiled_equals_eager(run, input: Tensor, *targets: Tensor, backend: str, units: float, **compile_options) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend=backend, **compile_options)
+    for target in targets:
+        f = input[: len(target)]
+        leaves = [f.clone().requires_grad_() for _ in range(2)]
+        losses = [function(leaf, target) for function, leaf in zip((run, compiled), leaves, strict=True)]
+        gradients = [torch.autograd.grad(loss.sum(), leaf)[0] for loss, leaf in zip(losses, leaves, strict=True)]
+        assert_within(losses[1], losses[0].detach(), losses[0].detach().abs() + 8, units)
+        assert_within(gradients[1], gradients[0], 1.0, units)
+        if not target.is_floating_point():
+            assert not gradients[1][target == -100].any()
+
+
+# sharp case 19
+@compiles
+@each_kind
+@pytest.mark.parametrize("dynamic", [True, None])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "weight": torch.tensor([1.0, 2.0, 0.5, 1.5, 1.0]), "hard_bias": 1.0}])
+def test_case_19_compiled_with_a_changing_number_of_rows(options, dynamic, kind, rng):
+    input = torch.randn(8, 5, generator=rng) * 3
+    if kind == "indices":
+        targets = [torch.tensor([0, 1, -100, 3, 4, 0, -100, 2]), torch.tensor([-100, 1, 2])]
+    else:
+        targets = [torch.rand(8, 5, generator=rng), torch.rand(3, 5, generator=rng)]
+
+    module = LargeMarginCrossEntropyLoss(**options)
+    compiled_equals_eager(module, input, *targets, backend="aot_eager", units=1, dynamic=dynamic)
+    compiled_equals_eager(
+        lambda f, y: large_margin_cross_entropy(f, y, **options), input, *targets, backend="aot_eager", units=1, dynamic=dynamic
+    )
+
+
+@compiles
+@pytest.mark.parametrize("function", [multiclass_hinge, crammer_singer_hinge, hard_margin_softplus], ids=lambda f: f.__name__)
+def test_case_19_compiled_hinges(function, rng):
+    input, target = torch.randn(8, 5, generator=rng) * 3, torch.tensor([0, 1, -100, 3, 4, 0, -100, 2])
+    compiled_equals_eager(lambda f, y: function(f, y), input, target, backend="aot_eager", units=1)
+
+
+@compiles
+@each_divergence
+def test_case_19_compiled_k_dimensions_without_gradient(divergence, rng):
+    torch._dynamo.reset()
+    input, target = torch.randn(2, 5, 3, generator=rng), torch.tensor([[0, 1, -100], [3, 4, 0]])
+    compiled = torch.compile(large_margin_cross_entropy, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for reduction in ("none", "mean"):
+            options = {"divergence": divergence, "reduction": reduction}
+            assert_within(compiled(input, target, **options), large_margin_cross_entropy(input, target, **options).double(), 8.0, 1)
+
+
+@compiles
+def test_case_19_compiled_layer_and_loss(rng):
+    torch._dynamo.reset()
+    layer, features, target = torch.nn.Linear(4, 5), torch.randn(8, 4, generator=rng), torch.tensor([0, 1, -100, 3, 4, 0, -100, 2])
+
+    def step(x: Tensor) -> Tensor:
+        return large_margin_cross_entropy(layer(x), target)
+
+    expected = torch.autograd.grad(step(features), layer.weight)[0]
+    got = torch.autograd.grad(torch.compile(step, fullgraph=True, backend="aot_eager")(features), layer.weight)[0]
+    assert_within(got, expected, 4.0, 1)
+
+
+@pytest.mark.slow  # the inductor builds C++ kernels
+@compiles
+@each_kind
+def test_case_19_inductor(kind, rng):
+    input = torch.randn(8, 5, generator=rng) * 3
+    target = torch.tensor([0, 1, -100, 3, 4, 0, -100, 2]) if kind == "indices" else torch.rand(8, 5, generator=rng)
+    compiled_equals_eager(lambda f, y: large_margin_cross_entropy(f, y, label_smoothing=0.1), input, target, backend="inductor", units=4)
+
+
+class Criterion(torch.nn.Module):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return large_margin_cross_entropy(input, target, label_smoothing=0.1)
+
+
+@compiles
+@each_kind
+@pytest.mark.parametrize("strict", [True, False])
+def test_export(strict, kind, rng):
+    torch._dynamo.reset()
+    input = torch.randn(8, 5, generator=rng)
+    target = torch.tensor([0, 1, -100, 3, 4, 0, -100, 2]) if kind == "indices" else torch.rand(8, 5, generator=rng)
+    rows = torch.export.Dim("rows", min=2, max=64)
+    shapes = {"input": {0: rows}, "target": {0: rows}}
+    exported = torch.export.export(Criterion(), (input, target), dynamic_shapes=shapes, strict=strict).module()
+    for count in (8, 3):
+        f, y = input[:count], target[:count]
+        assert_within(exported(f, y), Criterion()(f, y).double(), 8.0, 1)
