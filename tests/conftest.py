@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # oracle, strategies and measure
 
 # derandomize: a run is the same everywhere; deadline None: the first call of a torch operator is slow
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
+settings.register_profile("thorough", deadline=None, max_examples=2000)  # pytest --hypothesis-profile=thorough
 settings.load_profile("suite")
 
 

@@ -209,10 +209,12 @@ def test_case_4_masked_target_has_infinite_loss(weighted, smoothing):
     assert loss[0] == INF and loss[1].isfinite()
     assert gradient.isfinite().all()
     assert_within(gradient.sum(1), torch.zeros(2), 8.0, 1)
-    if smoothing == 0:
-        q = torch.tensor([1.0, 3.0]).double().softmax(0)
-        assert gradient[0, 0] == -1
-        assert_within(gradient[0, 1:], q, 1.0, 1)
+    # smoothing is the mean over the two classes of the row
+    q = torch.tensor([1.0, 3.0]).double().softmax(0)
+    w = torch.tensor([1.0, 2.0, 3.0] if weighted else [1.0] * 3).double()
+    if smoothing < 1:
+        assert_within(gradient[0, 0], smoothing - 1, 1.0, 1)
+        assert_within(gradient[0, 1:], (1 - smoothing) * w[0] * q + smoothing / 2 * (w[1:].sum() * q - w[1:]), 2.0, 2)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -282,6 +282,20 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(tmp_path):
     assert "Traceback" in (tmp_path / bad.id / "error.txt").read_text()
 
 
+def test_a_broken_checkpoint_is_named(tmp_path):
+    recipe = Recipe(loss="softmax", seed=0, epochs=1)
+    (tmp_path / recipe.id).mkdir()
+    (tmp_path / recipe.id / "checkpoint.pt").write_bytes(b"half a checkpoint")
+    with pytest.raises(LabError, match=r"checkpoint\.pt is not a checkpoint that can be read"):
+        queue.run_all([recipe], tmp_path, 1, lambda *_: None)
+
+
+def test_a_reader_that_goes_away_is_no_error(finished):
+    out, _, _ = finished
+    done = subprocess.run(f"{' '.join(LARGEMARGIN)} report {out} | true", shell=True, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+
+
 def test_a_broken_record_is_named(tmp_path):
     recipe = Recipe(loss="softmax", seed=0)
     (tmp_path / recipe.id).mkdir()

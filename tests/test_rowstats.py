@@ -87,6 +87,20 @@ def test_statistics_of_every_class_equal_the_paper(dtype, data):
             assert_within(getattr(stats, name)[y], float(truth), getattr(scale, name), 4)
 
 
+@given(row=strategies.rows(min_classes=2, scales=(1e-2, 1.0, 5.0, 30.0)))  # farther down torch's sigmoid underflows early
+def test_probability_and_entropy_of_the_row_follow_from_the_statistics(row):
+    stats = row_stats(torch.tensor(row.logits, dtype=torch.float64), torch.tensor(row.target))
+    kept = [value for value in row.logits if value != -INF]
+    p = oracle.posterior([*kept, 0.0], len(kept))  # (9) over all classes: those but an extra one
+    p_y = p[sum(value != -INF for value in row.logits[: row.target])]
+    scale = RowScale(*row)
+    got = stats.log_odds.sigmoid()
+    assert_within(got, float(p_y), float(p_y) * (1 + float(1 - p_y) * scale.log_odds), 2)
+    binary = torch.special.entr(got) + torch.special.entr((-stats.log_odds).sigmoid())
+    entropy = -oracle.ctx.fsum(value * oracle.ctx.log(value) for value in p)
+    assert_within(binary - (-stats.log_odds).sigmoid() * stats.neg_entropy, float(entropy), 2 + scale.rho, 4)
+
+
 # sharp case 2
 @pytest.mark.parametrize("offset", [0.0, 1e2, 1e4, 1e5])
 def test_a_common_offset_costs_no_digits(offset, rng):
@@ -186,6 +200,8 @@ def test_merge_of_tiles_far_apart():
     assert merged.sum_exp_z.item() == pytest.approx(-math.exp(-1))
     assert merged.num_classes.item() == 4
     assert merged.sum_z.item() == pytest.approx(-1 - 2 * 20001 - 1, rel=1e-6)
+    overflowing = merge(record(torch.tensor([-3e38])), record(torch.tensor([3e38])))
+    assert [value.item() for value in overflowing[1:]] == [1, 0, -INF, 2]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -220,7 +236,7 @@ def test_divergences_are_nonnegative_up_to_rounding(kind, dtype, row):
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_divergences_of_nearly_uniform_rows(kind, rng):
-    # here D = Var(f) / 2 is far below the rounding of log K; no clamp may hide a negative value, nor stop the gradient
+    # here D = Var(f) / 2 is far below the rounding of log K
     f = torch.randn(200, 1000, generator=rng) * 1e-4
     f.requires_grad_()
     value = divergence(row_stats(f, torch.zeros(200, dtype=torch.int64)), kind)
@@ -230,6 +246,15 @@ def test_divergences_of_nearly_uniform_rows(kind, rng):
     others = f.detach()[:, 1:].double()
     first_order = (others - others.mean(1, keepdim=True)) / 999
     assert ((gradient[:, 1:] - first_order).abs() <= 1e-3 * first_order.abs().max()).all()
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_a_divergence_that_rounds_below_zero_keeps_its_gradient(kind, rng):
+    f = (torch.randn(500, 10, generator=rng) * 1e-7).requires_grad_()
+    value = divergence(row_stats(f, torch.zeros(500, dtype=torch.int64)), kind)
+    (gradient,) = torch.autograd.grad(value.sum(), f)
+    assert (value < 0).any()
+    assert gradient[value < 0].any(1).all()
 
 
 def test_symmetric_divergence_keeps_its_digits_when_nearly_uniform(rng):
@@ -246,8 +271,7 @@ def test_symmetric_divergence_keeps_its_digits_when_nearly_uniform(rng):
 @given(row=strategies.rows(min_classes=2, scales=(1e-2, 1.0, 5.0), offsets=(0.0, 10.0)), data=st.data())
 def test_vjp_equals_autograd_of_the_plain_formula(row, data):
     f, y = torch.tensor(row.logits, dtype=torch.float64), row.target
-    if RowScale(*row).log_count == 0 and all(v == -INF for c, v in enumerate(row.logits) if c != y):
-        return  # no non-target: the plain formula has no value
+    assume(any(value != -INF for c, value in enumerate(row.logits) if c != row.target))  # the plain formula needs a non-target
     g = torch.tensor(data.draw(st.lists(st.floats(-2, 2), min_size=5, max_size=5)), dtype=torch.float64)
     others = sorted((value for c, value in enumerate(row.logits) if c != y), reverse=True)
     if len(others) > 1 and others[0] == others[1]:

@@ -81,7 +81,7 @@ def run(arguments: "Namespace") -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 140)
     if arguments.command == "report":
-        out = Path(arguments.report.out)
+        out = Path(arguments.report.out).expanduser()
         comparison, records = reopen(out)
         if not records:
             raise LabError(f"{out}: no run is finished yet; run largemargin compare --out {out}")
@@ -94,7 +94,7 @@ def run(arguments: "Namespace") -> None:
     settings: dict[str, Any] = {name: options[name] for name in names}
     settings |= {name: list(dict.fromkeys(options[name])) for name in ("losses", "seeds", "label_noise")}
     # through JSON, for plain numbers: the parser's own restricted types cannot be sent to another process
-    compare(Comparison.from_dict(json.loads(json.dumps(settings))), Path(options.out), int(options.jobs), console)
+    compare(Comparison.from_dict(json.loads(json.dumps(settings))), Path(options.out).expanduser(), int(options.jobs), console)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -48,8 +48,8 @@ def load(data: str, data_root: str, image_size: int) -> ImageSet:
     if data == "digits":
         return digits()
     if data in ("cifar10", "cifar100"):
-        return cifar(data, Path(data_root))
-    return image_folder(Path(data), image_size)
+        return cifar(data, Path(data_root).expanduser())
+    return image_folder(Path(data).expanduser(), image_size)
 
 
 def digits() -> ImageSet:

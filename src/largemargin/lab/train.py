@@ -21,6 +21,7 @@ from .. import (
     row_stats,
 )
 from .data import ImageSet, augment, channel_moments, pollute_labels, subsample
+from .errors import LabError
 from .evaluate import evaluate
 from .files import write_atomically, write_json
 from .models import build
@@ -110,7 +111,10 @@ def train(recipe: Recipe, data: ImageSet, folder: Path, on_epoch: Callable[[dict
 
     checkpoint = folder / "checkpoint.pt"
     if checkpoint.is_file():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        try:
+            state = torch.load(checkpoint, map_location=device, weights_only=True)
+        except Exception as error:  # torch.load raises many types for a broken file
+            raise LabError(f"{checkpoint} is not a checkpoint that can be read; remove it to start this run anew") from error
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         epochs, rho_of_batches, seconds = state["epochs"], state["rho_of_batches"], state["seconds"]
