@@ -221,3 +221,24 @@ def test_gradcheck_in_every_argument(rng):
             lambda f, t, kind=divergence: large_margin_cross_entropy(f, t, divergence=kind, label_smoothing=0.1, hard_bias=0.5),
             (input, target),
         )
+
+
+@pytest.mark.parametrize("lead", [0.0, 20.0, 110.0])
+def test_second_derivatives_of_a_confident_row_are_finite(lead):
+    input = torch.tensor([[lead, 0.0, -1.0]], requires_grad=True)
+    loss = large_margin_cross_entropy(input, torch.tensor([[0.9, 0.1, 0.0]]), lam=0.3)
+    (gradient,) = torch.autograd.grad(loss, input, create_graph=True)
+    (second,) = torch.autograd.grad((gradient**2).sum(), input)
+    reference = input.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(
+        large_margin_cross_entropy(reference, torch.tensor([[0.9, 0.1, 0.0]]), lam=0.3), reference, create_graph=True
+    )
+    (expected,) = torch.autograd.grad((expected**2).sum(), reference)
+    assert_within(second, expected, 1.0, 8)
+
+
+def test_a_masked_class_with_a_share_pulls_as_a_masked_target_does():
+    row, share = torch.tensor([[-INF, 1.0, 0.0, 2.0]]), 0.25
+    _, soft = loss_and_gradient(row, torch.tensor([[share, 0.0, 0.0, 0.0]]), reduction="sum")
+    _, hard = loss_and_gradient(row, torch.tensor([0]), reduction="sum")
+    assert_within(soft, share * hard.double(), 1.0, 2)

@@ -309,3 +309,12 @@ def test_export(strict, kind, rng):
     for count in (8, 3):
         f, y = input[:count], target[:count]
         assert_within(exported(f, y), Criterion()(f, y).double(), 8.0, 1)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx_traces_the_loss(mode, rng):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    input, target = torch.randn(4, 5, generator=rng), torch.tensor([0, 1, -100, 3])
+    traced = make_fx(lambda input, target: large_margin_cross_entropy(input, target), tracing_mode=mode)(input, target)
+    assert torch.equal(traced(input, target), large_margin_cross_entropy(input, target))

@@ -121,7 +121,9 @@ def check_indices(input: Tensor, target: Tensor, ignore_index: object) -> None:
 
 def can_look_at(target: Tensor) -> bool:
     """Whether looking at the labels is free: on the CPU, and neither traced nor batched."""
-    return target.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+        return False
+    return type(target) is Tensor and target.device.type == "cpu"
 
 
 def check_range(target: Tensor, fine: Tensor, num_classes: int, ignore_index: int) -> None:

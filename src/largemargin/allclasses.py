@@ -25,17 +25,17 @@ class _Peeled(NamedTuple):
     top: Tensor  # j, shaped like a target
     is_top: Tensor
     kept: Tensor  # the classes of the row: their logit is not -inf
-    z: Tensor
     x: Tensor
-    xz: Tensor
+    xz: Tensor  # x z
     S: Tensor
+    log_S: Tensor
     tau: Tensor
     mean_u_z: Tensor  # mean of z over the non-targets of y
-    num_nontargets: Tensor  # K, the same for every target; at least 1
+    num_nontargets: Tensor  # K, at least 1
 
     def rest(self, values: Tensor) -> Tensor:
         """The sum of ``values`` over all targets y but j and c itself, for every class c."""
-        values = torch.where(self.kept & ~self.is_top, values, 0.0)
+        values = torch.where(self.is_top, 0.0, values)
         return values.sum(-1, keepdim=True) - values
 
 
@@ -47,24 +47,25 @@ def _peel(logits: Tensor) -> _Peeled:
     x = torch.where(kept, z.exp(), 0.0)
     xz = x * near(z)
     others = torch.where(is_top, 0.0, x)
-    S = 1 + (others.sum(-1, keepdim=True) - x)
+    rest = others.sum(-1, keepdim=True) - others  # minus x would leave S = 0 at j of a confident row, and a NaN in its derivative
+    S = 1 + rest
     tau = (xz.sum(-1, keepdim=True) - xz) / S  # z_j = 0
-    count = (kept.sum(-1, keepdim=True) - 1).clamp(min=1).to(z.dtype)
-    return _Peeled(top, is_top, kept, z, x, xz, S, tau, (z.sum(-1, keepdim=True) - z) / count, count)
+    num_nontargets = (kept.sum(-1, keepdim=True) - kept.long()).clamp(min=1).to(z.dtype)
+    mean_u_z = (z.sum(-1, keepdim=True) - z) / num_nontargets
+    return _Peeled(top, is_top, kept, x, xz, S, torch.log1p(rest), tau, mean_u_z, num_nontargets)
 
 
 def all_row_stats(logits: Tensor) -> RowStats:
     """The statistics of every class as target, each field shaped like ``logits`` (..., C).
 
-    A masked class has ``log_odds`` -inf; its other fields mean nothing.
+    A masked class has ``log_odds`` -inf, and all classes of the row as its non-targets.
     """
     logits = logits.to(accumulation_dtype(logits.dtype))
     row = _peel(logits)
-    log_S = torch.log1p(row.S - 1)
-    no_class = ~row.kept.any(-1, keepdim=True)
-    log_odds = torch.where(row.kept, row.z - log_S, torch.where(no_class, torch.nan, -torch.inf))
-    count = row.num_nontargets.expand_as(row.z) * (row.kept.sum(-1, keepdim=True) > 1)
-    others = RowStats(log_odds, row.tau - log_S, row.mean_u_z - log_S, log_S, row.tau - row.mean_u_z, count)
+    log_S = row.log_S
+    # not z: this is -inf for a masked class, and NaN in a row without any other
+    log_odds = (logits - logits.gather(-1, row.top.unsqueeze(-1))) - log_S
+    others = RowStats(log_odds, row.tau - log_S, row.mean_u_z - log_S, log_S, row.tau - row.mean_u_z, row.num_nontargets)
     top = row_stats(logits, row.top)
     return RowStats(*(torch.where(row.is_top, field.unsqueeze(-1), rest) for field, rest in zip(top, others, strict=True)))
 
@@ -80,10 +81,10 @@ def all_row_stats_vjp(logits: Tensor, grads: tuple[Tensor, ...]) -> Tensor:
     grad = row_stats_vjp(logits, row.top, tuple(g.gather(-1, at_top).squeeze(-1) for g in (g_l, g_e, g_a, g_rho)))
     grad = grad + torch.where(row.is_top, 0.0, g_l)
     grad = grad + row.xz * row.rest(g_e / row.S) - row.x * row.rest((g_e * row.tau + g_l) / row.S)
-    grad = grad + (row.rest(g_a) / row.num_nontargets - row.x * row.rest(g_a / row.S))
+    grad = grad + (row.rest(g_a / row.num_nontargets) - row.x * row.rest(g_a / row.S))
     # off the arg-max, rho is measured from f_j
     grad = grad + row.x * row.rest(g_rho / row.S) - torch.where(row.is_top, row.rest(g_rho), 0.0)
-    return torch.where(row.kept, grad, 0.0).to(dtype)
+    return torch.where(row.kept, grad, g_l).to(dtype)
 
 
 def all_row_stats_jvp(logits: Tensor, tangent: Tensor) -> RowStats:
@@ -100,8 +101,6 @@ def all_row_stats_jvp(logits: Tensor, tangent: Tensor) -> RowStats:
     d_neg_entropy = without_own(row.xz * v) / row.S - row.tau * mu
     d_mean_log_q = without_own(v) / row.num_nontargets - mu
     d_rho = mu - v.gather(-1, row.top.unsqueeze(-1))
-    others = RowStats(
-        torch.where(row.kept, v - mu, 0.0), d_neg_entropy, d_mean_log_q, d_rho, d_neg_entropy - d_mean_log_q, torch.zeros_like(mu)
-    )
+    others = RowStats(tangent.to(dtype) - mu, d_neg_entropy, d_mean_log_q, d_rho, d_neg_entropy - d_mean_log_q, torch.zeros_like(mu))
     top = row_stats_jvp(logits, row.top, v)
     return RowStats(*(torch.where(row.is_top, field.unsqueeze(-1), rest) for field, rest in zip(top, others, strict=True)))
