@@ -226,10 +226,10 @@ def expectation(
 def gradient(loss: Callable[[list[Number]], Number], f: Sequence[float]) -> list[float]:
     """The gradient of any loss above, by central differences; exactly 0 at a deleted class.
 
-    At 120 digits a step of 1e-30 leaves 60 correct ones.
+    At 120 digits a step of 1e-40 leaves an error of 1e-80 or so: nothing beside a gradient of 1e-48, at 110 nats.
     """
     with ctx.workdps(120):
-        step = ctx.mpf(10) ** -30
+        step = ctx.mpf(10) ** -40
         result = []
         for c, value in enumerate(f):
             if value == -float("inf"):

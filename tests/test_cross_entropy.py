@@ -248,3 +248,10 @@ def test_compiled_code_gives_nan_for_a_label_out_of_range(rng):
     assert losses.isnan().tolist() == [False, True, False]
     (gradient,) = torch.autograd.grad(losses[0], input)
     assert gradient[0].any() and not gradient[1:].any()
+
+
+def test_numbers_may_come_from_numpy(rng):
+    numpy = pytest.importorskip("numpy")
+    input, target = torch.randn(3, 4, generator=rng), torch.tensor([0, 3, 1])
+    got = plain(input, target, ignore_index=numpy.int64(3), label_smoothing=numpy.float32(0.5))
+    assert torch.equal(got, plain(input, target, ignore_index=3, label_smoothing=0.5))

@@ -1,6 +1,7 @@
 """The command ``largemargin compare``, from the statistics to an interrupt in the middle."""
 
 import csv
+import io
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 from scipy import stats
 
 from largemargin.lab import cli, compare, queue
@@ -31,7 +33,7 @@ def record(loss, seed, error, noise=0.0, margin=1.0):
 def test_the_interval_is_that_of_the_paired_t_test():
     rng = np.random.default_rng(0)
     errors, baseline = rng.normal(10, 1, 7), rng.normal(11, 1, 7)
-    difference = compare.paired_difference(errors.tolist(), baseline.tolist())
+    difference = compare.paired_difference(dict(enumerate(errors.tolist())), dict(enumerate(baseline.tolist())))
     low, high = stats.ttest_rel(errors, baseline).confidence_interval(0.95)
     assert difference.mean == pytest.approx((errors - baseline).mean())
     assert (difference.low, difference.high) == pytest.approx((low, high))
@@ -49,6 +51,17 @@ def test_pairs_are_matched_by_seed_whatever_the_order():
     row = compare.summarise(records)[1]
     assert (row.difference.mean, row.difference.low, row.difference.high) == (-1.0, -1.0, -1.0)
     assert row.error == 10.0 and row.error_std == 1.0  # n - 1
+
+
+def test_only_seeds_that_both_have_are_paired():
+    records = [record("softmax", s, 10.0 * s) for s in (0, 1, 2)] + [record("large_margin", s, 10.0 * s + s / 10) for s in (0, 2, 5)]
+    row = compare.summarise(records)[1]
+    assert row.n == 3 and row.difference.mean == pytest.approx(0.1)  # of seeds 0 and 2
+
+
+def test_equal_differences_are_no_evidence():
+    records = [record("softmax", s, 10.0 + s) for s in (0, 1)] + [record("large_margin", s, 9.9 + s) for s in (0, 1)]
+    assert compare.summarise(records)[1].difference.verdict == "not told apart"
 
 
 def test_one_seed_has_no_interval_and_a_missing_baseline_no_difference():
@@ -207,6 +220,55 @@ def test_an_image_folder_is_compared(tmp_path):
     assert not list((tmp_path / "out").rglob("*.pt"))  # the decoded images are gone with the runs that needed them
 
 
+def test_a_diverged_run_is_reported(tmp_path, capsys):
+    command = [
+        "compare",
+        "--epochs",
+        "2",
+        "--seeds",
+        "0",
+        "1",
+        "--losses",
+        "softmax",
+        "large_margin",
+        "--lam",
+        "1e30",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert cli.main(command) == 0
+    assert "nan" in capsys.readouterr().out and (tmp_path / "out" / "report.html").is_file()
+
+
+def test_a_config_file_of_someone_else_is_not_taken_for_ours(tmp_path, capsys):
+    (tmp_path / "compare.json").write_text('{"my": "important"}')
+    assert cli.main(["compare", "--out", str(tmp_path)]) == 2
+    assert (tmp_path / "compare.json").read_text() == '{"my": "important"}'
+
+
+@pytest.mark.parametrize(
+    "text", ["losses: softmax", "seeds: 0", "seeds: []", "label_noise: null", "data: null", "jobs: null", "device: null", "out: null"]
+)
+def test_odd_values_in_a_config_file_get_one_line(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "options.yaml").write_text(text)
+    assert cli.main(["compare", "--config", "options.yaml"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["options.yaml"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 140])
+def test_no_number_is_cut_in_the_table(finished, width, tmp_path):
+    out, _, _ = finished
+    console = Console(width=width, file=io.StringIO())
+    rows = compare.summarise(compare.finished_records(compare.reopen(out), out))
+    compare.print_tables(rows, console)
+    text = console.file.getvalue()
+    assert "…" not in text
+    for row in rows:
+        assert all(cell in text for cell in compare.cells(row))
+
+
 def test_a_foreign_folder_is_refused_and_left_as_it_was(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("years of work")
     assert cli.main(["compare", "--out", str(tmp_path)]) == 2
@@ -276,7 +338,7 @@ def test_without_the_extra_the_install_line_is_printed(monkeypatch, capsys):
 
 def test_a_run_that_fails_is_named_and_the_others_are_kept(tmp_path):
     good, bad = Recipe(loss="softmax", seed=0, epochs=1), Recipe(loss="softmax", seed=1, epochs=1, network="nosuch")
-    with pytest.raises(LabError, match=f"1 of 2 runs failed.*{bad.id}.*nosuch"):
+    with pytest.raises(LabError, match=f"1 of 2 runs are not done.*nosuch.*{bad.id}"):
         queue.run_all([bad, good], tmp_path, 1, lambda *_: None)
     assert queue.result_of(good, tmp_path) is not None
     assert "Traceback" in (tmp_path / bad.id / "error.txt").read_text()

@@ -229,3 +229,18 @@ def test_the_digest_changes_with_the_data(folder):
     assert before.digest() == data.image_folder(folder, 8).digest() != data.image_folder(folder, 9).digest()
     save_image(folder / "cat" / "0.png", (0, 255, 0))
     assert data.image_folder(folder, 8).digest() != before.digest()
+
+
+def test_more_than_eight_bits_are_refused_rather_than_clipped(folder):
+    Image.fromarray(np.full((10, 10), 3000, dtype=np.uint16)).save(folder / "cat" / "0.png")
+    with pytest.raises(LabError, match=r"cat/0\.png.*8 bits"):
+        data.image_folder(folder, 8)
+
+
+@pytest.mark.parametrize("names", [("train", "valid"), ("Train", "Test"), ("train",)])
+def test_half_a_split_is_not_taken_for_classes(tmp_path, names):
+    for name in names:
+        for label in "ab":
+            save_image(tmp_path / name / label / "0.png", (0, 0, 0))
+    with pytest.raises(LabError, match="looks like a part of a split"):
+        data.image_folder(tmp_path, 8)

@@ -118,12 +118,12 @@ def test_a_recipe_id_differs_with_every_field():
     base = recipe()
     changes = {"loss": "modified", "seed": 5, "data": "x", "network": "y", "device": "cuda", "flip": True}
     ids = {base.id}
-    fields = [field.name for field in dataclasses.fields(Recipe) if field.name != "data_root"]
+    fields = [field.name for field in dataclasses.fields(Recipe) if field.name not in ("data", "data_root")]
     changes["data_digest"] = "0123"
     for name in fields:
         ids.add(dataclasses.replace(base, **{name: changes[name] if name in changes else (getattr(base, name) or 0) + 0.5}).id)
     assert len(ids) == 1 + len(fields)
-    assert dataclasses.replace(base, data_root="moved").id == base.id  # the digest says which data it is, not the place
+    assert dataclasses.replace(base, data="moved", data_root="moved").id == base.id  # the digest says which data it is, not the place
 
 
 def test_records_are_strict_json(tmp_path):

@@ -318,3 +318,26 @@ def test_make_fx_traces_the_loss(mode, rng):
     input, target = torch.randn(4, 5, generator=rng), torch.tensor([0, 1, -100, 3])
     traced = make_fx(lambda input, target: large_margin_cross_entropy(input, target), tracing_mode=mode)(input, target)
     assert torch.equal(traced(input, target), large_margin_cross_entropy(input, target))
+
+
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_forward_mode_outside_vmap(kind, rng):
+    x = torch.randn(3, 4, 5, generator=rng, dtype=torch.float64)
+    target = torch.randint(5, (3, 4), generator=rng) if kind == "indices" else torch.rand(3, 4, 5, generator=rng, dtype=torch.float64)
+    v = torch.randn(3, 4, 5, generator=rng, dtype=torch.float64)
+
+    def losses(x):
+        return torch.vmap(lambda x, t: large_margin_cross_entropy(x, t, label_smoothing=0.1))(x, target)
+
+    values, tangents = torch.func.jvp(losses, (x,), (v,))
+    leaf = x.clone().requires_grad_()
+    for n in range(3):
+        loss = large_margin_cross_entropy(leaf[n], target[n], label_smoothing=0.1)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        assert_within(values[n], loss.detach(), 8.0, 2)
+        assert_within(tangents[n], (gradient * v).sum(), 8.0, 2)
+    hessian = torch.func.hessian(lambda x: losses(x).sum())(x)
+    expected = torch.autograd.functional.hessian(
+        lambda x: sum(large_margin_cross_entropy(x[n], target[n], label_smoothing=0.1) for n in range(3)), x
+    )
+    assert_within(hessian, expected, 8.0, 4)

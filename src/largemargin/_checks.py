@@ -5,8 +5,10 @@ TypeError. Only labels are looked at by value, and only where that costs no sync
 """
 
 import math
+import numbers
 import sys
 from collections.abc import Iterable
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -32,15 +34,20 @@ def check_word(name: str, value: object, allowed: Iterable[object]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}, not a valid value for {name}")
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """A real number of Python or numpy; the first test is the one torch.compile can trace."""
+    return isinstance(value, (int, float)) or isinstance(value, numbers.Real)
+
+
 def check_number(name: str, value: object, *, low: float = -sys.float_info.max) -> None:
-    if isinstance(value, Tensor) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise TypeError(f"{name} must be a Python number, got {describe(value)}; for a 0-d tensor pass {name}.item()")
     if not low <= value < math.inf:  # compared, not asked math.isfinite: in dynamic compilation the value is a symbol
         raise ValueError(f"{name} must be finite{f' and at least {low:g}' if low > -1 else ''}, got {value!r}")
 
 
 def check_label_smoothing(value: object) -> None:
-    if isinstance(value, Tensor) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise TypeError(f"label_smoothing must be a Python number in [0, 1], got {describe(value)}")
     if not 0 <= value <= 1:
         # torch raises above 1 and reads a negative value as 0
@@ -73,7 +80,7 @@ def is_probabilities(input: Tensor, target: Tensor) -> bool:
     return target.shape == input.shape
 
 
-def check_probabilities(input: Tensor, target: Tensor, ignore_index: object) -> None:
+def check_probabilities(input: Tensor, target: Tensor, ignore_index: int) -> None:
     check_integer("ignore_index", ignore_index)
     if target.dtype not in FLOATING:
         raise RuntimeError(
@@ -81,12 +88,12 @@ def check_probabilities(input: Tensor, target: Tensor, ignore_index: object) -> 
             f"{describe(target)}; class indices would have the shape {index_shape(input)}, for one-hot rows pass target.float()"
         )
     check_same_device("target", target, input)
-    if isinstance(ignore_index, int) and ignore_index >= 0:
+    if ignore_index >= 0:
         raise RuntimeError(f"ignore_index={ignore_index} needs class indices, got probabilities; give rows to be left out a zero target")
 
 
 def check_integer(name: str, value: object) -> None:
-    if not isinstance(value, int):
+    if isinstance(value, bool) or not (isinstance(value, int) or isinstance(value, numbers.Integral)):
         raise TypeError(f"{name} must be an int, got {describe(value)}")
 
 

@@ -113,7 +113,8 @@ def large_margin_cross_entropy(
     .. math:: \mathrm{softplus}(b - l) + \lambda \tilde D(q) \quad (11, 15), \qquad l = f_y - \mathrm{LSE}(\{f_c\}_{c \neq y})
 
     With ``weight`` and ``label_smoothing`` a row's loss is
-    :math:`w_y [(1-\epsilon)\,\mathrm{softplus}(b - l) + \lambda D] + \tfrac{\epsilon}{C} \sum_c w_c (-\log p_c)`. For probabilities
+    :math:`w_y [(1-\epsilon)\,\mathrm{softplus}(b - l) + \lambda D] + \tfrac{\epsilon}{C} \sum_c w_c (-\log p_c)`,
+    over the C classes of the row. For probabilities
     ``t`` it is the expectation over :math:`y \sim t`. With ``lam=0`` and ``hard_bias=0`` value and gradient are those of
     :func:`torch.nn.functional.cross_entropy`.
 
@@ -193,7 +194,6 @@ def hard_margin_softplus(
     margin: float = 1.0,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
-    backend: Backend | None = None,
 ) -> Tensor:
     r"""Softmax loss with a hard margin in place of the one it hides: only the target and the largest non-target get a gradient.
 
@@ -208,7 +208,6 @@ def hard_margin_softplus(
         margin: the constant rho in nats, finite; the paper has 1.
         ignore_index: rows with this target have loss 0 and an exactly zero gradient.
         reduction: ``"none"``, ``"sum"`` or ``"mean"``, which divides by the summed weights of the kept rows.
-        backend: who computes the statistics; ``None`` chooses.
 
     Returns:
         A scalar, or with ``reduction="none"`` the loss of each row.
@@ -223,7 +222,7 @@ def hard_margin_softplus(
 
     Source: Kobayashi, BMVC 2019, Sec. 3.
     """
-    margins, rows = _margins(input, target, weight, margin, ignore_index, reduction, backend)
+    margins, rows = _margins(input, target, weight, margin, ignore_index, reduction)
     return reduce_rows(softplus(margin - margins), rows.class_index, weight, reduction)
 
 
@@ -235,7 +234,6 @@ def crammer_singer_hinge(
     margin: float = 1.0,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
-    backend: Backend | None = None,
 ) -> Tensor:
     r"""The multi-class hinge of Crammer and Singer; only the target and the largest non-target get a gradient.
 
@@ -250,7 +248,6 @@ def crammer_singer_hinge(
         margin: the constant rho in nats, finite; the paper has 1.
         ignore_index: rows with this target have loss 0 and an exactly zero gradient.
         reduction: ``"none"``, ``"sum"`` or ``"mean"``, which divides by the summed weights of the kept rows.
-        backend: who computes the statistics; ``None`` chooses.
 
     Returns:
         A scalar, or with ``reduction="none"`` the loss of each row.
@@ -265,7 +262,7 @@ def crammer_singer_hinge(
 
     Source: Crammer and Singer, JMLR 2, 2001; eq. (1) with the hinge in Kobayashi, BMVC 2019.
     """
-    margins, rows = _margins(input, target, weight, margin, ignore_index, reduction, backend)
+    margins, rows = _margins(input, target, weight, margin, ignore_index, reduction)
     return reduce_rows((margin - margins).relu(), rows.class_index, weight, reduction)
 
 
@@ -329,9 +326,9 @@ def _checked_hinge_rows(
 
 
 def _margins(
-    input: Tensor, target: Tensor, weight: Tensor | None, margin: float, ignore_index: int, reduction: Reduction, backend: Backend | None
+    input: Tensor, target: Tensor, weight: Tensor | None, margin: float, ignore_index: int, reduction: Reduction
 ) -> tuple[Tensor, Rows]:
     """The classification margin ``f_y - f_c* = l + rho`` of each row (Sec. 2.1)."""
     rows = _checked_hinge_rows(input, target, weight, margin, ignore_index, reduction)
-    stats = stats_of_rows(rows, backend)
+    stats = stats_of_rows(rows, None)
     return stats.log_odds + stats.rho, rows

@@ -80,7 +80,7 @@ class LargeMarginCrossEntropyLoss(nn.CrossEntropyLoss):
 class LargeMarginInSoftmaxLoss(LargeMarginCrossEntropyLoss):
     """:class:`LargeMarginCrossEntropyLoss` under the names and in the order of the author's own class, for those who switch.
 
-    Equal to it for unweighted rows (N, C) in float32 and float64. Elsewhere it follows this library: ignored rows are left out of
+    Equal to the author's for unweighted rows (N, C) in float32 and float64. Elsewhere it follows this library: ignored rows are left out of
     the regulariser, ``weight`` scales both terms, half precision works, and so do (N, C, d1, ..., dk) and probabilities.
 
     Args:
@@ -88,6 +88,14 @@ class LargeMarginInSoftmaxLoss(LargeMarginCrossEntropyLoss):
         deg_logit: what is subtracted from the target's logit, in nats: ``True`` is 1.0 (eq. 15), ``None`` and ``False`` are 0.
         weight, ignore_index, reduction: as in :func:`.large_margin_cross_entropy`.
         size_average, reduce: torch's deprecated spelling of ``reduction``.
+
+    Example:
+        >>> import torch
+        >>> from largemargin import LargeMarginInSoftmaxLoss
+        >>> LargeMarginInSoftmaxLoss(0.3, True)(torch.tensor([[3.0, 1.0, 0.0]]), torch.tensor([0]))
+        tensor(0.4423)
+
+    Source: Kobayashi, BMVC 2019, eqs. (11) and (15).
     """
 
     def __init__(

@@ -18,10 +18,18 @@ Backend = Literal["reference"]
 BACKENDS = (None, "reference")
 
 
+def batched(op: Any, info: Any, in_dims: tuple[int | None, ...], *operands: Tensor) -> tuple[tuple[Tensor, ...], int]:
+    """The rule of vmap: rows may have any leading dimensions. (The rule torch can generate fails under forward mode.)"""
+    moved = (x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in zip(operands, in_dims, strict=True))
+    return op.apply(*moved), 0
+
+
 class _RowStats(torch.autograd.Function):
     """The statistics of one target a row: logits (..., C), target (...)."""
 
-    generate_vmap_rule = True
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Tensor) -> tuple[tuple[Tensor, ...], int]:
+        return batched(_RowStats, info, in_dims, *operands)
 
     @staticmethod
     def forward(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
@@ -41,11 +49,15 @@ class _RowStats(torch.autograd.Function):
 
 
 def differentiable_jvp() -> Any:
-    """Around the body of a jvp: torch calls it with forward mode off, which silently drops the tangents of an outer jvp."""
+    """Around the body of a jvp: torch calls it with forward mode off and drops the tangents of an outer jvp (pytorch/pytorch#197867)."""
     return torch.autograd.forward_ad._set_fwd_grad_enabled(True)
 
 
 class _RowStatsWithJvp(_RowStats):
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Tensor) -> tuple[tuple[Tensor, ...], int]:
+        return batched(_RowStatsWithJvp, info, in_dims, *operands)
+
     # a class of its own because torch.compile traces no function that has a jvp
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor | None, ...]:
@@ -57,7 +69,9 @@ class _RowStatsWithJvp(_RowStats):
 class _AllRowStats(torch.autograd.Function):
     """The statistics of every class as target: logits (..., C)."""
 
-    generate_vmap_rule = True
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Tensor) -> tuple[tuple[Tensor, ...], int]:
+        return batched(_AllRowStats, info, in_dims, *operands)
 
     @staticmethod
     def forward(logits: Tensor) -> tuple[Tensor, ...]:
@@ -76,6 +90,10 @@ class _AllRowStats(torch.autograd.Function):
 
 
 class _AllRowStatsWithJvp(_AllRowStats):
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Tensor) -> tuple[tuple[Tensor, ...], int]:
+        return batched(_AllRowStatsWithJvp, info, in_dims, *operands)
+
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> tuple[Tensor | None, ...]:
         with differentiable_jvp():

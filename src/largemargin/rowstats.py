@@ -10,8 +10,9 @@ A row holds logits ``f`` over the classes and a target ``y``. Write ``N = {c != 
 and of ``rho = L - max_N f``, the margin hidden in the softmax loss (eq. 7). All are invariant to a common offset of the logits.
 
 A class whose logit is -inf is not in the row: it belongs neither to N nor to K. A row whose target is -1 is not asked for: its
-statistics and its gradient are 0, whatever it holds. The functions here take the classes on the last dimension, know nothing of
-reductions or weights, and are plain torch, so that each can itself be differentiated.
+statistics and its gradient are 0, whatever it holds. The functions here take the classes on the last dimension and know nothing of
+reductions or weights. ``row_stats_vjp`` and ``row_stats_jvp`` are the derivatives of ``row_stats``, and can be differentiated again.
+Autograd through ``row_stats`` itself would miss that rho depends on the maximum, which is a constant in the sums.
 
 The numbers are accumulated on ``z = f - max_N f`` and never pass through the absolute ``L``: at a common offset of 1e4 a stored
 float32 ``L`` is wrong by 5e-4.
@@ -56,7 +57,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _shifted(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``m``, and for every class whether it is absent, ``z = f - m`` and ``e^z`` (0 where absent)."""
-    m = logits.detach().amax(-1)  # every result is invariant to m, so m carries no gradient
+    m = logits.detach().amax(-1)  # a constant: l, e, a and their derivatives do not depend on m, and rho has its own term
     shift = m.masked_fill(m == -torch.inf, 0.0)  # no class at all: any finite shift will do
     z = logits - shift.unsqueeze(-1)
     absent = logits == -torch.inf
@@ -92,8 +93,9 @@ def finish(record: Record, target_logit: Tensor) -> RowStats:
     """The statistics of a row from the record of its non-target classes and its target's logit ``f_y``."""
     m, sum_exp, sum_exp_z, sum_z, num_nontargets = record
     alone = num_nontargets == 0
-    rho = torch.where(alone, 1.0, sum_exp).log()  # log S, eq. (7)
-    mean_q_z = torch.where(alone, 0.0, sum_exp_z / sum_exp)  # E_q[z]
+    sum_exp = torch.where(alone, 1.0, sum_exp)
+    rho = sum_exp.log()  # log S, eq. (7)
+    mean_q_z = sum_exp_z / sum_exp  # E_q[z]
     mean_u_z = sum_z / num_nontargets.clamp(min=1)  # mean_N(z)
     log_odds = (target_logit - m) - rho
     # alone in its row the target is certain, unless it is itself -inf, +inf or NaN: then f_y - f_y is NaN

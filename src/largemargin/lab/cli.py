@@ -31,9 +31,11 @@ def build_parser() -> "ArgumentParser":
     compare = parser("Train the same network under several losses and seeds on the same data; say which is better, and by how much.")
     compare.add_argument("--config", action="config", help="a YAML file with any of these options")
     compare.add_argument(
-        "--data", default="digits", help="digits (ships with scikit-learn), cifar10, cifar100, or the path of an image folder"
+        "--data", type=str, default="digits", help="digits (ships with scikit-learn), cifar10, cifar100, or the path of an image folder"
     )
-    compare.add_argument("--data-root", default="data", metavar="DIR", help="where the unpacked python batches of cifar10 or cifar100 are")
+    compare.add_argument(
+        "--data-root", type=str, default="data", metavar="DIR", help="where the unpacked python batches of cifar10 or cifar100 are"
+    )
     compare.add_argument(
         "--image-size", type=Pixels, default=32, metavar="PIXELS", help="images of a folder are resized and cropped to this"
     )
@@ -61,10 +63,14 @@ def build_parser() -> "ArgumentParser":
     compare.add_argument(
         "--train-fraction", type=PositiveShare, default=1.0, metavar="SHARE", help="train on this share of the training set"
     )
-    compare.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps, ...")
+    compare.add_argument("--device", type=str, default="cpu", help="cpu, cuda, cuda:1, mps, ...")
     compare.add_argument("--jobs", type=PositiveInt, default=2, metavar="N", help="runs at a time, each a process of one thread")
     compare.add_argument(
-        "--out", default="runs/compare", metavar="DIR", help="finished runs are kept here; the same command goes on where it stopped"
+        "--out",
+        type=str,
+        default="runs/compare",
+        metavar="DIR",
+        help="finished runs are kept here; the same command goes on where it stopped",
     )
     report = parser("Print the table of a comparison again and write its report anew, from the runs that are finished.")
     report.add_argument("out", nargs="?", default="runs/compare", metavar="DIR", help="the folder given to compare as --out")
@@ -77,19 +83,26 @@ def build_parser() -> "ArgumentParser":
 def run(arguments: "Namespace") -> None:
     from rich.console import Console
 
-    from .compare import Comparison, compare, print_tables, reopen, summarise, write_results
+    from .compare import Comparison, compare, finished_records, print_tables, reopen, summarise, write_results
 
     console = Console(width=None if sys.stdout.isatty() else 140)
     if arguments.command == "report":
         out = Path(arguments.report.out).expanduser()
-        comparison, records = reopen(out)
+        comparison = reopen(out)
+        records = finished_records(comparison, out)
         if not records:
-            raise LabError(f"{out}: no run is finished yet; run largemargin compare --out {out}")
+            raise LabError(f"{out}: no run of its last comparison is finished yet; give that command again")
         rows = summarise(records)
         print_tables(rows, console)
         write_results(out, comparison, records, rows)
         return
     options = arguments.compare
+    for name in ("losses", "seeds", "label_noise"):
+        if not isinstance(options[name], list) or not options[name]:
+            raise LabError(f"--{name.replace('_', '-')} needs a list of at least one value, got {options[name]!r}")
+    for name in ("data", "data_root", "out", "jobs", "device"):
+        if options[name] is None:
+            raise LabError(f"--{name.replace('_', '-')} needs a value, got none")
     names = ("data", "data_root", "image_size", "lam", "epochs", "train_fraction", "device")
     settings: dict[str, Any] = {name: options[name] for name in names}
     settings |= {name: list(dict.fromkeys(options[name])) for name in ("losses", "seeds", "label_noise")}
@@ -108,7 +121,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         parser = build_parser()
-        run(parser.parse_args(argv))
+        try:
+            arguments = parser.parse_args(argv)
+        except (AssertionError, TypeError, UnicodeDecodeError) as error:  # the parser's own, for odd values in a --config file
+            raise LabError(f"the options cannot be read: {error or 'a value in the --config file has the wrong type'}") from error
+        run(arguments)
     except (LabError, ArgumentError) as error:
         print(f"largemargin: {' '.join(str(error).split())}", file=sys.stderr)
         return 130 if isinstance(error.__context__, KeyboardInterrupt) else 2

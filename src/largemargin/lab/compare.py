@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -79,6 +81,8 @@ class Difference:
 
     @property
     def verdict(self) -> str:
+        if self.high - self.low < 1e-9:  # every pair differs by the same few samples: there is no spread to judge by
+            return "not told apart"
         return "better" if self.high < 0 else "worse" if self.low > 0 else "not told apart"
 
 
@@ -99,13 +103,13 @@ class Row:
     nll: float
 
 
-def paired_difference(errors: Sequence[float], baseline: Sequence[float], confidence: float = 0.95) -> Difference | None:
-    """The mean of ``errors - baseline``, pair by pair, with its Student-t interval; None for fewer than two pairs."""
-    if len(errors) < 2:
+def paired_difference(errors: dict[int, float], baseline: dict[int, float], confidence: float = 0.95) -> Difference | None:
+    """The mean of ``errors - baseline`` over the seeds that both have, with its Student-t interval; None for fewer than two pairs."""
+    differences = [errors[seed] - baseline[seed] for seed in errors.keys() & baseline.keys()]
+    if len(differences) < 2:
         return None
     from scipy import stats
 
-    differences = [error - base for error, base in zip(errors, baseline, strict=True)]
     mean = statistics.fmean(differences)
     half = stats.t.ppf((1 + confidence) / 2, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
     return Difference(mean, float(mean - half), float(mean + half))
@@ -121,25 +125,23 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[Row]:
     groups: dict[tuple[float, str], list[dict[str, Any]]] = {}
     for record in records:
         groups.setdefault((record["recipe"]["label_noise"], record["recipe"]["loss"]), []).append(record)
+
+    def errors_by_seed(noise: float, loss: str) -> dict[int, float]:
+        return {record["recipe"]["seed"]: record["test"]["error"] for record in groups.get((noise, loss), [])}
+
     rows = []
     for (noise, loss), group in sorted(groups.items(), key=lambda item: item[0][0]):
-        group.sort(key=lambda record: record["recipe"]["seed"])
-        errors = [record["test"]["error"] for record in group]
-        baseline = groups.get((noise, BASELINE)) if loss != BASELINE else None
+        errors = errors_by_seed(noise, loss)
         means = {name: mean_or_nan([record["test"][name] for record in group]) for name in ("margin", "rho", "ece", "nll")}
         rows.append(
             Row(
                 label=Recipe(**group[0]["recipe"]).loss_label,
                 loss=loss,
                 label_noise=noise,
-                n=len(group),
-                error=statistics.fmean(errors),
-                error_std=statistics.stdev(errors) if len(errors) > 1 else None,
-                difference=paired_difference(
-                    errors, [record["test"]["error"] for record in sorted(baseline, key=lambda r: r["recipe"]["seed"])]
-                )
-                if baseline
-                else None,
+                n=len(errors),
+                error=statistics.fmean(errors.values()),
+                error_std=statistics.stdev(errors.values()) if len(errors) > 1 else None,
+                difference=None if loss == BASELINE else paired_difference(errors, errors_by_seed(noise, BASELINE)),
                 **means,
             )
         )
@@ -167,20 +169,38 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def print_tables(rows: Sequence[Row], console: Console) -> None:
     """A table for each share of label noise; in two parts where the terminal is narrow."""
-    whole = range(len(COLUMNS))
-    parts = [whole] if console.width >= 100 else [whole[:4], [0, *whole[4:]]]
     for noise in dict.fromkeys(row.label_noise for row in rows):
         group = [row for row in rows if row.label_noise == noise]
-        console.print(f"\nlabel noise {noise:g}, {group[0].n} seed{'s' if group[0].n > 1 else ''}", style="bold", highlight=False)
-        for part in parts:
-            table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-            for i in part:
-                table.add_column(COLUMNS[i], justify="left" if i in (0, 3) else "right", no_wrap=True)
+        seeds = sorted({row.n for row in group})
+        title = f"{'-'.join(map(str, seeds))} seed{'s' if seeds != [1] else ''}" + ("; some runs are missing" if len(seeds) > 1 else "")
+        console.print(f"\nlabel noise {noise:g}, {title}", style="bold", highlight=False)
+        unbounded = console.options.update(width=10_000)
+        layouts = ([table(group, range(8))], [table(group, (0, 1, 2, 3)), table(group, (0, 4, 5, 6, 7))])
+        for tables in layouts:
+            if all(Measurement.get(console, unbounded, part).maximum <= console.width for part in tables):
+                console.print(*tables)
+                break
+        else:  # narrower still: no number is ever cut
             for row in group:
-                texts = cells(row)
-                table.add_row(*(texts[i] for i in part))
-            console.print(table)
+                console.print(
+                    f"{row.label}:",
+                    *(f"{name} {text}," for name, text in zip(COLUMNS[1:], cells(row)[1:], strict=True)),
+                    soft_wrap=True,
+                    highlight=False,
+                    markup=False,
+                )
     console.print(NOTE, style="dim")
+
+
+def table(rows: Sequence[Row], columns: Sequence[int]) -> Table:
+    """These columns of the rows."""
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i in columns:
+        width = max(len(COLUMNS[i]), *(len(cells(row)[i]) for row in rows))
+        result.add_column(COLUMNS[i], justify="left" if i in (0, 3) else "right", no_wrap=True, min_width=width)
+    for row in rows:
+        result.add_row(*(cells(row)[i] for i in columns))
+    return result
 
 
 def results_csv(records: Sequence[dict[str, Any]]) -> str:
@@ -199,10 +219,12 @@ def results_csv(records: Sequence[dict[str, Any]]) -> str:
 def check_folder(out: Path) -> None:
     """Say why ``out`` cannot be ours, before anything is written."""
     try:
-        if out.exists() and not (out / MARKER).is_file() and any(out.iterdir()):
-            raise LabError(f"--out {out} holds files that are not of a comparison; choose a new or empty folder")
+        if out.exists() and any(out.iterdir()):
+            reopen(out)
     except OSError as error:
         raise LabError(f"--out {out} cannot be used: {error.strerror or error}; choose another folder") from error
+    except LabError as error:
+        raise LabError(f"--out {out} holds files that are not of a comparison; choose a new or empty folder") from error
 
 
 def check_device(device: str) -> None:
@@ -216,8 +238,18 @@ def compare(comparison: Comparison, out: Path, jobs: int, console: Console) -> l
     """Do what is left of the comparison, print its table, and write ``results.csv`` and ``report.html`` into ``out``."""
     check_device(comparison.device)
     check_folder(out)
+    if comparison.data not in ("digits", "cifar10", "cifar100") and Path(comparison.data).expanduser().resolve() in out.resolve().parents:
+        raise LabError(f"--out {out} is inside --data {comparison.data}: its runs would be taken for a class; choose a folder outside")
     images = data.load(comparison.data, comparison.data_root, comparison.image_size)  # bad data stops here, before anything is written
     comparison = dataclasses.replace(comparison, data_digest=images.digest())
+    if (out / MARKER).is_file() and reopen(out) != comparison:
+        console.print(f"{out} held a comparison with other options: its runs are kept, its table and report are replaced", markup=False)
+    found = (
+        f"{comparison.data}: {len(images.train_labels)} training and {len(images.test_labels)} test images of {len(images.classes)} classes"
+    )
+    console.print(found, markup=False, highlight=False)
+    if len(images.classes) == 2:
+        console.print("with two classes the large-margin regulariser is 0: lam changes nothing", highlight=False)
     recipes, runs = comparison.recipes(), out / "runs"
     decoded = decoded_images(recipes[0], runs)
     try:
@@ -230,7 +262,8 @@ def compare(comparison: Comparison, out: Path, jobs: int, console: Console) -> l
     done = sum(result_of(recipe, runs) is not None for recipe in recipes)
     console.print(
         f"{len(recipes)} runs of {recipes[0].epochs} epochs on {comparison.data}, {jobs} at a time, into {out}"
-        + (f"; {done} already done" if done else "")
+        + (f"; {done} already done" if done else ""),
+        markup=False,
     )
     try:
         records = _run_with_progress(recipes, runs, jobs, console)
@@ -241,10 +274,10 @@ def compare(comparison: Comparison, out: Path, jobs: int, console: Console) -> l
         ) from None
     decoded.unlink(missing_ok=True)
     rows = summarise(records)
-    write_results(out, comparison, records, rows)
     print_tables(rows, console)
+    write_results(out, comparison, records, rows)
     console.print(
-        f"[bold]{out / 'report.html'}[/bold]  the same with figures; results.csv has a line for each run, runs/ a record", highlight=False
+        f"{out / 'report.html'}  the same with figures; results.csv has a line for each run, runs/ a record", markup=False, highlight=False
     )
     return rows
 
@@ -253,17 +286,29 @@ def write_results(out: Path, comparison: Comparison, records: Sequence[dict[str,
     """``results.csv``, ``report.html``, and the first figure of the report alone, ``errors.svg``."""
     from . import report  # matplotlib is slow to import: not before the runs
 
-    write_text(out / "results.csv", results_csv(records))
-    write_text(out / "errors.svg", report.overview(rows, background="white"))
-    write_text(out / "report.html", report.render(comparison, records, rows))
+    try:
+        write_text(out / "results.csv", results_csv(records))
+        write_text(out / "errors.svg", report.overview(rows, background="white"))
+        write_text(out / "report.html", report.render(comparison, records, rows))
+    except OSError as error:
+        raise LabError(
+            f"{out} cannot be written to: {error.strerror or error}; the runs are kept, largemargin report {out} goes on"
+        ) from error
 
 
 def _run_with_progress(recipes: Sequence[Recipe], runs: Path, jobs: int, console: Console) -> list[dict[str, Any]]:
-    """A live display on a terminal, a line for each finished run elsewhere."""
+    """A live display on a terminal; elsewhere a line for each finished run, and one a minute."""
     finished = {recipe.id for recipe in recipes if result_of(recipe, runs) is not None}
     if not console.is_terminal:
+        last = time.monotonic()
+        epochs, total_epochs = 0, sum(recipe.epochs for recipe in recipes if recipe.id not in finished)
 
         def on_epoch(recipe: Recipe, epoch: int) -> None:
+            nonlocal last, epochs
+            epochs += 1
+            if time.monotonic() - last > 60:
+                last = time.monotonic()
+                console.print(f"{epochs} of {total_epochs} epochs of all runs", markup=False, highlight=False)
             if epoch == recipe.epochs:
                 finished.add(recipe.id)
                 console.print(
@@ -292,11 +337,17 @@ def _run_with_progress(recipes: Sequence[Recipe], runs: Path, jobs: int, console
         return run_all(recipes, runs, jobs, on_epoch)
 
 
-def reopen(out: Path) -> tuple[Comparison, list[dict[str, Any]]]:
-    """The comparison of a folder and the records of its finished runs."""
+def reopen(out: Path) -> Comparison:
+    """The comparison of a folder."""
     try:
-        settings = json.loads((out / MARKER).read_text())["comparison"]
-    except (OSError, ValueError, KeyError) as error:
+        marker = json.loads((out / MARKER).read_text())
+        if marker["largemargin"] != "compare":
+            raise ValueError("it is of something else")
+        return Comparison.from_dict(marker["comparison"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LabError(f"{out} is not the folder of a comparison: it has no readable {MARKER}") from error
-    comparison = Comparison.from_dict(settings)
-    return comparison, [record for recipe in comparison.recipes() if (record := result_of(recipe, out / "runs")) is not None]
+
+
+def finished_records(comparison: Comparison, out: Path) -> list[dict[str, Any]]:
+    """The records of the comparison's runs that are finished."""
+    return [record for recipe in comparison.recipes() if (record := result_of(recipe, out / "runs")) is not None]

@@ -13,6 +13,7 @@ from ._torchvision import import_torchvision
 from .errors import LabError
 from .files import write_atomically
 
+SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation"}
 SPLIT_SEED = 0  # where a data set comes without a test set, this seed, the same for every run, chooses one
 
 
@@ -98,6 +99,9 @@ def image_folder(folder: Path, image_size: int) -> ImageSet:
             differing = ", ".join(sorted(set(classes) ^ set(test_classes)))
             raise LabError(f"--data {folder}: the classes of {held_out.name}/ differ from those of train/: {differing}")
     else:
+        parts = sorted(entry.name for entry in folder.iterdir() if entry.name.lower() in SPLIT_NAMES)
+        if parts:
+            raise LabError(f"--data {folder}: {', '.join(parts)} looks like a part of a split; name the parts train/ and test/ (or val/)")
         classes, files = _list_images(folder)
         train_files, test_files = _hold_out_a_fifth(folder, files, classes)
     train_images, test_images = _decode(train_files, image_size), _decode(test_files, image_size)
@@ -113,7 +117,13 @@ def _list_images(folder: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]
         raise LabError(f"--data {folder}: found {len(classes)} sub-folders, need at least 2: one for each class, with its images inside")
     files = []
     for label, name in enumerate(classes):
-        found = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in extensions and path.is_file())
+        found = sorted(
+            path
+            for path in (folder / name).rglob("*")
+            if path.suffix.lower() in extensions
+            and not path.is_dir()
+            and not any(part.startswith(".") for part in path.parts[len(folder.parts) :])
+        )
         if not found:
             raise LabError(f"--data {folder}: the class folder {name} holds no image ({' '.join(extensions)})")
         files += [(path, label) for path in found]
@@ -145,9 +155,11 @@ def _decode(files: list[tuple[Path, int]], image_size: int) -> Tensor:
     for slot, (path, _) in zip(images, files, strict=True):
         try:
             with Image.open(path) as image:
+                if image.mode.startswith(("I", "F")):
+                    raise ValueError(f"its pixels have more than 8 bits (mode {image.mode}); convert it to 8 bits")
                 slot.copy_(transform(image.convert("RGB")))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises all of these for a broken file
-            reason = "empty file" if path.stat().st_size == 0 else str(error) or type(error).__name__
+        except Exception as error:  # PIL raises many types for a broken file
+            reason = "empty file" if path.is_file() and path.stat().st_size == 0 else str(error) or type(error).__name__
             raise LabError(f"cannot read the image {path}: {reason}; mend or remove it") from error
     return images
 

@@ -22,8 +22,10 @@ def result_of(recipe: Recipe, runs: Path) -> dict[str, Any] | None:
         return None
     try:
         record: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise LabError(f"{path} is not the record of a run ({error}); remove it to run it again") from error
+        if Recipe(**record["recipe"]).id != recipe.id or not {"test", "epochs", "environment"} <= record.keys():
+            raise ValueError("it is of another run")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise LabError(f"{path} is not the record of its run ({error}); remove it to run it again") from error
     return record
 
 
@@ -43,11 +45,11 @@ def run_all(recipes: Sequence[Recipe], runs: Path, jobs: int, on_epoch: Callable
         _run(waiting, runs, min(jobs, len(waiting)), on_epoch)
     failed = [recipe for recipe in recipes if result_of(recipe, runs) is None]
     if failed:
-        log = runs / failed[0].id / "error.txt"
-        reason = log.read_text().strip().splitlines()[-1] if log.is_file() else "its process died, perhaps for lack of memory"
-        raise LabError(
-            f"{len(failed)} of {len(recipes)} runs failed; the first, {failed[0].id}: {reason} (whole text: {log}). The others are kept."
-        )
+        logs = [log for recipe in failed if (log := runs / recipe.id / "error.txt").is_file()]
+        reason = "the processes died, perhaps for lack of memory; the same command goes on from here"
+        if logs:
+            reason = f"{logs[0].read_text().strip().splitlines()[-1]} (whole text: {logs[0]})"
+        raise LabError(f"{len(failed)} of {len(recipes)} runs are not done: {reason}. The others are kept.")
     return [record for recipe in recipes if (record := result_of(recipe, runs)) is not None]
 
 
@@ -91,6 +93,7 @@ def _work(tasks: Any, events: Any, runs: Path) -> None:
     loaded: dict[str, data.ImageSet] = {}
     while (recipe := tasks.get()) is not None:
         folder = runs / recipe.id
+        (folder / "error.txt").unlink(missing_ok=True)
         try:
             if recipe.data_digest not in loaded:
                 decoded = decoded_images(recipe, runs)

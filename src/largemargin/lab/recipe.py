@@ -55,7 +55,8 @@ class Recipe:
     @property
     def id(self) -> str:
         """The name of the run's folder: readable, and different for every different recipe."""
-        what = {name: value for name, value in self.to_dict().items() if name != "data_root"}  # data may move
+        # the digest says which data it is; the folder may move
+        what = {name: value for name, value in self.to_dict().items() if name not in ("data", "data_root")}
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
         return f"{self.loss}-noise{self.label_noise:g}-seed{self.seed}-{digest}"
 

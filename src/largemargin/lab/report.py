@@ -11,8 +11,9 @@ import jinja2
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from .compare import BASELINE, COLUMNS, NOTE, Comparison, Row, cells
+from .compare import BASELINE, COLUMNS, NOTE, Comparison, Row, cells, mean_or_nan
 from .evaluate import MARGIN_EDGES
 from .recipe import Recipe
 
@@ -77,17 +78,25 @@ def render(comparison: Comparison, records: Records, rows: Sequence[Row]) -> str
         comparison=comparison,
         first=first,
         recipe=Recipe(**first["recipe"]),
+        software=software(records),
         num_runs=len(records),
         seconds=sum(record["seconds"] for record in records),
         baseline=BASELINE,
     )
 
 
+def software(records: Records) -> list[str]:
+    """The versions the runs were made with; more than one where a comparison went on after an update."""
+    environments = (record["environment"] for record in records)
+    texts = (f"largemargin {e['largemargin']} (commit {e['commit'][:10]}), torch {e['torch']}, Python {e['python']}" for e in environments)
+    return list(dict.fromkeys(texts))
+
+
 def headline(rows: Sequence[Row]) -> list[str]:
     """What the table says, in a sentence for each share of label noise."""
     sentences = []
     for noise in dict.fromkeys(row.label_noise for row in rows):
-        where = f"With {noise:.0%} wrong training labels" if noise else "With the labels as they are"
+        where = f"With {100 * noise:g}% wrong training labels" if noise else "With the labels as they are"
         compared = [row for row in rows if row.label_noise == noise and row.difference is not None]
         told = [row for row in compared if row.difference is not None and row.difference.verdict != "not told apart"]
         parts = [
@@ -161,10 +170,17 @@ def learning_curves(records: Records) -> str:
             by_epoch = list(zip(*([row["test_error"] for row in record["epochs"]] for record in group), strict=True))
             epochs = range(1, len(by_epoch) + 1)
             low, high = [min(errors) for errors in by_epoch], [max(errors) for errors in by_epoch]
-            ax.plot(epochs, [statistics.fmean(errors) for errors in by_epoch], color=colors[label], linewidth=1.6)
+            ax.plot(
+                epochs,
+                [statistics.fmean(errors) for errors in by_epoch],
+                color=colors[label],
+                linewidth=1.6,
+                marker="o" if len(by_epoch) == 1 else None,
+            )
             ax.fill_between(epochs, low, high, color=colors[label], alpha=0.15, linewidth=0)
             settled = max(settled, *high[len(high) // 5 :])
         ax.set_ylim(0, 1.1 * settled or 1.0)  # the first fifth may run out at the top
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_xlabel("epoch")
         ax.set_ylabel("test error %")
         return svg(figure)
@@ -200,7 +216,7 @@ def rho_curves(records: Records) -> str:
             curves = [record["rho_of_batches"] for record in group]
             ax.plot(
                 curves[0]["batch"],
-                [statistics.fmean(v) for v in zip(*(c["rho"] for c in curves), strict=True)],
+                [mean_or_nan(v) for v in zip(*(c["rho"] for c in curves), strict=True)],
                 color=colors[label],
                 label=label,
                 linewidth=1.3,
