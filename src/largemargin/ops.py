@@ -18,18 +18,19 @@ Backend = Literal["reference"]
 BACKENDS = (None, "reference")
 
 
-def batched(op: Any, info: Any, in_dims: tuple[int | None, ...], *operands: Tensor) -> tuple[tuple[Tensor, ...], int]:
-    """The rule of vmap: rows may have any leading dimensions. (The rule torch can generate fails under forward mode.)"""
-    moved = (x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in zip(operands, in_dims, strict=True))
-    return op.apply(*moved), 0
+class _RowsFunction(torch.autograd.Function):
+    """An operation on rows with any leading dimensions, which is all vmap needs. (The rule torch can generate fails under forward mode.)"""
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *operands: Tensor) -> tuple[tuple[Tensor, ...], int]:
+        moved = (
+            x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in zip(operands, in_dims, strict=True)
+        )
+        return cls.apply(*moved), 0
 
 
-class _RowStats(torch.autograd.Function):
+class _RowStats(_RowsFunction):
     """The statistics of one target a row: logits (..., C), target (...)."""
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Tensor) -> tuple[tuple[Tensor, ...], int]:
-        return batched(_RowStats, info, in_dims, *operands)
 
     @staticmethod
     def forward(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
@@ -54,10 +55,6 @@ def differentiable_jvp() -> Any:
 
 
 class _RowStatsWithJvp(_RowStats):
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Tensor) -> tuple[tuple[Tensor, ...], int]:
-        return batched(_RowStatsWithJvp, info, in_dims, *operands)
-
     # a class of its own because torch.compile traces no function that has a jvp
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor | None, ...]:
@@ -66,12 +63,8 @@ class _RowStatsWithJvp(_RowStats):
             return (*row_stats_jvp(logits, target, tangent)[:5], None)
 
 
-class _AllRowStats(torch.autograd.Function):
+class _AllRowStats(_RowsFunction):
     """The statistics of every class as target: logits (..., C)."""
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Tensor) -> tuple[tuple[Tensor, ...], int]:
-        return batched(_AllRowStats, info, in_dims, *operands)
 
     @staticmethod
     def forward(logits: Tensor) -> tuple[Tensor, ...]:
@@ -90,10 +83,6 @@ class _AllRowStats(torch.autograd.Function):
 
 
 class _AllRowStatsWithJvp(_AllRowStats):
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Tensor) -> tuple[tuple[Tensor, ...], int]:
-        return batched(_AllRowStatsWithJvp, info, in_dims, *operands)
-
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> tuple[Tensor | None, ...]:
         with differentiable_jvp():

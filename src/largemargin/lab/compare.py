@@ -44,6 +44,10 @@ class Comparison:
     train_fraction: float = 1.0
     device: str = "cpu"
 
+    @property
+    def is_folder(self) -> bool:
+        return self.data not in ("digits", "cifar10", "cifar100")
+
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> "Comparison":
         """What ``vars`` gave, also after a passage through JSON."""
@@ -57,7 +61,7 @@ class Comparison:
         shared["epochs"] = self.epochs if self.epochs is not None else 30 if self.data == "digits" else 50
         if self.data in ("cifar10", "cifar100"):
             shared |= {"data_root": self.data_root, "crop_padding": 4, "flip": True}
-        elif self.data != "digits":
+        elif self.is_folder:
             shared |= {"image_size": self.image_size, "crop_padding": self.image_size // 8, "flip": True}
         return [
             Recipe(loss=loss, seed=seed, label_noise=noise, **shared, **self.settings(loss))
@@ -238,7 +242,7 @@ def compare(comparison: Comparison, out: Path, jobs: int, console: Console) -> l
     """Do what is left of the comparison, print its table, and write ``results.csv`` and ``report.html`` into ``out``."""
     check_device(comparison.device)
     check_folder(out)
-    if comparison.data not in ("digits", "cifar10", "cifar100") and Path(comparison.data).expanduser().resolve() in out.resolve().parents:
+    if comparison.is_folder and Path(comparison.data).expanduser().resolve() in out.resolve().parents:
         raise LabError(f"--out {out} is inside --data {comparison.data}: its runs would be taken for a class; choose a folder outside")
     images = data.load(comparison.data, comparison.data_root, comparison.image_size)  # bad data stops here, before anything is written
     comparison = dataclasses.replace(comparison, data_digest=images.digest())
@@ -254,7 +258,7 @@ def compare(comparison: Comparison, out: Path, jobs: int, console: Console) -> l
     decoded = decoded_images(recipes[0], runs)
     try:
         write_json(out / MARKER, {"largemargin": "compare", "comparison": vars(comparison)})
-        if comparison.data not in ("digits", "cifar10", "cifar100"):
+        if comparison.is_folder:
             images.save(decoded)
     except OSError as error:
         raise LabError(f"--out {out} cannot be written to: {error.strerror or error}; choose another folder") from error
