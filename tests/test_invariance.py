@@ -82,7 +82,7 @@ def test_case_10_inputs_are_never_modified(kind, dtype, weighted, rng):
 def test_case_10_changing_the_input_before_backward_is_noticed(rng):
     input, target = problem(rng)
     logits = input.requires_grad_() * 1
-    loss = large_margin_cross_entropy(logits, target)
+    loss = large_margin_cross_entropy(logits, target, reduction="none").sum()  # whose gradient is not yet computed
     logits.detach().add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()

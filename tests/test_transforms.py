@@ -317,7 +317,7 @@ def test_make_fx_traces_the_loss(mode, rng):
 
     input, target = torch.randn(4, 5, generator=rng), torch.tensor([0, 1, -100, 3])
     traced = make_fx(lambda input, target: large_margin_cross_entropy(input, target), tracing_mode=mode)(input, target)
-    assert torch.equal(traced(input, target), large_margin_cross_entropy(input, target))
+    assert torch.equal(traced(input, target), large_margin_cross_entropy(input, target, backend="reference"))
 
 
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])

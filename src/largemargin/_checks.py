@@ -7,8 +7,8 @@ TypeError. Only labels are looked at by value, and only where that costs no sync
 import math
 import numbers
 import sys
-from collections.abc import Iterable
-from typing import TypeGuard
+from collections.abc import Collection
+from typing import NoReturn, TypeGuard
 
 import torch
 from torch import Tensor
@@ -28,8 +28,7 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {describe(value)}; wrap it in torch.as_tensor")
 
 
-def check_word(name: str, value: object, allowed: Iterable[object]) -> None:
-    allowed = tuple(allowed)
+def check_word(name: str, value: object, allowed: Collection[object]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}, not a valid value for {name}")
 
@@ -109,21 +108,23 @@ def index_shape(input: Tensor) -> tuple[int, ...]:
 def check_indices(input: Tensor, target: Tensor, ignore_index: object) -> None:
     check_integer("ignore_index", ignore_index)
     expected = index_shape(input)
+    # torch also takes one label in a vector for one row without a batch dimension
+    shape_fits = target.shape == expected or (input.dim() == 1 and target.shape == (1,))
+    if not (shape_fits and target.shape != input.shape and target.dtype in (torch.int64, torch.uint8)):
+        _refuse_indices(input, target, expected, shape_fits)
+    check_same_device("target", target, input)
+
+
+def _refuse_indices(input: Tensor, target: Tensor, expected: tuple[int, ...], shape_fits: bool) -> NoReturn:
     said = f"target must be int64 class indices of shape {expected} for input of shape {tuple(input.shape)}, got {describe(target)}"
     if target.shape == input.shape:
         raise RuntimeError(f"{said}; these statistics are of one class a row, so probabilities have none")
-    # torch also takes one label in a vector for one row without a batch dimension
-    if tuple(target.shape) != expected and not (input.dim() == 1 and tuple(target.shape) == (1,)):
+    if not shape_fits:
         batch_differs = target.shape[:1] != input.shape[:1] if input.dim() > 1 else target.dim() == 1 and not target.is_floating_point()
         raise (ValueError if batch_differs else RuntimeError)(f"{said}; class probabilities would have the shape of input")
-    if target.dtype not in (torch.int64, torch.uint8):
-        fix = (
-            "convert it with target.long()"
-            if not target.is_floating_point()
-            else f"class probabilities have the shape {tuple(input.shape)}"
-        )
-        raise RuntimeError(f"{said}; {fix}")
-    check_same_device("target", target, input)
+    if target.is_floating_point():
+        raise RuntimeError(f"{said}; class probabilities have the shape {tuple(input.shape)}")
+    raise RuntimeError(f"{said}; convert it with target.long()")
 
 
 def can_look_at(target: Tensor) -> bool:
@@ -133,9 +134,9 @@ def can_look_at(target: Tensor) -> bool:
     return type(target) is Tensor and target.device.type == "cpu"
 
 
-def check_range(target: Tensor, fine: Tensor, num_classes: int, ignore_index: int) -> None:
-    if not bool(fine.all()):
-        bad = target[~fine]
+def check_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
+    bad = target[(target != ignore_index) & ((target < 0) | (target >= num_classes))]
+    if bad.numel():
         raise IndexError(
             f"target must hold class indices in [0, {num_classes}) or ignore_index={ignore_index}, but holds {int(bad[0])} "
             f"({bad.numel()} of {target.numel()} labels are out of range); check num_classes, or pass ignore_index"

@@ -19,9 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks
+from . import _checks, fused
+from ._backends import LossOptions
+from ._backends.ladder import Backend
 from ._reduce import REDUCTIONS, Reduction, reduce, reduce_rows
-from .ops import Backend, Rows, checked_rows, classes_last, stats_of_all_classes, stats_of_rows
+from .ops import Rows, checked_rows, classes_last, stats_of_all_classes, stats_of_rows
 from .rowstats import RowStats, accumulation_dtype
 
 Divergence = Literal["symmetric", "kl_qu", "kl_uq"]
@@ -68,14 +70,14 @@ def divergence(stats: RowStats, kind: Divergence = "symmetric") -> Tensor:
     return log_num_nontargets + stats.neg_entropy if kind == "kl_qu" else -log_num_nontargets - stats.mean_log_q  # eq. (10)
 
 
-def _margin_term(stats: RowStats, lam: float, kind: Divergence, hard_bias: float, label_smoothing: float) -> Tensor:
+def _margin_term(stats: RowStats, lam: float, kind: str, hard_bias: float, label_smoothing: float) -> Tensor:
     """``(1 - eps) softplus(b - l) + lam D``: eqs. (3), (11) and (15), and the first term of (13)."""
     loss = softplus(hard_bias - stats.log_odds)
     if label_smoothing == 1:
         loss = torch.where(loss.isfinite(), 0.0, loss)  # 0 * inf is NaN; a masked target stays infinite
     elif label_smoothing > 0:
         loss = (1 - label_smoothing) * loss
-    return loss + lam * divergence(stats, kind) if lam > 0 else loss
+    return loss + lam * divergence(stats, kind) if lam > 0 else loss  # type: ignore[arg-type]  # a checked word
 
 
 def _mean_cross_entropy(stats: RowStats) -> Tensor:
@@ -107,6 +109,7 @@ def large_margin_cross_entropy(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     backend: Backend | None = None,
+    donate: bool = False,
 ) -> Tensor:
     r"""Softmax cross-entropy plus a regulariser that widens its margin; a drop-in for :func:`torch.nn.functional.cross_entropy`.
 
@@ -131,7 +134,10 @@ def large_margin_cross_entropy(
         ignore_index: rows with this target have loss 0 and an exactly zero gradient; class indices only.
         reduction: ``"none"``, ``"sum"`` or ``"mean"``, which divides by the summed weights of the kept rows (class indices) or by the
             number of rows (probabilities), as torch does, for all terms.
-        backend: who computes the statistics; ``None`` chooses.
+        backend: ``"reference"``, ``"cpu"`` or ``"triton"``; ``None`` takes the fastest that can (see docs/backends.md).
+        donate: ``input`` may be overwritten by its gradient, which saves the memory of one; a leaf may not. Its version counter
+            moves on, so whoever still needs the logits for a backward pass gets torch's error. There is one backward pass, and
+            where the kernels have no such option nothing is overwritten.
 
     Returns:
         A scalar, or with ``reduction="none"`` the loss of each row, shaped like class indices; float32, or float64 for float64.
@@ -161,17 +167,24 @@ def large_margin_cross_entropy(
     _checks.check_word("reduction", reduction, REDUCTIONS)
     _checks.check_input(input, target)
     _checks.check_weight(weight, input)
+    options = LossOptions(lam, divergence, hard_bias, label_smoothing, ignore_index, reduction)
 
     if _checks.is_probabilities(input, target):
         _checks.check_probabilities(input, target, ignore_index)
-        logits, t = classes_last(input.to(accumulation_dtype(input.dtype))), classes_last(target)
-        losses = _margin_term(stats_of_all_classes(logits, backend), lam, divergence, hard_bias, label_smoothing)
-        losses = torch.where((t == 0) & (losses == torch.inf), 0.0, losses)  # a masked class without a share adds nothing
-        losses = (losses * t if weight is None else losses * t * weight.to(losses.dtype)).sum(-1)
-        if label_smoothing > 0:
-            losses = losses + label_smoothing * _weighted_mean_cross_entropy(logits, weight)
-        return reduce(losses, losses.numel() if _checks.num_classes(input) else 0, reduction)
+        return _loss_of_probabilities(input, target, weight, options, backend)
+    _checks.check_indices(input, target, ignore_index)
+    if donate and input.is_leaf and input.requires_grad:
+        raise ValueError("donate=True overwrites input, but input is a leaf that requires a gradient; donate computed logits only")
+    if fused.kernels(input, target, weight, backend):
+        return fused.loss(input, target, weight, options, _loss_of_indices, donate)
+    return _loss_of_indices(input, target, weight, options, backend)
 
+
+def _loss_of_indices(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, backend: Backend | None = "reference"
+) -> Tensor:
+    """The loss for class indices, in the words of the paper: a few formulas on the statistics of each row."""
+    lam, divergence, hard_bias, label_smoothing, ignore_index, reduction = options
     if label_smoothing > 0 and weight is not None:
         input = input.to(accumulation_dtype(input.dtype))  # two terms read it: their gradients are to be added before they are rounded
     rows = checked_rows(input, target, ignore_index)
@@ -184,6 +197,20 @@ def large_margin_cross_entropy(
         # an ignored row is emptied first: log_softmax would pass its NaN on to the gradient
         smoothing = label_smoothing * _weighted_mean_cross_entropy(rows.logits.masked_fill(rows.class_index.unsqueeze(-1) < 0, 0.0), weight)
     return reduce_rows(losses, rows.class_index, weight, reduction, smoothing)
+
+
+def _loss_of_probabilities(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, backend: Backend | None
+) -> Tensor:
+    """The loss for class probabilities: its expectation over y ~ target."""
+    lam, divergence, hard_bias, label_smoothing, _, reduction = options
+    logits, t = classes_last(input.to(accumulation_dtype(input.dtype))), classes_last(target)
+    losses = _margin_term(stats_of_all_classes(logits, backend), lam, divergence, hard_bias, label_smoothing)
+    losses = torch.where((t == 0) & (losses == torch.inf), 0.0, losses)  # a masked class without a share adds nothing
+    losses = (losses * t if weight is None else losses * t * weight.to(losses.dtype)).sum(-1)
+    if label_smoothing > 0:
+        losses = losses + label_smoothing * _weighted_mean_cross_entropy(logits, weight)
+    return reduce(losses, losses.numel() if _checks.num_classes(input) else 0, reduction)
 
 
 def hard_margin_softplus(
@@ -312,7 +339,9 @@ def multiclass_hinge(
     losses = violations.sum(-1) / nontarget.sum(-1).clamp(min=1)
     largest = logits.detach().amax(-1)
     losses = losses + (largest - largest)  # NaN where the row holds NaN or +inf, or nothing but -inf; else 0
-    return reduce_rows(torch.where(rows.valid, losses, torch.nan), rows.class_index, weight, reduction)
+    if rows.valid is not None:
+        losses = torch.where(rows.valid, losses, torch.nan)
+    return reduce_rows(losses, rows.class_index, weight, reduction)
 
 
 def _checked_hinge_rows(

@@ -12,7 +12,7 @@ from . import _checks
 from . import functional as F
 from ._reduce import REDUCTIONS, Reduction
 from .functional import DIVERGENCES, Divergence
-from .ops import BACKENDS, Backend
+from ._backends.ladder import BACKENDS, Backend
 
 
 class LargeMarginCrossEntropyLoss(nn.CrossEntropyLoss):
@@ -37,6 +37,7 @@ class LargeMarginCrossEntropyLoss(nn.CrossEntropyLoss):
         ignore_index: int = -100,
         reduction: Reduction = "mean",
         backend: Backend | None = None,
+        donate: bool = False,
     ) -> None:
         _checks.check_number("lam", lam, low=0)
         _checks.check_word("divergence", divergence, DIVERGENCES)
@@ -50,6 +51,7 @@ class LargeMarginCrossEntropyLoss(nn.CrossEntropyLoss):
         self.divergence: Divergence = divergence
         self.hard_bias = hard_bias
         self.backend: Backend | None = backend
+        self.donate = donate
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of logits ``input`` and class indices or probabilities ``target``."""
@@ -64,12 +66,14 @@ class LargeMarginCrossEntropyLoss(nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,  # type: ignore[arg-type]  # torch types it as str
             backend=self.backend,
+            donate=self.donate,
         )
 
     def extra_repr(self) -> str:
         return (
             f"lam={self.lam}, divergence={self.divergence!r}, hard_bias={self.hard_bias}, label_smoothing={self.label_smoothing}, "
-            f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, backend={self.backend!r}"
+            f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, backend={self.backend!r}, "
+            f"donate={self.donate}"
         )
 
     if TYPE_CHECKING:

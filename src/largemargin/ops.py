@@ -1,21 +1,22 @@
 """``row_stats``: the one differentiable operation, and the ladder that picks who computes it.
 
-The autograd functions below save only their inputs. Their backward is plain torch on those inputs, so that it can be
-differentiated again, batched by ``vmap`` and traced by ``torch.compile`` like any other code.
+The reference's autograd functions save only their inputs. Their backward is plain torch on those inputs, so that it can be
+differentiated again, batched by ``vmap`` and traced by ``torch.compile`` like any other code. A kernel's cannot: where one of these is
+under way, the ladder takes the reference, and so does a kernel's backward that is itself to be differentiated.
 """
 
-from typing import Any, Literal, NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _checks
+from ._backends import ladder
+from ._backends.ladder import Backend
 from .allclasses import all_row_stats, all_row_stats_jvp, all_row_stats_vjp
 from .rowstats import RowStats, row_stats_jvp, row_stats_vjp
 from .rowstats import row_stats as row_stats_reference
-
-Backend = Literal["reference"]
-BACKENDS = (None, "reference")
 
 
 class _RowsFunction(torch.autograd.Function):
@@ -63,6 +64,26 @@ class _RowStatsWithJvp(_RowStats):
             return (*row_stats_jvp(logits, target, tangent)[:5], None)
 
 
+class _RowStatsByKernels(torch.autograd.Function):
+    """The same by the kernels of a backend, in eager mode."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, kernels: ModuleType) -> tuple[Tensor, ...]:
+        stats, state = kernels.row_stats(logits, target)
+        ctx.kernels = kernels
+        ctx.save_for_backward(logits, target, stats[-1], state)
+        ctx.mark_non_differentiable(stats[-1])
+        ctx.set_materialize_grads(False)
+        return tuple(stats)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None]:
+        logits, target, num_nontargets, state = ctx.saved_tensors
+        if torch.is_grad_enabled() or not all(g is None or ladder.is_plain(g) for g in grads):  # to be differentiated again, or batched
+            return row_stats_vjp(logits, target, grads), None, None
+        return ctx.kernels.row_stats_backward(logits, target, num_nontargets, state, grads[:5]), None, None
+
+
 class _AllRowStats(_RowsFunction):
     """The statistics of every class as target: logits (..., C)."""
 
@@ -95,7 +116,7 @@ class Rows(NamedTuple):
 
     logits: Tensor  # (..., C), C >= 1
     class_index: Tensor  # (...), int64 in [0, C), or -1 for an ignored row
-    valid: Tensor  # (...), False where the label was out of range
+    valid: Tensor | None  # (...), False where the label was out of range; None where that has been checked
 
 
 def classes_last(input: Tensor) -> Tensor:
@@ -113,23 +134,33 @@ def checked_rows(input: Tensor, target: Tensor, ignore_index: int) -> Rows:
     logits = classes_last(input)
     target = target.long().reshape(logits.shape[:-1])
     ignored = target == ignore_index
-    in_range = (target >= 0) & (target < num_classes)
-    valid = ignored | in_range
     if _checks.can_look_at(target):
-        _checks.check_range(target, valid, num_classes, ignore_index)
-    return Rows(logits, torch.where(ignored, -1, torch.where(in_range, target, 0)), valid)
+        _checks.check_range(target, num_classes, ignore_index)
+        return Rows(logits, torch.where(ignored, -1, target), None)
+    in_range = (target >= 0) & (target < num_classes)
+    return Rows(logits, torch.where(ignored, -1, torch.where(in_range, target, 0)), ignored | in_range)
 
 
 def stats_of_rows(rows: Rows, backend: Backend | None) -> RowStats:
     """The statistics of each row about its target; NaN where the label was out of range."""
-    _checks.check_word("backend", backend, BACKENDS)
-    op = _RowStats if torch.compiler.is_compiling() else _RowStatsWithJvp
-    return RowStats(*(torch.where(rows.valid, field, torch.nan) for field in op.apply(rows.logits, rows.class_index)))
+    fields: tuple[Tensor, ...]
+    if torch.compiler.is_compiling():
+        if ladder.compiled_kernels(rows.logits, backend):
+            fields = torch.ops.largemargin.row_stats(rows.logits, rows.class_index)[:6]
+        else:
+            fields = _RowStats.apply(rows.logits, rows.class_index)
+    elif (kernels := ladder.kernels(rows.logits, backend)) is not None:
+        fields = _RowStatsByKernels.apply(rows.logits, rows.class_index, kernels)
+    else:
+        fields = _RowStatsWithJvp.apply(rows.logits, rows.class_index)
+    if rows.valid is not None:
+        fields = tuple(torch.where(rows.valid, field, torch.nan) for field in fields)
+    return RowStats(*fields)
 
 
 def stats_of_all_classes(logits: Tensor, backend: Backend | None) -> RowStats:
     """The statistics of each row for every class as its target; ``logits`` and every field (..., C)."""
-    _checks.check_word("backend", backend, BACKENDS)
+    ladder.refuse_all_classes(backend)
     op = _AllRowStats if torch.compiler.is_compiling() else _AllRowStatsWithJvp
     return RowStats(*op.apply(logits))
 
@@ -146,7 +177,7 @@ def row_stats(input: Tensor, target: Tensor, *, ignore_index: int = -100, backen
         input: logits, shape ``(C,)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``; any floating dtype, half precision is computed in float32.
         target: class indices in ``[0, C)`` or ``ignore_index``, int64 (or uint8), shape ``()``, ``(N,)`` or ``(N, d1, ..., dk)``.
         ignore_index: rows with this target get statistics 0 and an exactly zero gradient, whatever they hold.
-        backend: who computes; ``None`` chooses.
+        backend: ``"reference"``, ``"cpu"`` or ``"triton"``; ``None`` takes the fastest that can (see docs/backends.md).
 
     Returns:
         :class:`RowStats`, a named tuple of ``log_odds``, ``neg_entropy``, ``mean_log_q``, ``rho``, ``spread`` and ``num_nontargets``,

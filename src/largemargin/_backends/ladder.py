@@ -1,0 +1,121 @@
+"""The ladder: who computes these rows.
+
+    1. kernels exist for the device of the logits: ``cpu`` for the CPU, ``triton`` for GPUs
+    2. they are there: compiled when the library was installed, or triton is installed
+    3. they take the dtype
+    4. nothing differentiates or batches the operation itself: functorch transforms, forward mode, tensor subclasses and modes
+
+Where a step fails, the reference computes. Who names a backend is told: an error if it cannot be had here (1, 2), a warning, once, if
+only these logits are not for it (3, 4).
+"""
+
+import warnings
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import _checks
+from . import cpu
+
+Backend = Literal["reference", "cpu", "triton"]
+BACKENDS = (None, "reference", "cpu", "triton")
+
+_OF_DEVICE = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}
+
+
+@cache
+def load(name: str) -> ModuleType | str:
+    """The kernels of that name, or in words why they cannot be had."""
+    if name == "cpu":
+        return cpu.why_not() or cpu
+    try:
+        module = import_module(".triton", __package__)
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); pip install triton"
+    return module.why_not() or module
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether its memory holds its numbers, and nobody watches: no transform, trace, subclass or mode, no lazy negation."""
+    return (
+        (type(tensor) is Tensor or type(tensor) is torch.nn.Parameter)
+        and tensor.layout is torch.strided
+        and not tensor.is_neg()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+def kernels(logits: Tensor, backend: Backend | None) -> Any:
+    """The module of kernels for these rows, in eager mode; None for the reference."""
+    name = _name(logits, backend)
+    if name is None:
+        return None
+    module = load(name)
+    if isinstance(module, str):
+        if backend is not None:
+            raise RuntimeError(f"backend={backend!r} cannot be used: {module}; backend=None takes the reference instead")
+        return None
+    if logits.dtype not in module.DTYPES:
+        reason = f"{str(logits.dtype).removeprefix('torch.')} logits"
+    elif not is_plain(logits) or logits._is_zerotensor():
+        reason = "functorch transforms, tensor subclasses and dispatch modes"
+    elif forward_ad._current_level >= 0:
+        reason = "forward-mode differentiation"
+    else:
+        return module
+    if backend is not None:
+        warn_once(backend, reason)
+    return None
+
+
+def kernels_of(logits: Tensor) -> Any:
+    """The module of kernels of the device of ``logits``, which must be there."""
+    module = load(_OF_DEVICE[logits.device.type])
+    assert not isinstance(module, str), module
+    return module
+
+
+def compiled_kernels(logits: Tensor, backend: Backend | None) -> bool:
+    """Whether compiled code calls the kernels of the device; all it asks can be traced."""
+    name = _name(logits, backend)
+    if name is None or torch._C._functorch.maybe_current_level():
+        return False
+    from . import registered  # torch.library and torch._dynamo bring sympy, which eager mode does without
+
+    takes: bool = registered.takes(name, str(logits.dtype))
+    return takes
+
+
+def _name(logits: Tensor, backend: Backend | None) -> str | None:
+    """The first step of the ladder."""
+    _checks.check_word("backend", backend, BACKENDS)
+    if backend == "reference":
+        return None
+    of_device = _OF_DEVICE.get(logits.device.type)
+    if backend is not None and backend != of_device and not (backend == "triton" and interprets_triton()):
+        raise ValueError(f"backend={backend!r} does not compute on {logits.device.type}; backend=None chooses by the device of input")
+    return backend or of_device
+
+
+def refuse_all_classes(backend: Backend | None) -> None:
+    """The statistics of all classes, for class probabilities, are the reference's alone."""
+    _checks.check_word("backend", backend, BACKENDS)
+    if backend not in (None, "reference"):
+        warn_once(backend, "class probabilities")
+
+
+def interprets_triton() -> bool:
+    """Whether triton runs on the CPU, for tests (TRITON_INTERPRET=1)."""
+    module = load("triton")
+    return not isinstance(module, str) and bool(module.INTERPRETED)
+
+
+@cache
+def warn_once(backend: str, reason: str) -> None:
+    warnings.warn(f"backend={backend!r} does not compute {reason}: the reference path does", stacklevel=2)

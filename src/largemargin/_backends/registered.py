@@ -1,0 +1,71 @@
+"""The kernels as operators of torch, for compiled code: ``torch.ops.largemargin.row_stats`` and its backward, on any device.
+
+Compiled code cannot trace a kernel; an operator it takes as it is, without a break in its graph. In eager mode nobody comes this way.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ladder
+
+
+@torch.compiler.assume_constant_result
+def takes(name: str, dtype: str) -> bool:
+    """Whether these kernels are there and take the dtype; asked while code is compiled, and not traced."""
+    module = ladder.load(name)
+    return not isinstance(module, str) and dtype in map(str, module.DTYPES)
+
+
+Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("largemargin::row_stats", mutates_args=())
+def row_stats(logits: Tensor, target: Tensor) -> Seven:
+    """The six fields of RowStats, and the state (3, ...) that their gradient needs."""
+    stats, state = ladder.kernels_of(logits).row_stats(logits, target)
+    return (*stats, state)
+
+
+@row_stats.register_fake
+def _(logits: Tensor, target: Tensor) -> Seven:
+    shape = logits.shape[:-1]
+    l, e, a, rho, spread, count = (logits.new_empty(shape, dtype=torch.float32) for _ in range(6))
+    return l, e, a, rho, spread, count, logits.new_empty((3, *shape), dtype=torch.float32)
+
+
+@torch.library.custom_op("largemargin::row_stats_backward", mutates_args=())
+def row_stats_backward(
+    logits: Tensor,
+    target: Tensor,
+    num_nontargets: Tensor,
+    state: Tensor,
+    g_l: Tensor | None,
+    g_e: Tensor | None,
+    g_a: Tensor | None,
+    g_rho: Tensor | None,
+    g_spread: Tensor | None,
+) -> Tensor:
+    """The gradient with respect to the logits from those of the first five fields."""
+    gradient: Tensor = ladder.kernels_of(logits).row_stats_backward(
+        logits, target, num_nontargets, state, (g_l, g_e, g_a, g_rho, g_spread)
+    )
+    return gradient
+
+
+@row_stats_backward.register_fake
+def _(logits: Tensor, *_: Tensor | None) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Seven) -> None:
+    ctx.save_for_backward(*inputs, output[5], output[6])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None]:
+    return row_stats_backward(*ctx.saved_tensors, *grads[:5]), None
+
+
+row_stats.register_autograd(_backward, setup_context=_save)
