@@ -1,11 +1,15 @@
 """How the suite runs: the Hypothesis profile, one thread a worker, the helper modules on the path."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+if not (torch.cuda.is_available() or torch.xpu.is_available()):
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton kernels run on the CPU; read when the kernels are first imported
 
 sys.path.insert(0, str(Path(__file__).parent))  # oracle, strategies and measure: import-mode=importlib puts no folder on the path
 

@@ -68,6 +68,8 @@ def check_input(input: object, target: object) -> None:
 
 
 def check_same_device(name: str, value: Tensor, input: Tensor) -> None:
+    if value.is_cpu and input.is_cpu:
+        return
     if value.device != input.device:
         raise RuntimeError(
             f"{name} must be on the device of input, {input.device}, got {value.device}; move it with {name}.to(input.device)"
@@ -102,15 +104,18 @@ def num_classes(input: Tensor) -> int:
 
 def index_shape(input: Tensor) -> tuple[int, ...]:
     """The shape of class indices for this input."""
+    if input.dim() == 2:
+        return input.shape[:1]
     return (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
 
 
 def check_indices(input: Tensor, target: Tensor, ignore_index: object) -> None:
     check_integer("ignore_index", ignore_index)
+    shape, dtype = target.shape, target.dtype
     expected = index_shape(input)
     # torch also takes one label in a vector for one row without a batch dimension
-    shape_fits = target.shape == expected or (input.dim() == 1 and target.shape == (1,))
-    if not (shape_fits and target.shape != input.shape and target.dtype in (torch.int64, torch.uint8)):
+    shape_fits = shape == expected or (input.dim() == 1 and shape == (1,))
+    if not shape_fits or (dtype is not torch.int64 and dtype is not torch.uint8) or shape == input.shape:
         _refuse_indices(input, target, expected, shape_fits)
     check_same_device("target", target, input)
 

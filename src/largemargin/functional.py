@@ -13,20 +13,19 @@ In the symbols of :mod:`.rowstats` (``l`` the log-odds of the target, ``e`` and 
 The dense hinge (14) is the one loss that is not a function of the statistics.
 """
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks, fused
-from ._backends import LossOptions
+from ._backends import Divergence, LossOptions
 from ._backends.ladder import Backend
 from ._reduce import REDUCTIONS, Reduction, reduce, reduce_rows
 from .ops import Rows, checked_rows, classes_last, stats_of_all_classes, stats_of_rows
 from .rowstats import RowStats, accumulation_dtype
 
-Divergence = Literal["symmetric", "kl_qu", "kl_uq"]
 DIVERGENCES = get_args(Divergence)
 
 
@@ -70,14 +69,14 @@ def divergence(stats: RowStats, kind: Divergence = "symmetric") -> Tensor:
     return log_num_nontargets + stats.neg_entropy if kind == "kl_qu" else -log_num_nontargets - stats.mean_log_q  # eq. (10)
 
 
-def _margin_term(stats: RowStats, lam: float, kind: str, hard_bias: float, label_smoothing: float) -> Tensor:
+def _margin_term(stats: RowStats, lam: float, kind: Divergence, hard_bias: float, label_smoothing: float) -> Tensor:
     """``(1 - eps) softplus(b - l) + lam D``: eqs. (3), (11) and (15), and the first term of (13)."""
     loss = softplus(hard_bias - stats.log_odds)
     if label_smoothing == 1:
         loss = torch.where(loss.isfinite(), 0.0, loss)  # 0 * inf is NaN; a masked target stays infinite
     elif label_smoothing > 0:
         loss = (1 - label_smoothing) * loss
-    return loss + lam * divergence(stats, kind) if lam > 0 else loss  # type: ignore[arg-type]  # a checked word
+    return loss + lam * divergence(stats, kind) if lam > 0 else loss
 
 
 def _mean_cross_entropy(stats: RowStats) -> Tensor:
@@ -173,7 +172,7 @@ def large_margin_cross_entropy(
         _checks.check_probabilities(input, target, ignore_index)
         return _loss_of_probabilities(input, target, weight, options, backend)
     _checks.check_indices(input, target, ignore_index)
-    if donate and input.is_leaf and input.requires_grad:
+    if donate and input.is_leaf and input.requires_grad and torch.is_grad_enabled():
         raise ValueError("donate=True overwrites input, but input is a leaf that requires a gradient; donate computed logits only")
     if fused.kernels(input, target, weight, backend):
         return fused.loss(input, target, weight, options, _loss_of_indices, donate)
@@ -199,9 +198,7 @@ def _loss_of_indices(
     return reduce_rows(losses, rows.class_index, weight, reduction, smoothing)
 
 
-def _loss_of_probabilities(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, backend: Backend | None
-) -> Tensor:
+def _loss_of_probabilities(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, backend: Backend | None) -> Tensor:
     """The loss for class probabilities: its expectation over y ~ target."""
     lam, divergence, hard_bias, label_smoothing, _, reduction = options
     logits, t = classes_last(input.to(accumulation_dtype(input.dtype))), classes_last(target)

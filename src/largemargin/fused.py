@@ -25,23 +25,22 @@ def kernels(input: Tensor, target: Tensor, weight: Tensor | None, backend: Backe
     module = ladder.kernels(input, backend)
     if module is None or not ladder.is_plain(target):
         return None
-    if weight is not None and (weight.requires_grad or not ladder.is_plain(weight)):
-        return None
-    return module
+    return module if weight is None or (ladder.is_plain(weight) and not weight.requires_grad) else None
 
 
-def loss(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, reference: Reference, donate: bool = False
-) -> Tensor:
+def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, reference: Reference, donate: bool = False) -> Tensor:
     """The loss of logits ``input`` (C,), (N, C) or (N, C, d1, ...); ``reference`` is the same function, for higher derivatives."""
-    target = target.long()
+    if target.dtype is not torch.int64:
+        target = target.long()
     if input.requires_grad and torch.is_grad_enabled():
-        loss: Tensor = LargeMarginCrossEntropy.apply(input, target, weight, options, reference, donate)  # type: ignore[no-untyped-call]
+        loss: Tensor = _apply(input, target, weight, options, reference, donate)
         return loss
     return cpu.loss(*_rows(input, target), weight, options)
 
 
 def _rows(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    if input.dim() == 2:
+        return input, target
     logits = classes_last(input)
     return logits, target.reshape(logits.shape[:-1])
 
@@ -53,13 +52,14 @@ class LargeMarginCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, reference: Reference, donate: bool
     ) -> Tensor:
-        ctx.options, ctx.reference, ctx.donated = options, reference, donate
+        ctx.options, ctx.reference = options, reference
+        ctx.donated = donate and torch._debug_has_internal_overlap(input) == 0
         rows = _rows(input, target)
         if options.reduction == "none":  # each row has an upstream gradient of its own: there is nothing to prepare
             ctx.gradient = None
             ctx.save_for_backward(input, target, weight)
             return cpu.loss(*rows, weight, options)
-        if donate:
+        if ctx.donated:
             ctx.gradient = input.detach()
             loss = cpu.loss(*rows, weight, options, rows[0])
             torch.autograd.graph.increment_version(input)
@@ -72,7 +72,8 @@ class LargeMarginCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradient, ctx.gradient = ctx.gradient, None
-        if gradient is not None and not torch.is_grad_enabled() and ladder.is_plain(upstream):
+        plain = not torch.is_grad_enabled() and ladder.unwatched() and ladder.is_plain(upstream)
+        if gradient is not None and plain:
             factor = upstream.item()
             if factor == 1:
                 return gradient, None, None, None, None, None
@@ -82,10 +83,10 @@ class LargeMarginCrossEntropy(torch.autograd.Function):
         input, target, weight = ctx.saved_tensors
         if input is None:
             raise RuntimeError(
-                "the logits of a loss with donate=True are gone after its first backward pass; for a second one, or for higher derivatives, "
-                "leave donate=False"
+                "the logits of a loss with donate=True are gone after its first backward pass; for a second one, or for higher "
+                "derivatives, leave donate=False"
             )
-        if torch.is_grad_enabled() or not ladder.is_plain(upstream):  # to be differentiated again, or batched
+        if not plain:  # to be differentiated again, or batched
             ctx.gradient = gradient
             with torch.enable_grad():
                 loss = ctx.reference(input, target, weight, ctx.options)
@@ -93,8 +94,12 @@ class LargeMarginCrossEntropy(torch.autograd.Function):
             return gradient, None, None, None, None, None
         if gradient is None:
             gradient = input.detach() if ctx.donated else torch.empty_like(input)
-        factor = upstream if upstream.dim() else upstream.item()
-        cpu.loss(*_rows(input, target), weight, ctx.options, classes_last(gradient), factor)
+        each = upstream if upstream.dim() else upstream.item()
+        cpu.loss(*_rows(input, target), weight, ctx.options, classes_last(gradient), each)
         if ctx.donated:
             torch.autograd.graph.increment_version(input)
         return gradient, None, None, None, None, None
+
+
+# Function.apply without its branch for functorch transforms, which the ladder has ruled out: 1 of some 40 microseconds
+_apply = super(torch.autograd.Function, LargeMarginCrossEntropy).apply

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from . import _checks
 from . import functional as F
+from ._backends.ladder import BACKENDS, Backend
 from ._reduce import REDUCTIONS, Reduction
 from .functional import DIVERGENCES, Divergence
-from ._backends.ladder import BACKENDS, Backend
 
 
 class LargeMarginCrossEntropyLoss(nn.CrossEntropyLoss):

@@ -79,7 +79,8 @@ class _RowStatsByKernels(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None]:
         logits, target, num_nontargets, state = ctx.saved_tensors
-        if torch.is_grad_enabled() or not all(g is None or ladder.is_plain(g) for g in grads):  # to be differentiated again, or batched
+        plain = not torch.is_grad_enabled() and ladder.unwatched() and all(g is None or ladder.is_plain(g) for g in grads)
+        if not plain:  # to be differentiated again, or batched
             return row_stats_vjp(logits, target, grads), None, None
         return ctx.kernels.row_stats_backward(logits, target, num_nontargets, state, grads[:5]), None, None
 

@@ -4,15 +4,19 @@ Each module works on rows (..., C) without autograd and has ``why_not()``, which
 ``DTYPES``; and ``row_stats`` and ``row_stats_backward``, the two halves of :func:`largemargin.row_stats`. The CPU has a whole loss besides.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+from .._reduce import Reduction
+
+Divergence = Literal["symmetric", "kl_qu", "kl_uq"]
 
 
 class LossOptions(NamedTuple):
     """What the loss of a row depends on beside its logits, target and weights: arguments of large_margin_cross_entropy."""
 
     lam: float
-    divergence: str
+    divergence: Divergence
     hard_bias: float
     label_smoothing: float
     ignore_index: int
-    reduction: str
+    reduction: Reduction

@@ -48,9 +48,9 @@ struct Job {
     const float* row_upstream;
     double upstream;  // of the reduced loss; where row_upstream is null
     double lam, hard_bias, label_smoothing;
-    double loss;               // returned: the reduced loss
-    int32_t kind, divergence;  // see below
-    int32_t mean;              // divide by the summed weights of the kept rows
+    float* reduced;            // the reduced loss, or null
+    int32_t divergence, mean;  // mean: divide by the summed weights of the kept rows
+    int32_t kind;              // what is wanted
 };
 
 enum Kind { STATISTICS = 0, STATISTICS_GRADIENT = 1, LOSS = 2 };
@@ -79,17 +79,20 @@ constexpr int64_t kBlock = 1024;           // classes summed in float32 before t
 constexpr int64_t kTileBlock = 128;        // the same, in the other layout
 constexpr int64_t kRows = 64;              // the most rows finished together
 constexpr int64_t kLanes = 16;             // loops run over multiples of this many elements: a remainder would be left scalar
-constexpr int64_t kElementsATask = 8192;   // rows are finished together up to this many elements
+constexpr int64_t kElementsATask = 4096;   // rows are finished together up to this many elements
 constexpr int64_t kElementsAThread = 4096;
 constexpr int64_t kHugePages = 8 << 20;    // gradients from this many bytes ask for huge pages
 constexpr float kInf = INFINITY;
 
-// Hot loops are functions of their own: inlined into their callers, some of their copies are left scalar.
+// Hot loops are functions of their own: of those inlined or cloned into their callers, compilers leave some scalar.
 #if defined(_MSC_VER)
 #define HOT static __declspec(noinline)
 #define RESTRICT __restrict
-#else
+#elif defined(__clang__)
 #define HOT __attribute__((noinline)) static
+#define RESTRICT __restrict__
+#else
+#define HOT __attribute__((noinline, noclone)) static
 #define RESTRICT __restrict__
 #endif
 
@@ -120,13 +123,16 @@ inline void store(BFloat16* to, float x) {  // to nearest, ties to even; NaN sta
     to->bits = static_cast<uint16_t>(x == x ? rounded : 0x7fc0u);
 }
 
-// e^x for x <= 0, to 1 unit in the last place; NaN stays NaN. Zero below the normal numbers, unless they are asked for.
+constexpr float kLow = -87.3365f;  // e^x is a normal number from here up
+
+inline float at_least(float low, float x) { return low > x ? low : x; }  // NaN stays NaN
+
+// e^x for kLow <= x <= 0, to 1 unit in the last place, or down to zero with the subnormal numbers; NaN stays NaN.
 // e^r = 1 + r + r^2 p(r), with p the Chebyshev fit on |r| <= log(2)/2 (error 8e-9).
 template <bool subnormal = false>
 inline float exp_(float x) {
-    const float low = subnormal ? -104.0f : -87.3365f;
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-    float clamped = x < low ? low : x;
+    float clamped = subnormal ? at_least(-104.0f, x) : x;
     float shifted = clamped * 1.44269504f + magic;
     float n = shifted - magic;
     float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -136,12 +142,10 @@ inline float exp_(float x) {
     p = p * r + 0.1666657338f;
     p = p * r + 0.5f;
     float y = (p * r) * r + r + 1.0f;
-    if (subnormal) {  // 2^n in two factors: one alone is not a normal number
-        y = y * as_float((as_bits(shifted) << 23) + (191u << 23)) * as_float(63u << 23);
-    } else {
-        y = y * as_float((as_bits(shifted) << 23) + (127u << 23));
-    }
-    return x < low ? 0.0f : y;
+    if (!subnormal) return y * as_float((as_bits(shifted) << 23) + (127u << 23));
+    // 2^n in two factors: one alone is not a normal number
+    y = y * as_float((as_bits(shifted) << 23) + (191u << 23)) * as_float(63u << 23);
+    return x < -104.0f ? 0.0f : y;
 }
 
 // log x for normal x > 0; NaN and +inf give NaN. log m = 2 artanh((m - 1) / (m + 1)), sqrt(1/2) <= m < sqrt(2).
@@ -167,7 +171,8 @@ inline Softplus softplus(float x) {
     return {(x > 0 ? x : 0.0f) + log1p, (x > 0 ? 1.0f : t) / u};
 }
 
-inline float near(float z) { return z < -1e4f ? -1e4f : z; }  // for products with e^z, which is 0 from there down
+// z for e^z and for products with it. An absent class, z = -inf, has e^z = 1e-38 instead of 0, which changes no sum and no gradient.
+inline float near(float z) { return at_least(kLow, z); }
 
 // The sums over a set of non-target classes; merge() is that of rowstats.py.
 struct Record {
@@ -197,7 +202,8 @@ inline Record merge(const Record& a, const Record& b) {
 
 // Rows finished together: what gather found, and what scatter needs. One array a quantity, so that loops over rows vectorise.
 struct Rows {
-    int64_t size, first;  // the rows [first, first + size)
+    int64_t size, first;                              // the rows [first, first + size)
+    int64_t offset[kRows], gradient_offset[kRows];  // where each begins, in elements
     int32_t y[kRows];     // -1: ignored, and beyond the last row
     float target_logit[kRows], target_weight[kRows], upstream[kRows];
     float max[kRows];
@@ -240,7 +246,7 @@ inline Stats statistics(const Rows& rows, int64_t p) {
 
 // One element of the gradient, off the target.
 inline float element(float f, float q, float z, float mean_z, float g_e, float g_q, float g_a, float inv_count, float dense) {
-    float sparse = q * (g_e * (near(z) - mean_z) + g_q);
+    float sparse = q * (g_e * (z - mean_z) + g_q);
     // g_a is never added to g_q first: with one non-target class its term is exactly 0
     float uniform = g_a * (inv_count - q) - dense;
     return f == -kInf ? 0.0f : sparse + uniform;
@@ -286,14 +292,15 @@ HOT void finish_losses(const Options& options, Rows& rows) {
         const float w_y = rows.target_weight[p], s = rows.upstream[p];
         const Softplus hard = softplus(hard_bias - l);
         // with a smoothing of 1 the first term is out, but a masked target stays infinite
-        float loss = keep > 0 ? keep * hard.value : (hard.value < kInf ? 0.0f : hard.value);
+        const float kept_share = keep > 0 ? keep : (hard.value < kInf ? 0.0f : 1.0f);
+        float loss = kept_share > 0 ? kept_share * hard.value : 0.0f;
         // lam_e e + lam_a a + lam_log_count log K, without the log S that e and a share where both count
         const float mean_z = lam_a == -lam_e ? lam_e * (stats.mean_q_z - stats.mean_u_z)
                                              : lam_e * (stats.mean_q_z - rho) + lam_a * (stats.mean_u_z - rho);
         const float log_count = log_(alone ? 1.0f : count);
         loss = lam > 0 ? loss + (mean_z + lam_log_count * log_count) : loss;
         loss *= w_y;
-        const float g_l = -s * w_y * keep * hard.slope;
+        const float g_l = -s * w_y * kept_share * hard.slope;
         float g_q = -g_l, on_target = g_l, dense = 0.0f;
         if (smoothing > 0) {
             const Softplus off = softplus(l), on = softplus(-l);
@@ -360,7 +367,7 @@ void resume(const Job& job, Rows& rows) {
         rows.dense[p] = 0.0f;
         rows.at_max[p] = g[3];
         rows.live[p] = rows.y[p] >= 0 && count > 0;
-        rows.on_target[p] = rows.live[p] ? g[0] : 0.0f;
+        rows.on_target[p] = rows.y[p] >= 0 ? g[0] * (count > 0 ? 1.0f : 0.0f) : 0.0f;  // NaN stays NaN
     }
 }
 
@@ -368,57 +375,57 @@ struct Scratch {
     float* exp_z;      // e^z of the rows in hand, each relative to the maximum of its block
     float* block;      // the logits of one block, or of a tile, the target masked
     float* block_max;  // the maximum of every block of the rows in hand
+    const float* weight;  // that of the classes, padded
 };
 
 // ---- rows whose classes are neighbours in memory
 
-HOT Record gather_block(const float* RESTRICT x, const float* RESTRICT w, float* RESTRICT exp_z, int64_t n) {
-    const int64_t lanes = padded(n);  // x is padded with absent classes
-    float max = -kInf;                // NaN is passed over here, and makes every sum NaN below
+// The records of `num_blocks` blocks of `lanes` classes each, one behind the other in x; w, where given, is of all of them.
+HOT void gather_blocks(const float* RESTRICT x, const float* RESTRICT w, float* RESTRICT exp_z, int64_t num_blocks, int64_t lanes,
+                       Record* RESTRICT records) {
+    for (int64_t i = 0; i < num_blocks; ++i) {  // a loop of its own: the sums of one block need not wait for its maximum
+        float max = -kInf;                      // NaN is passed over here, and makes every sum NaN below
 #pragma omp simd reduction(max : max)
-    for (int64_t c = 0; c < lanes; ++c) max = x[c] > max ? x[c] : max;
-    const float shift = max == -kInf ? 0.0f : max;
-    float s = 0, t = 0, a = 0, k = 0, b = 0, bz = 0;
+        for (int64_t c = 0; c < lanes; ++c) max = x[i * lanes + c] > max ? x[i * lanes + c] : max;
+        records[i].max = max;
+    }
+    for (int64_t i = 0; i < num_blocks; ++i, x += lanes, exp_z += lanes) {
+        const float max = records[i].max, shift = max == -kInf ? 0.0f : max;
+        float s = 0, t = 0, a = 0, k = 0;
 #pragma omp simd reduction(+ : s, t, a, k)
-    for (int64_t c = 0; c < lanes; ++c) {
-        const float z = x[c] - shift;
-        const float e = exp_(z);
-        const bool present = x[c] != -kInf;
-        exp_z[c] = e;
-        s += e;
-        t += e * near(z);
-        a += present ? z : 0.0f;
-        k += present ? 1.0f : 0.0f;
-    }
-    if (!w) return {max, s, t, a, k, k, a};
+        for (int64_t c = 0; c < lanes; ++c) {
+            const float z = x[c] - shift, near_z = near(z);
+            const float e = exp_(near_z);
+            const bool present = x[c] != -kInf;
+            exp_z[c] = e;
+            s += e;
+            t += e * near_z;
+            a += present ? z : 0.0f;
+            k += present ? 1.0f : 0.0f;
+        }
+        records[i] = {max, s, t, a, k, k, a};
+        if (!w) continue;
+        float b = 0, bz = 0;
 #pragma omp simd reduction(+ : b, bz)
-    for (int64_t c = 0; c < n; ++c) {
-        const bool present = x[c] != -kInf;
-        b += present ? w[c] : 0.0f;
-        bz += present ? w[c] * (x[c] - shift) : 0.0f;
+        for (int64_t c = 0; c < lanes; ++c) {
+            const float weight = x[c] == -kInf ? 0.0f : w[c], z = x[c] == -kInf ? 0.0f : x[c] - shift;
+            b += weight;
+            bz += weight * z;
+        }
+        records[i].sum_weight = b;
+        records[i].sum_weight_z = bz;
     }
-    return {max, s, t, a, k, b, bz};
 }
 
+// The n logits of a block, the target masked, padded with absent classes.
 template <class T>
-HOT void load_block(const T* RESTRICT from, float* RESTRICT to, int64_t n) {
+HOT void load_block(const T* RESTRICT from, int64_t n, int64_t target, float* RESTRICT to) {
+    const int64_t whole = n / kLanes * kLanes;
 #pragma omp simd
-    for (int64_t c = 0; c < n; ++c) to[c] = load(from[c]);
-}
-
-template <class T>
-Record gather_row(const T* f, const float* w, int64_t y, int64_t num_classes, float* exp_z, bool keep_exp, float* block, float* block_max) {
-    Record record = empty_record();
-    for (int64_t from = 0; from < num_classes; from += kBlock) {
-        const int64_t n = num_classes - from < kBlock ? num_classes - from : kBlock;
-        load_block(f + from, block, n);
-        for (int64_t c = n; c < padded(n); ++c) block[c] = -kInf;
-        if (y >= from && y < from + n) block[y - from] = -kInf;
-        const Record part = gather_block(block, w ? w + from : nullptr, keep_exp ? exp_z + from : exp_z, n);
-        *block_max++ = part.max;
-        record = from == 0 ? part : merge(record, part);
-    }
-    return record;
+    for (int64_t c = 0; c < whole; ++c) to[c] = load(from[c]);
+    for (int64_t c = whole; c < n; ++c) to[c] = load(from[c]);
+    for (int64_t c = n; c < padded(n); ++c) to[c] = -kInf;
+    if (target >= 0 && target < n) to[target] = -kInf;
 }
 
 template <class T, bool have_exp, bool weighted>
@@ -428,7 +435,7 @@ HOT void scatter_lanes(const Rows& rows, int64_t p, const T* f, const float* exp
     lanes = padded(lanes);
 #pragma omp simd  // f and gradient may be the same memory: element c is read before it is written
     for (int64_t c = 0; c < lanes; ++c) {
-        const float x = load(f[c]), z = x - max, q = (have_exp ? exp_z[c] : exp_(z)) * scale;
+        const float x = load(f[c]), z = near(x - max), q = (have_exp ? exp_z[c] : exp_(z)) * scale;
         store(gradient + c, element(x, q, z, mean_z, g_e, g_q, g_a, inv_count, weighted ? dense * w[c] : dense));
     }
 }
@@ -457,10 +464,8 @@ void scatter_row(const Rows& rows, int64_t p, const T* f, const float* w, int64_
         scatter_block(rows, p, f + from, e, v, scale, whole, gradient + from);
         if (rest == 0) continue;
         T some[kLanes] = {}, values[kLanes];
-        float weights[kLanes] = {};
         std::memcpy(some, f + from + whole, static_cast<size_t>(rest) * sizeof(T));
-        if (v) std::memcpy(weights, v + whole, static_cast<size_t>(rest) * sizeof(float));
-        scatter_block(rows, p, some, e ? e + whole : nullptr, v ? weights : nullptr, scale, kLanes, values);
+        scatter_block(rows, p, some, e ? e + whole : nullptr, v ? v + whole : nullptr, scale, kLanes, values);
         std::memcpy(gradient + from + whole, values, static_cast<size_t>(rest) * sizeof(T));
     }
     if (rows.at_max[p] != 0.0f) {  // the first class that reaches the maximum takes the gradient of rho
@@ -475,28 +480,44 @@ void scatter_row(const Rows& rows, int64_t p, const T* f, const float* w, int64_
 
 template <class T>
 double run_rows(const Job& job, const Options& options, double upstream, Rows& rows, Scratch& scratch) {
-    const int64_t num_classes = job.num_classes, num_blocks = (num_classes + kBlock - 1) / kBlock;
+    const int64_t num_classes = job.num_classes, lanes = padded(num_classes), num_blocks = (num_classes + kBlock - 1) / kBlock;
     const T* logits = static_cast<const T*>(job.logits);
     T* gradient = static_cast<T*>(job.gradient);
-    const float* w = options.weighted_smoothing ? job.weight : nullptr;
-    const bool gather = job.kind != STATISTICS_GRADIENT, keep_exp = gather && gradient;
+    const float* w = options.weighted_smoothing ? scratch.weight : nullptr;
+    const bool gather = job.kind != STATISTICS_GRADIENT;
+    Record records[kRows];
     double sum = 0;
     for (int64_t p = 0; gather && p < rows.size; ++p) {
-        const int64_t row = rows.first + p, o = row / job.inner, i = row % job.inner;
-        const T* f = logits + o * job.logits_strides[0] + i * job.logits_strides[1];
-        if (rows.y[p] < 0) continue;
-        rows.target_logit[p] = load(f[rows.y[p]]);
-        rows.set_record(p, gather_row(f, w, rows.y[p], num_classes, keep_exp ? scratch.exp_z + p * padded(num_classes) : scratch.exp_z, keep_exp,
-                                      scratch.block, scratch.block_max + p * num_blocks));
+        const int64_t y = rows.y[p];
+        const T* f = logits + rows.offset[p];
+        if (y >= 0) rows.target_logit[p] = load(f[y]);
+        if (num_blocks <= 1) {  // a few short rows are loaded first and gathered together
+            load_block(f, num_classes, y, scratch.block + p * lanes);
+            continue;
+        }
+        Record record = empty_record();
+        for (int64_t from = 0; y >= 0 && from < num_classes; from += kBlock) {
+            const int64_t n = num_classes - from < kBlock ? num_classes - from : kBlock;
+            load_block(f + from, n, y - from, scratch.block);
+            gather_blocks(scratch.block, w ? w + from : nullptr, scratch.exp_z + (gradient ? p * lanes + from : 0), 1, padded(n), records);
+            scratch.block_max[p * num_blocks + from / kBlock] = records[0].max;
+            record = merge(record, records[0]);
+        }
+        rows.set_record(p, record);
+    }
+    if (gather && num_blocks <= 1) {
+        gather_blocks(scratch.block, w, scratch.exp_z, rows.size, lanes, records);
+        for (int64_t p = 0; p < rows.size; ++p) {
+            rows.set_record(p, records[p]);
+            scratch.block_max[p] = records[p].max;
+        }
     }
     if (gather) sum = finish(job, options, upstream, rows);
     else resume(job, rows);
     for (int64_t p = 0; gradient && p < rows.size; ++p) {
-        const int64_t row = rows.first + p, o = row / job.inner, i = row % job.inner;
-        const T* f = logits + o * job.logits_strides[0] + i * job.logits_strides[1];
-        T* g = gradient + o * job.gradient_strides[0] + i * job.gradient_strides[1];
-        const float* exp_z = gather ? scratch.exp_z + p * padded(num_classes) : nullptr;
-        scatter_row(rows, p, f, w, num_classes, exp_z, scratch.block_max + p * num_blocks, g);
+        const T* f = logits + rows.offset[p];
+        T* g = gradient + rows.gradient_offset[p];
+        scatter_row(rows, p, f, w, num_classes, gather ? scratch.exp_z + p * lanes : nullptr, scratch.block_max + p * num_blocks, g);
     }
     return sum;
 }
@@ -536,11 +557,11 @@ HOT void gather_tile(const float* RESTRICT tile, const float* RESTRICT shift, co
     for (int64_t c = 0; c < num_classes; ++c, tile += kRows, exp_z += exp_stride) {
 #pragma omp simd
         for (int64_t p = 0; p < kRows; ++p) {
-            const float x = tile[p], z = x - shift[p], e = exp_(z);
+            const float x = tile[p], z = x - shift[p], near_z = near(z), e = exp_(near_z);
             const float present = x == -kInf ? 0.0f : 1.0f, present_z = x == -kInf ? 0.0f : z;
             exp_z[p] = e;
             sum_exp[p] += e;
-            sum_exp_z[p] += e * near(z);
+            sum_exp_z[p] += e * near_z;
             sum_z[p] += present_z;
             count[p] += present;
         }
@@ -563,7 +584,7 @@ HOT void scatter_tile(const float* RESTRICT tile, const float* RESTRICT exp_z, c
         float values[kRows];
 #pragma omp simd
         for (int64_t p = 0; p < kRows; ++p) {
-            const float x = tile[p], z = x - rows.max[p];
+            const float x = tile[p], z = near(x - rows.max[p]);
             const float q = (have_exp ? exp_z[p] : exp_(z)) * rows.inv_sum_exp[p];
             const float value =
                 element(x, q, z, rows.mean_z[p], rows.g_e[p], rows.g_q[p], rows.g_a[p], rows.inv_count[p], rows.dense[p] * weight);
@@ -588,9 +609,8 @@ HOT void scatter_tile(const float* RESTRICT tile, const float* RESTRICT exp_z, c
 template <class T>
 double run_tile(const Job& job, const Options& options, double upstream, Rows& rows, Scratch& scratch) {
     const int64_t num_classes = job.num_classes;
-    const int64_t o = rows.first / job.inner, i = rows.first % job.inner;  // a tile lies within one outer row
-    const T* f = static_cast<const T*>(job.logits) + o * job.logits_strides[0] + i * job.logits_strides[1];
-    const float* w = options.weighted_smoothing ? job.weight : nullptr;
+    const T* f = static_cast<const T*>(job.logits) + rows.offset[0];
+    const float* w = options.weighted_smoothing ? scratch.weight : nullptr;
     const bool gather = job.kind != STATISTICS_GRADIENT;
     float max[kRows], shift[kRows];
     for (int64_t p = 0; p < rows.size; ++p)
@@ -622,7 +642,7 @@ double run_tile(const Job& job, const Options& options, double upstream, Rows& r
         resume(job, rows);
     }
     if (!job.gradient) return sum;
-    T* g = static_cast<T*>(job.gradient) + o * job.gradient_strides[0] + i * job.gradient_strides[1];
+    T* g = static_cast<T*>(job.gradient) + rows.gradient_offset[0];
     if (gather) scatter_tile<T, true>(scratch.block, scratch.exp_z, w, num_classes, rows, job.gradient_strides, g);
     else scatter_tile<T, false>(scratch.block, scratch.exp_z, w, num_classes, rows, job.gradient_strides, g);
     return sum;
@@ -634,7 +654,7 @@ double run_tile(const Job& job, const Options& options, double upstream, Rows& r
 #define CONCATENATE(a, b) CONCATENATE_(a, b)
 
 template <class T>
-int64_t run(Job& job) {
+int64_t run(const Job& job) {
     const int64_t num_rows = job.outer * job.inner, num_classes = job.num_classes;
     double total_weight = 0;
     for (int64_t row = 0; row < num_rows; ++row) {
@@ -662,6 +682,7 @@ int64_t run(Job& job) {
     if (!tiled) {
         rows_a_task = kElementsATask / (num_classes > 0 ? num_classes : 1);
         rows_a_task = rows_a_task < 1 ? 1 : rows_a_task > kRows ? kRows : rows_a_task;
+        if (rows_a_task > kLanes) rows_a_task = rows_a_task / kLanes * kLanes;
     }
     // a tile lies within one outer row
     const int64_t span = tiled ? job.inner : num_rows, tasks_a_span = (span + rows_a_task - 1) / rows_a_task;
@@ -671,17 +692,21 @@ int64_t run(Job& job) {
     num_threads = num_threads > num_tasks ? num_tasks : num_threads;
     num_threads = num_threads < 1 ? 1 : num_threads;
 
-    const int64_t row_length = tiled ? kRows * num_classes : rows_a_task * padded(num_classes);
-    const int64_t exp_size = job.gradient ? row_length : kBlock, block_size = tiled ? row_length : kBlock;
-    const int64_t max_size = tiled ? 0 : rows_a_task * ((num_classes + kBlock - 1) / kBlock);
-    const int64_t scratch_size = exp_size + block_size + max_size + 48;
+    const int64_t lanes = padded(num_classes), num_blocks = (num_classes + kBlock - 1) / kBlock;
+    const int64_t row_length = tiled ? kRows * num_classes : rows_a_task * lanes;
+    const int64_t block_size = tiled || num_blocks <= 1 ? row_length : kBlock;
+    const int64_t exp_size = job.gradient ? row_length : (block_size > kRows ? block_size : kRows);
+    const int64_t max_size = tiled ? 0 : rows_a_task * num_blocks, weight_size = options.weighted_smoothing ? lanes : 0;
+    const int64_t scratch_size = exp_size + block_size + max_size + kLanes;
     double* sums = static_cast<double*>(std::calloc(static_cast<size_t>(num_tasks + 1), sizeof(double)));
-    float* memory = static_cast<float*>(std::malloc(static_cast<size_t>(num_threads) * scratch_size * sizeof(float)));
+    float* memory = static_cast<float*>(std::malloc(static_cast<size_t>(num_threads * scratch_size + weight_size) * sizeof(float)));
     if (!sums || !memory) {
         std::free(sums);
         std::free(memory);
         return -2;
     }
+    float* weight = memory + num_threads * scratch_size;
+    for (int64_t c = 0; c < weight_size; ++c) weight[c] = c < num_classes ? job.weight[c] : 0.0f;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     const int64_t bytes = num_rows * num_classes * static_cast<int64_t>(sizeof(T));
     if (job.gradient && job.gradient != job.logits && bytes >= kHugePages) {  // most of the time of a fresh gradient is its page faults
@@ -697,13 +722,19 @@ int64_t run(Job& job) {
         thread = omp_get_thread_num();
 #endif
         float* mine = memory + thread * scratch_size;
-        Scratch scratch = {mine, mine + exp_size, mine + exp_size + block_size};
+        Scratch scratch = {mine, mine + exp_size, mine + exp_size + block_size, weight};
         Rows rows = {};
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < num_tasks; ++task) {
             const int64_t in_span = task % tasks_a_span * rows_a_task;
             rows.first = task / tasks_a_span * span + in_span;
             rows.size = span - in_span < rows_a_task ? span - in_span : rows_a_task;
+            int64_t o = rows.first / job.inner, i = rows.first % job.inner;
+            for (int64_t p = 0; p < rows.size; ++p, ++i) {
+                if (i == job.inner) ++o, i = 0;
+                rows.offset[p] = o * job.logits_strides[0] + i * job.logits_strides[1];
+                rows.gradient_offset[p] = o * job.gradient_strides[0] + i * job.gradient_strides[1];
+            }
             for (int64_t p = 0; p < (tiled ? kRows : padded(rows.size)); ++p) {
                 const int64_t y = p < rows.size ? job.target[rows.first + p] : job.ignore_index;
                 rows.y[p] = y == job.ignore_index ? -1 : static_cast<int32_t>(y);
@@ -716,7 +747,7 @@ int64_t run(Job& job) {
     }
     double sum = 0;  // in the order of the rows, whatever the number of threads
     for (int64_t task = 0; task < num_tasks; ++task) sum += sums[task];
-    job.loss = job.mean ? sum / total_weight : sum;
+    if (job.reduced) *job.reduced = static_cast<float>(job.mean ? sum / total_weight : sum);
     std::free(sums);
     std::free(memory);
     return -1;
@@ -725,6 +756,6 @@ int64_t run(Job& job) {
 }  // namespace
 
 // Returns -1, or the first row whose label is out of range (then nothing was written), or -2 where there is no memory.
-EXPORT int64_t CONCATENATE(largemargin_run_, LARGEMARGIN_ISA)(Job* job) { return job->is_bfloat16 ? run<BFloat16>(*job) : run<float>(*job); }
+EXPORT int64_t CONCATENATE(largemargin_run_, LARGEMARGIN_ISA)(const Job* job) { return job->is_bfloat16 ? run<BFloat16>(*job) : run<float>(*job); }
 
 #endif

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from .. import _checks
 from . import cpu
@@ -40,14 +41,19 @@ def load(name: str) -> ModuleType | str:
     return module.why_not() or module
 
 
+def unwatched() -> bool:
+    """Whether operations happen as they are called: no functorch transform, no dispatch mode."""
+    return not torch._C._are_functorch_transforms_active() and not torch._C._len_torch_dispatch_stack()
+
+
 def is_plain(tensor: Tensor) -> bool:
-    """Whether its memory holds its numbers, and nobody watches: no transform, trace, subclass or mode, no lazy negation."""
+    """Whether the memory of the tensor holds its numbers: no subclass, other layout, batch in disguise, lazy negation or symbolic zero."""
     return (
-        (type(tensor) is Tensor or type(tensor) is torch.nn.Parameter)
+        (type(tensor) is Tensor or type(tensor) is Parameter)
         and tensor.layout is torch.strided
+        and torch._C._has_storage(tensor)
         and not tensor.is_neg()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
+        and not tensor._is_zerotensor()
     )
 
 
@@ -63,10 +69,10 @@ def kernels(logits: Tensor, backend: Backend | None) -> Any:
         return None
     if logits.dtype not in module.DTYPES:
         reason = f"{str(logits.dtype).removeprefix('torch.')} logits"
-    elif not is_plain(logits) or logits._is_zerotensor():
-        reason = "functorch transforms, tensor subclasses and dispatch modes"
+    elif not unwatched() or not is_plain(logits):
+        reason = "under functorch transforms, tensor subclasses and dispatch modes"
     elif forward_ad._current_level >= 0:
-        reason = "forward-mode differentiation"
+        reason = "in forward-mode differentiation"
     else:
         return module
     if backend is not None:
@@ -84,7 +90,7 @@ def kernels_of(logits: Tensor) -> Any:
 def compiled_kernels(logits: Tensor, backend: Backend | None) -> bool:
     """Whether compiled code calls the kernels of the device; all it asks can be traced."""
     name = _name(logits, backend)
-    if name is None or torch._C._functorch.maybe_current_level():
+    if name is None:
         return False
     from . import registered  # torch.library and torch._dynamo bring sympy, which eager mode does without
 
@@ -94,13 +100,14 @@ def compiled_kernels(logits: Tensor, backend: Backend | None) -> bool:
 
 def _name(logits: Tensor, backend: Backend | None) -> str | None:
     """The first step of the ladder."""
+    if backend is None:
+        return _OF_DEVICE.get(logits.device.type)
     _checks.check_word("backend", backend, BACKENDS)
     if backend == "reference":
         return None
-    of_device = _OF_DEVICE.get(logits.device.type)
-    if backend is not None and backend != of_device and not (backend == "triton" and interprets_triton()):
+    if backend != _OF_DEVICE.get(logits.device.type) and not (backend == "triton" and interprets_triton()):
         raise ValueError(f"backend={backend!r} does not compute on {logits.device.type}; backend=None chooses by the device of input")
-    return backend or of_device
+    return backend
 
 
 def refuse_all_classes(backend: Backend | None) -> None:

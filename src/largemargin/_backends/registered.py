@@ -13,8 +13,10 @@ from . import ladder
 
 @torch.compiler.assume_constant_result
 def takes(name: str, dtype: str) -> bool:
-    """Whether these kernels are there and take the dtype; asked while code is compiled, and not traced."""
+    """Whether these kernels are there, take the dtype, and no functorch transform is compiled with them; asked, not traced."""
     module = ladder.load(name)
+    if torch._C._are_functorch_transforms_active():
+        return False
     return not isinstance(module, str) and dtype in map(str, module.DTYPES)
 
 
@@ -48,9 +50,7 @@ def row_stats_backward(
     g_spread: Tensor | None,
 ) -> Tensor:
     """The gradient with respect to the logits from those of the first five fields."""
-    gradient: Tensor = ladder.kernels_of(logits).row_stats_backward(
-        logits, target, num_nontargets, state, (g_l, g_e, g_a, g_rho, g_spread)
-    )
+    gradient: Tensor = ladder.kernels_of(logits).row_stats_backward(logits, target, num_nontargets, state, (g_l, g_e, g_a, g_rho, g_spread))
     return gradient
 
 

@@ -1,0 +1,61 @@
+"""Where the rows of logits lie in memory, as kernels want to know it: two dimensions of rows, whatever the shape."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """Rows (outer, inner) of num_classes, with the strides of the logits and of their gradient in elements."""
+
+    outer: int
+    inner: int
+    num_classes: int
+    outer_stride: int
+    inner_stride: int
+    class_stride: int
+    gradient_outer_stride: int
+    gradient_inner_stride: int
+    gradient_class_stride: int
+
+
+def layout(logits: Tensor, gradient: Tensor | None) -> Layout | None:
+    """The rows of ``logits`` (..., C), and alike those of their gradient; None where two dimensions are not enough."""
+    *shape, num_classes = logits.shape
+    if len(shape) == 1 and logits.is_contiguous() and (gradient is None or gradient.is_contiguous()):  # the usual case, quickly
+        return Layout(1, shape[0], num_classes, 0, num_classes, 1, 0, num_classes, 1)
+    strides = logits.stride()
+    gradient_strides = strides if gradient is None else gradient.stride()
+    dims: list[tuple[int, int, int]] = []  # size and both strides, neighbours merged where one stride spans them
+    for size, f, g in zip(shape, strides[:-1], gradient_strides[:-1], strict=True):
+        if size == 1:
+            continue
+        if dims and dims[-1][1] == size * f and dims[-1][2] == size * g:
+            dims[-1] = (dims[-1][0] * size, f, g)
+        else:
+            dims.append((size, f, g))
+    if len(dims) > 2:
+        return None
+    (outer, f0, g0), (inner, f1, g1) = [(1, 0, 0)] * (2 - len(dims)) + dims
+    f2, g2 = (1, 1) if num_classes == 1 else (strides[-1], gradient_strides[-1])  # the stride of a single class says nothing
+    return Layout(outer, inner, num_classes, f0, f1, f2, g0, g1, g2)
+
+
+class Laid(NamedTuple):
+    """Logits and the gradient to write, in a layout that two strides describe."""
+
+    layout: Layout
+    logits: Tensor
+    gradient: Tensor | None
+
+
+def lay(logits: Tensor, gradient: Tensor | None) -> Laid:
+    """``logits`` and ``gradient`` as they are, or contiguous copies: of a crop of an image no two strides lead from row to row."""
+    found = layout(logits, gradient)
+    if found is None:
+        logits = logits.contiguous()
+        gradient = None if gradient is None else torch.empty_like(logits)
+        found = layout(logits, gradient)
+        assert found is not None
+    return Laid(found, logits, gradient)

@@ -1,0 +1,652 @@
+"""One file for every backend: each computes the statistics, the losses and their gradients as the reference does in float64.
+
+Those that this machine cannot have are skipped, and say why. Triton kernels run interpreted on the CPU, or on a GPU where there is one.
+"""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+from largemargin import LargeMarginCrossEntropyLoss, crammer_singer_hinge, hard_margin_softplus, large_margin_cross_entropy, row_stats
+from largemargin._backends import cpu, ladder
+from measure import INF, assert_within, compiles, roundings, same_bits
+
+# the interpreter computes with numpy, which warns of infinities that are meant
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore:.torch.jit.script:DeprecationWarning")
+
+NATIVE = ("cpu", "triton")
+HALVES = (torch.float16, torch.bfloat16)
+DIVERGENCES = ("symmetric", "kl_qu", "kl_uq")
+
+
+def device_of(backend: str) -> str:
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
+def skip_unless_available(backend: str, dtype: torch.dtype | None = None) -> None:
+    if backend == "reference":
+        return
+    module = ladder.load(backend)
+    if isinstance(module, str):
+        pytest.skip(module)
+    if dtype is not None and dtype not in module.DTYPES:
+        pytest.skip(f"{backend} does not take {dtype}")
+
+
+@pytest.fixture(params=("reference", *NATIVE))
+def backend(request) -> str:
+    skip_unless_available(request.param)
+    return request.param
+
+
+@pytest.fixture(params=NATIVE)
+def kernel(request) -> str:
+    skip_unless_available(request.param)
+    return request.param
+
+
+@pytest.fixture(params=[torch.float32, *HALVES], ids=str)
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+class Problem:
+    """Logits with masked classes, ignored rows and confident ones, and the same in float64."""
+
+    def __init__(self, input: Tensor, rng: torch.Generator, backend: str) -> None:
+        skip_unless_available(backend, input.dtype)
+        self.backend = backend
+        self.input = input.to(device_of(backend)) if device_of(backend) != input.device.type else input
+        num_classes = input.shape[1]
+        self.target = torch.randint(num_classes, (input.shape[0], *input.shape[2:]), generator=rng).to(self.input.device)
+        flat = self.target.view(-1)
+        if flat.numel() > 2:
+            flat[1] = -100
+
+    def leaf(self) -> Tensor:
+        return self.input.detach().requires_grad_()  # keeps the strides
+
+
+def logits(shape: tuple[int, ...], rng: torch.Generator, dtype: torch.dtype = torch.float32, scale: float = 5.0) -> Tensor:
+    input = torch.randn(shape, generator=rng) * scale
+    if shape[1] > 3:
+        input[..., :1][input[..., :1] > 1.5 * scale] = -INF  # some classes are masked
+    return input.to(dtype)
+
+
+def compare_statistics(problem: Problem, rng: torch.Generator) -> None:
+    """Fields and gradient are within a few roundings of float64, and no worse than the reference path in the same dtype."""
+    leaf, exact = problem.leaf(), problem.leaf().double().detach().requires_grad_()
+    upstream = [torch.randn(problem.target.shape, generator=rng).to(leaf.device) for _ in range(5)]
+    stats = row_stats(leaf, problem.target, backend=problem.backend)
+    theirs = row_stats(leaf, problem.target, backend="reference")
+    truth = row_stats(exact, problem.target, backend="reference")
+    finite = [u.masked_fill(~t.isfinite(), 0.0) for u, t in zip(upstream, truth, strict=False)]
+    (gradient,) = torch.autograd.grad(stats[:5], leaf, finite)
+    (their_gradient,) = torch.autograd.grad(theirs[:5], leaf, finite)
+    (gradient_truth,) = torch.autograd.grad(truth[:5], exact, [u.double() for u in finite])
+    for name, got, their, true in zip(stats._fields, stats, theirs, truth, strict=True):
+        assert got.dtype == torch.float32 and got.shape == problem.target.shape, name
+        scale = 8 + true.detach().abs().nan_to_num(posinf=1.0)
+        reference_error = roundings(their, true.detach(), scale, torch.float32).max() if got.numel() else 0
+        assert_within(got, true.detach(), scale, max(float(reference_error), 2.0), torch.float32)
+    assert gradient.dtype == leaf.dtype and gradient.shape == leaf.shape
+    scale = 16 + gradient_truth.abs()
+    assert_within(
+        gradient, gradient_truth, scale + 0 * gradient_truth, max(2.0, float(roundings(their_gradient, gradient_truth, scale).max()))
+    )
+
+
+SHAPES = [
+    (1, 1),
+    (3, 1),
+    (5, 2),
+    (4, 3),
+    (40, 17),
+    (70, 65),
+    (33, 100),
+    (9, 1000),
+    (3, 1025),
+    (2, 65537),
+    (3, 7, 5),
+    (2, 19, 9, 8),
+    (2, 70, 3),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_statistics_of_awkward_shapes(backend, shape, dtype, rng):
+    compare_statistics(Problem(logits(shape, rng, dtype), rng, backend), rng)
+
+
+def strided(name: str, rng: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """Logits whose rows do not lie as in a fresh tensor."""
+    wide = torch.randn(12, 40, generator=rng).to(dtype)
+    image = torch.randn(2, 19, 6, 8, generator=rng).to(dtype)
+    return {
+        "rows apart": lambda: wide[::2],
+        "part of each row": lambda: wide[:, 3:36],
+        "last dimension with stride 2": lambda: wide[:, ::2],
+        "transposed": lambda: wide.t(),
+        "expanded": lambda: wide[:1].expand(5, 40),
+        "one class repeated": lambda: wide[:, :1].expand(12, 7),
+        "classes last": lambda: wide.view(3, 4, 40).transpose(1, 2),
+        "channels last": lambda: image.contiguous(memory_format=torch.channels_last),
+        "crop": lambda: image[:, :, 1:5, 2:7],
+        "crop of channels last": lambda: image.contiguous(memory_format=torch.channels_last)[:, :, 1:5, 2:7],
+        "rows and columns swapped": lambda: image.transpose(2, 3),
+        "batch sliced": lambda: image[1:],
+    }[name]()
+
+
+STRIDES = (
+    "rows apart", "part of each row", "last dimension with stride 2", "transposed", "expanded", "one class repeated", "classes last",
+    "channels last", "crop", "crop of channels last", "rows and columns swapped", "batch sliced",
+)  # fmt: skip
+
+
+# sharp case 13
+@pytest.mark.parametrize("name", STRIDES)
+def test_case_13_strides(backend, name, dtype, rng):
+    problem = Problem(strided(name, rng, dtype), rng, backend)
+    compare_statistics(problem, rng)
+    plain = Problem.__new__(Problem)
+    plain.__dict__.update(problem.__dict__, input=problem.input.contiguous().clone())
+    for reduction in ("none", "mean"):
+        loss, gradient = loss_and_gradient(problem, reduction=reduction, label_smoothing=0.1)
+        expected, expected_gradient = loss_and_gradient(plain, reduction=reduction, label_smoothing=0.1)
+        assert_within(loss, expected.double(), 32.0, 2)
+        assert_within(gradient, expected_gradient.double(), 1.0, 2, gradient.dtype)
+
+
+# sharp case 11: offsets of more than 31 bits. The memory is asked for and never touched, but for the two rows.
+def test_case_11_a_stride_beyond_31_bits(backend, rng):
+    if device_of(backend) == "cuda" and torch.cuda.mem_get_info()[0] < 6 << 30:
+        pytest.skip("needs 5 GB on the device")
+    stride = 2**31 + 1
+    storage = torch.empty(stride + 10, dtype=torch.bfloat16, device=device_of(backend))
+    input = storage.as_strided((2, 10), (stride, 1))
+    input.copy_(torch.randn(2, 10, generator=rng))
+    target = torch.tensor([3, 9], device=input.device)
+    leaf, near = input.requires_grad_(), input.detach().contiguous().requires_grad_()
+    loss, expected = (large_margin_cross_entropy(f, target, backend=backend) for f in (leaf, near))
+    assert same_bits(loss, expected)
+    assert same_bits(torch.autograd.grad(loss, leaf)[0], torch.autograd.grad(expected, near)[0])
+    rows_apart = storage.as_strided((2, 3, 2), (4, stride // 2, 1))  # and of a class
+    rows_apart.copy_(torch.randn(2, 3, 2, generator=rng))
+    target = torch.tensor([[0, 1], [2, 2]], device=input.device)
+    stats, expected_stats = (row_stats(f, target, backend=backend) for f in (rows_apart, rows_apart.contiguous()))
+    assert all(same_bits(a, b) for a, b in zip(stats, expected_stats, strict=True))
+
+
+# the loss and its gradient
+
+
+def loss_and_gradient(problem: Problem, factor: float = 1.0, **options: object) -> tuple[Tensor, Tensor]:
+    leaf = problem.leaf()
+    loss = large_margin_cross_entropy(leaf, problem.target, backend=problem.backend, **options)
+    (gradient,) = torch.autograd.grad(loss.sum() * factor, leaf)
+    return loss.detach(), gradient
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("shape", [(40, 17), (6, 1500), (2, 19, 5, 4)], ids=str)
+def test_every_option_of_the_loss(backend, shape, divergence, smoothing, weighted, reduction, rng):
+    problem = Problem(logits(shape, rng), rng, backend)
+    weight = torch.rand(shape[1], generator=rng).to(problem.input.device) if weighted else None
+    exact = Problem.__new__(Problem)
+    exact.__dict__.update(problem.__dict__, input=problem.input.double(), backend="reference")
+    reference = Problem.__new__(Problem)
+    reference.__dict__.update(problem.__dict__, backend="reference")
+    for lam, hard_bias, factor in ((0.3, 0.0, 1.0), (0.0, 1.0, 1.0), (9.0, -3.0, 0.7)):
+        options = {"lam": lam, "hard_bias": hard_bias, "label_smoothing": smoothing, "divergence": divergence, "reduction": reduction}
+        loss, gradient = loss_and_gradient(problem, factor, weight=weight, **options)
+        theirs, their_gradient = loss_and_gradient(reference, factor, weight=weight, **options)
+        truth, gradient_truth = loss_and_gradient(exact, factor, weight=weight, **options)
+        assert loss.dtype == torch.float32
+        scale = 8 * (1 + lam) + truth.abs()
+        assert_within(loss, truth, scale, max(2.0, float(roundings(theirs, truth, scale, torch.float32).max())))
+        size = 4 * gradient_truth.abs().max() + 1e-3  # q_c = e^z / S has a relative error of |z| roundings
+        assert_within(gradient, gradient_truth, size, max(2.0, float(roundings(their_gradient, gradient_truth, size).max())))
+
+
+@pytest.mark.parametrize("value", [float("nan"), INF, -INF, 3e38])
+def test_ignored_rows_leak_nothing(backend, value, rng):
+    problem = Problem(logits((6, 20), rng), rng, backend)
+    problem.input[1] = value
+    for reduction in ("none", "sum", "mean"):
+        for factor in (1.0, 0.3, float("inf")):
+            loss, gradient = loss_and_gradient(problem, factor, reduction=reduction, label_smoothing=0.1)
+            assert loss.isfinite().all() and (gradient[1] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (2, 6, 3)], ids=str)
+@pytest.mark.parametrize("where", ["target", "other"])
+@pytest.mark.parametrize("value", [float("nan"), INF])
+def test_nan_and_infinity_in_a_kept_row_give_nan(backend, value, where, shape, rng):
+    problem = Problem(logits(shape, rng, scale=1.0), rng, backend)
+    first = problem.target[0] if len(shape) == 2 else problem.target[0, 0]
+    row = problem.input[0] if len(shape) == 2 else problem.input[0, :, 0]
+    row[first if where == "target" else (first + 1) % 6] = value
+    for lam in (0.0, 0.3):
+        for reduction in ("none", "mean"):
+            loss, gradient = loss_and_gradient(problem, reduction=reduction, lam=lam)
+            assert loss.flatten()[0].isnan()
+            assert gradient.isnan().any()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("row", [[1.0], [1.0, -INF], [-INF, 2.0], [-INF, -INF], [5.0, 5.0], [0.0, -1e38, 1e38], [1.0, -INF, -INF]], ids=str)
+def test_rows_with_hardly_any_class(backend, row, divergence):
+    input = torch.tensor([row], device=device_of(backend))
+    for target in range(len(row)):
+        labels = torch.tensor([target], device=input.device)
+        for smoothing in (0.0, 0.1, 1.0):
+            got, expected = [], []
+            for name, into in ((backend, got), ("reference", expected)):
+                leaf = (input if name == backend else input.double()).clone().requires_grad_()
+                loss = large_margin_cross_entropy(leaf, labels, label_smoothing=smoothing, divergence=divergence, backend=name)
+                into += [loss.detach(), torch.autograd.grad(loss, leaf)[0]]
+            assert_within(got[0], expected[0], 1 + expected[0].abs().nan_to_num(posinf=1.0), 2)
+            if max(row) == -INF:  # a row without any class has no gradient to speak of
+                assert got[1][0, target].isnan()
+            else:
+                assert_within(got[1], expected[1], 1.0, 2)
+
+
+@pytest.mark.parametrize("lead", [12.0, 16.0, 20.0, 50.0, 87.0, 103.0, 110.0])
+def test_case_1_tails(backend, lead):
+    others = torch.linspace(-2, 1, 30)
+    input = torch.cat([others.logsumexp(0, keepdim=True) + lead, others])[None].to(device_of(backend)).requires_grad_()
+    loss = large_margin_cross_entropy(input, torch.tensor([0], device=input.device), lam=0.0, backend=backend)
+    (gradient,) = torch.autograd.grad(loss, input)
+    exact = input.detach().double()
+    x = exact[0, 1:].logsumexp(0) - exact[0, 0]
+    assert_within(loss, torch.nn.functional.softplus(x, threshold=200), loss.detach().double() * lead, 2)
+    assert_within(gradient[0, 0], -x.sigmoid(), x.sigmoid() * lead, 2)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e2, 1e4, 1e5])
+def test_case_2_a_common_offset_costs_no_digits(backend, offset, rng):
+    problem = Problem(torch.randint(-64, 64, (5, 40), generator=rng) / 16 + offset, rng, backend)  # held exactly at every offset
+    level = Problem.__new__(Problem)
+    level.__dict__.update(problem.__dict__, input=problem.input - offset)
+    assert all(same_bits(a, b) for a, b in zip(loss_and_gradient(problem), loss_and_gradient(level), strict=True))
+
+
+def test_a_million_rows_of_two_classes_and_two_rows_of_a_million(rng):
+    skip_unless_available("cpu")
+    for shape in ((1_000_000, 2), (2, 1_000_000)):
+        compare_statistics(Problem(logits(shape, rng, scale=1.0), rng, "cpu"), rng)
+
+
+@pytest.mark.parametrize("hinge", [crammer_singer_hinge, hard_margin_softplus])
+def test_hinges_use_the_kernels_and_agree(hinge, rng):
+    skip_unless_available("cpu")
+    input, target = torch.randn(50, 12, generator=rng).mul_(2).round_(), torch.randint(12, (50,), generator=rng)  # with ties
+    leaf, exact = input.clone().requires_grad_(), input.double().requires_grad_()
+    got, truth = (torch.autograd.grad(hinge(f, target, reduction="sum"), f)[0] for f in (leaf, exact))
+    assert_within(got, truth, 4.0, 2)
+
+
+# sharp cases 8, 9, 10: upstream gradients, second passes, inputs
+
+
+def test_case_8_and_9_every_pass_is_the_gradient_of_its_own_upstream(kernel, dtype, rng):
+    problem = Problem(logits((20, 33), rng, dtype, scale=1.0), rng, kernel)
+    _, unit = loss_and_gradient(problem)
+    for reduction in ("mean", "none"):
+        leaf = problem.leaf()
+        loss = large_margin_cross_entropy(leaf, problem.target, backend=kernel, reduction=reduction)
+        total = loss if reduction == "mean" else loss.sum() / (problem.target >= 0).sum()
+        held = []
+        for factor in (1.0, 3.0, 2.0, 65536.0, 0.0, -0.1):
+            (gradient,) = torch.autograd.grad(total * factor, leaf, retain_graph=True)
+            held.append((factor, gradient))
+        for factor, gradient in held:  # none was changed by a later pass
+            assert_within(gradient, unit.double() * factor, abs(factor) * unit.abs().double().max() + 1e-30, 2, dtype)
+
+
+def test_case_8_an_expanded_upstream_gradient(kernel, rng):
+    problem = Problem(logits((6, 9), rng), rng, kernel)
+    leaf = problem.leaf()
+    losses = large_margin_cross_entropy(leaf, problem.target, backend=kernel, reduction="none")
+    upstream = torch.tensor(2.0, device=leaf.device).expand(6)
+    (got,) = torch.autograd.grad(losses, leaf, upstream, retain_graph=True)
+    (expected,) = torch.autograd.grad(losses, leaf, upstream.clone())
+    assert same_bits(got, expected)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_case_10_inputs_are_left_as_they_were(backend, reduction, rng):
+    problem = Problem(logits((20, 33), rng), rng, backend)
+    weight = torch.rand(33, generator=rng).to(problem.input.device)
+    before = [(t, t.clone(), t._version) for t in (problem.input, problem.target, weight)]
+    loss_and_gradient(problem, 0.5, weight=weight, reduction=reduction, label_smoothing=0.1)
+    for tensor, copy, version in before:
+        assert torch.equal(tensor, copy) and tensor._version == version
+
+
+def test_labels_out_of_range(backend, rng):
+    input = torch.randn(4, 5, generator=rng, device="cpu").to(device_of(backend)).requires_grad_()
+    target = torch.tensor([0, 1, 5, -3], device=input.device)
+    if input.device.type == "cpu":
+        for reduction in ("none", "mean"):
+            with pytest.raises(IndexError, match=r"holds 5 \(2 of 4 labels are out of range\)"):
+                large_margin_cross_entropy(input, target, backend=backend, reduction=reduction)
+        with pytest.raises(IndexError, match="holds 5"):
+            row_stats(input, target, backend=backend)
+    else:
+        assert large_margin_cross_entropy(input, target, backend=backend, reduction="none").isnan().tolist() == [False, False, True, True]
+
+
+# what kernels cannot do, the reference does for them: sharp case 22
+
+
+def test_case_22_higher_derivatives_take_the_reference(kernel, rng):
+    problem = Problem(logits((6, 7), rng, scale=1.0), rng, kernel)
+    v = torch.randn(6, 7, generator=rng).to(problem.input.device)
+    for reduction in ("none", "mean"):
+        products = []
+        for name in (kernel, "reference"):
+            leaf = problem.leaf()
+            loss = large_margin_cross_entropy(leaf, problem.target, backend=name, reduction=reduction, label_smoothing=0.1).sum()
+            (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+            (product,) = torch.autograd.grad(gradient, leaf, v)
+            products.append((gradient.detach(), product))
+        for got, expected in zip(*products, strict=True):
+            assert expected.abs().max() > 0
+            assert_within(got, expected.double(), 1.0, 4)
+    stats = row_stats(leaf, problem.target, backend=kernel)
+    (gradient,) = torch.autograd.grad((stats.log_odds + stats.spread).sum(), leaf, create_graph=True)
+    assert torch.autograd.grad(gradient, leaf, v)[0].abs().max() > 0
+
+
+def test_case_22_functorch_and_forward_mode_take_the_reference(rng):
+    skip_unless_available("cpu")
+    input, target = torch.randn(4, 5, generator=rng), torch.tensor([0, -100, 2, 4])
+
+    def losses(f: Tensor, backend: str | None = None) -> Tensor:
+        return large_margin_cross_entropy(f, target, reduction="none", backend=backend)
+
+    def reference(f: Tensor) -> Tensor:
+        return losses(f, "reference")
+
+    for transform in (torch.func.jacrev, torch.func.jacfwd, lambda f: torch.func.hessian(lambda x: f(x).sum())):
+        assert same_bits(transform(losses)(input), transform(reference)(input))  # never silent zeros
+        assert transform(losses)(input).abs().max() > 0
+    batch = torch.randn(3, 4, 5, generator=rng)
+    assert same_bits(torch.vmap(losses)(batch), torch.vmap(reference)(batch))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(input, torch.ones_like(input))
+        assert torch.autograd.forward_ad.unpack_dual(losses(dual)).tangent is not None
+    leaf = input.clone().requires_grad_()
+    (batched,) = torch.autograd.grad(losses(leaf), leaf, torch.eye(4), is_grads_batched=True)
+    assert_within(batched, torch.func.jacrev(losses)(input).double(), 1.0, 2)
+    (batched,) = torch.autograd.grad(losses(leaf).sum(), leaf, torch.tensor([1.0, 2.0]), is_grads_batched=True)
+    assert_within(batched[1], 2 * torch.func.grad(lambda f: losses(f).sum())(input).double(), 1.0, 2)
+
+
+def test_forcing_a_backend_warns_once_where_the_reference_steps_in(rng):
+    skip_unless_available("cpu")
+    ladder.warn_once.cache_clear()
+    input, target = torch.randn(4, 5, generator=rng, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
+    with pytest.warns(UserWarning, match="backend='cpu' does not compute float64 logits"):
+        loss = large_margin_cross_entropy(input, target, backend="cpu")
+    assert same_bits(loss, large_margin_cross_entropy(input, target, backend="reference"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        large_margin_cross_entropy(input, target, backend="cpu")
+        large_margin_cross_entropy(input, target)  # nobody asked for the kernel
+    with pytest.warns(UserWarning, match="class probabilities"):
+        large_margin_cross_entropy(input, input.softmax(1), backend="cpu")
+    ladder.warn_once.cache_clear()
+
+
+def test_a_backend_that_cannot_be_had_is_an_error(monkeypatch, rng):
+    input, target = torch.randn(4, 5, generator=rng), torch.tensor([0, 1, 2, 3])
+    with pytest.raises(ValueError, match="backend='cpu' does not compute on meta"):
+        row_stats(input.to("meta"), target.to("meta"), backend="cpu")
+    monkeypatch.setattr(ladder, "load", lambda name: "it was not compiled")
+    with pytest.raises(RuntimeError, match="backend='cpu' cannot be used: it was not compiled"):
+        large_margin_cross_entropy(input, target, backend="cpu")
+    assert same_bits(large_margin_cross_entropy(input, target), large_margin_cross_entropy(input, target, backend="reference"))
+
+
+def test_the_kernel_runs_unless_told_otherwise(rng):
+    skip_unless_available("cpu")
+    input, target = torch.randn(4, 5, generator=rng, requires_grad=True), torch.tensor([0, 1, 2, 3])
+    assert "LargeMarginCrossEntropy" in type(large_margin_cross_entropy(input, target).grad_fn).__name__
+    assert "RowStatsByKernels" in type(row_stats(input, target).log_odds.grad_fn).__name__
+    for other in (input.double(), input.half()):
+        assert "LargeMarginCrossEntropy" not in type(large_margin_cross_entropy(other, target).grad_fn).__name__
+
+
+# compiled code: sharp case 19
+
+
+@compiles
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_case_19_compiled_code_calls_the_kernels_without_a_graph_break(reduction, rng):
+    skip_unless_available("cpu")
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    input, target = torch.randn(6, 9, generator=rng, requires_grad=True), torch.tensor([0, 1, -100, 3, 4, 5])
+    criterion = LargeMarginCrossEntropyLoss(reduction=reduction, label_smoothing=0.1)
+    assert torch.compile(criterion, backend=keep, fullgraph=True)(input, target).shape == criterion(input, target).shape
+    assert any("largemargin.row_stats" in str(node.target) for node in graphs[0].graph.nodes)
+    got = torch.compile(criterion, backend="aot_eager", fullgraph=True, dynamic=True)(input, target)
+    assert_within(got, criterion(input, target).double(), 8.0, 2)
+    (gradient,) = torch.autograd.grad(got.sum(), input)
+    assert_within(gradient, torch.autograd.grad(criterion(input, target).sum(), input)[0].double(), 1.0, 2)
+
+
+@compiles
+def test_case_22_functorch_inside_compiled_code_takes_the_reference(rng):
+    skip_unless_available("cpu")
+    torch._dynamo.reset()
+    input, target = torch.randn(4, 5, generator=rng), torch.tensor([0, 1, -100, 3])
+
+    def gradient(f: Tensor) -> Tensor:
+        return torch.func.grad(lambda x: large_margin_cross_entropy(x, target))(f)
+
+    assert_within(torch.compile(gradient, backend="aot_eager", fullgraph=True)(input), gradient(input).double(), 1.0, 2)
+
+
+def test_the_operators_are_well_formed(kernel, rng):
+    from largemargin._backends import registered
+
+    problem = Problem(logits((5, 7), rng), rng, kernel)
+    if device_of(kernel) == "cpu" and kernel == "triton":
+        pytest.skip("on the CPU the operator is the CPU kernel")
+    index = torch.where(problem.target < 0, -1, problem.target)
+    torch.library.opcheck(registered.row_stats, (problem.leaf(), index), test_utils=("test_schema", "test_faketensor"))
+
+
+# donated logits: the gradient in the place of the logits
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("shape", [(20, 33), (3, 7, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_donated_logits_give_the_same_loss_and_gradient(dtype, shape, reduction, rng):
+    skip_unless_available("cpu")
+    features = logits(shape, rng, dtype, scale=1.0).requires_grad_()
+    target = torch.randint(shape[1], (shape[0], *shape[2:]), generator=rng)
+    results = []
+    for donate in (False, True):
+        input = features * 1
+        loss = large_margin_cross_entropy(input, target, reduction=reduction, donate=donate)
+        (gradient,) = torch.autograd.grad(loss.sum() * 0.5, features)
+        assert (input._version > 0) == donate
+        results.append((loss.detach(), gradient))
+    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_donated_logits_raise_for_whoever_still_needs_them(rng):
+    skip_unless_available("cpu")
+    features, target = torch.randn(6, 9, generator=rng, requires_grad=True), torch.arange(6)
+    input = features * 1
+    other = input.square().sum()  # saves the logits for its backward pass
+    loss = large_margin_cross_entropy(input, target, donate=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (loss + other).backward()
+    input = features * 1
+    loss = large_margin_cross_entropy(input, target, donate=True)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="donate=True are gone after its first backward pass"):
+        loss.backward()
+    with pytest.raises(ValueError, match="donate=True overwrites input, but input is a leaf"):
+        large_margin_cross_entropy(features, target, donate=True)
+    with torch.no_grad():  # no gradient, nothing to overwrite
+        before = features.clone()
+        large_margin_cross_entropy(features, target, donate=True)
+        assert torch.equal(features, before)
+
+
+def test_logits_that_share_memory_are_not_overwritten(rng):
+    skip_unless_available("cpu")
+    row = torch.randn(1, 9, generator=rng, requires_grad=True)
+    input, target = (row * 1).expand(4, 9), torch.arange(4)
+    before = input.detach().clone()
+    loss = large_margin_cross_entropy(input, target, donate=True)
+    assert torch.equal(input.detach(), before)
+    (gradient,) = torch.autograd.grad(loss, row)
+    (expected,) = torch.autograd.grad(large_margin_cross_entropy(row.expand(4, 9), target), row)
+    assert same_bits(gradient, expected)
+
+
+# memory
+
+
+def test_peak_memory_is_one_gradient(rng):
+    skip_unless_available("cpu")
+    input, target = torch.randn(256, 4096, generator=rng, requires_grad=True), torch.randint(4096, (256,), generator=rng)
+    size = input.nbytes
+    for factor in (1.0, 0.37):
+        with torch.profiler.profile(profile_memory=True) as profiler:
+            (gradient,) = torch.autograd.grad(large_margin_cross_entropy(input, target) * factor, input)
+        taken = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+        assert sum(n for n in taken if n > 0) < 1.01 * size, taken
+        assert gradient.shape == input.shape
+
+
+# the number of threads, the instruction set
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads(rng):
+    skip_unless_available("cpu")
+    for shape in ((3000, 37), (5, 20000), (3, 19, 50, 7)):
+        problem, threads = Problem(logits(shape, rng), rng, "cpu"), torch.get_num_threads()
+        try:
+            results = []
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                results.append(loss_and_gradient(problem))
+        finally:
+            torch.set_num_threads(threads)
+        for other in results[1:]:
+            assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_of_this_machine(isa, monkeypatch, rng):
+    skip_unless_available("cpu")
+    order = ["baseline", "avx2", "avx512"]
+    best = cpu.describe().split(", ")[1]
+    if order.index(isa) > order.index(best):
+        pytest.skip(f"this machine has no {isa}")
+    kernel = cpu.kernel_for(isa)
+    monkeypatch.setattr(cpu, "_kernel", lambda: kernel)
+    for shape in ((40, 17), (3, 1025), (2, 19, 9, 8)):
+        for dtype in (torch.float32, torch.bfloat16):
+            compare_statistics(Problem(logits(shape, rng, dtype), rng, "cpu"), rng)
+
+
+# Triton kernels are compiled for real, though not run, where there is no GPU
+
+
+COMPILE = """
+import sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from largemargin._backends import triton as kernels
+
+for arch, dtype in ((GPUTarget("cuda", 90, 32), "bf16"), (GPUTarget("cuda", 80, 32), "fp32"), (GPUTarget("hip", "gfx942", 64), "fp16")):
+    for name in ("_forward", "_backward"):
+        kernel = getattr(kernels, name)
+        signature, constants = {}, {}
+        for parameter in kernel.params:
+            if parameter.is_constexpr:
+                signature[parameter.name] = "constexpr"
+                constants[(parameter.num,)] = {"ROWS": 2, "CLASSES": 128}.get(parameter.name, True)
+            elif parameter.name in ("logits", "gradient"):
+                signature[parameter.name] = "*" + dtype
+            elif parameter.name == "target":
+                signature[parameter.name] = "*i64"
+            elif "stride" in parameter.name or parameter.name in ("num_rows", "num_classes", "inner"):
+                signature[parameter.name] = "i64"
+            else:
+                signature[parameter.name] = "*fp32"
+        compiled = compile(ASTSource(kernel, signature, constants), target=arch)
+        print(arch.backend, name, sorted(compiled.asm))
+"""
+
+
+def test_triton_kernels_compile_for_gpus(tmp_path):
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("ptx") == 4 and run.stdout.count("hsaco") == 2
+
+
+# GPUs only: sharp cases 19 and 8
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+def test_case_19_nothing_waits_for_the_device(rng):
+    input, target = torch.randn(64, 1000, device="cuda", requires_grad=True), torch.randint(1000, (64,), device="cuda")
+    large_margin_cross_entropy(input, target).backward()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        (large_margin_cross_entropy(input, target, label_smoothing=0.1) * 0.5).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert input.grad.isfinite().all()
+
+
+@needs_gpu
+def test_case_19_a_graph_can_be_captured_and_replayed(rng):
+    input, target = torch.randn(64, 1000, device="cuda", requires_grad=True), torch.randint(1000, (64,), device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            torch.autograd.grad(large_margin_cross_entropy(input, target), input)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = large_margin_cross_entropy(input, target)
+        (gradient,) = torch.autograd.grad(loss, input)
+    with torch.no_grad():
+        input.copy_(torch.randn(64, 1000, generator=rng))
+    graph.replay()
+    expected = large_margin_cross_entropy(input, target)
+    assert same_bits(loss.detach(), expected.detach())
+    assert same_bits(gradient, torch.autograd.grad(expected, input)[0])
