@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from . import _checks
 from . import functional as F
+from ._backends import Divergence
 from ._backends.ladder import BACKENDS, Backend
 from ._reduce import REDUCTIONS, Reduction
-from .functional import DIVERGENCES, Divergence
+from .functional import DIVERGENCES
 
 
 class LargeMarginCrossEntropyLoss(nn.CrossEntropyLoss):

@@ -77,7 +77,8 @@ namespace {
 
 constexpr int64_t kBlock = 1024;           // classes summed in float32 before the sum goes to float64
 constexpr int64_t kTileBlock = 128;        // the same, in the other layout
-constexpr int64_t kRows = 64;              // the most rows finished together
+constexpr int64_t kAlignment = 64;          // bytes: a vector that straddles two cache lines costs two
+constexpr int64_t kRows = 128;              // the most rows finished together
 constexpr int64_t kLanes = 16;             // loops run over multiples of this many elements: a remainder would be left scalar
 constexpr int64_t kElementsATask = 4096;   // rows are finished together up to this many elements
 constexpr int64_t kElementsAThread = 4096;
@@ -202,7 +203,6 @@ inline Record merge(const Record& a, const Record& b) {
 
 // Rows finished together: what gather found, and what scatter needs. One array a quantity, so that loops over rows vectorise.
 struct Rows {
-    int64_t size, first;                              // the rows [first, first + size)
     int64_t offset[kRows], gradient_offset[kRows];  // where each begins, in elements
     int32_t y[kRows];     // -1: ignored, and beyond the last row
     float target_logit[kRows], target_weight[kRows], upstream[kRows];
@@ -212,6 +212,7 @@ struct Rows {
     float g_e[kRows], g_q[kRows], g_a[kRows], dense[kRows], on_target[kRows], at_max[kRows];
     int32_t live[kRows];  // else the gradient is 0 but for on_target
     float losses[kRows];
+    int64_t size, first;  // the rows [first, first + size)
 
     void set_record(int64_t p, const Record& record) {
         max[p] = record.max;
@@ -544,7 +545,7 @@ HOT void load_tile(const T* from, const int64_t* strides, const Rows& rows, int6
     }
 }
 
-struct TileSums {
+struct alignas(kAlignment) TileSums {
     float sum_exp[kRows], sum_exp_z[kRows], sum_z[kRows], count[kRows], sum_weight[kRows], sum_weight_z[kRows];
 };
 
@@ -581,7 +582,7 @@ HOT void scatter_tile(const float* RESTRICT tile, const float* RESTRICT exp_z, c
                       const int64_t* strides, T* to) {
     for (int64_t c = 0; c < num_classes; ++c, to += strides[2], tile += kRows, exp_z += kRows) {
         const float weight = w ? w[c] : 1.0f;
-        float values[kRows];
+        alignas(kAlignment) float values[kRows];
 #pragma omp simd
         for (int64_t p = 0; p < kRows; ++p) {
             const float x = tile[p], z = near(x - rows.max[p]);
@@ -612,7 +613,7 @@ double run_tile(const Job& job, const Options& options, double upstream, Rows& r
     const T* f = static_cast<const T*>(job.logits) + rows.offset[0];
     const float* w = options.weighted_smoothing ? scratch.weight : nullptr;
     const bool gather = job.kind != STATISTICS_GRADIENT;
-    float max[kRows], shift[kRows];
+    alignas(kAlignment) float max[kRows], shift[kRows];
     for (int64_t p = 0; p < rows.size; ++p)
         rows.target_logit[p] = rows.y[p] >= 0 ? load(f[p * job.logits_strides[1] + rows.y[p] * job.logits_strides[2]]) : 0.0f;
     load_tile(f, job.logits_strides, rows, num_classes, scratch.block, max);
@@ -695,16 +696,17 @@ int64_t run(const Job& job) {
     const int64_t lanes = padded(num_classes), num_blocks = (num_classes + kBlock - 1) / kBlock;
     const int64_t row_length = tiled ? kRows * num_classes : rows_a_task * lanes;
     const int64_t block_size = tiled || num_blocks <= 1 ? row_length : kBlock;
-    const int64_t exp_size = job.gradient ? row_length : (block_size > kRows ? block_size : kRows);
+    const int64_t exp_size = job.gradient ? row_length : (block_size > kRows ? block_size : kRows);  // all multiples of kLanes
     const int64_t max_size = tiled ? 0 : rows_a_task * num_blocks, weight_size = options.weighted_smoothing ? lanes : 0;
-    const int64_t scratch_size = exp_size + block_size + max_size + kLanes;
+    const int64_t scratch_size = exp_size + block_size + padded(max_size) + padded(sizeof(Rows) / sizeof(float) + 1);
     double* sums = static_cast<double*>(std::calloc(static_cast<size_t>(num_tasks + 1), sizeof(double)));
-    float* memory = static_cast<float*>(std::malloc(static_cast<size_t>(num_threads * scratch_size + weight_size) * sizeof(float)));
-    if (!sums || !memory) {
+    void* allocated = std::malloc(static_cast<size_t>(num_threads * scratch_size + weight_size) * sizeof(float) + kAlignment);
+    if (!sums || !allocated) {
         std::free(sums);
-        std::free(memory);
+        std::free(allocated);
         return -2;
     }
+    float* memory = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(allocated) + kAlignment - 1) / kAlignment * kAlignment);
     float* weight = memory + num_threads * scratch_size;
     for (int64_t c = 0; c < weight_size; ++c) weight[c] = c < num_classes ? job.weight[c] : 0.0f;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -723,7 +725,9 @@ int64_t run(const Job& job) {
 #endif
         float* mine = memory + thread * scratch_size;
         Scratch scratch = {mine, mine + exp_size, mine + exp_size + block_size, weight};
-        Rows rows = {};
+        // in the scratch too, where it is aligned; to align it on the stack costs more than it brings
+        Rows& rows = *reinterpret_cast<Rows*>(mine + exp_size + block_size + padded(max_size));
+        std::memset(&rows, 0, sizeof rows);
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < num_tasks; ++task) {
             const int64_t in_span = task % tasks_a_span * rows_a_task;
@@ -749,7 +753,7 @@ int64_t run(const Job& job) {
     for (int64_t task = 0; task < num_tasks; ++task) sum += sums[task];
     if (job.reduced) *job.reduced = static_cast<float>(job.mean ? sum / total_weight : sum);
     std::free(sums);
-    std::free(memory);
+    std::free(allocated);
     return -1;
 }
 

@@ -1,1 +1,3 @@
 """The experiment tool: the same network under several losses and seeds, on the same data (``pip install "largemargin[lab]"``)."""
+
+NEEDED = ("jsonargparse", "rich", "sklearn", "scipy", "matplotlib", "jinja2", "torchvision", "PIL")  # installed by largemargin[lab]

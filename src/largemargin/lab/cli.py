@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from . import NEEDED
 from .errors import LabError
 from .recipe import LOSSES
 
@@ -74,9 +75,11 @@ def build_parser() -> "ArgumentParser":
     )
     report = parser("Print the table of a comparison again and write its report anew, from the runs that are finished.")
     report.add_argument("out", nargs="?", default="runs/compare", metavar="DIR", help="the folder given to compare as --out")
+    doctor = parser("Say which backends are here, and whether they compute rightly; without options.")
     commands = top.add_subcommands(dest="command", metavar="COMMAND")
     commands.add_subcommand("compare", compare, help="train the same network under several losses and seeds, and compare")
     commands.add_subcommand("report", report, help="print and write the report of a comparison again")
+    commands.add_subcommand("doctor", doctor, help="say which backends are here, and whether they compute rightly")
     return top
 
 
@@ -112,10 +115,17 @@ def run(arguments: "Namespace") -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
-    needed = ("jsonargparse", "rich", "sklearn", "scipy", "matplotlib", "jinja2", "torchvision", "PIL")
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if (sys.argv[1:] if argv is None else list(argv)) == ["doctor"]:  # which needs torch alone
+        from ..doctor import main as doctor
+
+        return doctor()
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        print(f'largemargin: the command line needs {", ".join(missing)}; install it with: pip install "largemargin[lab]"', file=sys.stderr)
+        print(
+            f'largemargin: the command line needs {", ".join(missing)}; install it with: pip install "largemargin[lab]" '
+            "(largemargin doctor works without)",
+            file=sys.stderr,
+        )
         return 2
     from jsonargparse import ArgumentError
 

@@ -1,0 +1,135 @@
+"""What the benchmarks share: contestants, interleaved timing, memory, the machine, and the refusal to report what is wrong."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import largemargin
+from largemargin import large_margin_cross_entropy
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results" / "bench"
+LAM = 0.3
+WARM_UP = 3
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def formula(input: Tensor, target: Tensor) -> Tensor:
+    """Equation (11) as one would first write it, for logits (N, C): what the margin costs under autograd."""
+    is_target = F.one_hot(target, input.shape[1]).bool()
+    log_q = input.masked_fill(is_target, -1e6).log_softmax(1)
+    difference = (log_q.exp() - 1 / (input.shape[1] - 1)) * log_q
+    return F.cross_entropy(input, target) + LAM / 2 * difference.masked_fill(is_target, 0.0).sum(1).mean()
+
+
+def ours(input: Tensor, target: Tensor) -> Tensor:
+    return large_margin_cross_entropy(input, target, lam=LAM)
+
+
+def reference(input: Tensor, target: Tensor) -> Tensor:
+    return large_margin_cross_entropy(input, target, lam=LAM, backend="reference")
+
+
+def problem(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    input = torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+    return input, torch.randint(shape[1], (shape[0], *shape[2:]), generator=generator).to(device)
+
+
+def step_seconds(loss: Loss, input: Tensor, target: Tensor, computed: bool = False) -> float:
+    """Forward and backward, as in training: the gradient of the last step has been freed."""
+    input.grad = None
+    if computed:  # logits that somebody computed, as donation needs them; up to them only
+        logits = input * 1
+        started = time.perf_counter()
+        torch.autograd.grad(loss(logits, target), logits)
+        return time.perf_counter() - started
+    started = time.perf_counter()
+    loss(input, target).backward()
+    return time.perf_counter() - started
+
+
+def interleaved(
+    contestants: dict[str, Loss], input: Tensor, target: Tensor, repeats: int, computed: bool = False
+) -> dict[str, list[float]]:
+    """The seconds of every step of every contestant, one after the other in each round."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for round in range(repeats + WARM_UP):
+        for name, loss in contestants.items():
+            elapsed = step_seconds(loss, input, target, computed)
+            if round >= WARM_UP:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def ratio(seconds: list[float], baseline: list[float]) -> dict[str, float]:
+    """Of the medians, and the quartiles of the ratios of each round."""
+    ratios = sorted(a / b for a, b in zip(seconds, baseline, strict=True))
+    low, high = (round(ratios[len(ratios) * i // 4], 3) for i in (1, 3))
+    return {"ratio": round(statistics.median(seconds) / statistics.median(baseline), 3), "low": low, "high": high}
+
+
+def peak_bytes(loss: Loss, input: Tensor, target: Tensor) -> int:
+    """The most memory that torch holds during forward and backward, beside the logits (CPU)."""
+    input.grad = None
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        loss(input, target).backward()
+    held = peak = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def machine() -> dict[str, object]:
+    model = "unknown"
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+    found = {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "largemargin": largemargin.__version__,
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def refuse_if_wrong(selection: str) -> None:
+    """Run the correctness tests of what is about to be timed; a benchmark of a wrong result is none."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", str(ROOT / "tests" / "test_backends.py"), "-k", selection]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        sys.exit(f"{done.stdout[-2000:]}\nnothing is reported: the tests of what was to be timed fail")
+
+
+def write(name: str, record: dict[str, object], path: Path | None = None) -> Path:
+    path = path or RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+    return path
+
+
+def options(description: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="small shapes and few rounds: to see that the script works")
+    parser.add_argument("--out", type=Path, default=None, help="the JSON file to write")
+    return parser.parse_args()

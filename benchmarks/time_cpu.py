@@ -1,0 +1,60 @@
+"""Claim: on the CPU the large-margin loss is faster than torch's cross-entropy, which has no margin.
+
+Forward and backward as in training, through the public functions with all their checks, interleaved in one process.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common import LAM, formula, interleaved, machine, options, ours, problem, ratio, reference, refuse_if_wrong, write
+from largemargin import LargeMarginCrossEntropyLoss, large_margin_cross_entropy
+
+SHAPES = ((32, 10), (128, 100), (4096, 10), (256, 1000), (512, 10000), (256, 128256), (4, 150, 128, 128), (8, 19, 256, 256))
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def donated(input: Tensor, target: Tensor) -> Tensor:
+    return large_margin_cross_entropy(input, target, lam=LAM, donate=True)
+
+
+def scaled(input: Tensor, target: Tensor) -> Tensor:
+    return ours(input, target) * 0.3
+
+
+def a_row(input: Tensor, target: Tensor) -> Tensor:
+    return large_margin_cross_entropy(input, target, lam=LAM, reduction="none").mean()
+
+
+def main() -> None:
+    """Time every shape in both dtypes."""
+    chosen = options(__doc__)
+    if not chosen.quick:
+        refuse_if_wrong("cpu and not triton")
+    criterion = LargeMarginCrossEntropyLoss(lam=LAM)
+    rows = []
+    for dtype in DTYPES:
+        for shape in ((32, 10), (2, 5, 3, 3)) if chosen.quick else SHAPES:
+            input, target = problem(shape, dtype)
+            repeats = 3 if chosen.quick else max(11, min(500, 20_000_000 // input.numel()))
+            small = input.numel() < 6_000_000
+            contestants = {"F.cross_entropy": F.cross_entropy, "ours": criterion, "ours, loss * 0.3": scaled, "ours, reduction none": a_row}
+            if small:
+                contestants["reference path"] = reference
+                if input.dim() == 2:
+                    contestants["formula under autograd"] = formula
+            seconds = interleaved(contestants, input, target, repeats)
+            pair = interleaved({"theirs": F.cross_entropy, "ours": donated}, input, target, repeats, computed=True)
+            row = {"shape": shape, "dtype": str(dtype).removeprefix("torch."), "rounds": repeats, "ms": {}, "against F.cross_entropy": {}}
+            for name, values in seconds.items():
+                row["ms"][name] = round(1000 * sorted(values)[len(values) // 2], 4)
+                if name != "F.cross_entropy":
+                    row["against F.cross_entropy"][name] = ratio(values, seconds["F.cross_entropy"])
+            row["against F.cross_entropy"]["ours, donated logits"] = ratio(pair["ours"], pair["theirs"])
+            rows.append(row)
+            print(row["shape"], row["dtype"], {name: value["ratio"] for name, value in row["against F.cross_entropy"].items()}, flush=True)
+    write("time_cpu", {"claim": __doc__.splitlines()[0], "machine": machine(), "rows": rows}, chosen.out)
+
+
+if __name__ == "__main__":
+    main()
