@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt CMakeLists.txt src/largemargin/_backends/cpu.cpp
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
@@ -38,8 +38,12 @@ format: $(READY) ## format the code
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-bench: $(READY) ## time the loss beside torch's cross-entropy
-	$(BIN)/python benchmarks/reference_path.py
+bench: $(READY) ## time, memory and accuracy beside torch's cross-entropy: results/bench/ and docs/performance.md; 10 minutes
+	$(BIN)/python benchmarks/time_cpu.py
+	$(BIN)/python benchmarks/memory_cpu.py
+	$(BIN)/python benchmarks/accuracy.py
+	$(BIN)/python benchmarks/check_ratio.py --commit
+	$(BIN)/python benchmarks/report.py
 
 docs: $(READY) ## run every code block of the README and docs/
 	$(BIN)/python -m pytest -q tests/test_docs.py

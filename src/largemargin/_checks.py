@@ -78,7 +78,7 @@ def check_same_device(name: str, value: Tensor, input: Tensor) -> None:
 
 def is_probabilities(input: Tensor, target: Tensor) -> bool:
     """Whether the target holds class probabilities: torch's rule, the same shape as the input."""
-    return target.shape == input.shape
+    return target.dim() == input.dim() and target.shape == input.shape
 
 
 def check_probabilities(input: Tensor, target: Tensor, ignore_index: int) -> None:
@@ -112,6 +112,8 @@ def index_shape(input: Tensor) -> tuple[int, ...]:
 def check_indices(input: Tensor, target: Tensor, ignore_index: object) -> None:
     check_integer("ignore_index", ignore_index)
     shape, dtype = target.shape, target.dtype
+    if input.dim() == 2 and len(shape) == 1 and shape[0] == input.shape[0] and dtype is torch.int64 and target.device == input.device:
+        return  # the usual case, quickly
     expected = index_shape(input)
     # torch also takes one label in a vector for one row without a batch dimension
     shape_fits = shape == expected or (input.dim() == 1 and shape == (1,))

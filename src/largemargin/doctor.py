@@ -10,6 +10,7 @@ from ._backends import ladder
 from .functional import large_margin_cross_entropy
 from .lab import NEEDED
 
+
 def worst_error(backend: str) -> float:
     """The largest error of a loss and its gradient against float64, in roundings of float32 of numbers of size 1 to 16."""
     device = "cpu" if backend == "cpu" or not torch.cuda.is_available() else "cuda"

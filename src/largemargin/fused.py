@@ -20,10 +20,10 @@ Reference = Callable[[Tensor, Tensor, Tensor | None, LossOptions], Tensor]
 
 def kernels(input: Tensor, target: Tensor, weight: Tensor | None, backend: Backend | None) -> Any:
     """The module that has the whole loss of these logits, or None."""
-    if torch.compiler.is_compiling() or not input.is_cpu or input.numel() == 0 or backend == "triton":
+    if not input.is_cpu or torch.compiler.is_compiling() or backend == "triton":
         return None
     module = ladder.kernels(input, backend)
-    if module is None or not ladder.is_plain(target):
+    if module is None or not ladder.is_plain(target) or input.numel() == 0:
         return None
     return module if weight is None or (ladder.is_plain(weight) and not weight.requires_grad) else None
 

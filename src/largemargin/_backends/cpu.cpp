@@ -128,7 +128,7 @@ constexpr float kLow = -87.3365f;  // e^x is a normal number from here up
 
 inline float at_least(float low, float x) { return low > x ? low : x; }  // NaN stays NaN
 
-// e^x for kLow <= x <= 0, to 1 unit in the last place, or down to zero with the subnormal numbers; NaN stays NaN.
+// e^x for kLow <= x <= 0, to 0.75 units in the last place, or down to zero with the subnormal numbers; NaN stays NaN.
 // e^r = 1 + r + r^2 p(r), with p the Chebyshev fit on |r| <= log(2)/2 (error 8e-9).
 template <bool subnormal = false>
 inline float exp_(float x) {
@@ -137,12 +137,9 @@ inline float exp_(float x) {
     float shifted = clamped * 1.44269504f + magic;
     float n = shifted - magic;
     float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 0.001392692661f;
-    p = p * r + 0.008363773874f;
-    p = p * r + 0.04166655011f;
-    p = p * r + 0.1666657338f;
-    p = p * r + 0.5f;
-    float y = (p * r) * r + r + 1.0f;
+    float r2 = r * r;
+    float p = (0.001392692661f * r2 + (0.008363773874f * r + 0.04166655011f)) * r2 + (0.1666657338f * r + 0.5f);
+    float y = p * r2 + r + 1.0f;
     if (!subnormal) return y * as_float((as_bits(shifted) << 23) + (127u << 23));
     // 2^n in two factors: one alone is not a normal number
     y = y * as_float((as_bits(shifted) << 23) + (191u << 23)) * as_float(63u << 23);
@@ -727,7 +724,6 @@ int64_t run(const Job& job) {
         Scratch scratch = {mine, mine + exp_size, mine + exp_size + block_size, weight};
         // in the scratch too, where it is aligned; to align it on the stack costs more than it brings
         Rows& rows = *reinterpret_cast<Rows*>(mine + exp_size + block_size + padded(max_size));
-        std::memset(&rows, 0, sizeof rows);
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < num_tasks; ++task) {
             const int64_t in_span = task % tasks_a_span * rows_a_task;
@@ -742,7 +738,8 @@ int64_t run(const Job& job) {
             for (int64_t p = 0; p < (tiled ? kRows : padded(rows.size)); ++p) {
                 const int64_t y = p < rows.size ? job.target[rows.first + p] : job.ignore_index;
                 rows.y[p] = y == job.ignore_index ? -1 : static_cast<int32_t>(y);
-                rows.target_logit[p] = rows.upstream[p] = 0;
+                rows.target_logit[p] = rows.upstream[p] = rows.at_max[p] = 0;
+                rows.live[p] = 0;
                 rows.target_weight[p] = job.weight && rows.y[p] >= 0 ? job.weight[y] : 1.0f;
                 rows.set_record(p, empty_record());
             }

@@ -59,7 +59,7 @@ def is_plain(tensor: Tensor) -> bool:
 
 def kernels(logits: Tensor, backend: Backend | None) -> Any:
     """The module of kernels for these rows, in eager mode; None for the reference."""
-    name = _name(logits, backend)
+    name = _OF_DEVICE.get(logits.device.type) if backend is None else _name(logits, backend)
     if name is None:
         return None
     module = load(name)

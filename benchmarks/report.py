@@ -1,0 +1,135 @@
+"""Write docs/performance.md and its chart from the records in results/bench/. Nothing is measured here."""
+
+import json
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+from common import RESULTS, ROOT
+
+PAGE = ROOT / "docs" / "performance.md"
+CHART = ROOT / "docs" / "performance.svg"
+
+
+def load(name: str) -> dict[str, Any] | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def shape_of(row: dict[str, Any]) -> str:
+    return "×".join(map(str, row["shape"]))
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+
+
+def machine(record: dict[str, Any]) -> str:
+    found = record["machine"]
+    return f"{found.get('gpu', found['processor'])}, {found['threads']} CPU threads, torch {found['torch']}, Python {found['python']}"
+
+
+def time_page(record: dict[str, Any]) -> str:
+    names = ["ours", "ours, donated logits", "ours, loss * 0.3", "ours, reduction none", "reference path", "formula under autograd"]
+    rows = []
+    for row in record["rows"]:
+        cells = []
+        for name in names:
+            found = row["against F.cross_entropy"].get(name)
+            cells.append(f"{found['ratio']:.2f} ({found['low']:.2f}–{found['high']:.2f})" if found else "–")
+        rows.append([shape_of(row), row["dtype"], f"{row['ms']['F.cross_entropy']:.3f}", *cells])
+    return table(["logits", "dtype", "F.cross_entropy, ms", *names], rows)
+
+
+def chart(record: dict[str, Any]) -> None:
+    rows = [row for row in record["rows"] if row["dtype"] == "float32"]
+    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    for offset, (name, colour) in enumerate((("ours", "#1f5fa8"), ("ours, donated logits", "#7fb0e6"))):
+        values = [row["against F.cross_entropy"][name]["ratio"] for row in rows]
+        axes.bar([i + 0.38 * offset - 0.19 for i in range(len(rows))], values, 0.36, label=name, color=colour)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.annotate("F.cross_entropy, without a margin", (len(rows) - 0.6, 1.03), ha="right", fontsize=8)
+    axes.set_xticks(range(len(rows)), [shape_of(row) for row in rows], fontsize=7)
+    axes.set_ylabel("time, forward + backward")
+    axes.set_title("Large-margin loss on a CPU, float32", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    plt.rcParams["svg.hashsalt"] = "largemargin"
+    figure.savefig(CHART, metadata={"Date": None})
+
+
+def memory_page(record: dict[str, Any]) -> str:
+    names = list(record["rows"][0]["peak, in logits"])
+    return table(
+        ["logits", "dtype", *names],
+        [[shape_of(row), row["dtype"], *(f"{row['peak, in logits'][name]:.2f}" for name in names)] for row in record["rows"]],
+    )
+
+
+def accuracy_page(record: dict[str, Any]) -> str:
+    rows = []
+    for row in record["rows"]:
+        if row["offset"] and row["lam"] == 0 and row["offset"] != 1e4:
+            continue
+        for what in ("loss, relative", "target gradient, relative"):
+            cells = [f"{row[name][what]:.1e}" if name in row else "–" for name in ("cpu", "reference", "torch")]
+            rows.append([f"{row['lam']:g}", f"{row['lead']:g}", f"{row['offset']:g}", what, *cells])
+    return table(["λ", "target leads by, nats", "offset", "error of", "cpu", "reference", "F.cross_entropy"], rows)
+
+
+def gpu_page(record: dict[str, Any]) -> str:
+    names = list(dict.fromkeys(name for row in record["rows"] for name in row["contestants"]))
+    rows = []
+    for row in record["rows"]:
+        found = [row["contestants"].get(name, {}) for name in names]
+        cells = [f"{one['ms']:.3g} ({one.get('peak MiB', 0)})" if "ms" in one else one.get("failed", "–") for one in found]
+        rows.append([shape_of(row), row["dtype"], *cells, f"{row['ours GB/s, of 3 touches']:.0f} of {row['copy GB/s']:.0f}"])
+    return table(["logits", "dtype", *(f"{name}, ms (MiB)" for name in names), "GB/s of a copy's"], rows)
+
+
+def main() -> None:
+    """Write the page."""
+    time, memory, accuracy, gpu = (load(name) for name in ("time_cpu", "memory_cpu", "accuracy", "gpu"))
+    assert time and memory and accuracy, "run make bench first"
+    chart(time)
+    parts = [
+        "# Performance",
+        "Written by `make bench` from the records in `results/bench/`: do not edit. Each script refuses to report when the correctness tests of what it times fail.",
+        "## Time on the CPU",
+        f"{time['claim']} {machine(time)}.",
+        "![Time of the large-margin loss relative to F.cross_entropy](performance.svg)",
+        "Times are multiples of `F.cross_entropy`'s, which has no margin: below 1 is faster. Forward and backward through the public functions with all their checks, "
+        "each in turns with `F.cross_entropy` in one process: ratio of the medians (quartiles of the ratios of single rounds). Small shapes lose: there "
+        'the cost is that of Python. `loss * 0.3` multiplies the gradient afterwards, or in bfloat16 computes it anew; with `reduction="none"` '
+        "it is computed in the backward pass. The formula under autograd is equation (11) as one would first write it in torch.",
+        time_page(time),
+        "## Memory",
+        f"{memory['claim']} {machine(memory)}.",
+        "The most that torch holds in forward and backward beside the logits, in units of the logits.",
+        memory_page(memory),
+        "## Accuracy",
+        f"{accuracy['claim']} {machine(accuracy)}.",
+        "64 rows of 1,000 classes, float32 against float64, the worst row. Where the target leads by 16 nats `F.cross_entropy` has lost the row.",
+        accuracy_page(accuracy),
+        "## GPU",
+    ]
+    if gpu:
+        parts += [
+            f"{gpu['claim']} {machine(gpu)}.",
+            "Milliseconds (and MiB) of forward and backward, medians from a cold L2.",
+            gpu_page(gpu),
+        ]
+    else:
+        parts.append(
+            "Not measured yet: `python benchmarks/gpu.py` does it on a machine that has one. The Triton kernels have run on the CPU only, interpreted, and are "
+            "compiled (not run) for CUDA and ROCm by the tests."
+        )
+    PAGE.write_text("\n\n".join(parts) + "\n")
+    print(PAGE.relative_to(ROOT), CHART.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
