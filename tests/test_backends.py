@@ -198,7 +198,7 @@ def loss_and_gradient(problem: Problem, factor: float = 1.0, **options: object) 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("shape", [(40, 17), (6, 1500), (2, 19, 5, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 17), (6, 1500), (2, 19, 5, 4), (1, 1100, 7)], ids=str)
 def test_every_option_of_the_loss(backend, shape, divergence, smoothing, weighted, reduction, rng):
     problem = Problem(logits(shape, rng), rng, backend)
     weight = torch.rand(shape[1], generator=rng).to(problem.input.device) if weighted else None

@@ -78,6 +78,7 @@ namespace {
 constexpr int64_t kBlock = 1024;           // classes summed in float32 before the sum goes to float64
 constexpr int64_t kTileBlock = 128;        // the same, in the other layout
 constexpr int64_t kAlignment = 64;          // bytes: a vector that straddles two cache lines costs two
+constexpr int64_t kTileClasses = 512;       // classes of a tile; of rows with more, e^z is not kept but computed again for the gradient
 constexpr int64_t kRows = 128;              // the most rows finished together
 constexpr int64_t kLanes = 16;             // loops run over multiples of this many elements: a remainder would be left scalar
 constexpr int64_t kElementsATask = 4096;   // rows are finished together up to this many elements
@@ -210,6 +211,10 @@ struct Rows {
     int32_t live[kRows];  // else the gradient is 0 but for on_target
     float losses[kRows];
     int64_t size, first;  // the rows [first, first + size)
+
+    Record record(int64_t p) const {
+        return {max[p], sum_exp[p], sum_exp_z[p], sum_z[p], count[p], sum_weight[p], sum_weight_z[p]};
+    }
 
     void set_record(int64_t p, const Record& record) {
         max[p] = record.max;
@@ -522,11 +527,12 @@ double run_rows(const Job& job, const Options& options, double upstream, Rows& r
 
 // ---- any other strides: a tile (class, row) of kRows rows, whose neighbours in memory are rows (N, C, d1, ...) or nothing
 
-// The logits of a tile, the targets masked, and the maximum of each row; rows beyond the last are without classes.
+// The logits of a tile, whose first class is `first`, the targets masked, and the maximum of each row; rows beyond the last have no class.
 template <class T>
-HOT void load_tile(const T* from, const int64_t* strides, const Rows& rows, int64_t num_classes, float* RESTRICT tile, float* RESTRICT max) {
+HOT void load_tile(const T* from, const int64_t* strides, const Rows& rows, int64_t first, int64_t num_classes, float* RESTRICT tile,
+                   float* RESTRICT max) {
     for (int64_t p = 0; p < kRows; ++p) max[p] = -kInf;
-    for (int64_t c = 0; c < num_classes; ++c, from += strides[2], tile += kRows) {
+    for (int64_t c = first; c < first + num_classes; ++c, from += strides[2], tile += kRows) {
         if (strides[1] == 1 && rows.size == kRows) {
 #pragma omp simd
             for (int64_t p = 0; p < kRows; ++p) tile[p] = load(from[p]);
@@ -575,9 +581,9 @@ HOT void gather_tile(const float* RESTRICT tile, const float* RESTRICT shift, co
 
 // The gradient of a tile.
 template <class T, bool have_exp>
-HOT void scatter_tile(const float* RESTRICT tile, const float* RESTRICT exp_z, const float* w, int64_t num_classes, Rows& rows,
-                      const int64_t* strides, T* to) {
-    for (int64_t c = 0; c < num_classes; ++c, to += strides[2], tile += kRows, exp_z += kRows) {
+HOT void scatter_tile(const float* RESTRICT tile, const float* RESTRICT exp_z, const float* w, int64_t first, int64_t num_classes,
+                      Rows& rows, const int64_t* strides, T* to) {
+    for (int64_t c = first; c < first + num_classes; ++c, to += strides[2], tile += kRows, exp_z += have_exp ? kRows : 0) {
         const float weight = w ? w[c] : 1.0f;
         alignas(kAlignment) float values[kRows];
 #pragma omp simd
@@ -604,45 +610,58 @@ HOT void scatter_tile(const float* RESTRICT tile, const float* RESTRICT exp_z, c
     }
 }
 
+// The records of the rows of a tile of a few classes, which has them from `from` on; exp_z is kept where it has a stride.
+void gather_records(const float* tile, const float* max, const float* w, int64_t num_classes, float* exp_z, int64_t exp_stride,
+                    Record* records) {
+    alignas(kAlignment) float shift[kRows];
+    for (int64_t p = 0; p < kRows; ++p) {
+        shift[p] = max[p] == -kInf ? 0.0f : max[p];
+        records[p] = {max[p], 0, 0, 0, 0, 0, 0};
+    }
+    for (int64_t from = 0; from < num_classes; from += kTileBlock) {
+        const int64_t n = num_classes - from < kTileBlock ? num_classes - from : kTileBlock;
+        TileSums sums;
+        gather_tile(tile + from * kRows, shift, w ? w + from : nullptr, n, exp_z + from * exp_stride, exp_stride, &sums);
+        const float* weight_sum = w ? sums.sum_weight : sums.count;
+        const float* weight_sum_z = w ? sums.sum_weight_z : sums.sum_z;
+        for (int64_t p = 0; p < kRows; ++p) {
+            records[p].sum_exp += sums.sum_exp[p];
+            records[p].sum_exp_z += sums.sum_exp_z[p];
+            records[p].sum_z += sums.sum_z[p];
+            records[p].count += sums.count[p];
+            records[p].sum_weight += weight_sum[p];
+            records[p].sum_weight_z += weight_sum_z[p];
+        }
+    }
+}
+
 template <class T>
 double run_tile(const Job& job, const Options& options, double upstream, Rows& rows, Scratch& scratch) {
-    const int64_t num_classes = job.num_classes;
+    const int64_t num_classes = job.num_classes, row_stride = job.logits_strides[1], class_stride = job.logits_strides[2];
     const T* f = static_cast<const T*>(job.logits) + rows.offset[0];
+    T* g = static_cast<T*>(job.gradient) + (job.gradient ? rows.gradient_offset[0] : 0);
     const float* w = options.weighted_smoothing ? scratch.weight : nullptr;
-    const bool gather = job.kind != STATISTICS_GRADIENT;
-    alignas(kAlignment) float max[kRows], shift[kRows];
-    for (int64_t p = 0; p < rows.size; ++p)
-        rows.target_logit[p] = rows.y[p] >= 0 ? load(f[p * job.logits_strides[1] + rows.y[p] * job.logits_strides[2]]) : 0.0f;
-    load_tile(f, job.logits_strides, rows, num_classes, scratch.block, max);
+    const bool gather = job.kind != STATISTICS_GRADIENT, whole = num_classes <= kTileClasses, keep_exp = gather && g && whole;
+    alignas(kAlignment) float max[kRows];
+    Record records[kRows];
     double sum = 0;
-    if (gather) {
-        for (int64_t p = 0; p < kRows; ++p) {
-            shift[p] = max[p] == -kInf ? 0.0f : max[p];
-            rows.set_record(p, {max[p], 0, 0, 0, 0, 0, 0});
-        }
-        for (int64_t from = 0; from < num_classes; from += kTileBlock) {
-            TileSums sums;
-            gather_tile(scratch.block + from * kRows, shift, w ? w + from : nullptr, num_classes - from < kTileBlock ? num_classes - from : kTileBlock,
-                        scratch.exp_z + (job.gradient ? from * kRows : 0), job.gradient ? kRows : 0, &sums);
-            const float* weight_sum = w ? sums.sum_weight : sums.count;
-            const float* weight_sum_z = w ? sums.sum_weight_z : sums.sum_z;
-            for (int64_t p = 0; p < kRows; ++p) {
-                rows.sum_exp[p] += sums.sum_exp[p];
-                rows.sum_exp_z[p] += sums.sum_exp_z[p];
-                rows.sum_z[p] += sums.sum_z[p];
-                rows.count[p] += sums.count[p];
-                rows.sum_weight[p] += weight_sum[p];
-                rows.sum_weight_z[p] += weight_sum_z[p];
-            }
-        }
-        sum = finish(job, options, upstream, rows);
-    } else {
-        resume(job, rows);
+    for (int64_t p = 0; p < rows.size; ++p)
+        if (rows.y[p] >= 0) rows.target_logit[p] = load(f[p * row_stride + rows.y[p] * class_stride]);
+    for (int64_t from = 0; gather && from < num_classes; from += kTileClasses) {
+        const int64_t n = num_classes - from < kTileClasses ? num_classes - from : kTileClasses;
+        load_tile(f + from * class_stride, job.logits_strides, rows, from, n, scratch.block, max);
+        gather_records(scratch.block, max, w ? w + from : nullptr, n, scratch.exp_z, keep_exp ? kRows : 0, records);
+        for (int64_t p = 0; p < kRows; ++p) rows.set_record(p, from == 0 ? records[p] : merge(rows.record(p), records[p]));
     }
-    if (!job.gradient) return sum;
-    T* g = static_cast<T*>(job.gradient) + rows.gradient_offset[0];
-    if (gather) scatter_tile<T, true>(scratch.block, scratch.exp_z, w, num_classes, rows, job.gradient_strides, g);
-    else scatter_tile<T, false>(scratch.block, scratch.exp_z, w, num_classes, rows, job.gradient_strides, g);
+    if (gather) sum = finish(job, options, upstream, rows);
+    else resume(job, rows);
+    for (int64_t from = 0; g && from < num_classes; from += kTileClasses) {
+        const int64_t n = num_classes - from < kTileClasses ? num_classes - from : kTileClasses;
+        if (!gather || !whole) load_tile(f + from * class_stride, job.logits_strides, rows, from, n, scratch.block, max);
+        T* to = g + from * job.gradient_strides[2];
+        if (keep_exp) scatter_tile<T, true>(scratch.block, scratch.exp_z, w, from, n, rows, job.gradient_strides, to);
+        else scatter_tile<T, false>(scratch.block, scratch.exp_z, w, from, n, rows, job.gradient_strides, to);
+    }
     return sum;
 }
 
@@ -691,7 +710,8 @@ int64_t run(const Job& job) {
     num_threads = num_threads < 1 ? 1 : num_threads;
 
     const int64_t lanes = padded(num_classes), num_blocks = (num_classes + kBlock - 1) / kBlock;
-    const int64_t row_length = tiled ? kRows * num_classes : rows_a_task * lanes;
+    const int64_t tile_classes = num_classes < kTileClasses ? num_classes : kTileClasses;
+    const int64_t row_length = tiled ? kRows * tile_classes : rows_a_task * lanes;
     const int64_t block_size = tiled || num_blocks <= 1 ? row_length : kBlock;
     const int64_t exp_size = job.gradient ? row_length : (block_size > kRows ? block_size : kRows);  // all multiples of kLanes
     const int64_t max_size = tiled ? 0 : rows_a_task * num_blocks, weight_size = options.weighted_smoothing ? lanes : 0;
