@@ -96,6 +96,8 @@ def check_probabilities(input: Tensor, target: Tensor, ignore_index: int) -> Non
 def check_integer(name: str, value: object) -> None:
     if isinstance(value, bool) or not (isinstance(value, int) or isinstance(value, numbers.Integral)):
         raise TypeError(f"{name} must be an int, got {describe(value)}")
+    if not -(2**63) <= int(value) < 2**63:
+        raise ValueError(f"{name} must fit in 64 bits, as labels do, got {value}")
 
 
 def num_classes(input: Tensor) -> int:
@@ -105,7 +107,7 @@ def num_classes(input: Tensor) -> int:
 def index_shape(input: Tensor) -> tuple[int, ...]:
     """The shape of class indices for this input."""
     if input.dim() == 2:
-        return input.shape[:1]
+        return (input.shape[0],)
     return (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
 
 
@@ -138,7 +140,16 @@ def can_look_at(target: Tensor) -> bool:
     """Whether looking at the labels is free: on the CPU, and neither traced nor batched."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return False
-    return type(target) is Tensor and target.device.type == "cpu"
+    return type(target) is Tensor and target.device.type == "cpu" and torch._C._get_tracing_state() is None
+
+
+def check_donated(input: Tensor) -> None:
+    if not torch.is_grad_enabled() or not input.requires_grad:
+        return
+    base = input._base if input._is_view() else None
+    if input.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
+        what = "a leaf" if base is None else "a view of a leaf"
+        raise ValueError(f"donate=True overwrites input, but input is {what} that requires a gradient; donate computed logits only")
 
 
 def check_range(target: Tensor, num_classes: int, ignore_index: int) -> None:

@@ -134,9 +134,9 @@ def large_margin_cross_entropy(
         reduction: ``"none"``, ``"sum"`` or ``"mean"``, which divides by the summed weights of the kept rows (class indices) or by the
             number of rows (probabilities), as torch does, for all terms.
         backend: ``"reference"``, ``"cpu"`` or ``"triton"``; ``None`` takes the fastest that can (see docs/backends.md).
-        donate: ``input`` may be overwritten by its gradient, which saves the memory of one; a leaf may not. Its version counter
-            moves on, so whoever still needs the logits for a backward pass gets torch's error. There is one backward pass, and
-            where the kernels have no such option nothing is overwritten.
+        donate: ``input`` may be overwritten by its gradient (``"sum"`` and ``"mean"`` on the CPU kernel), which saves the memory of
+            one; a leaf may not. Take what else you need from the logits before. Their version counter moves on, so whoever still needs
+            them for a backward pass gets torch's error; there is one backward pass. Elsewhere nothing is overwritten.
 
     Returns:
         A scalar, or with ``reduction="none"`` the loss of each row, shaped like class indices; float32, or float64 for float64.
@@ -172,8 +172,8 @@ def large_margin_cross_entropy(
         _checks.check_probabilities(input, target, ignore_index)
         return _loss_of_probabilities(input, target, weight, options, backend)
     _checks.check_indices(input, target, ignore_index)
-    if donate and input.is_leaf and input.requires_grad and torch.is_grad_enabled():
-        raise ValueError("donate=True overwrites input, but input is a leaf that requires a gradient; donate computed logits only")
+    if donate:
+        _checks.check_donated(input)
     if fused.kernels(input, target, weight, backend):
         return fused.loss(input, target, weight, options, _loss_of_indices, donate)
     return _loss_of_indices(input, target, weight, options, backend)

@@ -1,7 +1,8 @@
 """The main loss where a kernel has all of it: forward writes the gradient too, so that forward and backward cost one exp an element.
 
 The gradient is that of the loss itself. Backward hands it over if the upstream gradient is 1, multiplies it if that costs no digits,
-and otherwise, or when called again, computes it anew from the logits: it never sees a scaled buffer.
+and otherwise, or when called again, computes it anew from the logits: it never sees a scaled buffer. Donated logits are gone after the
+forward pass: their gradient, in their place, is multiplied whatever it costs, and there is one backward pass.
 """
 
 import math
@@ -32,10 +33,13 @@ def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOpti
     """The loss of logits ``input`` (C,), (N, C) or (N, C, d1, ...); ``reference`` is the same function, for higher derivatives."""
     if target.dtype is not torch.int64:
         target = target.long()
-    if input.requires_grad and torch.is_grad_enabled():
-        loss: Tensor = _apply(input, target, weight, options, reference, donate)
-        return loss
-    return cpu.loss(*_rows(input, target), weight, options)
+    if not (input.requires_grad and torch.is_grad_enabled()):
+        return cpu.loss(*_rows(input, target), weight, options)
+    if donate and options.reduction != "none" and torch._debug_has_internal_overlap(input) == 0:
+        loss: Tensor = DonatedLogits.apply(input, target, weight, options)
+    else:
+        loss = _apply(input, target, weight, options, reference)
+    return loss
 
 
 def _rows(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,60 +49,91 @@ def _rows(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return logits, target.reshape(logits.shape[:-1])
 
 
+def _is_plain(upstream: Tensor) -> bool:
+    """Whether this backward pass is neither to be differentiated again nor batched."""
+    return not torch.is_grad_enabled() and ladder.unwatched() and ladder.is_plain(upstream)
+
+
+def _reference_gradient(ctx: Any, upstream: Tensor) -> Tensor:
+    """The gradient by the reference, which can be differentiated and batched."""
+    input, target, weight = ctx.saved_tensors
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        alias = input.view_as(input) if input.requires_grad else input.requires_grad_()  # the hooks of input itself run once, outside
+        loss = ctx.reference(alias, target, weight, ctx.options)
+        gradient: Tensor = torch.autograd.grad(loss, alias, upstream, create_graph=create_graph)[0]
+    return gradient
+
+
 class LargeMarginCrossEntropy(torch.autograd.Function):
     """The loss of rows whose kernel is at hand."""
 
     @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, reference: Reference, donate: bool
-    ) -> Tensor:
-        ctx.options, ctx.reference = options, reference
-        ctx.donated = donate and torch._debug_has_internal_overlap(input) == 0
-        rows = _rows(input, target)
-        if options.reduction == "none":  # each row has an upstream gradient of its own: there is nothing to prepare
-            ctx.gradient = None
-            ctx.save_for_backward(input, target, weight)
-            return cpu.loss(*rows, weight, options)
-        if ctx.donated:
-            ctx.gradient = input.detach()
-            loss = cpu.loss(*rows, weight, options, rows[0])
-            torch.autograd.graph.increment_version(input)
-            ctx.save_for_backward(None, target, weight)
-            return loss
-        ctx.gradient = torch.empty_like(input)
+    def forward(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, reference: Reference) -> Tensor:
+        ctx.options, ctx.reference, ctx.gradient = options, reference, None
         ctx.save_for_backward(input, target, weight)
-        return cpu.loss(*rows, weight, options, classes_last(ctx.gradient))
+        # a gradient for each row waits for the upstream gradient of the row; checkpointing and offloading want nothing to be kept
+        if options.reduction == "none" or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            return cpu.loss(*_rows(input, target), weight, options)
+        ctx.gradient = torch.empty_like(input)
+        return cpu.loss(*_rows(input, target), weight, options, classes_last(ctx.gradient))
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if not _is_plain(upstream):
+            return _reference_gradient(ctx, upstream), None, None, None, None
+        factor = upstream if upstream.dim() else upstream.item()
         gradient, ctx.gradient = ctx.gradient, None
-        plain = not torch.is_grad_enabled() and ladder.unwatched() and ladder.is_plain(upstream)
-        if gradient is not None and plain:
-            factor = upstream.item()
+        if gradient is not None:
             if factor == 1:
-                return gradient, None, None, None, None, None
+                return gradient, None, None, None, None
             exact = gradient.dtype == torch.float32 or abs(math.frexp(factor)[0]) == 0.5  # a power of two costs no digits
-            if ctx.donated or (exact and math.isfinite(factor)):
-                return gradient.mul_(factor), None, None, None, None, None
+            if exact and math.isfinite(factor):
+                return gradient.mul_(factor), None, None, None, None
         input, target, weight = ctx.saved_tensors
-        if input is None:
+        if not (ladder.is_plain(input) and input.dtype in cpu.DTYPES):  # hooks on saved tensors may return what they like
+            return _reference_gradient(ctx, upstream), None, None, None, None
+        if gradient is None:
+            gradient = torch.empty_like(input)
+        cpu.loss(*_rows(input, target), weight, ctx.options, classes_last(gradient), factor)
+        return gradient, None, None, None, None
+
+
+class DonatedLogits(torch.autograd.Function):
+    """The same with the gradient in the place of the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
+        if getattr(input, "_donated_version", None) == input._version:
+            raise ValueError("input was donated to another loss already, and holds its gradient; donate to the last loss that needs it")
+        rows, labels = _rows(input, target)
+        loss = cpu.loss(rows, labels, weight, options, rows)
+        torch.autograd.graph.increment_version(input)
+        input._donated_version = input._version  # type: ignore[attr-defined]
+        ctx.gradient, ctx.version = input.detach(), input._version
+        ctx.save_for_backward(labels == options.ignore_index)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradient is None or not _is_plain(upstream):
             raise RuntimeError(
                 "the logits of a loss with donate=True are gone after its first backward pass; for a second one, or for higher "
                 "derivatives, leave donate=False"
             )
-        if not plain:  # to be differentiated again, or batched
-            ctx.gradient = gradient
-            with torch.enable_grad():
-                loss = ctx.reference(input, target, weight, ctx.options)
-                (gradient,) = torch.autograd.grad(loss, input, upstream, create_graph=True)
-            return gradient, None, None, None, None, None
-        if gradient is None:
-            gradient = input.detach() if ctx.donated else torch.empty_like(input)
-        each = upstream if upstream.dim() else upstream.item()
-        cpu.loss(*_rows(input, target), weight, ctx.options, classes_last(gradient), each)
-        if ctx.donated:
-            torch.autograd.graph.increment_version(input)
-        return gradient, None, None, None, None, None
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient._version != ctx.version:
+            raise RuntimeError(
+                "the logits of a loss with donate=True, which hold their gradient, have been modified by an inplace operation before its "
+                "backward pass; leave donate=False, or do not touch them"
+            )
+        factor = upstream.item()
+        if factor != 1:
+            gradient.mul_(factor)
+        if not math.isfinite(factor):
+            (ignored,) = ctx.saved_tensors
+            classes_last(gradient).masked_fill_(ignored.unsqueeze(-1), 0.0)
+        return gradient, None, None, None
 
 
 # Function.apply without its branch for functorch transforms, which the ladder has ruled out: 1 of some 40 microseconds

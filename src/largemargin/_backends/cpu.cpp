@@ -129,7 +129,7 @@ constexpr float kLow = -87.3365f;  // e^x is a normal number from here up
 
 inline float at_least(float low, float x) { return low > x ? low : x; }  // NaN stays NaN
 
-// e^x for kLow <= x <= 0, to 0.75 units in the last place, or down to zero with the subnormal numbers; NaN stays NaN.
+// e^x for x <= 0, to 0.75 units in the last place, and 0 below kLow unless subnormal numbers are asked for; NaN stays NaN.
 // e^r = 1 + r + r^2 p(r), with p the Chebyshev fit on |r| <= log(2)/2 (error 8e-9).
 template <bool subnormal = false>
 inline float exp_(float x) {
@@ -141,7 +141,7 @@ inline float exp_(float x) {
     float r2 = r * r;
     float p = (0.001392692661f * r2 + (0.008363773874f * r + 0.04166655011f)) * r2 + (0.1666657338f * r + 0.5f);
     float y = p * r2 + r + 1.0f;
-    if (!subnormal) return y * as_float((as_bits(shifted) << 23) + (127u << 23));
+    if (!subnormal) return x < kLow ? 0.0f : y * as_float((as_bits(shifted) << 23) + (127u << 23));
     // 2^n in two factors: one alone is not a normal number
     y = y * as_float((as_bits(shifted) << 23) + (191u << 23)) * as_float(63u << 23);
     return x < -104.0f ? 0.0f : y;
@@ -170,7 +170,7 @@ inline Softplus softplus(float x) {
     return {(x > 0 ? x : 0.0f) + log1p, (x > 0 ? 1.0f : t) / u};
 }
 
-// z for e^z and for products with it. An absent class, z = -inf, has e^z = 1e-38 instead of 0, which changes no sum and no gradient.
+// z for products with e^z, which is 0 from there down: 0 * inf is NaN.
 inline float near(float z) { return at_least(kLow, z); }
 
 // The sums over a set of non-target classes; merge() is that of rowstats.py.
@@ -249,7 +249,7 @@ inline Stats statistics(const Rows& rows, int64_t p) {
 
 // One element of the gradient, off the target.
 inline float element(float f, float q, float z, float mean_z, float g_e, float g_q, float g_a, float inv_count, float dense) {
-    float sparse = q * (g_e * (z - mean_z) + g_q);
+    float sparse = q * (g_e * (near(z) - mean_z) + g_q);
     // g_a is never added to g_q first: with one non-target class its term is exactly 0
     float uniform = g_a * (inv_count - q) - dense;
     return f == -kInf ? 0.0f : sparse + uniform;
@@ -298,8 +298,8 @@ HOT void finish_losses(const Options& options, Rows& rows) {
         const float kept_share = keep > 0 ? keep : (hard.value < kInf ? 0.0f : 1.0f);
         float loss = kept_share > 0 ? kept_share * hard.value : 0.0f;
         // lam_e e + lam_a a + lam_log_count log K, without the log S that e and a share where both count
-        const float mean_z = lam_a == -lam_e ? lam_e * (stats.mean_q_z - stats.mean_u_z)
-                                             : lam_e * (stats.mean_q_z - rho) + lam_a * (stats.mean_u_z - rho);
+        const float e_term = lam_e != 0 ? lam_e * (stats.mean_q_z - rho) : 0.0f, a_term = lam_a != 0 ? lam_a * (stats.mean_u_z - rho) : 0.0f;
+        const float mean_z = lam_a == -lam_e ? lam_e * (stats.mean_q_z - stats.mean_u_z) : e_term + a_term;
         const float log_count = log_(alone ? 1.0f : count);
         loss = lam > 0 ? loss + (mean_z + lam_log_count * log_count) : loss;
         loss *= w_y;
@@ -322,8 +322,8 @@ HOT void finish_losses(const Options& options, Rows& rows) {
         rows.inv_sum_exp[p] = stats.inv_sum_exp;
         rows.mean_z[p] = stats.mean_q_z;
         rows.inv_count[p] = stats.inv_count;
-        rows.g_e[p] = s * w_y * lam_e;
-        rows.g_a[p] = s * w_y * lam_a;
+        rows.g_e[p] = lam_e != 0 ? s * w_y * lam_e : 0.0f;  // an infinite s is not to meet a 0
+        rows.g_a[p] = lam_a != 0 ? s * w_y * lam_a : 0.0f;
         rows.g_q[p] = g_q;
         rows.dense[p] = dense;
         rows.on_target[p] = kept ? on_target : 0.0f;
@@ -398,8 +398,8 @@ HOT void gather_blocks(const float* RESTRICT x, const float* RESTRICT w, float* 
 #pragma omp simd reduction(+ : s, t, a, k)
         for (int64_t c = 0; c < lanes; ++c) {
             const float z = x[c] - shift, near_z = near(z);
-            const float e = exp_(near_z);
             const bool present = x[c] != -kInf;
+            const float e = exp_(z);
             exp_z[c] = e;
             s += e;
             t += e * near_z;
@@ -438,7 +438,7 @@ HOT void scatter_lanes(const Rows& rows, int64_t p, const T* f, const float* exp
     lanes = padded(lanes);
 #pragma omp simd  // f and gradient may be the same memory: element c is read before it is written
     for (int64_t c = 0; c < lanes; ++c) {
-        const float x = load(f[c]), z = near(x - max), q = (have_exp ? exp_z[c] : exp_(z)) * scale;
+        const float x = load(f[c]), z = x - max, q = (have_exp ? exp_z[c] : exp_(z)) * scale;
         store(gradient + c, element(x, q, z, mean_z, g_e, g_q, g_a, inv_count, weighted ? dense * w[c] : dense));
     }
 }
@@ -525,22 +525,23 @@ double run_rows(const Job& job, const Options& options, double upstream, Rows& r
     return sum;
 }
 
-// ---- any other strides: a tile (class, row) of kRows rows, whose neighbours in memory are rows (N, C, d1, ...) or nothing
+// ---- any other strides: a tile (class, row) of up to kRows rows, whose neighbours in memory are rows (N, C, d1, ...) or nothing
 
 // The logits of a tile, whose first class is `first`, the targets masked, and the maximum of each row; rows beyond the last have no class.
 template <class T>
 HOT void load_tile(const T* from, const int64_t* strides, const Rows& rows, int64_t first, int64_t num_classes, float* RESTRICT tile,
                    float* RESTRICT max) {
-    for (int64_t p = 0; p < kRows; ++p) max[p] = -kInf;
-    for (int64_t c = first; c < first + num_classes; ++c, from += strides[2], tile += kRows) {
-        if (strides[1] == 1 && rows.size == kRows) {
+    const int64_t lanes = padded(rows.size);
+    for (int64_t p = 0; p < lanes; ++p) max[p] = -kInf;
+    for (int64_t c = first; c < first + num_classes; ++c, from += strides[2], tile += lanes) {
+        if (strides[1] == 1 && rows.size == lanes) {
 #pragma omp simd
-            for (int64_t p = 0; p < kRows; ++p) tile[p] = load(from[p]);
+            for (int64_t p = 0; p < lanes; ++p) tile[p] = load(from[p]);
         } else {
-            for (int64_t p = 0; p < kRows; ++p) tile[p] = p < rows.size ? load(from[p * strides[1]]) : -kInf;
+            for (int64_t p = 0; p < lanes; ++p) tile[p] = p < rows.size ? load(from[p * strides[1]]) : -kInf;
         }
 #pragma omp simd
-        for (int64_t p = 0; p < kRows; ++p) {
+        for (int64_t p = 0; p < lanes; ++p) {
             const float x = rows.y[p] == static_cast<int32_t>(c) ? -kInf : tile[p];
             tile[p] = x;
             max[p] = x > max[p] ? x : max[p];
@@ -553,15 +554,15 @@ struct alignas(kAlignment) TileSums {
 };
 
 // The sums over a few classes of a tile.
-HOT void gather_tile(const float* RESTRICT tile, const float* RESTRICT shift, const float* RESTRICT w, int64_t num_classes,
+HOT void gather_tile(const float* RESTRICT tile, const float* RESTRICT shift, const float* RESTRICT w, int64_t lanes, int64_t num_classes,
                      float* RESTRICT exp_z, int64_t exp_stride, TileSums* RESTRICT sums) {
     *sums = {};
     float *RESTRICT sum_exp = sums->sum_exp, *RESTRICT sum_exp_z = sums->sum_exp_z, *RESTRICT sum_z = sums->sum_z;
     float *RESTRICT count = sums->count, *RESTRICT sum_weight = sums->sum_weight, *RESTRICT sum_weight_z = sums->sum_weight_z;
-    for (int64_t c = 0; c < num_classes; ++c, tile += kRows, exp_z += exp_stride) {
+    for (int64_t c = 0; c < num_classes; ++c, tile += lanes, exp_z += exp_stride) {
 #pragma omp simd
-        for (int64_t p = 0; p < kRows; ++p) {
-            const float x = tile[p], z = x - shift[p], near_z = near(z), e = exp_(near_z);
+        for (int64_t p = 0; p < lanes; ++p) {
+            const float x = tile[p], z = x - shift[p], near_z = near(z), e = exp_(z);
             const float present = x == -kInf ? 0.0f : 1.0f, present_z = x == -kInf ? 0.0f : z;
             exp_z[p] = e;
             sum_exp[p] += e;
@@ -571,7 +572,7 @@ HOT void gather_tile(const float* RESTRICT tile, const float* RESTRICT shift, co
         }
         if (!w) continue;
 #pragma omp simd
-        for (int64_t p = 0; p < kRows; ++p) {
+        for (int64_t p = 0; p < lanes; ++p) {
             const float weight = tile[p] == -kInf ? 0.0f : w[c], z = tile[p] == -kInf ? 0.0f : tile[p] - shift[p];
             sum_weight[p] += weight;
             sum_weight_z[p] += weight * z;
@@ -583,27 +584,28 @@ HOT void gather_tile(const float* RESTRICT tile, const float* RESTRICT shift, co
 template <class T, bool have_exp>
 HOT void scatter_tile(const float* RESTRICT tile, const float* RESTRICT exp_z, const float* w, int64_t first, int64_t num_classes,
                       Rows& rows, const int64_t* strides, T* to) {
-    for (int64_t c = first; c < first + num_classes; ++c, to += strides[2], tile += kRows, exp_z += have_exp ? kRows : 0) {
+    const int64_t lanes = padded(rows.size);
+    for (int64_t c = first; c < first + num_classes; ++c, to += strides[2], tile += lanes, exp_z += have_exp ? lanes : 0) {
         const float weight = w ? w[c] : 1.0f;
         alignas(kAlignment) float values[kRows];
 #pragma omp simd
-        for (int64_t p = 0; p < kRows; ++p) {
-            const float x = tile[p], z = near(x - rows.max[p]);
+        for (int64_t p = 0; p < lanes; ++p) {
+            const float x = tile[p], z = x - rows.max[p];
             const float q = (have_exp ? exp_z[p] : exp_(z)) * rows.inv_sum_exp[p];
             const float value =
                 element(x, q, z, rows.mean_z[p], rows.g_e[p], rows.g_q[p], rows.g_a[p], rows.inv_count[p], rows.dense[p] * weight);
             values[p] = rows.y[p] == static_cast<int32_t>(c) ? rows.on_target[p] : (rows.live[p] ? value : 0.0f);
         }
         if (!have_exp) {  // the first class that reaches the maximum takes the gradient of rho
-            for (int64_t p = 0; p < kRows; ++p) {
+            for (int64_t p = 0; p < lanes; ++p) {
                 if (rows.at_max[p] == 0.0f || !rows.live[p] || tile[p] != rows.max[p]) continue;
                 values[p] = at_first_max(rows, p);
                 rows.at_max[p] = 0.0f;
             }
         }
-        if (strides[1] == 1 && rows.size == kRows) {
+        if (strides[1] == 1 && rows.size == lanes) {
 #pragma omp simd
-            for (int64_t p = 0; p < kRows; ++p) store(to + p, values[p]);
+            for (int64_t p = 0; p < lanes; ++p) store(to + p, values[p]);
         } else {
             for (int64_t p = 0; p < rows.size; ++p) store(to + p * strides[1], values[p]);
         }
@@ -611,20 +613,20 @@ HOT void scatter_tile(const float* RESTRICT tile, const float* RESTRICT exp_z, c
 }
 
 // The records of the rows of a tile of a few classes, which has them from `from` on; exp_z is kept where it has a stride.
-void gather_records(const float* tile, const float* max, const float* w, int64_t num_classes, float* exp_z, int64_t exp_stride,
-                    Record* records) {
+void gather_records(const float* tile, const float* max, const float* w, int64_t lanes, int64_t num_classes, float* exp_z,
+                    int64_t exp_stride, Record* records) {
     alignas(kAlignment) float shift[kRows];
-    for (int64_t p = 0; p < kRows; ++p) {
+    for (int64_t p = 0; p < lanes; ++p) {
         shift[p] = max[p] == -kInf ? 0.0f : max[p];
         records[p] = {max[p], 0, 0, 0, 0, 0, 0};
     }
     for (int64_t from = 0; from < num_classes; from += kTileBlock) {
         const int64_t n = num_classes - from < kTileBlock ? num_classes - from : kTileBlock;
         TileSums sums;
-        gather_tile(tile + from * kRows, shift, w ? w + from : nullptr, n, exp_z + from * exp_stride, exp_stride, &sums);
+        gather_tile(tile + from * lanes, shift, w ? w + from : nullptr, lanes, n, exp_z + from * exp_stride, exp_stride, &sums);
         const float* weight_sum = w ? sums.sum_weight : sums.count;
         const float* weight_sum_z = w ? sums.sum_weight_z : sums.sum_z;
-        for (int64_t p = 0; p < kRows; ++p) {
+        for (int64_t p = 0; p < lanes; ++p) {
             records[p].sum_exp += sums.sum_exp[p];
             records[p].sum_exp_z += sums.sum_exp_z[p];
             records[p].sum_z += sums.sum_z[p];
@@ -642,6 +644,7 @@ double run_tile(const Job& job, const Options& options, double upstream, Rows& r
     T* g = static_cast<T*>(job.gradient) + (job.gradient ? rows.gradient_offset[0] : 0);
     const float* w = options.weighted_smoothing ? scratch.weight : nullptr;
     const bool gather = job.kind != STATISTICS_GRADIENT, whole = num_classes <= kTileClasses, keep_exp = gather && g && whole;
+    const int64_t lanes = padded(rows.size);
     alignas(kAlignment) float max[kRows];
     Record records[kRows];
     double sum = 0;
@@ -650,8 +653,8 @@ double run_tile(const Job& job, const Options& options, double upstream, Rows& r
     for (int64_t from = 0; gather && from < num_classes; from += kTileClasses) {
         const int64_t n = num_classes - from < kTileClasses ? num_classes - from : kTileClasses;
         load_tile(f + from * class_stride, job.logits_strides, rows, from, n, scratch.block, max);
-        gather_records(scratch.block, max, w ? w + from : nullptr, n, scratch.exp_z, keep_exp ? kRows : 0, records);
-        for (int64_t p = 0; p < kRows; ++p) rows.set_record(p, from == 0 ? records[p] : merge(rows.record(p), records[p]));
+        gather_records(scratch.block, max, w ? w + from : nullptr, lanes, n, scratch.exp_z, keep_exp ? lanes : 0, records);
+        for (int64_t p = 0; p < lanes; ++p) rows.set_record(p, from == 0 ? records[p] : merge(rows.record(p), records[p]));
     }
     if (gather) sum = finish(job, options, upstream, rows);
     else resume(job, rows);
@@ -695,7 +698,7 @@ int64_t run(const Job& job) {
     const double upstream = job.mean ? job.upstream / total_weight : job.upstream;
 
     const bool tiled = !(job.logits_strides[2] == 1 && (!job.gradient || job.gradient_strides[2] == 1));
-    int64_t rows_a_task = kRows;
+    int64_t rows_a_task = kRows < job.inner ? kRows : job.inner < 1 ? 1 : job.inner;
     if (!tiled) {
         rows_a_task = kElementsATask / (num_classes > 0 ? num_classes : 1);
         rows_a_task = rows_a_task < 1 ? 1 : rows_a_task > kRows ? kRows : rows_a_task;
@@ -711,7 +714,7 @@ int64_t run(const Job& job) {
 
     const int64_t lanes = padded(num_classes), num_blocks = (num_classes + kBlock - 1) / kBlock;
     const int64_t tile_classes = num_classes < kTileClasses ? num_classes : kTileClasses;
-    const int64_t row_length = tiled ? kRows * tile_classes : rows_a_task * lanes;
+    const int64_t row_length = tiled ? padded(rows_a_task) * tile_classes : rows_a_task * lanes;
     const int64_t block_size = tiled || num_blocks <= 1 ? row_length : kBlock;
     const int64_t exp_size = job.gradient ? row_length : (block_size > kRows ? block_size : kRows);  // all multiples of kLanes
     const int64_t max_size = tiled ? 0 : rows_a_task * num_blocks, weight_size = options.weighted_smoothing ? lanes : 0;
@@ -755,7 +758,7 @@ int64_t run(const Job& job) {
                 rows.offset[p] = o * job.logits_strides[0] + i * job.logits_strides[1];
                 rows.gradient_offset[p] = o * job.gradient_strides[0] + i * job.gradient_strides[1];
             }
-            for (int64_t p = 0; p < (tiled ? kRows : padded(rows.size)); ++p) {
+            for (int64_t p = 0; p < padded(rows.size); ++p) {
                 const int64_t y = p < rows.size ? job.target[rows.first + p] : job.ignore_index;
                 rows.y[p] = y == job.ignore_index ? -1 : static_cast<int32_t>(y);
                 rows.target_logit[p] = rows.upstream[p] = rows.at_max[p] = 0;

@@ -116,8 +116,8 @@ def _run(
 def row_stats(logits: Tensor, target: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
     """The fields of RowStats and the state (3, ...) their gradient needs; ``logits`` (..., C), ``target`` (...), -1 where ignored."""
     shape = logits.shape[:-1]
-    stats = tuple(torch.empty(shape, device="cpu") for _ in range(6))
-    state = torch.empty((3, *shape), device="cpu")
+    stats = tuple(torch.empty(shape, dtype=torch.float32, device="cpu") for _ in range(6))
+    state = torch.empty((3, *shape), dtype=torch.float32, device="cpu")
     _run(_STATISTICS, logits, target, -1, None, (*map(_address, (*stats, state)), *[0] * 4), _NO_LOSS)
     return stats, state
 
@@ -130,6 +130,7 @@ def row_stats_backward(logits: Tensor, target: Tensor, num_nontargets: Tensor, s
         g_a = -g_spread if g_a is None else g_a - g_spread
     upstream = [None if g is None else g.contiguous() for g in (g_l, g_e, g_a, g_rho)]
     gradient = torch.empty_like(logits)
+    num_nontargets, state = num_nontargets.contiguous(), state.contiguous()
     statistics = (*[0] * 5, num_nontargets.data_ptr(), state.data_ptr(), *map(_address, upstream))
     _run(_STATISTICS_GRADIENT, logits, target, -1, gradient, statistics, _NO_LOSS)
     return gradient

@@ -9,6 +9,7 @@ Where a step fails, the reference computes. Who names a backend is told: an erro
 only these logits are not for it (3, 4).
 """
 
+import sys
 import warnings
 from functools import cache
 from importlib import import_module
@@ -36,14 +37,19 @@ def load(name: str) -> ModuleType | str:
         return cpu.why_not() or cpu
     try:
         module = import_module(".triton", __package__)
-    except ImportError as error:
+    except (ImportError, RuntimeError, OSError) as error:
         return f"triton cannot be imported ({error}); pip install triton"
     return module.why_not() or module
 
 
 def unwatched() -> bool:
-    """Whether operations happen as they are called: no functorch transform, no dispatch mode."""
-    return not torch._C._are_functorch_transforms_active() and not torch._C._len_torch_dispatch_stack()
+    """Whether operations happen as they are called: no functorch transform, forward mode, dispatch mode or tracing."""
+    return (
+        forward_ad._current_level < 0
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_tracing_state() is None
+    )
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -70,9 +76,7 @@ def kernels(logits: Tensor, backend: Backend | None) -> Any:
     if logits.dtype not in module.DTYPES:
         reason = f"{str(logits.dtype).removeprefix('torch.')} logits"
     elif not unwatched() or not is_plain(logits):
-        reason = "under functorch transforms, tensor subclasses and dispatch modes"
-    elif forward_ad._current_level >= 0:
-        reason = "in forward-mode differentiation"
+        reason = "under functorch transforms, forward mode, tensor subclasses, dispatch modes and tracing"
     else:
         return module
     if backend is not None:
@@ -90,7 +94,7 @@ def kernels_of(logits: Tensor) -> Any:
 def compiled_kernels(logits: Tensor, backend: Backend | None) -> bool:
     """Whether compiled code calls the kernels of the device; all it asks can be traced."""
     name = _name(logits, backend)
-    if name is None:
+    if name is None or forward_ad._current_level >= 0:
         return False
     from . import registered  # torch.library and torch._dynamo bring sympy, which eager mode does without
 
@@ -125,4 +129,7 @@ def interprets_triton() -> bool:
 
 @cache
 def warn_once(backend: str, reason: str) -> None:
-    warnings.warn(f"backend={backend!r} does not compute {reason}: the reference path does", stacklevel=2)
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("largemargin."):  # the line of the user, not ours
+        level, frame = level + 1, frame.f_back
+    warnings.warn(f"backend={backend!r} does not compute {reason}: the reference path does", stacklevel=level - 1)

@@ -5,6 +5,7 @@ classes: one row and as many classes as fit where the classes are neighbours in 
 (N, C, d1, ...). Offsets are 64 bit, sums and gradients float32 up to the final store, and nothing waits for the device.
 """
 
+import subprocess
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -21,18 +22,25 @@ MAX_TILE = 16384  # elements of a tile held on chip
 
 
 @triton.jit
-def _tile(logits, target, rows, inner, outer_stride, inner_stride, class_stride, num_rows, num_classes, classes):
+def _tile(logits_ptr, target_ptr, rows, inner, outer_stride, inner_stride, class_stride, num_rows, num_classes, classes):
     """A tile of logits (rows, classes) with the targets and all that is not there as -inf, and the targets (rows)."""
     exists = rows < num_rows
-    y = tl.load(target + rows, mask=exists, other=-1)
-    starts = logits + (rows // inner) * outer_stride + (rows % inner) * inner_stride
+    y = tl.load(target_ptr + rows, mask=exists, other=-1)
+    starts = logits_ptr + (rows // inner) * outer_stride + (rows % inner) * inner_stride
     wanted = (y >= 0)[:, None] & (classes < num_classes)[None, :] & (classes[None, :] != y[:, None])
     return tl.load(starts[:, None] + classes[None, :] * class_stride, mask=wanted, other=-float("inf")).to(tl.float32), y
 
 
 @triton.jit
+def _clamp(z):
+    # for products with e^z, which is 0 from there down: a larger factor could overflow, and 0 * inf is NaN
+    return tl.where(z < -1e4, -1e4, z)
+
+
+# the number of rows differs with the last batch of an epoch: it is no reason to compile again
+@triton.jit(do_not_specialize=["num_rows"])
 def _forward(
-    logits, target, log_odds, neg_entropy, mean_log_q, rho, spread, num_nontargets, state,
+    logits_ptr, target_ptr, log_odds_ptr, neg_entropy_ptr, mean_log_q_ptr, rho_ptr, spread_ptr, num_nontargets_ptr, state_ptr,
     num_rows, num_classes, inner, outer_stride, inner_stride, class_stride, ROWS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -43,7 +51,7 @@ def _forward(
     count = tl.zeros([ROWS], tl.float32)
     for start in range(0, num_classes, CLASSES):
         classes = start + tl.arange(0, CLASSES).to(tl.int64)
-        f, _ = _tile(logits, target, rows, inner, outer_stride, inner_stride, class_stride, num_rows, num_classes, classes)
+        f, _ = _tile(logits_ptr, target_ptr, rows, inner, outer_stride, inner_stride, class_stride, num_rows, num_classes, classes)
         largest = tl.maximum(m, tl.max(f, 1))  # NaN may be passed over here: it makes every sum NaN below
         shift = tl.where(largest == -float("inf"), 0.0, largest)
         d = tl.where(count == 0, 0.0, m - shift)
@@ -51,16 +59,16 @@ def _forward(
         z = f - shift[:, None]
         exp_z = tl.exp(z)
         present = f != -float("inf")
-        sum_exp_z = scale * sum_exp_z + tl.where(scale == 0, 0.0, scale * d) * sum_exp + tl.sum(exp_z * _near(z), 1)
+        sum_exp_z = scale * sum_exp_z + tl.where(scale == 0, 0.0, scale * d) * sum_exp + tl.sum(exp_z * _clamp(z), 1)
         sum_exp = scale * sum_exp + tl.sum(exp_z, 1)
         sum_z = sum_z + d * count + tl.sum(tl.where(present, z, 0.0), 1)
         count += tl.sum(present.to(tl.float32), 1)
         m = largest
 
     exists = rows < num_rows
-    y = tl.load(target + rows, mask=exists, other=-1)
+    y = tl.load(target_ptr + rows, mask=exists, other=-1)
     kept = y >= 0
-    starts = logits + (rows // inner) * outer_stride + (rows % inner) * inner_stride
+    starts = logits_ptr + (rows // inner) * outer_stride + (rows % inner) * inner_stride
     f_y = tl.load(starts + tl.where(kept, y, 0) * class_stride, mask=kept, other=0.0).to(tl.float32)
     alone = count == 0
     sum_exp = tl.where(alone, 1.0, sum_exp)
@@ -69,66 +77,67 @@ def _forward(
     mean_u_z = sum_z / tl.maximum(count, 1.0)
     l = tl.where(alone, (f_y - f_y) + float("inf"), (f_y - m) - log_sum_exp)
     l = tl.where(f_y == float("inf"), float("nan"), l)
-    tl.store(log_odds + rows, tl.where(kept, l, 0.0), mask=exists)
-    tl.store(neg_entropy + rows, tl.where(kept, mean_q_z - log_sum_exp, 0.0), mask=exists)
-    tl.store(mean_log_q + rows, tl.where(kept, mean_u_z - log_sum_exp, 0.0), mask=exists)
-    tl.store(rho + rows, tl.where(kept, log_sum_exp, 0.0), mask=exists)
-    tl.store(spread + rows, tl.where(kept, mean_q_z - mean_u_z, 0.0), mask=exists)
-    tl.store(num_nontargets + rows, tl.where(kept, count, 0.0), mask=exists)
-    tl.store(state + rows, m, mask=exists)
-    tl.store(state + rows + num_rows, sum_exp, mask=exists)
-    tl.store(state + rows + num_rows + num_rows, mean_q_z, mask=exists)
+    tl.store(log_odds_ptr + rows, tl.where(kept, l, 0.0), mask=exists)
+    tl.store(neg_entropy_ptr + rows, tl.where(kept, mean_q_z - log_sum_exp, 0.0), mask=exists)
+    tl.store(mean_log_q_ptr + rows, tl.where(kept, mean_u_z - log_sum_exp, 0.0), mask=exists)
+    tl.store(rho_ptr + rows, tl.where(kept, log_sum_exp, 0.0), mask=exists)
+    tl.store(spread_ptr + rows, tl.where(kept, mean_q_z - mean_u_z, 0.0), mask=exists)
+    tl.store(num_nontargets_ptr + rows, tl.where(kept, count, 0.0), mask=exists)
+    tl.store(state_ptr + rows, m, mask=exists)
+    tl.store(state_ptr + rows + num_rows, sum_exp, mask=exists)
+    tl.store(state_ptr + rows + num_rows + num_rows, mean_q_z, mask=exists)
 
 
-@triton.jit
-def _near(z):
-    # for products with e^z, which is 0 from there down: a larger factor could overflow, and 0 * inf is NaN
-    return tl.where(z < -1e4, -1e4, z)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _backward(
-    logits, target, gradient, num_nontargets, state, log_odds_grad, neg_entropy_grad, mean_log_q_grad, rho_grad,
+    logits_ptr, target_ptr, gradient_ptr, num_nontargets_ptr, state_ptr,
+    log_odds_grad_ptr, neg_entropy_grad_ptr, mean_log_q_grad_ptr, rho_grad_ptr,
     num_rows, num_classes, inner, outer_stride, inner_stride, class_stride, grad_outer_stride, grad_inner_stride, grad_class_stride,
-    HAS_L: tl.constexpr, HAS_E: tl.constexpr, HAS_A: tl.constexpr, HAS_RHO: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
+    programs_a_row, HAS_L: tl.constexpr, HAS_E: tl.constexpr, HAS_A: tl.constexpr, HAS_RHO: tl.constexpr,
+    ROWS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    program = tl.program_id(0).to(tl.int64)
+    rows = program // programs_a_row * ROWS + tl.arange(0, ROWS)
     exists = rows < num_rows
     zero = tl.zeros([ROWS], tl.float32)
-    g_l = tl.load(log_odds_grad + rows, mask=exists, other=0.0) if HAS_L else zero
-    g_e = tl.load(neg_entropy_grad + rows, mask=exists, other=0.0) if HAS_E else zero
-    g_a = tl.load(mean_log_q_grad + rows, mask=exists, other=0.0) if HAS_A else zero
-    g_rho = tl.load(rho_grad + rows, mask=exists, other=0.0) if HAS_RHO else zero
-    count = tl.load(num_nontargets + rows, mask=exists, other=0.0)
-    m = tl.load(state + rows, mask=exists, other=0.0)
-    inv_sum_exp = 1.0 / tl.load(state + rows + num_rows, mask=exists, other=1.0)
-    mean_q_z = tl.load(state + rows + num_rows + num_rows, mask=exists, other=0.0)
+    g_l = tl.load(log_odds_grad_ptr + rows, mask=exists, other=0.0) if HAS_L else zero
+    g_e = tl.load(neg_entropy_grad_ptr + rows, mask=exists, other=0.0) if HAS_E else zero
+    g_a = tl.load(mean_log_q_grad_ptr + rows, mask=exists, other=0.0) if HAS_A else zero
+    g_rho = tl.load(rho_grad_ptr + rows, mask=exists, other=0.0) if HAS_RHO else zero
+    count = tl.load(num_nontargets_ptr + rows, mask=exists, other=0.0)
+    m = tl.load(state_ptr + rows, mask=exists, other=0.0)
+    inv_sum_exp = 1.0 / tl.load(state_ptr + rows + num_rows, mask=exists, other=1.0)
+    mean_q_z = tl.load(state_ptr + rows + num_rows + num_rows, mask=exists, other=0.0)
+    found = tl.zeros([ROWS], tl.int32) > 0  # whether c*, the first class that reaches the maximum, has been met
 
-    first_max = tl.full([ROWS], 9223372036854775807, tl.int64)
-    if HAS_RHO:  # c*, the first class that reaches the maximum: the hinges' loss alone needs it, and reads the row once more
-        for start in range(0, num_classes, CLASSES):
-            classes = start + tl.arange(0, CLASSES).to(tl.int64)
-            f, _ = _tile(logits, target, rows, inner, outer_stride, inner_stride, class_stride, num_rows, num_classes, classes)
+    # a program has one tile, or with the gradient of rho, which must meet c* first, all the tiles of its rows
+    for start in range(program % programs_a_row * CLASSES, num_classes, programs_a_row * CLASSES):
+        classes = start + tl.arange(0, CLASSES).to(tl.int64)
+        f, y = _tile(logits_ptr, target_ptr, rows, inner, outer_stride, inner_stride, class_stride, num_rows, num_classes, classes)
+        live = (y >= 0) & (count > 0)
+        z = f - m[:, None]
+        q = tl.exp(z) * inv_sum_exp[:, None]
+        value = q * (g_e[:, None] * (_clamp(z) - mean_q_z[:, None]) - g_l[:, None])
+        if HAS_A:
+            # never added to g_l first: with one non-target class this term is exactly 0, and a small g_l must not drown in it
+            value += g_a[:, None] * (1.0 / tl.maximum(count, 1.0)[:, None] - q)
+        if HAS_RHO:
             at = tl.where(f == m[:, None], classes[None, :], 9223372036854775807)
-            first_max = tl.minimum(first_max, tl.min(at, 1))
+            first = tl.min(at, 1)
+            at_max = (classes[None, :] == first[:, None]) & ~found[:, None]
+            value += g_rho[:, None] * (q - at_max.to(tl.float32))
+            found = found | (first < num_classes)
+        value = tl.where((f != -float("inf")) & live[:, None], value, 0.0)
+        on_target = g_l * (count > 0).to(tl.float32)  # NaN stays NaN
+        value = tl.where((classes[None, :] == y[:, None]) & (y >= 0)[:, None], on_target[:, None], value)
+        starts = gradient_ptr + (rows // inner) * grad_outer_stride + (rows % inner) * grad_inner_stride
+        written = exists[:, None] & (classes < num_classes)[None, :]
+        tl.store(starts[:, None] + classes[None, :] * grad_class_stride, value.to(gradient_ptr.dtype.element_ty), mask=written)
 
-    classes = tl.program_id(1).to(tl.int64) * CLASSES + tl.arange(0, CLASSES)
-    f, y = _tile(logits, target, rows, inner, outer_stride, inner_stride, class_stride, num_rows, num_classes, classes)
-    live = (y >= 0) & (count > 0)
-    z = f - m[:, None]
-    q = tl.exp(z) * inv_sum_exp[:, None]
-    value = q * (g_e[:, None] * (_near(z) - mean_q_z[:, None]) - g_l[:, None])
-    if HAS_A:
-        # never added to g_l first: with one non-target class this term is exactly 0, and a small g_l must not drown in it
-        value += g_a[:, None] * (1.0 / tl.maximum(count, 1.0)[:, None] - q)
-    if HAS_RHO:
-        value += g_rho[:, None] * (q - (classes[None, :] == first_max[:, None]).to(tl.float32))
-    value = tl.where((f != -float("inf")) & live[:, None], value, 0.0)
-    on_target = g_l * (count > 0).to(tl.float32)  # NaN stays NaN
-    value = tl.where((classes[None, :] == y[:, None]) & (y >= 0)[:, None], on_target[:, None], value)
-    starts = gradient + (rows // inner) * grad_outer_stride + (rows % inner) * grad_inner_stride
-    written = exists[:, None] & (classes < num_classes)[None, :]
-    tl.store(starts[:, None] + classes[None, :] * grad_class_stride, value.to(gradient.dtype.element_ty), mask=written)
+
+@triton.jit
+def _nothing(x_ptr):
+    tl.store(x_ptr, 0.0)
 
 
 INTERPRETED = not isinstance(_forward, triton.runtime.JITFunction)  # TRITON_INTERPRET=1: on the CPU, for tests
@@ -136,9 +145,16 @@ INTERPRETED = not isinstance(_forward, triton.runtime.JITFunction)  # TRITON_INT
 
 def why_not() -> str | None:
     """Why the kernels cannot be used on this machine, or None."""
-    if INTERPRETED or torch.cuda.is_available() or torch.xpu.is_available():
+    if INTERPRETED:
         return None
-    return "there is no GPU"
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or accelerator.type not in ("cuda", "xpu"):
+        return "there is no GPU"
+    try:
+        _nothing[(1,)](torch.empty(1, device=accelerator))  # triton needs a C compiler at the first launch
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        return f"triton cannot launch a kernel here ({error})"
+    return None
 
 
 def describe() -> str:
@@ -158,6 +174,13 @@ def _tile_shape(found: Layout) -> dict[str, int]:
     return {"ROWS": rows, "CLASSES": classes, "num_warps": min(max(rows * classes // 512, 1), 16)}
 
 
+def _plain_rows(found: Layout) -> Layout:
+    """Rows of one stride as outer ones: division by an inner size of 1 costs nothing."""
+    if found.outer != 1:
+        return found
+    return found._replace(outer=found.inner, inner=1, outer_stride=found.inner_stride, gradient_outer_stride=found.gradient_inner_stride)
+
+
 def _on_device(tensor: Tensor) -> Any:
     """Kernels start on the current device, which need not be that of the tensor."""
     return torch.get_device_module(tensor.device).device(tensor.device) if tensor.device.type != "cpu" else nullcontext()
@@ -169,7 +192,7 @@ def row_stats(logits: Tensor, target: Tensor) -> tuple[tuple[Tensor, ...], Tenso
     stats = tuple(torch.empty(shape, dtype=torch.float32, device=logits.device) for _ in range(6))
     state = torch.empty((3, *shape), dtype=torch.float32, device=logits.device)
     found, logits, _ = lay(logits, None)
-    num_rows, tile = found.outer * found.inner, _tile_shape(found)
+    num_rows, tile, found = found.outer * found.inner, _tile_shape(found), _plain_rows(found)
     if num_rows:
         with _on_device(logits):
             _forward[(triton.cdiv(num_rows, tile["ROWS"]),)](
@@ -188,13 +211,13 @@ def row_stats_backward(logits: Tensor, target: Tensor, num_nontargets: Tensor, s
     upstream = [None if g is None else g.contiguous() for g in (g_l, g_e, g_a, g_rho)]
     gradient = torch.empty_like(logits)
     found, logits, written = lay(logits, gradient)
-    num_rows, tile = found.outer * found.inner, _tile_shape(found)
+    num_rows, tile, found = found.outer * found.inner, _tile_shape(found), _plain_rows(found)
     if num_rows:
-        grid = (triton.cdiv(num_rows, tile["ROWS"]), triton.cdiv(found.num_classes, tile["CLASSES"]))
+        programs_a_row = 1 if g_rho is not None else triton.cdiv(found.num_classes, tile["CLASSES"])
         with _on_device(logits):
-            _backward[grid](
+            _backward[(triton.cdiv(num_rows, tile["ROWS"]) * programs_a_row,)](
                 logits, target.contiguous(), written, num_nontargets, state, *(state if g is None else g for g in upstream),
-                num_rows, found.num_classes, found.inner, *found[3:], *(g is not None for g in upstream), **tile,
+                num_rows, found.num_classes, found.inner, *found[3:], programs_a_row, *(g is not None for g in upstream), **tile,
             )  # fmt: skip
         if written is not None and written is not gradient:
             gradient.copy_(written)
