@@ -9,7 +9,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from common import RESULTS, interleaved, machine, ours, problem, write
+from common import RESULTS, interleaved, machine, ours, problem, refuse_if_wrong, write
 from largemargin._backends import cpu
 
 SHAPES = ((128, 100), (256, 1000), (64, 10000), (2, 19, 64, 64))
@@ -30,6 +30,7 @@ def main() -> int:
         measured["x".join(map(str, shape))] = round(best["ours"] / best["theirs"], 3)
     path = RESULTS / "one_thread.json"
     if sys.argv[1:] == ["--commit"]:
+        refuse_if_wrong()
         write("one_thread", {"claim": __doc__.splitlines()[0], "machine": machine(), "ratio": measured}, path)
         return 0
     committed = json.loads(path.read_text())["ratio"]
