@@ -49,11 +49,6 @@ def _rows(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return logits, target.reshape(logits.shape[:-1])
 
 
-def _is_plain(upstream: Tensor) -> bool:
-    """Whether this backward pass is neither to be differentiated again nor batched."""
-    return not torch.is_grad_enabled() and ladder.unwatched() and ladder.is_plain(upstream)
-
-
 def _reference_gradient(ctx: Any, upstream: Tensor) -> Tensor:
     """The gradient by the reference, which can be differentiated and batched."""
     input, target, weight = ctx.saved_tensors
@@ -80,7 +75,7 @@ class LargeMarginCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        if not _is_plain(upstream):
+        if not ladder.is_plain_gradient(upstream):
             return _reference_gradient(ctx, upstream), None, None, None, None
         factor = upstream if upstream.dim() else upstream.item()
         gradient, ctx.gradient = ctx.gradient, None
@@ -116,7 +111,7 @@ class DonatedLogits(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradient is None or not _is_plain(upstream):
+        if ctx.gradient is None or not ladder.is_plain_gradient(upstream):
             raise RuntimeError(
                 "the logits of a loss with donate=True are gone after its first backward pass; for a second one, or for higher "
                 "derivatives, leave donate=False"

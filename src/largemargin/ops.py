@@ -79,7 +79,7 @@ class _RowStatsByKernels(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None]:
         logits, target, num_nontargets, state = ctx.saved_tensors
-        plain = not torch.is_grad_enabled() and ladder.unwatched() and all(g is None or ladder.is_plain(g) for g in grads)
+        plain = all(g is None or ladder.is_plain_gradient(g) for g in grads)
         # hooks on saved tensors may return what they like
         kept = ladder.is_plain(logits) and logits.dtype in ctx.kernels.DTYPES and num_nontargets.dtype == state.dtype == torch.float32
         if not (plain and kept):  # to be differentiated again, or batched

@@ -96,10 +96,15 @@ def _run(
     """Have the kernel work on ``logits`` (..., C), int64 ``target`` (...) and, where it is to be written, ``gradient`` (..., C)."""
     kernel = _kernel()
     assert isinstance(kernel, _Kernel), kernel
-    layout, logits, written = lay(logits, gradient)
+    rows: Sequence[int]
+    if logits.dim() == 2 and logits.is_contiguous() and (gradient is None or gradient.is_contiguous()):  # the usual case, quickly
+        num_rows, num_classes = logits.shape
+        rows, written = (1, num_rows, num_classes, 0, num_classes, 1, 0, num_classes, 1), gradient
+    else:
+        rows, logits, written = lay(logits, gradient)
     target = target.contiguous()
     job = _JOB.pack(
-        *layout, logits.data_ptr(), _address(written), target.data_ptr(), ignore_index,
+        *rows, logits.data_ptr(), _address(written), target.data_ptr(), ignore_index,
         logits.dtype is torch.bfloat16, torch.get_num_threads(),
         *statistics, *loss, kind,
     )  # fmt: skip
@@ -152,7 +157,7 @@ def loss(
     if weight is not None:
         weight = weight.to(torch.float32).contiguous()
     a_row = reduction == "none"
-    losses = torch.empty(logits.shape[:-1] if a_row else (), dtype=torch.float32, device="cpu")
+    losses = logits.new_empty(logits.shape[:-1] if a_row else (), dtype=torch.float32)
     each, reduced = (losses.data_ptr(), 0) if a_row else (0, losses.data_ptr())
     row_upstream, factor = (upstream.contiguous(), 1.0) if isinstance(upstream, Tensor) else (None, upstream)
     numbers = (factor, lam, hard_bias, label_smoothing, reduced, _DIVERGENCES[divergence], reduction == "mean")

@@ -53,13 +53,18 @@ def unwatched() -> bool:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether the memory of the tensor holds its numbers: no subclass, other layout, batch in disguise, lazy negation or symbolic zero."""
+    """Whether the memory of a tensor holds its numbers: no subclass, other layout or lazy negation."""
+    return (type(tensor) is Tensor or type(tensor) is Parameter) and tensor.layout is torch.strided and not tensor.is_neg()
+
+
+def is_plain_gradient(upstream: Tensor) -> bool:
+    """Whether this backward pass is neither to be differentiated again nor batched, and its upstream gradient has memory of its own."""
     return (
-        (type(tensor) is Tensor or type(tensor) is Parameter)
-        and tensor.layout is torch.strided
-        and torch._C._has_storage(tensor)
-        and not tensor.is_neg()
-        and not tensor._is_zerotensor()
+        not torch.is_grad_enabled()
+        and unwatched()
+        and is_plain(upstream)
+        and torch._C._has_storage(upstream)  # a batch of gradients in disguise (is_grads_batched) has none
+        and not upstream._is_zerotensor()
     )
 
 
@@ -75,7 +80,7 @@ def kernels(logits: Tensor, backend: Backend | None) -> Any:
         return None
     if logits.dtype not in module.DTYPES:
         reason = f"{str(logits.dtype).removeprefix('torch.')} logits"
-    elif not unwatched() or not is_plain(logits):
+    elif not unwatched() or not is_plain(logits) or logits._is_zerotensor():
         reason = "under functorch transforms, forward mode, tensor subclasses, dispatch modes and tracing"
     else:
         return module

@@ -23,8 +23,6 @@ class Layout(NamedTuple):
 def layout(logits: Tensor, gradient: Tensor | None) -> Layout | None:
     """The rows of ``logits`` (..., C), and alike those of their gradient; None where two dimensions are not enough."""
     *shape, num_classes = logits.shape
-    if len(shape) == 1 and logits.is_contiguous() and (gradient is None or gradient.is_contiguous()):  # the usual case, quickly
-        return Layout(1, shape[0], num_classes, 0, num_classes, 1, 0, num_classes, 1)
     strides = logits.stride()
     gradient_strides = strides if gradient is None else gradient.stride()
     dims: list[tuple[int, int, int]] = []  # size and both strides, neighbours merged where one stride spans them
