@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _checks
-from . import LossOptions
+from . import LossOptions, folded
 from .layout import lay
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -129,11 +129,7 @@ def row_stats(logits: Tensor, target: Tensor) -> tuple[tuple[Tensor, ...], Tenso
 
 def row_stats_backward(logits: Tensor, target: Tensor, num_nontargets: Tensor, state: Tensor, grads: Sequence[Tensor | None]) -> Tensor:
     """The gradient with respect to ``logits`` from those of the first five fields, of which any may be None."""
-    g_l, g_e, g_a, g_rho, g_spread = grads
-    if g_spread is not None:  # spread = e - a
-        g_e = g_spread if g_e is None else g_e + g_spread
-        g_a = -g_spread if g_a is None else g_a - g_spread
-    upstream = [None if g is None else g.contiguous() for g in (g_l, g_e, g_a, g_rho)]
+    upstream = folded(grads)
     gradient = torch.empty_like(logits)
     num_nontargets, state = num_nontargets.contiguous(), state.contiguous()
     statistics = (*[0] * 5, num_nontargets.data_ptr(), state.data_ptr(), *map(_address, upstream))

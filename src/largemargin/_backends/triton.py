@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import folded
 from .layout import Layout, lay
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -204,16 +205,12 @@ def row_stats(logits: Tensor, target: Tensor) -> tuple[tuple[Tensor, ...], Tenso
 
 def row_stats_backward(logits: Tensor, target: Tensor, num_nontargets: Tensor, state: Tensor, grads: Sequence[Tensor | None]) -> Tensor:
     """The gradient with respect to ``logits`` from those of the first five fields, of which any may be None."""
-    g_l, g_e, g_a, g_rho, g_spread = grads
-    if g_spread is not None:  # spread = e - a
-        g_e = g_spread if g_e is None else g_e + g_spread
-        g_a = -g_spread if g_a is None else g_a - g_spread
-    upstream = [None if g is None else g.contiguous() for g in (g_l, g_e, g_a, g_rho)]
+    upstream = folded(grads)
     gradient = torch.empty_like(logits)
     found, logits, written = lay(logits, gradient)
     num_rows, tile, found = found.outer * found.inner, _tile_shape(found), _plain_rows(found)
     if num_rows:
-        programs_a_row = 1 if g_rho is not None else triton.cdiv(found.num_classes, tile["CLASSES"])
+        programs_a_row = 1 if upstream[-1] is not None else triton.cdiv(found.num_classes, tile["CLASSES"])
         with _on_device(logits):
             _backward[(triton.cdiv(num_rows, tile["ROWS"]) * programs_a_row,)](
                 logits, target.contiguous(), written, num_nontargets, state, *(state if g is None else g for g in upstream),
