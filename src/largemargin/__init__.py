@@ -17,11 +17,13 @@ if TYPE_CHECKING:
         large_margin_cross_entropy,
         multiclass_hinge,
     )
+    from .linear import linear_large_margin_cross_entropy
     from .losses import (
         CrammerSingerHingeLoss,
         HardMarginSoftplusLoss,
         LargeMarginCrossEntropyLoss,
         LargeMarginInSoftmaxLoss,
+        LinearLargeMarginCrossEntropyLoss,
         MulticlassHingeLoss,
     )
     from .ops import row_stats
@@ -35,8 +37,10 @@ _HOME = {
     "multiclass_hinge": "functional",
     "crammer_singer_hinge": "functional",
     "hard_margin_softplus": "functional",
+    "linear_large_margin_cross_entropy": "linear",
     "LargeMarginCrossEntropyLoss": "losses",
     "LargeMarginInSoftmaxLoss": "losses",
+    "LinearLargeMarginCrossEntropyLoss": "losses",
     "MulticlassHingeLoss": "losses",
     "CrammerSingerHingeLoss": "losses",
     "HardMarginSoftplusLoss": "losses",
@@ -47,12 +51,14 @@ __all__ = [
     "HardMarginSoftplusLoss",
     "LargeMarginCrossEntropyLoss",
     "LargeMarginInSoftmaxLoss",
+    "LinearLargeMarginCrossEntropyLoss",
     "MulticlassHingeLoss",
     "RowStats",
     "crammer_singer_hinge",
     "divergence",
     "hard_margin_softplus",
     "large_margin_cross_entropy",
+    "linear_large_margin_cross_entropy",
     "multiclass_hinge",
     "row_stats",
 ]

@@ -172,3 +172,37 @@ def check_weight(weight: object, input: Tensor) -> None:
     if weight.dtype not in FLOATING:
         raise RuntimeError(f"weight must have a floating dtype, got {describe(weight)}; convert it with weight.float()")
     check_same_device("weight", weight, input)
+
+
+def check_linear(input: object, linear_weight: object, target: object, linear_bias: object, num_classes: object) -> None:
+    for name, value in (("input", input), ("linear_weight", linear_weight), ("target", target)):
+        check_tensor(name, value)
+    assert isinstance(input, Tensor) and isinstance(linear_weight, Tensor) and isinstance(target, Tensor)
+    if linear_weight.numel() == 0:
+        raise ValueError(
+            f"linear_weight is empty, {describe(linear_weight)}; a parameter that is sharded away must be gathered before the loss is computed"
+        )
+    if linear_weight.dim() != 2 or input.dim() < 1 or input.shape[-1] != linear_weight.shape[1]:
+        raise ValueError(
+            f"linear_weight must have shape (C, D) for input (..., D), got {describe(linear_weight)} for input {describe(input)}; "
+            "it is the weight of an nn.Linear"
+        )
+    for name, value in (("input", input), ("linear_weight", linear_weight)):
+        if value.dtype not in FLOATING:
+            raise NotImplementedError(f"{name} must have a floating dtype, got {describe(value)}; convert it with {name}.float()")
+    check_same_device("linear_weight", linear_weight, input)
+    if target.shape != input.shape[:-1]:
+        raise ValueError(
+            f"target must be int64 class indices of shape {tuple(input.shape[:-1])} for input {describe(input)}, got {describe(target)}; "
+            "class probabilities need the logits: use large_margin_cross_entropy"
+        )
+    if linear_bias is not None:
+        check_tensor("linear_bias", linear_bias)
+        assert isinstance(linear_bias, Tensor)
+        if tuple(linear_bias.shape) != (len(linear_weight),) or linear_bias.dtype not in FLOATING:
+            raise ValueError(f"linear_bias must be floating with one entry for each of {len(linear_weight)} classes, got {describe(linear_bias)}")
+        check_same_device("linear_bias", linear_bias, input)
+    if num_classes is not None:
+        check_integer("num_classes", num_classes)
+        if not 1 <= num_classes <= len(linear_weight):  # type: ignore[operator]
+            raise ValueError(f"num_classes must be between 1 and the {len(linear_weight)} rows of linear_weight, got {num_classes}")

@@ -42,6 +42,13 @@ def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOpti
     return loss
 
 
+def loss_and_gradient(
+    logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, gradient: Tensor | None, upstream: Tensor
+) -> Tensor:
+    """The loss of rows ``logits`` (N, C) and, where it is to be written, their gradient times ``upstream``: without autograd."""
+    return cpu.loss(logits, target, weight, options, gradient, upstream if upstream.dim() else upstream.item())
+
+
 def _rows(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     if input.dim() == 2:
         return input, target

@@ -6,6 +6,7 @@ predictions are a softmax away.
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from . import _checks
@@ -14,6 +15,7 @@ from ._backends import Divergence
 from ._backends.ladder import BACKENDS, Backend
 from ._reduce import REDUCTIONS, Reduction
 from .functional import DIVERGENCES
+from .linear import linear_large_margin_cross_entropy
 
 
 class LargeMarginCrossEntropyLoss(nn.CrossEntropyLoss):
@@ -119,6 +121,76 @@ class LargeMarginInSoftmaxLoss(LargeMarginCrossEntropyLoss):
 
     def extra_repr(self) -> str:
         return f"reg_lambda={self.lam}, deg_logit={self.hard_bias}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
+
+
+class LinearLargeMarginCrossEntropyLoss(nn.Module):
+    """A linear classifier and its loss in one, :func:`.linear_large_margin_cross_entropy`: the logits are never held.
+
+    Args:
+        in_features: the width D of the features.
+        num_classes: C.
+        bias: whether the classifier has one.
+        weight: a factor for each class, shape ``(num_classes,)``.
+        lam, divergence, hard_bias, label_smoothing, ignore_index, reduction, backend: as in :func:`.large_margin_cross_entropy`.
+        device, dtype: of the classifier.
+
+    The classifier is the attribute ``linear``, an ``nn.Linear``; ``criterion.linear(features)`` are the logits for prediction.
+
+    Example:
+        >>> import torch
+        >>> from largemargin import LinearLargeMarginCrossEntropyLoss
+        >>> criterion = LinearLargeMarginCrossEntropyLoss(16, 100)
+        >>> criterion(torch.randn(8, 16), torch.arange(8)).backward()
+        >>> criterion.linear.weight.grad.shape
+        torch.Size([100, 16])
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        bias: bool = True,
+        weight: Tensor | None = None,
+        *,
+        lam: float = 0.3,
+        divergence: Divergence = "symmetric",
+        hard_bias: float = 0.0,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        backend: Backend | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        options = LargeMarginCrossEntropyLoss(  # which checks them
+            lam=lam,
+            divergence=divergence,
+            hard_bias=hard_bias,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            backend=backend,
+        )
+        self.linear = nn.Linear(in_features, num_classes, bias, device=device, dtype=dtype)
+        self.register_buffer("weight", weight)
+        names = ("lam", "divergence", "hard_bias", "label_smoothing", "ignore_index", "reduction", "backend")
+        self._options: dict[str, Any] = {name: getattr(options, name) for name in names}
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of features ``input`` (..., D) and class indices ``target`` (...)."""
+        return linear_large_margin_cross_entropy(
+            input, self.linear.weight, target, linear_bias=self.linear.bias, weight=self.weight, **self._options
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self._options.items())
+
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor, target: Tensor) -> Tensor: ...
 
 
 class _HingeLoss(nn.Module):
