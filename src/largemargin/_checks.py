@@ -180,7 +180,7 @@ def check_linear(input: object, linear_weight: object, target: object, linear_bi
     assert isinstance(input, Tensor) and isinstance(linear_weight, Tensor) and isinstance(target, Tensor)
     if linear_weight.numel() == 0:
         raise ValueError(
-            f"linear_weight is empty, {describe(linear_weight)}; a parameter that is sharded away must be gathered before the loss is computed"
+            f"linear_weight is empty, {describe(linear_weight)}; a parameter that is sharded away must be gathered before its loss"
         )
     if linear_weight.dim() != 2 or input.dim() < 1 or input.shape[-1] != linear_weight.shape[1]:
         raise ValueError(
@@ -200,7 +200,9 @@ def check_linear(input: object, linear_weight: object, target: object, linear_bi
         check_tensor("linear_bias", linear_bias)
         assert isinstance(linear_bias, Tensor)
         if tuple(linear_bias.shape) != (len(linear_weight),) or linear_bias.dtype not in FLOATING:
-            raise ValueError(f"linear_bias must be floating with one entry for each of {len(linear_weight)} classes, got {describe(linear_bias)}")
+            raise ValueError(
+                f"linear_bias must be floating with one entry for each of {len(linear_weight)} classes, got {describe(linear_bias)}"
+            )
         check_same_device("linear_bias", linear_bias, input)
     if num_classes is not None:
         check_integer("num_classes", num_classes)

@@ -21,7 +21,7 @@ from ._reduce import REDUCTIONS, Reduction
 from .functional import DIVERGENCES, large_margin_cross_entropy
 from .rowstats import accumulation_dtype
 
-TILE = 8 * 2**20  # numbers in a tile: 32 MiB of float32
+TILE = 15 * 2**20  # numbers in a tile: 60 MiB of float32
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of input, linear_weight, linear_bias
 
@@ -55,7 +55,13 @@ def linear_large_margin_cross_entropy(
         linear_bias: shape ``(C,)``, floating; a class whose bias is -inf is not in the row.
         weight: a factor for each class, shape ``(num_classes,)``, floating.
         num_classes: the first ``num_classes`` rows of ``linear_weight`` are classes, the rest is padding with gradient 0; default all.
-        lam, divergence, hard_bias, label_smoothing, ignore_index, reduction, backend: as in :func:`large_margin_cross_entropy`.
+        lam: the paper's lambda, at least 0.
+        divergence: ``"symmetric"`` (8), ``"kl_qu"`` or ``"kl_uq"`` (10).
+        hard_bias: the constant b of eq. (15), in nats, finite.
+        label_smoothing: the epsilon of eq. (13), in [0, 1].
+        ignore_index: rows with this target have loss 0 and an exactly zero gradient.
+        reduction: ``"none"``, ``"sum"`` or ``"mean"``; ``"none"`` computes the logits a second time in the backward pass.
+        backend: who computes the loss of a tile, as in :func:`large_margin_cross_entropy`.
 
     Returns:
         A scalar, or with ``reduction="none"`` the loss of each row, shaped like ``target``; float32, or float64 for float64.
@@ -105,8 +111,12 @@ def _linear_loss(
     backend: Backend | None,
 ) -> Tensor:
     parameters = [tensor for tensor in (input, linear_weight, linear_bias) if tensor is not None]
-    plain = ladder.unwatched() and all(map(ladder.is_plain, parameters)) and not (weight is not None and weight.requires_grad)
-    if torch.compiler.is_compiling() or not plain:
+    if (
+        torch.compiler.is_compiling()
+        or not ladder.unwatched()
+        or not all(map(ladder.is_plain, parameters))
+        or (weight is not None and weight.requires_grad)
+    ):
         return _with_logits(input, linear_weight, linear_bias, target, weight, options, backend)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in parameters):
         loss: Tensor = LinearLargeMarginCrossEntropy.apply(input, linear_weight, linear_bias, target, weight, options, backend)
@@ -162,7 +172,10 @@ class LinearLargeMarginCrossEntropy(torch.autograd.Function):
             return *_reference_gradients(ctx, upstream), None, None, None, None
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            gradients = _chunked(*ctx.saved_tensors, ctx.options, ctx.backend, ctx.needs_input_grad[:3], upstream)[1]
+            input, linear_weight, linear_bias, target, weight = ctx.saved_tensors
+            gradients = _chunked(
+                input, linear_weight, linear_bias, target, weight, ctx.options, ctx.backend, ctx.needs_input_grad[:3], upstream
+            )[1]
         elif not (upstream.is_cpu and upstream.item() == 1):
             for gradient in gradients:
                 if gradient is not None:
@@ -172,12 +185,17 @@ class LinearLargeMarginCrossEntropy(torch.autograd.Function):
 
 def _reference_gradients(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
     """The gradients by the definition, which can be differentiated and batched."""
-    *parameters, target, weight = ctx.saved_tensors
+    input, linear_weight, linear_bias, target, weight = ctx.saved_tensors
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        aliases = [None if p is None else p.view_as(p) for p in parameters]  # the hooks of the tensors themselves run once, outside
-        loss = _with_logits(*aliases, target, weight, ctx.options, ctx.backend)
-        wanted = [alias for alias, needed in zip(aliases, ctx.needs_input_grad, strict=False) if needed and alias is not None]
+        # aliases: the hooks of the tensors themselves run once, outside
+        x, w, b = (
+            input.view_as(input),
+            linear_weight.view_as(linear_weight),
+            None if linear_bias is None else linear_bias.view_as(linear_bias),
+        )
+        loss = _with_logits(x, w, b, target, weight, ctx.options, ctx.backend)
+        wanted = [alias for alias, needed in zip((x, w, b), ctx.needs_input_grad, strict=False) if needed and alias is not None]
         found = iter(torch.autograd.grad(loss, wanted, upstream, create_graph=create_graph))
     return [next(found) if needed else None for needed in ctx.needs_input_grad[:3]]
 
@@ -204,11 +222,15 @@ def _chunked(
         factor = factor / denominator
     losses = input.new_zeros(num_rows if a_row else (), dtype=dtype)
     d_input = torch.empty_like(input) if wanted[0] else None
-    d_weight = input.new_zeros(linear_weight.shape, dtype=dtype) if wanted[1] else None
+    d_weight = input.new_empty(linear_weight.shape, dtype=dtype) if wanted[1] else None
+    if d_weight is not None and num_rows == 0:
+        d_weight.zero_()
     d_bias = input.new_zeros(num_classes, dtype=dtype) if wanted[2] else None
 
     in_place = d_weight is not None and num_rows <= width and num_rows * num_classes > TILE and input.dtype == linear_weight.dtype == dtype
-    rows_a_chunk = num_rows if in_place else max(1, TILE // num_classes)
+    most = num_rows if in_place else max(1, TILE // num_classes)
+    num_chunks = max(1, -(-num_rows // most))
+    rows_a_chunk = max(1, -(-num_rows // num_chunks))  # of equal size: the products are the faster for it
     if in_place and d_weight is not None:
         workspace = d_weight[:, :num_rows].t()  # (N, C), class by class: row c of the gradient is made of row c of this alone
     else:
@@ -217,22 +239,22 @@ def _chunked(
         rows = slice(start, min(start + rows_a_chunk, num_rows))
         x, tile = input[rows].to(dtype), workspace[: rows.stop - rows.start]
         _logits_into(tile, x, linear_weight, linear_bias)
-        part = _turn_into_gradient(tile, target[rows], weight, of_rows, backend, factor[rows] if a_row and upstream is not None else factor, any(wanted))
+        part = _turn_into_gradient(
+            tile, target[rows], weight, of_rows, backend, factor[rows] if a_row and upstream is not None else factor, any(wanted)
+        )
         losses[rows if a_row else ...] += part
         if d_input is not None:
             d_input[rows] = _times(tile, linear_weight, dtype)
         if d_bias is not None:
             d_bias += tile.sum(0)
         if d_weight is not None and not in_place:
-            d_weight.addmm_(tile.t(), x)
+            torch.addmm(d_weight, tile.t(), x, beta=0 if start == 0 else 1, out=d_weight)  # with beta 0 what it held is not read
     if in_place and d_weight is not None:
         x, block = input.to(dtype), max(1, TILE // num_rows)
         for start in range(0, num_classes, block):
             classes = slice(start, start + block)
             torch.mm(d_weight[classes, :num_rows].clone(), x, out=d_weight[classes])
-    loss = losses if a_row else (losses / denominator if options.reduction == "mean" else losses)
-    if not a_row and num_rows == 0:
-        loss = loss * 1
+    loss = losses / denominator if options.reduction == "mean" else losses
     d_weight = None if d_weight is None else d_weight.to(linear_weight.dtype)
     if d_bias is not None and linear_bias is not None:
         d_bias = d_bias.to(linear_bias.dtype)

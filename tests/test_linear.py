@@ -1,0 +1,318 @@
+"""Linear layer and loss in one: equal to the loss of the logits, whatever the chunks, and without ever holding them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from largemargin import LinearLargeMarginCrossEntropyLoss, large_margin_cross_entropy, linear, linear_large_margin_cross_entropy
+from measure import assert_within, compiles, same_bits
+
+# one chunk, a few of several rows, one row a chunk; with few rows and many classes the logits stand in the gradient of the classifier
+TILES = (2**20, 100, 1)
+SHAPES = ((7, 5, 13), (5, 9, 40), (33, 3, 50), (1, 4, 2), (6, 2, 1))  # rows, width, classes
+
+
+@pytest.fixture(params=TILES)
+def tile(request, monkeypatch) -> int:
+    monkeypatch.setattr(linear, "TILE", request.param)
+    return request.param
+
+
+class Problem:
+    def __init__(self, shape: tuple[int, int, int], rng: torch.Generator, dtype: torch.dtype = torch.float64) -> None:
+        rows, width, classes = shape
+        self.input = torch.randn(rows, width, generator=rng).to(dtype)
+        self.linear_weight = torch.randn(classes, width, generator=rng).to(dtype)
+        self.linear_bias = torch.randn(classes, generator=rng).to(dtype)
+        self.target = torch.randint(classes, (rows,), generator=rng)
+        if rows > 3:
+            self.target[1] = -100
+
+    def leaves(self) -> list[Tensor]:
+        return [tensor.detach().clone().requires_grad_() for tensor in (self.input, self.linear_weight, self.linear_bias)]
+
+
+def fused(leaves: list[Tensor], target: Tensor, **options: object) -> Tensor:
+    return linear_large_margin_cross_entropy(leaves[0], leaves[1], target, linear_bias=leaves[2], **options)
+
+
+def plain(leaves: list[Tensor], target: Tensor, **options: object) -> Tensor:
+    return large_margin_cross_entropy(F.linear(*leaves), target, **options, backend="reference")
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_linear_and_loss(shape, reduction, tile, rng):
+    problem = Problem(shape, rng)
+    weight = torch.rand(shape[2], generator=rng, dtype=torch.float64)
+    for options in (
+        {},
+        {"weight": weight, "label_smoothing": 0.1, "hard_bias": 1.0},
+        {"divergence": "kl_qu", "lam": 2.0, "label_smoothing": 0.1},
+    ):
+        results = []
+        for function in (fused, plain):
+            leaves = problem.leaves()
+            loss = function(leaves, problem.target, reduction=reduction, **options)
+            upstream = torch.randn(loss.shape, generator=torch.Generator().manual_seed(1), dtype=loss.dtype)  # zero, negative, any
+            results.append([loss.detach(), *torch.autograd.grad(loss, leaves, upstream)])
+        for got, expected in zip(*results, strict=True):
+            assert got.dtype == expected.dtype
+            assert_within(got, expected, 64 + expected.abs(), 2)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+def test_float32_by_the_kernels_is_within_roundings_of_float64(shape, reduction, tile, rng):
+    problem = Problem(shape, rng, torch.float32)
+    got, exact = problem.leaves(), [leaf.detach().double().requires_grad_() for leaf in problem.leaves()]
+    loss, truth = fused(got, problem.target, reduction=reduction), plain(exact, problem.target, reduction=reduction)
+    assert loss.dtype == torch.float32
+    assert_within(loss, truth.detach(), 64 + truth.detach().abs(), 4)
+    for found, expected in zip(torch.autograd.grad(loss.sum(), got), torch.autograd.grad(truth.sum(), exact), strict=True):
+        assert_within(found, expected, 16 + expected.abs(), 4)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float16)], ids=str
+)
+def test_half_precision_is_multiplied_and_accumulated_in_float32(dtypes, tile, rng):
+    problem = Problem((33, 3, 50), rng, torch.float32)
+    input, linear_weight = problem.input.to(dtypes[0]).requires_grad_(), problem.linear_weight.to(dtypes[1]).requires_grad_()
+    exact = [input.detach().double().requires_grad_(), linear_weight.detach().double().requires_grad_()]
+    loss = linear_large_margin_cross_entropy(input, linear_weight, problem.target)
+    truth = large_margin_cross_entropy(exact[0] @ exact[1].t(), problem.target)
+    assert loss.dtype == torch.float32
+    assert_within(loss, truth.detach(), 16.0, 2)  # F.linear in half would have lost five digits
+    for leaf, got, expected in zip(
+        (input, linear_weight), torch.autograd.grad(loss, (input, linear_weight)), torch.autograd.grad(truth, exact), strict=True
+    ):
+        assert got.dtype == leaf.dtype
+        info = torch.finfo(leaf.dtype)
+        once = 0 if leaf.dtype == torch.float32 else 0.51
+        allowed = once * info.eps * expected.abs() + 1e-6 + info.smallest_normal * info.eps
+        assert ((got.double() - expected).abs() <= allowed).all()
+
+
+def test_autocast_changes_nothing(tile, rng):
+    problem = Problem((33, 3, 50), rng, torch.float32)
+    features = problem.input.bfloat16()
+    expected = linear_large_margin_cross_entropy(features, problem.linear_weight, problem.target)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert same_bits(linear_large_margin_cross_entropy(features, problem.linear_weight, problem.target), expected)
+
+
+# sharp cases 7, 8, 9
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_case_9_every_pass_is_the_gradient_of_its_own_upstream(reduction, tile, rng):
+    problem = Problem((7, 9, 40), rng)
+    leaves = problem.leaves()
+    loss = fused(leaves, problem.target, reduction=reduction).sum()
+    held = [(factor, torch.autograd.grad(loss * factor, leaves, retain_graph=True)) for factor in (1.0, 3.0, 2.0, 0.0)]
+    unit = torch.autograd.grad(plain(leaves, problem.target, reduction=reduction).sum(), leaves)
+    for factor, gradients in held:
+        for got, expected in zip(gradients, unit, strict=True):
+            assert_within(got, factor * expected, 16.0, 2)
+
+
+def test_gradient_accumulation_adds_up(tile, rng):
+    problem = Problem((12, 5, 30), rng)
+    leaves = problem.leaves()
+    for part in (slice(0, 5), slice(5, 12)):
+        loss = linear_large_margin_cross_entropy(leaves[0][part], leaves[1], problem.target[part], linear_bias=leaves[2], reduction="sum")
+        loss.backward()
+    expected = torch.autograd.grad(plain(leaves, problem.target, reduction="sum"), leaves)
+    for leaf, gradient in zip(leaves, expected, strict=True):
+        assert_within(leaf.grad, gradient, 16.0, 2)
+
+
+def test_case_22_higher_derivatives_and_batched_gradients(tile, rng):
+    problem = Problem((4, 3, 6), rng)
+    leaves = problem.leaves()
+    assert torch.autograd.gradgradcheck(lambda *p: fused(list(p), problem.target), leaves)
+    loss = fused(leaves, problem.target, reduction="none")
+    (batched,) = torch.autograd.grad(loss, leaves[1], torch.eye(4, dtype=torch.float64), is_grads_batched=True)
+    assert_within(
+        batched, torch.func.jacrev(lambda w: fused([leaves[0], w, leaves[2]], problem.target, reduction="none"))(leaves[1]), 8.0, 2
+    )
+
+
+def test_hooks_run_once(tile, rng):
+    problem = Problem((7, 5, 13), rng)
+    for create_graph in (False, True):
+        leaves = problem.leaves()
+        features = leaves[0] * 1
+        features.register_hook(lambda gradient: gradient * 10)
+        (got,) = torch.autograd.grad(fused([features, *leaves[1:]], problem.target), leaves[0], create_graph=create_graph)
+        (expected,) = torch.autograd.grad(plain(leaves, problem.target), leaves[0])
+        assert_within(got, 10 * expected, 16.0, 2)
+
+
+# shapes and odd classifiers
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 2, 2, 5), (5,)], ids=str)
+def test_leading_dimensions_are_those_of_the_target(shape, tile, rng):
+    input, linear_weight = torch.randn(shape, generator=rng), torch.randn(9, 5, generator=rng)
+    target = torch.randint(9, shape[:-1], generator=rng)
+    losses = linear_large_margin_cross_entropy(input, linear_weight, target, reduction="none")
+    flat = large_margin_cross_entropy((input @ linear_weight.t()).reshape(-1, 9), target.reshape(-1), reduction="none")
+    assert losses.shape == target.shape
+    assert_within(losses.flatten(), flat.double(), 16.0, 2)
+
+
+def test_inputs_that_are_not_contiguous(tile, rng):
+    wide, classifier = torch.randn(5, 14, generator=rng), torch.randn(7, 30, generator=rng)
+    target = torch.randint(30, (7,), generator=rng)
+    leaves = [wide.t()[::2].requires_grad_(), classifier.t()[:, :5].requires_grad_()]
+    got = linear_large_margin_cross_entropy(*leaves, target)
+    expected = large_margin_cross_entropy(leaves[0] @ leaves[1].t(), target)
+    for a, b in zip((got, *torch.autograd.grad(got, leaves)), (expected, *torch.autograd.grad(expected, leaves)), strict=True):
+        assert_within(a.detach(), b.detach().double(), 16.0, 2)
+
+
+def test_a_padded_vocabulary(tile, rng):
+    problem = Problem((7, 5, 13), rng)
+    leaves = problem.leaves()
+    loss = fused(leaves, problem.target % 10, num_classes=10)
+    short = [leaves[0], leaves[1][:10], leaves[2][:10]]
+    assert_within(loss, plain(short, problem.target % 10).detach(), 8.0, 2)
+    gradients = torch.autograd.grad(loss, leaves)
+    assert (gradients[1][10:] == 0).all() and (gradients[2][10:] == 0).all()
+    for got, expected in zip(gradients, torch.autograd.grad(plain(short, problem.target % 10), leaves), strict=True):
+        assert_within(got, expected, 8.0, 2)
+
+
+def test_a_class_with_a_bias_of_minus_infinity_is_not_in_the_row(tile, rng):
+    problem = Problem((7, 5, 13), rng)
+    problem.linear_bias[12] = -torch.inf
+    target = problem.target % 12
+    leaves = problem.leaves()
+    loss = fused(leaves, target)
+    gradients = torch.autograd.grad(loss, leaves)
+    assert loss.isfinite() and all(g.isfinite().all() for g in gradients) and (gradients[1][12] == 0).all()
+    assert_within(loss, plain([leaves[0], leaves[1][:12], leaves[2][:12]], target).detach(), 8.0, 2)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("rows", [0, 4])
+def test_no_rows_or_all_ignored(rows, reduction, tile):
+    leaves = [torch.ones(rows, 3, requires_grad=True), torch.ones(5, 3, requires_grad=True), torch.ones(5, requires_grad=True)]
+    loss = fused(leaves, torch.full((rows,), -100), reduction=reduction)
+    assert loss.isnan().all() if reduction == "mean" else (loss == 0).all()
+    assert all((gradient == 0).all() for gradient in torch.autograd.grad(loss.sum(), leaves))
+
+
+# what is frozen costs nothing: sharp case 23
+
+
+def peak_bytes(step) -> int:
+    held = peak = 0
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        step()
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True), (False, False)], ids=str)
+def test_case_23_memory_is_that_of_the_gradients_that_are_wanted_and_a_tile(needed, monkeypatch, rng):
+    monkeypatch.setattr(linear, "TILE", 20_000)
+    input, linear_weight = torch.randn(400, 16, generator=rng), torch.randn(4000, 16, generator=rng)
+    target = torch.randint(4000, (400,), generator=rng)
+    leaves = [leaf for leaf, wanted in zip((input, linear_weight), needed, strict=True) if wanted]
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def step() -> None:
+        loss = linear_large_margin_cross_entropy(input, linear_weight, target)
+        if leaves:
+            torch.autograd.grad(loss, leaves)
+
+    gradients = sum(leaf.nbytes for leaf in leaves)
+    assert peak_bytes(step) < gradients + 4 * 20_000 + 100_000  # the logits would take 6,400,000
+    frozen = [leaf for leaf, wanted in zip((input, linear_weight), needed, strict=True) if not wanted]
+    assert all(leaf.grad is None for leaf in frozen)
+
+
+def test_few_rows_of_many_classes_need_no_tile(monkeypatch, rng):
+    monkeypatch.setattr(linear, "TILE", 2000)
+    input, linear_weight = torch.randn(16, 32, generator=rng, requires_grad=True), torch.randn(5000, 32, generator=rng, requires_grad=True)
+    target = torch.randint(5000, (16,), generator=rng)
+    loss = linear_large_margin_cross_entropy(input, linear_weight, target)
+    gradients = torch.autograd.grad(loss, (input, linear_weight))
+    expected = torch.autograd.grad(large_margin_cross_entropy(input @ linear_weight.t(), target), (input, linear_weight))
+    for got, truth in zip(gradients, expected, strict=True):
+        assert_within(got, truth.double(), 4.0, 2)
+    step = lambda: torch.autograd.grad(linear_large_margin_cross_entropy(input, linear_weight, target), (input, linear_weight))  # noqa: E731
+    assert peak_bytes(step) < linear_weight.nbytes + 100_000
+
+
+# errors
+
+
+def test_errors_name_the_argument(rng):
+    input, linear_weight, target = torch.randn(4, 3), torch.randn(5, 3), torch.arange(4)
+    for arguments, error, words in (
+        (
+            (input, torch.empty(0), target),
+            ValueError,
+            "linear_weight is empty, float32 of shape \\(0,\\); a parameter that is sharded away",
+        ),
+        ((input, torch.randn(5, 4), target), ValueError, "linear_weight must have shape \\(C, D\\)"),
+        ((input, linear_weight, target[:3]), ValueError, "target must be int64 class indices of shape \\(4,\\)"),
+        ((input, linear_weight, torch.rand(4, 5)), ValueError, "class probabilities need the logits"),
+        ((input, linear_weight, target + 2), IndexError, "holds 5 \\(1 of 4 labels are out of range\\)"),
+        ((input, linear_weight, target.int()), RuntimeError, "target.long\\(\\)"),
+    ):
+        with pytest.raises(error, match=words):
+            linear_large_margin_cross_entropy(*arguments)
+    for options, error, words in (
+        ({"linear_bias": torch.randn(4)}, ValueError, "linear_bias must be floating with one entry for each of 5 classes"),
+        ({"num_classes": 6}, ValueError, "num_classes must be between 1 and the 5 rows"),
+        ({"weight": torch.rand(4)}, RuntimeError, "weight must have one entry for each of the 5 classes"),
+        ({"lam": -1.0}, ValueError, "lam"),
+        ({"reduction": "avg"}, ValueError, "reduction"),
+    ):
+        with pytest.raises(error, match=words):
+            linear_large_margin_cross_entropy(input, linear_weight, target, **options)
+
+
+# the module, and compiled code
+
+
+def test_the_module_is_the_function_and_trains(rng):
+    torch.manual_seed(0)
+    criterion = LinearLargeMarginCrossEntropyLoss(6, 11, weight=torch.rand(11), lam=0.5, label_smoothing=0.1, reduction="sum")
+    features, target = torch.randn(8, 6, generator=rng), torch.randint(11, (8,), generator=rng)
+    expected = large_margin_cross_entropy(
+        criterion.linear(features), target, criterion.weight, lam=0.5, label_smoothing=0.1, reduction="sum"
+    )
+    assert_within(criterion(features, target).detach(), expected.detach().double(), 64.0, 2)
+    assert {name for name, _ in criterion.named_parameters()} == {"linear.weight", "linear.bias"}
+    optimiser, first = torch.optim.SGD(criterion.parameters(), 0.05), float(criterion(features, target).detach())
+    for _ in range(20):
+        optimiser.zero_grad()
+        criterion(features, target).backward()
+        optimiser.step()
+    assert float(criterion(features, target).detach()) < first
+    with pytest.raises(ValueError, match="lam"):
+        LinearLargeMarginCrossEntropyLoss(6, 11, lam=-1.0)
+
+
+@compiles
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+def test_compiled_code_computes_the_same(rng):
+    torch._dynamo.reset()
+    problem = Problem((7, 5, 13), rng, torch.float32)
+    leaves = problem.leaves()
+    compiled = torch.compile(lambda *p: fused(list(p), problem.target), backend="aot_eager", fullgraph=True)
+    got, expected = compiled(*leaves), fused(leaves, problem.target)
+    assert_within(got, expected.detach().double(), 16.0, 2)
+    for a, b in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        assert_within(a, b.double(), 4.0, 2)
