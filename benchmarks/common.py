@@ -90,12 +90,11 @@ def ratio(seconds: list[float], baseline: list[float]) -> dict[str, float]:
     return {"ratio": round(statistics.median(seconds) / statistics.median(baseline), 3), "low": low, "high": high}
 
 
-def peak_bytes(loss: Loss, input: Tensor, target: Tensor) -> int:
-    """The most memory that torch holds during forward and backward, beside the logits (CPU)."""
-    input.grad = None
-    with torch.profiler.profile(profile_memory=True) as profiler:
-        loss(input, target).backward()
+def peak_bytes(step: Callable[[], object]) -> int:
+    """The most memory that torch takes during a step (CPU)."""
     held = peak = 0
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        step()
     for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
             held += event.nbytes()
@@ -121,9 +120,9 @@ def machine() -> dict[str, object]:
     return found
 
 
-def refuse_if_wrong(selection: str = "not triton", **environment: str) -> None:
+def refuse_if_wrong(selection: str = "not triton", file: str = "test_backends.py", **environment: str) -> None:
     """Run the correctness tests of what is about to be timed; a benchmark of a wrong result is none."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_backends.py", "-k", selection]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{file}", "-k", selection]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment})
     print(done.stdout.strip().splitlines()[-1])
     if done.returncode:

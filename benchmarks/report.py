@@ -76,6 +76,17 @@ def memory_page(record: dict[str, Any]) -> str:
     )
 
 
+def linear_page(record: dict[str, Any]) -> str:
+    names = list(dict.fromkeys(name for row in record["rows"] for name in row["seconds"]))
+    rows = []
+    for row in record["rows"]:
+        memory = row["MiB beside inputs and gradients"]
+        cells = [f"{row['seconds'][name]:.3g}" if name in row["seconds"] else "–" for name in names]
+        rows.append([shape_of(row), *cells, f"{row['ours / three products']:.2f}", *(str(memory[name]) for name in memory)])
+    of_memory = [f"{name}: MiB" for name in record["rows"][0]["MiB beside inputs and gradients"]]
+    return table(["rows×width×classes", *(f"{name}, s" for name in names), "ours / three products", *of_memory], rows)
+
+
 def accuracy_page(record: dict[str, Any]) -> str:
     rows = []
     for row in record["rows"]:
@@ -102,8 +113,9 @@ def gpu_page(record: dict[str, Any]) -> str:
 
 def main() -> None:
     """Write the page."""
-    time, memory, accuracy, one_thread, gpu = (load(name) for name in ("time_cpu", "memory_cpu", "accuracy", "one_thread", "gpu"))
-    assert time and memory and accuracy and one_thread, "run make bench first"
+    names = ("time_cpu", "memory_cpu", "accuracy", "one_thread", "linear_cpu", "gpu")
+    time, memory, accuracy, one_thread, linear, gpu = (load(name) for name in names)
+    assert time and memory and accuracy and one_thread and linear, "run make bench first"
     chart(time)
     parts = [
         "# Performance",
@@ -130,6 +142,11 @@ def main() -> None:
         "The most that torch holds in forward and backward beside the logits, in units of the logits. The kernel's own scratch is a few\n"
         "rows, or a tile of at most 128 rows by 512 classes, a thread.",
         memory_page(memory),
+        "## Linear layer and loss in one",
+        f"{linear['claim']} {machine(linear)}.",
+        "float32, forward and backward, medians; memory is what torch holds beside inputs and gradients. The three products are plain\n"
+        "ones, with no loss between them.",
+        linear_page(linear),
         "## Accuracy",
         f"{accuracy['claim']} {machine(accuracy)}.",
         "64 rows of 1,000 classes, float32 against float64: the worst relative error of a loss / of a gradient at the target / the worst\n"

@@ -19,7 +19,6 @@ from ._backends import Divergence, LossOptions, ladder
 from ._backends.ladder import Backend
 from ._reduce import REDUCTIONS, Reduction
 from .functional import DIVERGENCES, large_margin_cross_entropy
-from .rowstats import accumulation_dtype
 
 TILE = 15 * 2**20  # numbers in a tile: 60 MiB of float32
 
@@ -141,7 +140,7 @@ def _with_logits(
 
 def _dtype(*tensors: Tensor) -> torch.dtype:
     """Of tiles and accumulators: float32, or float64 where any of the tensors has it."""
-    return max((accumulation_dtype(tensor.dtype) for tensor in tensors), key=lambda dtype: dtype.itemsize)
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 class LinearLargeMarginCrossEntropy(torch.autograd.Function):
