@@ -53,11 +53,11 @@ def main() -> None:
         target = torch.randint(num_classes, (num_rows,), generator=generator)
         contestants = {"three products": three_products, "F.cross_entropy(F.linear)": with_logits, "ours": ours}
         seconds: dict[str, list[float]] = {name: [] for name in contestants}
-        for round in range((2 if num_classes == 1_000_000 else ROUNDS) + 1):
+        for attempt in range((2 if num_classes == 1_000_000 else ROUNDS) + 1):
             for name, step in contestants.items():
                 started = time.perf_counter()
                 step(input, linear_weight, target)
-                if round:
+                if attempt:
                     seconds[name].append(time.perf_counter() - started)
         row = {"shape": shape, "seconds": {name: round_to(statistics.median(values)) for name, values in seconds.items()}}
         if shape == SHAPES[0] and hasattr(F, "linear_cross_entropy"):
