@@ -118,6 +118,16 @@ def test_case_9_every_pass_is_the_gradient_of_its_own_upstream(reduction, tile, 
             assert_within(got, factor * expected, 16.0, 2)
 
 
+def test_ignored_rows_leak_nothing(tile, rng):
+    problem = Problem((7, 5, 13), rng, torch.float32)
+    problem.input[1] = torch.nan
+    for upstream in (1.0, float("inf"), float("nan")):
+        leaves = problem.leaves()
+        loss = fused(leaves, problem.target)
+        (gradient,) = torch.autograd.grad(loss, leaves[0], torch.tensor(upstream))
+        assert loss.isfinite() and (gradient[1] == 0).all()
+
+
 def test_gradient_accumulation_adds_up(tile, rng):
     problem = Problem((12, 5, 30), rng)
     leaves = problem.leaves()

@@ -7,6 +7,7 @@ again. Where the features are fewer than their width and the classifier needs a 
 gradient, class by class, until it overwrites them.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -170,7 +171,7 @@ class LinearLargeMarginCrossEntropy(torch.autograd.Function):
         if not ladder.is_plain_gradient(upstream):
             return *_reference_gradients(ctx, upstream), None, None, None, None
         gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
+        if gradients is None or (upstream.is_cpu and not math.isfinite(upstream.item())):  # of which ignored rows are to know nothing
             input, linear_weight, linear_bias, target, weight = ctx.saved_tensors
             gradients = _chunked(
                 input, linear_weight, linear_bias, target, weight, ctx.options, ctx.backend, ctx.needs_input_grad[:3], upstream
@@ -267,7 +268,7 @@ def _denominator(target: Tensor, weight: Tensor | None, options: LossOptions) ->
     kept = target != options.ignore_index
     if weight is None or not weight.numel():
         return kept.sum(dtype=torch.float64)
-    return torch.where(kept, weight.double()[torch.where(kept, target, 0)], 0.0).sum()
+    return torch.where(kept, weight.double()[target.clamp(0, len(weight) - 1)], 0.0).sum()
 
 
 def _class_blocks(linear_weight: Tensor, dtype: torch.dtype) -> list[tuple[slice, Tensor]]:
