@@ -1,4 +1,4 @@
-"""Claim: the loss of features and classifier takes the time of its three matrix products, and the memory of its gradients and a tile.
+"""Claim: the loss of features and classifier takes about the time of its three matrix products, and the memory of its gradients and a tile.
 
 Forward and backward, interleaved: three plain products, F.cross_entropy of F.linear, and ours; at one shape also torch's own chunked
 F.linear_cross_entropy, where torch has it. Memory is what torch holds at most, beside inputs and gradients.

@@ -129,11 +129,9 @@ def main() -> None:
         '`loss * 0.3` multiplies the gradient afterwards, or in bfloat16 computes it anew; with `reduction="none"` it is computed in the\n'
         "backward pass. The formula under autograd is equation (11) as one would first write it in torch.",
         time_page(time),
-        "- Where we lose: small batches, where the time is that of Python around the kernel, and few positions behind many classes\n"
-        "  (64×1000×2), which leave most of a vector empty.\n"
-        "- `F.cross_entropy` itself takes two to five times as long in some rows as in others: its large temporary tensors come from\n"
-        "  memory at hand or from fresh pages, as the allocator pleases, and the ratios with it. Ours has one large tensor, and asks for\n"
-        "  huge pages for it; at 256×128256 most of the difference is page faults.",
+        "- Where we lose: batches of a few thousand logits, and few positions behind many classes (64×1000×2).\n"
+        "- `F.cross_entropy` took three to six times as long in some of its turns as in others at 256×1000 and 512×10000 (the second time\n"
+        "  in a cell is its), and the ratios follow.",
         "On one thread, the best of 20, which continuous integration checks (a shape may take twice as much):",
         one_thread_page(one_thread),
         time_page(time),
@@ -145,7 +143,7 @@ def main() -> None:
         "## Linear layer and loss in one",
         f"{linear['claim']} {machine(linear)}.",
         "float32, forward and backward, medians; memory is what torch holds beside inputs and gradients. The three products are plain\n"
-        "ones, with no loss between them. At a million classes a tile has 15 rows, and the products are the slower for it.",
+        "ones, with no loss between them. At a million classes a tile has 15 rows.",
         linear_page(linear),
         "## Accuracy",
         f"{accuracy['claim']} {machine(accuracy)}.",

@@ -174,7 +174,7 @@ def large_margin_cross_entropy(
     _checks.check_indices(input, target, ignore_index)
     if donate:
         _checks.check_donated(input)
-    if fused.kernels(input, target, weight, backend):
+    if fused.applies(input, target, weight, backend):
         return fused.loss(input, target, weight, options, _loss_of_indices, donate)
     return _loss_of_indices(input, target, weight, options, backend)
 

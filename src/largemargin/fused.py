@@ -19,14 +19,13 @@ from .ops import classes_last
 Reference = Callable[[Tensor, Tensor, Tensor | None, LossOptions], Tensor]
 
 
-def kernels(input: Tensor, target: Tensor, weight: Tensor | None, backend: Backend | None) -> Any:
-    """The module that has the whole loss of these logits, or None."""
+def applies(input: Tensor, target: Tensor, weight: Tensor | None, backend: Backend | None) -> bool:
+    """Whether a kernel has the whole loss of these logits."""
     if not input.is_cpu or torch.compiler.is_compiling() or backend == "triton":
-        return None
-    module = ladder.kernels(input, backend)
-    if module is None or not ladder.is_plain(target) or input.numel() == 0:
-        return None
-    return module if weight is None or (ladder.is_plain(weight) and not weight.requires_grad) else None
+        return False
+    if ladder.kernels(input, backend) is None or not ladder.is_plain(target) or input.numel() == 0:
+        return False
+    return weight is None or (ladder.is_plain(weight) and not weight.requires_grad)
 
 
 def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, reference: Reference, donate: bool = False) -> Tensor:

@@ -304,7 +304,7 @@ def _turn_into_gradient(
     tile: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, backend: Backend | None, upstream: Tensor, wanted: bool
 ) -> Tensor:
     """The losses of rows of logits, and in place of the logits their gradient times ``upstream``."""
-    if fused.kernels(tile, target, weight, backend):
+    if fused.applies(tile, target, weight, backend):
         # a number, unless each row has its own
         return fused.loss_and_gradient(tile, target, weight, options, tile if wanted else None, upstream)
     leaf = tile.detach().requires_grad_(wanted)
