@@ -23,10 +23,10 @@ demo: $(READY) ## compare losses on handwritten digits, with clean and with 30% 
 	$(BIN)/largemargin compare --label-noise 0 0.3 --out runs/demo
 
 test: $(READY) ## the tests, without the slow ones
-	$(BIN)/python -m pytest -n 2 -q -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m 'not slow'
 
 test-all: $(READY) ## every test
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -q
 
 lint: $(READY) ## format, lint, types, import rules
 	$(BIN)/ruff format --check

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ settings.register_profile("suite", deadline=None, derandomize=True, max_examples
 settings.register_profile("thorough", deadline=None, max_examples=2000)  # pytest --hypothesis-profile=thorough
 settings.load_profile("suite")
 
+from ranks import Ranks  # noqa: E402
+
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
@@ -27,3 +30,11 @@ def pytest_configure() -> None:
 def rng() -> torch.Generator:
     """A generator of its own for each test, so that no test depends on which others ran."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Gloo processes; tests that use them carry ``xdist_group("ranks")``, so that one worker has them all."""
+    processes = Ranks()
+    yield processes
+    processes.stop()

@@ -167,7 +167,7 @@ def test_an_interrupt_keeps_what_is_finished_and_the_same_command_goes_on(tmp_pa
         "1",
         "2",
         "--epochs",
-        "12",
+        "18",
         "--losses",
         "softmax",
         "large_margin",

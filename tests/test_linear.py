@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from largemargin import LinearLargeMarginCrossEntropyLoss, large_margin_cross_entropy, linear, linear_large_margin_cross_entropy
+from largemargin import LinearLargeMarginCrossEntropyLoss, large_margin_cross_entropy, layer, linear_large_margin_cross_entropy
+from largemargin import fused as kernels
 from measure import assert_within, compiles, same_bits
 
 # one chunk, a few of several rows, one row a chunk; with few rows and many classes the logits stand in the gradient of the classifier
@@ -15,7 +16,7 @@ SHAPES = ((7, 5, 13), (5, 9, 40), (33, 3, 50), (1, 4, 2), (6, 2, 1))  # rows, wi
 
 @pytest.fixture(params=TILES)
 def tile(request, monkeypatch) -> int:
-    monkeypatch.setattr(linear, "TILE", request.param)
+    monkeypatch.setattr(layer, "TILE", request.param)
     return request.param
 
 
@@ -232,7 +233,7 @@ def peak_bytes(step) -> int:
 
 @pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True), (False, False)], ids=str)
 def test_case_23_memory_is_that_of_the_gradients_that_are_wanted_and_a_tile(needed, monkeypatch, rng):
-    monkeypatch.setattr(linear, "TILE", 20_000)
+    monkeypatch.setattr(layer, "TILE", 20_000)
     input, linear_weight = torch.randn(400, 16, generator=rng), torch.randn(4000, 16, generator=rng)
     target = torch.randint(4000, (400,), generator=rng)
     leaves = [leaf for leaf, wanted in zip((input, linear_weight), needed, strict=True) if wanted]
@@ -251,7 +252,7 @@ def test_case_23_memory_is_that_of_the_gradients_that_are_wanted_and_a_tile(need
 
 
 def test_few_rows_of_many_classes_need_no_tile(monkeypatch, rng):
-    monkeypatch.setattr(linear, "TILE", 2000)
+    monkeypatch.setattr(layer, "TILE", 2000)
     input, linear_weight = torch.randn(16, 32, generator=rng, requires_grad=True), torch.randn(5000, 32, generator=rng, requires_grad=True)
     target = torch.randint(5000, (16,), generator=rng)
     loss = linear_large_margin_cross_entropy(input, linear_weight, target)
@@ -326,3 +327,61 @@ def test_compiled_code_computes_the_same(rng):
     assert_within(got, expected.detach().double(), 16.0, 2)
     for a, b in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves), strict=True):
         assert_within(a, b.double(), 4.0, 2)
+
+
+# products of half precision, as on a GPU; here they are made by the CPU, in float32 of the rounded numbers
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize(("backend", "tile"), [(None, 100), ("triton", 2**20), ("reference", 100)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_products_cost_the_rounding_of_their_factors(dtype, backend, tile, reduction, monkeypatch, rng):
+    monkeypatch.setattr(layer, "TILE", tile)
+    monkeypatch.setattr(layer.Layer, "is_half", property(lambda self: self.input.dtype == self.weight.dtype != torch.float32))
+    monkeypatch.setattr(kernels, "applies", lambda *_: False)
+    problem = Problem((33, 3, 50), rng, torch.float32)
+    problem.linear_bias[7] = -torch.inf
+    problem.target[problem.target == 7] = 8
+    leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in problem.leaves()]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    weight = torch.rand(50, generator=rng)
+    for options in ({}, {"weight": weight, "label_smoothing": 0.1}, {"divergence": "kl_uq", "lam": 2.0}):
+        loss = linear_large_margin_cross_entropy(
+            leaves[0], leaves[1], problem.target, linear_bias=leaves[2], reduction=reduction, backend=backend, **options
+        )
+        logits = F.linear(*exact)
+        truth = large_margin_cross_entropy(logits, problem.target, reduction=reduction, **options)
+        assert_within(loss, truth.detach(), 64 + truth.detach().abs(), 4)
+        upstream = torch.randn(truth.shape, generator=rng, dtype=torch.float64) / 1024
+        got = torch.autograd.grad(loss, leaves, upstream.float())
+        of_logits, *expected = torch.autograd.grad(truth, [logits, *exact], upstream)
+        smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        # a factor and, with class weights, a sum; they are rounded before they are multiplied by the upstream gradient
+        rounded = 2.2 * torch.finfo(dtype).eps * of_logits.abs() + smallest * upstream.abs().max()
+        bounds = (rounded @ exact[1].detach().abs(), rounded.t() @ exact[0].detach().abs(), rounded.sum(0))
+        for found, true, bound in zip(got, expected, bounds, strict=True):
+            assert ((found.double() - true).abs() <= bound + 0.51 * torch.finfo(dtype).eps * true.abs() + smallest).all()
+
+
+def test_what_all_classes_share_survives_float16(monkeypatch, rng):
+    """The divergence moves each of 20,000 classes by 4e-8 in every row: less than the least float16."""
+    monkeypatch.setattr(layer.Layer, "is_half", property(lambda self: self.input.dtype == self.weight.dtype != torch.float32))
+    monkeypatch.setattr(kernels, "applies", lambda *_: False)
+    input, linear_weight = (torch.randn(n, 4, generator=rng).half().requires_grad_() for n in (400, 20_000))
+    target = torch.randint(100, (400,), generator=rng)
+    loss = linear_large_margin_cross_entropy(input, linear_weight, target, divergence="kl_uq")
+    exact = [leaf.detach().double().requires_grad_() for leaf in (input, linear_weight)]
+    truth = torch.autograd.grad(large_margin_cross_entropy(exact[0] @ exact[1].t(), target, divergence="kl_uq"), exact)
+    for found, true in zip(torch.autograd.grad(loss * 65536, (input, linear_weight)), truth, strict=True):
+        assert (found.double() / 65536 - true).norm() < 5e-4 * true.norm()
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("rows", [0, 4])
+def test_half_products_of_no_rows_or_ignored_ones_give_zero(rows, reduction, monkeypatch):
+    monkeypatch.setattr(layer.Layer, "is_half", property(lambda self: True))
+    monkeypatch.setattr(kernels, "applies", lambda *_: False)
+    leaves = [torch.ones(n, 3).bfloat16().requires_grad_() for n in (rows, 5)]
+    loss = linear_large_margin_cross_entropy(*leaves, torch.full((rows,), -100), reduction=reduction)
+    assert all((gradient == 0).all() for gradient in torch.autograd.grad(loss.sum(), leaves))

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
+    from .class_parallel import ClassParallelLinear, gather_rows
     from .functional import (
         crammer_singer_hinge,
         divergence,
         hard_margin_softplus,
         large_margin_cross_entropy,
         multiclass_hinge,
+        sharded_large_margin_cross_entropy,
     )
     from .linear import linear_large_margin_cross_entropy
     from .losses import (
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     )
     from .ops import row_stats
     from .rowstats import RowStats
+    from .sharded_linear import sharded_linear_large_margin_cross_entropy
 
 _HOME = {
     "RowStats": "rowstats",
@@ -38,6 +41,10 @@ _HOME = {
     "crammer_singer_hinge": "functional",
     "hard_margin_softplus": "functional",
     "linear_large_margin_cross_entropy": "linear",
+    "sharded_large_margin_cross_entropy": "functional",
+    "sharded_linear_large_margin_cross_entropy": "sharded_linear",
+    "ClassParallelLinear": "class_parallel",
+    "gather_rows": "class_parallel",
     "LargeMarginCrossEntropyLoss": "losses",
     "LargeMarginInSoftmaxLoss": "losses",
     "LinearLargeMarginCrossEntropyLoss": "losses",
@@ -47,6 +54,7 @@ _HOME = {
 }
 
 __all__ = [
+    "ClassParallelLinear",
     "CrammerSingerHingeLoss",
     "HardMarginSoftplusLoss",
     "LargeMarginCrossEntropyLoss",
@@ -56,11 +64,14 @@ __all__ = [
     "RowStats",
     "crammer_singer_hinge",
     "divergence",
+    "gather_rows",
     "hard_margin_softplus",
     "large_margin_cross_entropy",
     "linear_large_margin_cross_entropy",
     "multiclass_hinge",
     "row_stats",
+    "sharded_large_margin_cross_entropy",
+    "sharded_linear_large_margin_cross_entropy",
 ]
 
 

@@ -161,12 +161,13 @@ def check_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
         )
 
 
-def check_weight(weight: object, input: Tensor) -> None:
+def check_weight(weight: object, input: Tensor, of_classes: int | None = None) -> None:
+    """``of_classes``: where ``input`` does not have all of them."""
     if weight is None:
         return
     check_tensor("weight", weight)
     assert isinstance(weight, Tensor)
-    expected = (num_classes(input),)
+    expected = (num_classes(input) if of_classes is None else of_classes,)
     if tuple(weight.shape) != expected:
         raise RuntimeError(f"weight must have one entry for each of the {expected[0]} classes, shape {expected}, got {describe(weight)}")
     if weight.dtype not in FLOATING:
@@ -174,11 +175,14 @@ def check_weight(weight: object, input: Tensor) -> None:
     check_same_device("weight", weight, input)
 
 
-def check_linear(input: object, linear_weight: object, target: object, linear_bias: object, num_classes: object) -> None:
+def check_linear(
+    input: object, linear_weight: object, target: object, linear_bias: object, num_classes: object, may_be_empty: bool = False
+) -> None:
+    """``may_be_empty``: a rank without classes has ``linear_weight`` (0, D)."""
     for name, value in (("input", input), ("linear_weight", linear_weight), ("target", target)):
         check_tensor(name, value)
     assert isinstance(input, Tensor) and isinstance(linear_weight, Tensor) and isinstance(target, Tensor)
-    if linear_weight.numel() == 0:
+    if linear_weight.numel() == 0 and not (may_be_empty and linear_weight.dim() == 2):
         raise ValueError(
             f"linear_weight is empty, {describe(linear_weight)}; a parameter that is sharded away must be gathered before its loss"
         )

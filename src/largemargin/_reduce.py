@@ -33,3 +33,11 @@ def reduce_rows(losses: Tensor, index: Tensor, weight: Tensor | None, reduction:
         losses = losses + unscaled
     losses = torch.where(kept, losses, 0.0)  # not a product: an ignored row may hold NaN
     return reduce(losses, row_weight.sum(), reduction)
+
+
+def row_weights(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """How often each row counts, in float64: ``w_y``, and 0 where it is ignored; their sum is what ``mean`` divides by."""
+    kept = target != ignore_index
+    if weight is None or not weight.numel():
+        return kept.double()
+    return torch.where(kept, weight.double()[target.clamp(0, len(weight) - 1)], 0.0)

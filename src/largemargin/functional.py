@@ -13,7 +13,7 @@ In the symbols of :mod:`.rowstats` (``l`` the log-odds of the target, ``e`` and 
 The dense hinge (14) is the one loss that is not a function of the statistics.
 """
 
-from typing import get_args
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,14 @@ from torch import Tensor
 from . import _checks, fused
 from ._backends import Divergence, LossOptions
 from ._backends.ladder import Backend
-from ._reduce import REDUCTIONS, Reduction, reduce, reduce_rows
-from .ops import Rows, checked_rows, classes_last, stats_of_all_classes, stats_of_rows
+from ._reduce import REDUCTIONS, Reduction, reduce, reduce_rows, row_weights
+from .dtensors import check_indices_only, is_dtensor, local_rows
+from .ops import Rows, checked_rows, class_index, classes_last, stats_of_all_classes, stats_of_rows
 from .rowstats import RowStats, accumulation_dtype
+from .shards import Shard, SplitStats, shard_of, stats_of_shard
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # there are builds of torch without it
 
 DIVERGENCES = get_args(Divergence)
 
@@ -81,10 +86,15 @@ def _margin_term(stats: RowStats, lam: float, kind: Divergence, hard_bias: float
 
 def _mean_cross_entropy(stats: RowStats) -> Tensor:
     """The mean of ``-log p_c`` over the classes of the row: the second term of (13), ``D(u||p) + log C``."""
+    return _mean_cross_entropy_of(stats, torch.ones_like(stats.log_odds), stats.num_nontargets, stats.num_nontargets * stats.mean_log_q)
+
+
+def _mean_cross_entropy_of(stats: RowStats, target_weight: Tensor, sum_weight: Tensor, weighted_log_q: Tensor) -> Tensor:
+    """The mean of ``-w_c log p_c``, from the sums of ``w_c`` and ``w_c log q_c`` over the non-targets."""
     l, count = stats.log_odds, stats.num_nontargets
-    off_target = torch.where(count == 0, 0.0, count * (softplus(l) - stats.mean_log_q))  # -log p_c = softplus(l) - log q_c
+    off_target = torch.where(count == 0, 0.0, sum_weight * softplus(l) - weighted_log_q)  # -log p_c = softplus(l) - log q_c
     masked = l == -torch.inf  # then y is no class of the row
-    return (off_target + torch.where(masked, 0.0, softplus(-l))) / (count + (~masked).to(l.dtype))
+    return (off_target + torch.where(masked, 0.0, target_weight * softplus(-l))) / (count + (~masked).to(l.dtype))
 
 
 def _weighted_mean_cross_entropy(logits: Tensor, weight: Tensor | None) -> Tensor:
@@ -168,6 +178,8 @@ def large_margin_cross_entropy(
     _checks.check_weight(weight, input)
     options = LossOptions(lam, divergence, hard_bias, label_smoothing, ignore_index, reduction)
 
+    if is_dtensor(input):
+        return _loss_of_dtensor(input, target, weight, options, backend)
     if _checks.is_probabilities(input, target):
         _checks.check_probabilities(input, target, ignore_index)
         return _loss_of_probabilities(input, target, weight, options, backend)
@@ -183,19 +195,156 @@ def _loss_of_indices(
     input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, backend: Backend | None = "reference"
 ) -> Tensor:
     """The loss for class indices, in the words of the paper: a few formulas on the statistics of each row."""
-    lam, divergence, hard_bias, label_smoothing, ignore_index, reduction = options
+    label_smoothing = options.label_smoothing
     if label_smoothing > 0 and weight is not None:
         input = input.to(accumulation_dtype(input.dtype))  # two terms read it: their gradients are to be added before they are rounded
-    rows = checked_rows(input, target, ignore_index)
+    rows = checked_rows(input, target, options.ignore_index)
     stats = stats_of_rows(rows, backend)
-    losses = _margin_term(stats, lam, divergence, hard_bias, label_smoothing)
-    smoothing = None
+    cross_entropy = None
     if label_smoothing > 0 and weight is None:
-        smoothing = label_smoothing * _mean_cross_entropy(stats)
+        cross_entropy = _mean_cross_entropy(stats)
     elif label_smoothing > 0:
         # an ignored row is emptied first: log_softmax would pass its NaN on to the gradient
-        smoothing = label_smoothing * _weighted_mean_cross_entropy(rows.logits.masked_fill(rows.class_index.unsqueeze(-1) < 0, 0.0), weight)
-    return reduce_rows(losses, rows.class_index, weight, reduction, smoothing)
+        cross_entropy = _weighted_mean_cross_entropy(rows.logits.masked_fill(rows.class_index.unsqueeze(-1) < 0, 0.0), weight)
+    return _loss_of_stats(stats, rows.class_index, weight, options, cross_entropy)
+
+
+def _loss_of_stats(stats: RowStats, index: Tensor, weight: Tensor | None, options: LossOptions, cross_entropy: Tensor | None) -> Tensor:
+    """The loss of rows with class indices ``index``, -1 where ignored; ``cross_entropy`` is the mean over the classes, for smoothing."""
+    lam, divergence, hard_bias, label_smoothing, _, reduction = options
+    losses = _margin_term(stats, lam, divergence, hard_bias, label_smoothing)
+    return reduce_rows(losses, index, weight, reduction, None if cross_entropy is None else label_smoothing * cross_entropy)
+
+
+class LossOfRows(NamedTuple):
+    """The loss of rows as a function of their statistics, whoever sums these up."""
+
+    class_index: Tensor  # (...), of all classes, or IGNORED
+    valid: Tensor | None  # (...), False where the label was out of range; None where that has been checked
+    weight: Tensor | None  # (num_classes,)
+    options: LossOptions
+
+    @property
+    def summed_weight(self) -> Tensor | None:
+        """The weights that are to be summed up with the statistics."""
+        return self.weight if self.options.label_smoothing > 0 else None
+
+    def __call__(self, found: SplitStats) -> Tensor:
+        stats, weight, options = found.stats, self.weight, self.options
+        if self.valid is not None:
+            stats = RowStats(*(torch.where(self.valid, field, torch.nan) for field in stats))
+        cross_entropy = None
+        if options.label_smoothing > 0 and weight is None:
+            cross_entropy = _mean_cross_entropy(stats)
+        elif weight is not None and found.sum_weight is not None and found.weighted_log_q is not None:
+            target_weight = weight.to(found.sum_weight.dtype)[self.class_index.clamp(min=0)]
+            cross_entropy = _mean_cross_entropy_of(stats, target_weight, found.sum_weight, found.weighted_log_q)
+        return _loss_of_stats(stats, self.class_index, weight, options, cross_entropy)
+
+
+def sharded_large_margin_cross_entropy(
+    input_shard: Tensor,
+    target: Tensor,
+    *,
+    group: "ProcessGroup | None",
+    class_start: int | None = None,
+    num_classes: int | None = None,
+    weight: Tensor | None = None,
+    lam: float = 0.3,
+    divergence: Divergence = "symmetric",
+    hard_bias: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    backend: Backend | None = None,
+) -> Tensor:
+    r"""The large-margin loss of logits whose classes are split over the ranks of a group; equal to that of the whole logits.
+
+    .. math:: \ell(\,[f^{(0)} \dots f^{(p-1)}], y), \quad \ell \text{ of eqs. (8), (11), (13), (15)}
+
+    Rank r holds the logits :math:`f^{(r)}` of some classes, in the order of the ranks; a rank may have few or none. One all-gather of
+    six float32 a row (eight with weights and smoothing) gives every rank the same loss, bit for bit. The backward pass is local: a rank's
+    gradient is that of this one loss, not divided by the number of ranks. It cannot be differentiated twice.
+
+    Args:
+        input_shard: logits of this rank's classes, shape ``(N, C_r)``, ``(N, C_r, d1, ..., dk)`` or ``(C_r,)``; the same rows everywhere.
+        target: class indices among all classes, the same on every rank; shape and dtype as in :func:`large_margin_cross_entropy`.
+        group: the ranks that share the classes; ``None`` is the loss of ``input_shard`` alone.
+        class_start: the index of this rank's first class.
+        num_classes: of all ranks together. Where either is not given on every rank, the ranks exchange their sizes first.
+        weight: a factor for each class, shape ``(num_classes,)``.
+        lam: the paper's lambda, at least 0.
+        divergence: ``"symmetric"`` (8), ``"kl_qu"`` or ``"kl_uq"`` (10).
+        hard_bias: the constant b of eq. (15), in nats, finite.
+        label_smoothing: the epsilon of eq. (13), in [0, 1].
+        ignore_index: rows with this target have loss 0 and an exactly zero gradient.
+        reduction: ``"none"``, ``"sum"`` or ``"mean"``.
+        backend: who computes the rows, as in :func:`large_margin_cross_entropy`.
+
+    Returns:
+        What :func:`large_margin_cross_entropy` returns for the whole logits, on every rank.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, IndexError: as :func:`large_margin_cross_entropy`; TypeError for another kind of group;
+            ValueError where shards and the numbers given do not fit; RuntimeError where a rank of the group is lost.
+
+    Example:
+        >>> import torch, largemargin
+        >>> from torch.distributed import group  # under torchrun: group.WORLD
+        >>> largemargin.sharded_large_margin_cross_entropy(torch.tensor([[3.0, 1.0, 0.0]]), torch.tensor([0]), group=None)
+        tensor(0.2045)
+
+    Source: the record of a row is merged as in docs/maths.md; one gather of a few numbers a row as in TransformerEngine.
+    """
+    _checks.check_number("lam", lam, low=0)
+    _checks.check_word("divergence", divergence, DIVERGENCES)
+    _checks.check_number("hard_bias", hard_bias)
+    _checks.check_label_smoothing(label_smoothing)
+    _checks.check_word("reduction", reduction, REDUCTIONS)
+    _checks.check_input(input_shard, target)
+    options = LossOptions(lam, divergence, hard_bias, label_smoothing, ignore_index, reduction)
+    if group is None:
+        size = _checks.num_classes(input_shard)
+        if class_start not in (None, 0) or num_classes not in (None, size):
+            raise ValueError(
+                f"group=None means that the {size} classes here are all; got class_start={class_start}, num_classes={num_classes}"
+            )
+        return large_margin_cross_entropy(input_shard, target, weight, **options._asdict(), backend=backend)
+    _checks.check_indices(input_shard, target, ignore_index)
+    shard = shard_of(_checks.num_classes(input_shard), target.numel(), group, class_start, num_classes, input_shard.device)
+    return _loss_of_shard(input_shard, target, weight, options, backend, shard)
+
+
+def _loss_of_shard(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, backend: Backend | None, shard: Shard
+) -> Tensor:
+    """The loss of logits of some classes, shaped as in :func:`large_margin_cross_entropy`."""
+    _checks.check_weight(weight, input, shard.num_classes)
+    logits = input.movedim(1, -1) if input.dim() > 2 else input
+    target = target.long().reshape(logits.shape[:-1])
+    loss = LossOfRows(*class_index(target, shard.num_classes, options.ignore_index), weight, options)
+    if loss.summed_weight is not None and loss.summed_weight.requires_grad:
+        raise ValueError("weight must not require a gradient where classes are split and label_smoothing > 0; pass weight.detach()")
+    summed = shard.own(loss.summed_weight, logits.dtype)
+    if summed is not None:
+        logits = logits.to(summed.dtype)  # two terms read them: their gradients are to be added before they are rounded
+    return loss(stats_of_shard(logits, shard.local(loss.class_index), summed, shard.group, backend))
+
+
+def _loss_of_dtensor(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, backend: Backend | None) -> Tensor:
+    """The loss of DTensor logits, as a DTensor."""
+    check_indices_only(input, target)
+    _checks.check_indices(input, target, options.ignore_index)
+    rows, whole = local_rows(input, target, weight)
+    a_row = options.reduction == "none"
+    local = options._replace(reduction="none" if a_row else "sum")
+    if rows.shard is None:
+        loss = large_margin_cross_entropy(rows.logits, rows.target, rows.weight, **local._asdict(), backend=backend)
+    else:
+        loss = _loss_of_shard(rows.logits, rows.target, rows.weight, local, backend, rows.shard)
+    if options.reduction != "mean":
+        return whole(loss, not a_row)
+    return whole(loss, True) / whole(row_weights(rows.target, rows.weight, options.ignore_index).sum().to(loss.dtype), True)
 
 
 def _loss_of_probabilities(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, backend: Backend | None) -> Tensor:

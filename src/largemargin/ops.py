@@ -15,7 +15,7 @@ from . import _checks
 from ._backends import ladder
 from ._backends.ladder import Backend
 from .allclasses import all_row_stats, all_row_stats_jvp, all_row_stats_vjp
-from .rowstats import RowStats, row_stats_jvp, row_stats_vjp
+from .rowstats import IGNORED, RowStats, row_stats_jvp, row_stats_vjp
 from .rowstats import row_stats as row_stats_reference
 
 
@@ -118,7 +118,7 @@ class Rows(NamedTuple):
     """Checked rows in the layout the backends take."""
 
     logits: Tensor  # (..., C), C >= 1
-    class_index: Tensor  # (...), int64 in [0, C), or -1 for an ignored row
+    class_index: Tensor  # (...), int64 in [0, C), or IGNORED
     valid: Tensor | None  # (...), False where the label was out of range; None where that has been checked
 
 
@@ -135,13 +135,17 @@ def checked_rows(input: Tensor, target: Tensor, ignore_index: int) -> Rows:
     _checks.check_indices(input, target, ignore_index)
     num_classes = _checks.num_classes(input)
     logits = classes_last(input)
-    target = target.long().reshape(logits.shape[:-1])
+    return Rows(logits, *class_index(target.long().reshape(logits.shape[:-1]), num_classes, ignore_index))
+
+
+def class_index(target: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor | None]:
+    """The last two fields of :class:`Rows` for labels."""
     ignored = target == ignore_index
     if _checks.can_look_at(target):
         _checks.check_range(target, num_classes, ignore_index)
-        return Rows(logits, torch.where(ignored, -1, target), None)
+        return torch.where(ignored, IGNORED, target), None
     in_range = (target >= 0) & (target < num_classes)
-    return Rows(logits, torch.where(ignored, -1, torch.where(in_range, target, 0)), ignored | in_range)
+    return torch.where(ignored, IGNORED, torch.where(in_range, target, 0)), ignored | in_range
 
 
 def stats_of_rows(rows: Rows, backend: Backend | None) -> RowStats:

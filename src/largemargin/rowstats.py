@@ -9,8 +9,9 @@ A row holds logits ``f`` over the classes and a target ``y``. Write ``N = {c != 
 
 and of ``rho = L - max_N f``, the margin hidden in the softmax loss (eq. 7). All are invariant to a common offset of the logits.
 
-A class whose logit is -inf is not in the row: it belongs neither to N nor to K. A row whose target is -1 is not asked for: its
-statistics and its gradient are 0, whatever it holds. The functions here take the classes on the last dimension and know nothing of
+A class whose logit is -inf is not in the row: it belongs neither to N nor to K. A row whose target is ``IGNORED`` is not asked for: its
+statistics and its gradient are 0, whatever it holds. Where the classes of a row are split, and these are not the ones with its target,
+the target is ``ELSEWHERE``: all of them are non-targets. The functions here take the classes on the last dimension and know nothing of
 reductions or weights. ``row_stats_vjp`` and ``row_stats_jvp`` are the derivatives of ``row_stats``, and can be differentiated again.
 Autograd through ``row_stats`` itself would miss that rho depends on the maximum, which is a constant in the sums.
 
@@ -23,6 +24,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+IGNORED, ELSEWHERE = -1, -2  # targets that are no index
 
 
 class RowStats(NamedTuple):
@@ -77,16 +80,19 @@ def record(logits: Tensor) -> Record:
     return Record(m, exp_z.sum(-1), (exp_z * near(z)).sum(-1), z.sum(-1), num_classes)
 
 
-def merge(left: Record, right: Record) -> Record:
+def merge(*parts: Record) -> Record:
     """The record of a union of disjoint sets of classes. Associative; the record of no class, (-inf, 0, 0, 0, 0), is its identity."""
-    m = torch.maximum(left.max, right.max)
-    sums = []
-    for part in (left, right):
-        d = torch.where(part.num_classes == 0, 0.0, part.max - m)
-        scale = d.exp()
-        sum_exp_z = scale * part.sum_exp_z + torch.where(scale == 0, 0.0, scale * d) * part.sum_exp
-        sums.append((scale * part.sum_exp, sum_exp_z, part.sum_z + d * part.num_classes, part.num_classes))
-    return Record(m, *(a + b for a, b in zip(*sums, strict=True)))
+    return merge_stacked(Record(*(torch.stack(field) for field in zip(*parts, strict=True))))
+
+
+def merge_stacked(parts: Record) -> Record:
+    """The same, of parts along the first dimension of every field."""
+    m = parts.max.amax(0)
+    d = torch.where(parts.num_classes == 0, 0.0, parts.max - m)  # of their maxima
+    scale = d.exp()
+    sum_exp_z = scale * parts.sum_exp_z + torch.where(scale == 0, 0.0, scale * d) * parts.sum_exp
+    sum_z = parts.sum_z + d * parts.num_classes
+    return Record(m, *(sums.sum(0) for sums in (scale * parts.sum_exp, sum_exp_z, sum_z, parts.num_classes)))
 
 
 def finish(record: Record, target_logit: Tensor) -> RowStats:
@@ -104,17 +110,23 @@ def finish(record: Record, target_logit: Tensor) -> RowStats:
     return RowStats(log_odds, mean_q_z - rho, mean_u_z - rho, rho, mean_q_z - mean_u_z, num_nontargets)
 
 
-def _nontargets(logits: Tensor, target: Tensor) -> Tensor:
-    """The row without its target; without any class where the target is -1."""
-    others = logits.scatter(-1, target.clamp(min=0).unsqueeze(-1), -torch.inf)
-    return others.masked_fill((target < 0).unsqueeze(-1), -torch.inf)
+def nontargets(logits: Tensor, target: Tensor) -> Tensor:
+    """The row without its target; without any class where it is ignored."""
+    others = _on_target(logits, target, -torch.inf)
+    return others.masked_fill((target == IGNORED).unsqueeze(-1), -torch.inf)
+
+
+def _on_target(values: Tensor, target: Tensor, value: Tensor | float) -> Tensor:
+    """``values`` (..., C), but ``value`` at the target, where it is one of these classes."""
+    at_first = torch.where(target.unsqueeze(-1) >= 0, value, values[..., :1])
+    return values.scatter(-1, target.clamp(min=0).unsqueeze(-1), at_first)
 
 
 def row_stats(logits: Tensor, target: Tensor) -> RowStats:
-    """The statistics of every row; ``logits`` (..., C) with C >= 1, ``target`` (...) with indices in [0, C), or -1."""
+    """The statistics of every row; ``logits`` (..., C) with C >= 1, ``target`` (...) with indices in [0, C), or IGNORED."""
     logits = logits.to(accumulation_dtype(logits.dtype))
     target_logit = logits.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    stats = finish(record(_nontargets(logits, target)), target_logit)
+    stats = finish(record(nontargets(logits, target)), target_logit)
     return RowStats(*(torch.where(target >= 0, field, 0.0) for field in stats))
 
 
@@ -133,27 +145,35 @@ class _Row(NamedTuple):
         return self.others.detach().argmax(-1, keepdim=True)
 
 
-def _row(logits: Tensor, target: Tensor) -> _Row:
-    others = _nontargets(logits, target)
-    _, absent, z, exp_z = _shifted(others)
-    num_nontargets = (logits.shape[-1] - absent.sum(-1, keepdim=True)).to(z.dtype)
+def _row(logits: Tensor, target: Tensor, whole: Record | None = None) -> _Row:
+    """``whole`` is the record of all non-targets, where these are not all classes of the row."""
+    others = nontargets(logits, target)
+    if whole is None:
+        _, absent, z, exp_z = _shifted(others)
+        num_nontargets = (logits.shape[-1] - absent.sum(-1, keepdim=True)).to(z.dtype)
+        sum_exp, z = exp_z.sum(-1, keepdim=True), near(z)
+        sum_exp_z = (exp_z * z).sum(-1, keepdim=True)
+    else:
+        m, sum_exp, sum_exp_z, _, num_nontargets = (field.unsqueeze(-1) for field in whole)
+        absent = others == -torch.inf
+        z = near(torch.where(absent, 0.0, others - m))
+        exp_z = torch.where(absent, 0.0, z.exp())
     alone = num_nontargets == 0
-    sum_exp = torch.where(alone, 1.0, exp_z.sum(-1, keepdim=True))
-    z = near(z)
-    mean_q_z = (exp_z * z).sum(-1, keepdim=True) / sum_exp
-    return _Row(others, absent, exp_z / sum_exp, z - mean_q_z, num_nontargets.clamp(min=1), alone)
+    sum_exp = torch.where(alone, 1.0, sum_exp)
+    return _Row(others, absent, exp_z / sum_exp, z - sum_exp_z / sum_exp, num_nontargets.clamp(min=1), alone)
 
 
-def row_stats_vjp(logits: Tensor, target: Tensor, grads: Sequence[Tensor | None]) -> Tensor:
+def row_stats_vjp(logits: Tensor, target: Tensor, grads: Sequence[Tensor | None], whole: Record | None = None) -> Tensor:
     """The gradient with respect to the logits, given those with respect to the first fields of RowStats (None and absent ones are 0).
 
+    ``whole`` is the record of all non-targets of a row that is split; then rho has no gradient here.
     One line per element: ``q_c (g_e (log q_c - e) - g_l) + g_a (1/K - q_c) + g_rho (q_c - [c = c*])`` off the target, ``g_l`` on it.
     """
     g_l, g_e, g_a, g_rho, g_spread = (None if g is None else g.unsqueeze(-1) for g in (*grads, *[None] * 5)[:5])
     if g_spread is not None:  # spread = e - a
         g_e = g_spread if g_e is None else g_e + g_spread
         g_a = -g_spread if g_a is None else g_a - g_spread
-    row = _row(logits.to(accumulation_dtype(logits.dtype)), target)
+    row = _row(logits.to(accumulation_dtype(logits.dtype)), target, whole)
 
     grad = torch.zeros_like(row.q) if g_e is None else g_e * row.log_q_minus_e
     grad = row.q * (grad if g_l is None else grad - g_l)
@@ -164,7 +184,7 @@ def row_stats_vjp(logits: Tensor, target: Tensor, grads: Sequence[Tensor | None]
         at_max = torch.zeros_like(row.q).scatter(-1, row.first_max(), (~row.alone).to(row.q.dtype))
         grad = grad + g_rho * (row.q - at_max)
     on_target = torch.zeros_like(row.alone, dtype=grad.dtype) if g_l is None else g_l * (~row.alone).to(grad.dtype)
-    return grad.scatter(-1, target.clamp(min=0).unsqueeze(-1), on_target).to(logits.dtype)
+    return _on_target(grad, target, on_target).to(logits.dtype)
 
 
 def row_stats_jvp(logits: Tensor, target: Tensor, tangent: Tensor) -> RowStats:

@@ -35,7 +35,7 @@ struct Job {
     int64_t logits_strides[3], gradient_strides[3];
     const void* logits;
     void* gradient;         // null: no gradient; may be the logits themselves
-    const int64_t* target;  // one a row
+    const int64_t* target;  // one a row; for statistics also -1, ignored, and -2: a class of the row that is not among these
     int64_t ignore_index;
     int32_t is_bfloat16, num_threads;
     // statistics: each null or one number a row
@@ -85,6 +85,7 @@ constexpr int64_t kElementsATask = 4096;   // rows are finished together up to t
 constexpr int64_t kElementsAThread = 4096;
 constexpr int64_t kHugePages = 8 << 20;    // gradients from this many bytes ask for huge pages
 constexpr float kInf = INFINITY;
+constexpr int32_t kIgnored = -1, kElsewhere = -2;  // targets that are no index, as in rowstats.py
 
 // Hot loops are functions of their own: of those inlined or cloned into their callers, compilers leave some scalar.
 #if defined(_MSC_VER)
@@ -202,7 +203,7 @@ inline Record merge(const Record& a, const Record& b) {
 // Rows finished together: what gather found, and what scatter needs. One array a quantity, so that loops over rows vectorise.
 struct Rows {
     int64_t offset[kRows], gradient_offset[kRows];  // where each begins, in elements
-    int32_t y[kRows];     // -1: ignored, and beyond the last row
+    int32_t y[kRows];     // kIgnored also beyond the last row
     float target_logit[kRows], target_weight[kRows], upstream[kRows];
     float max[kRows];
     double sum_exp[kRows], sum_exp_z[kRows], sum_z[kRows], count[kRows], sum_weight[kRows], sum_weight_z[kRows];
@@ -266,7 +267,7 @@ void finish_statistics(const Job& job, const Rows& rows) {
     const int64_t num_rows = job.outer * job.inner;
     for (int64_t p = 0; p < rows.size; ++p) {
         const int64_t row = rows.first + p;
-        const bool kept = rows.y[p] >= 0;
+        const bool kept = rows.y[p] != kIgnored;
         const Stats s = statistics(rows, p);
         const float fields[6] = {s.log_odds,
                                  s.mean_q_z - s.rho,
@@ -369,8 +370,8 @@ void resume(const Job& job, Rows& rows) {
         rows.g_a[p] = g[2];
         rows.dense[p] = 0.0f;
         rows.at_max[p] = g[3];
-        rows.live[p] = rows.y[p] >= 0 && count > 0;
-        rows.on_target[p] = rows.y[p] >= 0 ? g[0] * (count > 0 ? 1.0f : 0.0f) : 0.0f;  // NaN stays NaN
+        rows.live[p] = rows.y[p] != kIgnored && count > 0;
+        rows.on_target[p] = rows.y[p] != kIgnored ? g[0] * (count > 0 ? 1.0f : 0.0f) : 0.0f;  // NaN stays NaN
     }
 }
 
@@ -478,7 +479,7 @@ void scatter_row(const Rows& rows, int64_t p, const T* f, const float* w, int64_
             break;
         }
     }
-    store(gradient + y, rows.on_target[p]);
+    if (y >= 0) store(gradient + y, rows.on_target[p]);
 }
 
 template <class T>
@@ -499,7 +500,7 @@ double run_rows(const Job& job, const Options& options, double upstream, Rows& r
             continue;
         }
         Record record = empty_record();
-        for (int64_t from = 0; y >= 0 && from < num_classes; from += kBlock) {
+        for (int64_t from = 0; y != kIgnored && from < num_classes; from += kBlock) {
             const int64_t n = num_classes - from < kBlock ? num_classes - from : kBlock;
             load_block(f + from, n, y - from, scratch.block);
             gather_blocks(scratch.block, w ? w + from : nullptr, scratch.exp_z + (gradient ? p * lanes + from : 0), 1, padded(n), records);
@@ -679,7 +680,7 @@ int64_t run(const Job& job) {
     double total_weight = 0;
     for (int64_t row = 0; row < num_rows; ++row) {
         const int64_t y = job.target[row];
-        if (y == job.ignore_index) continue;
+        if (y == job.ignore_index || (y == kElsewhere && job.kind != LOSS)) continue;
         if (y < 0 || y >= num_classes) return row;
         total_weight += job.weight ? job.weight[y] : 1.0f;
     }
@@ -760,7 +761,7 @@ int64_t run(const Job& job) {
             }
             for (int64_t p = 0; p < padded(rows.size); ++p) {
                 const int64_t y = p < rows.size ? job.target[rows.first + p] : job.ignore_index;
-                rows.y[p] = y == job.ignore_index ? -1 : static_cast<int32_t>(y);
+                rows.y[p] = y == job.ignore_index ? kIgnored : static_cast<int32_t>(y);
                 rows.target_logit[p] = rows.upstream[p] = rows.at_max[p] = 0;
                 rows.live[p] = 0;
                 rows.target_weight[p] = job.weight && rows.y[p] >= 0 ? job.weight[y] : 1.0f;

@@ -127,10 +127,23 @@ def row_stats(logits: Tensor, target: Tensor) -> tuple[tuple[Tensor, ...], Tenso
     return stats, state
 
 
-def row_stats_backward(logits: Tensor, target: Tensor, num_nontargets: Tensor, state: Tensor, grads: Sequence[Tensor | None]) -> Tensor:
-    """The gradient with respect to ``logits`` from those of the first five fields, of which any may be None."""
+def row_stats_backward(
+    logits: Tensor,
+    target: Tensor,
+    num_nontargets: Tensor,
+    state: Tensor,
+    grads: Sequence[Tensor | None],
+    gradient: Tensor | None = None,
+) -> Tensor:
+    """The gradient with respect to ``logits`` from those of the first five fields, of which any may be None.
+
+    It is written to ``gradient``, where that is given: it may be ``logits`` itself, unless there is one of rho.
+    """
     upstream = folded(grads)
-    gradient = torch.empty_like(logits)
+    if gradient is not None and gradient.dtype != logits.dtype:
+        return gradient.copy_(row_stats_backward(logits, target, num_nontargets, state, grads))
+    if gradient is None:
+        gradient = torch.empty_like(logits)
     num_nontargets, state = num_nontargets.contiguous(), state.contiguous()
     statistics = (*[0] * 5, num_nontargets.data_ptr(), state.data_ptr(), *map(_address, upstream))
     _run(_STATISTICS_GRADIENT, logits, target, -1, gradient, statistics, _NO_LOSS)

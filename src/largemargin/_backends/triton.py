@@ -24,11 +24,14 @@ MAX_TILE = 16384  # elements of a tile held on chip
 
 @triton.jit
 def _tile(logits_ptr, target_ptr, rows, inner, outer_stride, inner_stride, class_stride, num_rows, num_classes, classes):
-    """A tile of logits (rows, classes) with the targets and all that is not there as -inf, and the targets (rows)."""
+    """A tile of logits (rows, classes) with the targets and all that is not there as -inf, and the targets (rows).
+
+    A target of -1 is ignored; one of -2 is a class of the row that is not among these.
+    """
     exists = rows < num_rows
     y = tl.load(target_ptr + rows, mask=exists, other=-1)
     starts = logits_ptr + (rows // inner) * outer_stride + (rows % inner) * inner_stride
-    wanted = (y >= 0)[:, None] & (classes < num_classes)[None, :] & (classes[None, :] != y[:, None])
+    wanted = (y != -1)[:, None] & (classes < num_classes)[None, :] & (classes[None, :] != y[:, None])
     return tl.load(starts[:, None] + classes[None, :] * class_stride, mask=wanted, other=-float("inf")).to(tl.float32), y
 
 
@@ -68,9 +71,9 @@ def _forward(
 
     exists = rows < num_rows
     y = tl.load(target_ptr + rows, mask=exists, other=-1)
-    kept = y >= 0
+    kept = y != -1
     starts = logits_ptr + (rows // inner) * outer_stride + (rows % inner) * inner_stride
-    f_y = tl.load(starts + tl.where(kept, y, 0) * class_stride, mask=kept, other=0.0).to(tl.float32)
+    f_y = tl.load(starts + tl.where(y >= 0, y, 0) * class_stride, mask=y >= 0, other=0.0).to(tl.float32)
     alone = count == 0
     sum_exp = tl.where(alone, 1.0, sum_exp)
     log_sum_exp = tl.log(sum_exp)
@@ -115,7 +118,7 @@ def _backward(
     for start in range(program % programs_a_row * CLASSES, num_classes, programs_a_row * CLASSES):
         classes = start + tl.arange(0, CLASSES).to(tl.int64)
         f, y = _tile(logits_ptr, target_ptr, rows, inner, outer_stride, inner_stride, class_stride, num_rows, num_classes, classes)
-        live = (y >= 0) & (count > 0)
+        live = (y != -1) & (count > 0)
         z = f - m[:, None]
         q = tl.exp(z) * inv_sum_exp[:, None]
         value = q * (g_e[:, None] * (_clamp(z) - mean_q_z[:, None]) - g_l[:, None])
@@ -203,10 +206,21 @@ def row_stats(logits: Tensor, target: Tensor) -> tuple[tuple[Tensor, ...], Tenso
     return stats, state
 
 
-def row_stats_backward(logits: Tensor, target: Tensor, num_nontargets: Tensor, state: Tensor, grads: Sequence[Tensor | None]) -> Tensor:
-    """The gradient with respect to ``logits`` from those of the first five fields, of which any may be None."""
+def row_stats_backward(
+    logits: Tensor,
+    target: Tensor,
+    num_nontargets: Tensor,
+    state: Tensor,
+    grads: Sequence[Tensor | None],
+    gradient: Tensor | None = None,
+) -> Tensor:
+    """The gradient with respect to ``logits`` from those of the first five fields, of which any may be None.
+
+    It is written to ``gradient``, where that is given: it may be ``logits`` itself, unless there is one of rho.
+    """
     upstream = folded(grads)
-    gradient = torch.empty_like(logits)
+    if gradient is None:
+        gradient = torch.empty_like(logits)
     found, logits, written = lay(logits, gradient)
     num_rows, tile, found = found.outer * found.inner, _tile_shape(found), _plain_rows(found)
     if num_rows:

@@ -1,0 +1,193 @@
+"""A linear layer whose logits are made a tile at a time, and whose gradients are added up from those of the tiles.
+
+Tiles and accumulators have float32 (float64 for float64). A layer of half precision is computed in float32 on the CPU. On a GPU its
+products take half precision and give float32: the gradient of a tile is rounded to half, and what would not survive that stays out of it,
+the part that all classes of a row share (it is of rank one) and the factors of the upstream gradient.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import shards
+
+TILE = 15 * 2**20  # numbers in a tile: 60 MiB of float32
+TILE_OF_GPU = 2**26  # the classifier is read once a tile, which has to be worth it
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of input, weight, bias
+
+
+class Layer(NamedTuple):
+    """``f = x W^T + b`` for all rows x of the input."""
+
+    input: Tensor  # (N, D)
+    weight: Tensor  # (C, D)
+    bias: Tensor | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of tiles and accumulators."""
+        return torch.float64 if torch.float64 in (self.input.dtype, self.weight.dtype) else torch.float32
+
+    @property
+    def is_half(self) -> bool:
+        """Whether its products take half precision and give float32."""
+        on_gpu = self.input.device.type in ("cuda", "xpu")
+        return on_gpu and self.input.dtype == self.weight.dtype and self.input.dtype in (torch.float16, torch.bfloat16)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the logits."""
+        return len(self.input), len(self.weight)
+
+    def logits_into(self, tile: Tensor, rows: slice) -> None:
+        """``tile`` = the logits of some rows."""
+        x = self.input[rows] if self.is_half else self.input[rows].to(self.dtype)
+        for classes, weight in self._class_blocks():
+            if tile.stride(0) == 1 and len(tile) > 1:
+                _add_product(weight, x.t(), tile.t()[classes], 0)
+            else:
+                _add_product(x, weight.t(), tile[:, classes], 0)
+        if self.bias is not None:
+            tile += self.bias.to(tile.dtype)
+
+    def times_weight(self, tile: Tensor) -> Tensor:
+        """``tile W``."""
+        product = tile.new_zeros((len(tile), self.weight.shape[1]), dtype=self.dtype)
+        for i, (classes, weight) in enumerate(self._class_blocks()):
+            _add_product(tile[:, classes], weight, product, int(i > 0))
+        return product
+
+    def _class_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """The classifier in the dtype of its products: itself, or copies of some classes at a time."""
+        if self.is_half or self.weight.dtype == self.dtype:
+            yield slice(None), self.weight
+            return
+        num_classes, width = self.weight.shape
+        block = max(1, TILE // (4 * width))
+        for start in range(0, num_classes, block):
+            yield slice(start, start + block), self.weight[start : start + block].to(self.dtype)
+
+
+def _add_product(a: Tensor, b: Tensor, out: Tensor, beta: int) -> None:
+    """``out = beta out + a b``, where with a beta of 0 what ``out`` held is not read."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=beta, out=out)
+    elif a.is_cpu:
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
+    else:
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
+
+
+class LayerGradients:
+    """The gradients of a layer, added up over tiles of its logits; those that are not wanted cost nothing.
+
+    Where the features are fewer than their width and the classifier needs a gradient, the logits of all rows stand in the memory of that
+    gradient, class by class, until it overwrites them: there is no tile at all.
+    """
+
+    def __init__(self, layer: Layer, wanted: Sequence[bool], sums_input: bool = False) -> None:
+        """``sums_input``: the gradient of the input is one of several to be added, and stays in the dtype of accumulators."""
+        num_rows, num_classes = layer.shape
+        width, dtype = layer.input.shape[1], layer.dtype
+        self.layer = layer
+        self.input = torch.empty_like(layer.input, dtype=dtype if sums_input else None) if wanted[0] else None
+        self.weight = layer.input.new_empty((num_classes, width), dtype=dtype) if wanted[1] else None
+        self.bias = layer.input.new_zeros(num_classes, dtype=dtype) if wanted[2] else None
+        if self.weight is not None and num_rows == 0:
+            self.weight.zero_()
+
+        most = TILE if layer.input.is_cpu else TILE_OF_GPU
+        all_of_one_dtype = layer.input.dtype == layer.weight.dtype == dtype
+        self.in_place = self.weight is not None and num_rows <= width and num_rows * num_classes > most and all_of_one_dtype
+        num_chunks = 1 if self.in_place else max(1, -(-num_rows // max(1, most // max(1, num_classes))))
+        self.rows_a_chunk = max(1, -(-num_rows // num_chunks))  # of equal size: the products are the faster for it
+        self.one_tile = num_rows <= self.rows_a_chunk
+        if self.in_place and self.weight is not None:
+            self.workspace = self.weight[:, :num_rows].t()  # (N, C), class by class: row c of the gradient is made of row c of this alone
+        else:
+            self.workspace = layer.input.new_empty((min(self.rows_a_chunk, num_rows), num_classes), dtype=dtype)
+
+    def tiles(self, computed: bool = False) -> Iterator[tuple[slice, Tensor]]:
+        """Some rows at a time, and their logits; ``computed``: those of one tile are there."""
+        num_rows = len(self.layer.input)
+        for start in range(0, num_rows, self.rows_a_chunk):
+            rows = slice(start, min(start + self.rows_a_chunk, num_rows))
+            tile = self.workspace[: rows.stop - rows.start]
+            if not (computed and self.one_tile):
+                self.layer.logits_into(tile, rows)
+            yield rows, tile
+
+    def add(self, rows: slice, tile: Tensor) -> None:
+        """Add what belongs to the gradient ``tile`` of the logits of some rows."""
+        if self.input is not None:
+            self.input[rows] = self.layer.times_weight(tile)
+        if self.bias is not None:
+            self.bias += tile.sum(0)
+        if self.weight is not None and not self.in_place:
+            _add_product(tile.t(), self.layer.input[rows].to(tile.dtype), self.weight, int(rows.start > 0))
+
+    def add_from_logits(
+        self, rows: slice, tile: Tensor, target: Tensor, whole: shards.Part, grads: shards.Grads, kernels: Any, weight: Tensor | None
+    ) -> None:
+        """The same, from the logits and the gradients of the statistics of their rows (see :func:`.shards.gradient_of`)."""
+        self.add(rows, shards.gradient_of(tile, target, weight, whole, grads, kernels, tile))
+
+    def finish(self) -> Gradients:
+        """The gradients, in the dtypes of the layer; but that of the input where it is one of several."""
+        if self.in_place and self.weight is not None:
+            num_rows, num_classes = self.layer.shape
+            block = max(1, TILE // num_rows)
+            for start in range(0, num_classes, block):
+                classes = slice(start, start + block)
+                torch.mm(self.weight[classes, :num_rows].clone(), self.layer.input, out=self.weight[classes])
+        weight = None if self.weight is None else self.weight.to(self.layer.weight.dtype)
+        bias = None if self.bias is None or self.layer.bias is None else self.bias.to(self.layer.bias.dtype)
+        return self.input, weight, bias
+
+
+class HalfLayerGradients(LayerGradients):
+    """The same by products that take half precision; the factor of the upstream gradient is multiplied to their results."""
+
+    def __init__(self, layer: Layer, wanted: Sequence[bool], sums_input: bool, factor: Tensor) -> None:
+        super().__init__(layer, wanted, sums_input)
+        self.factor = factor
+        self.gradient = torch.empty_like(self.workspace, dtype=layer.input.dtype)
+        kept = torch.ones(layer.shape[1], device=factor.device) if layer.bias is None else (layer.bias != -torch.inf).float()
+        self.kept = kept  # 1 for the classes that are in the row
+        self.sum_weight = layer.times_weight(kept.to(layer.input.dtype).unsqueeze(0))  # (1, D)
+        self.dense_input = factor.new_zeros(layer.input.shape[1])
+        self.dense = factor.new_zeros(())
+
+    def add_from_logits(
+        self, rows: slice, tile: Tensor, target: Tensor, whole: shards.Part, grads: shards.Grads, kernels: Any, weight: Tensor | None
+    ) -> None:
+        """The gradient of the logits, which are O(1), in half precision; without ``g_a / K``, which every class of a row has."""
+        g_l, g_e, g_a = shards.of_three(grads, whole)
+        dense = torch.where(whole.num_classes == 0, 0.0, g_a / whole.num_classes.clamp(min=1))
+        sparse: shards.Grads = [g_l + g_a, g_e, None, None, None, None, grads[6]]
+        gradient = shards.gradient_of(tile, target, weight, whole, sparse, kernels, self.gradient[: len(tile)])
+        on_target = torch.where(whole.num_classes == 0, 0.0, g_l) - dense
+        here = (target >= 0).unsqueeze(-1)
+        at = target.clamp(min=0).unsqueeze(-1)
+        if gradient.shape[1]:
+            gradient.scatter_(1, at, torch.where(here, on_target.unsqueeze(-1).to(gradient.dtype), gradient.gather(1, at)))
+        x = self.layer.input[rows]
+        if self.input is not None:
+            product = self.layer.times_weight(gradient).addr_(dense, self.sum_weight[0])
+            self.input[rows] = product * self.factor
+        if self.bias is not None:
+            self.bias += gradient.sum(0, dtype=self.bias.dtype)
+            self.dense += dense.sum()
+        if self.weight is not None:
+            _add_product(gradient.t(), x, self.weight, int(rows.start > 0))
+            self.dense_input += dense @ x.to(dense.dtype)
+
+    def finish(self) -> Gradients:
+        if self.weight is not None:
+            self.weight.addr_(self.kept, self.dense_input).mul_(self.factor)
+        if self.bias is not None:
+            self.bias.add_(self.kept * self.dense).mul_(self.factor)
+        return super().finish()

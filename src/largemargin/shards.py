@@ -1,0 +1,284 @@
+"""Rows whose classes are split over ranks: their statistics, for one all-gather of six numbers a row.
+
+Each rank has the logits of some classes, in the order of the ranks. It sums up its own (a :class:`.rowstats.Record`), the records and the
+target's logit go around once, and every rank merges all of them alike: so all have the same statistics, bit for bit, and whatever loss is
+made of them. The gradient of a rank's logits needs nothing but these statistics: the backward pass is local.
+"""
+
+from __future__ import annotations  # there are builds of torch without process groups
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import _checks
+from ._backends import ladder
+from ._backends.ladder import Backend
+from .rowstats import (
+    ELSEWHERE,
+    IGNORED,
+    Record,
+    RowStats,
+    accumulation_dtype,
+    finish,
+    merge_stacked,
+    nontargets,
+    record,
+    row_stats_vjp,
+)
+
+
+class Shard(NamedTuple):
+    """The classes that this rank holds: ``size`` of ``num_classes``, from ``start`` on."""
+
+    group: dist.ProcessGroup
+    start: int
+    size: int
+    num_classes: int
+
+    def local(self, class_index: Tensor) -> Tensor:
+        """Indices of all classes as this rank sees them: an index of its own, ELSEWHERE, or IGNORED."""
+        index = class_index - self.start
+        here = (index >= 0) & (index < self.size)
+        return torch.where(class_index == IGNORED, IGNORED, torch.where(here, index, ELSEWHERE))
+
+    def own(self, weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """The weights of this rank's classes, of those of all; in the dtype that logits of ``dtype`` are computed in."""
+        return None if weight is None else weight[self.start : self.start + self.size].to(accumulation_dtype(dtype))
+
+
+def check_group(group: object) -> None:
+    if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise TypeError(
+            f"group must be a torch.distributed.ProcessGroup, got {_checks.describe(group)}; of a mesh pass mesh.get_group(), of all "
+            "ranks torch.distributed.group.WORLD"
+        )
+    if dist.get_rank(group) < 0:
+        raise ValueError("group must be one that this rank belongs to")
+
+
+def shard_of(
+    size: int, num_rows: int, group: dist.ProcessGroup, class_start: int | None, num_classes: int | None, device: torch.device
+) -> Shard:
+    """Where this rank's classes lie among all; where it is not said, by an all-gather of the sizes."""
+    check_group(group)
+    for name, value in (("class_start", class_start), ("num_classes", num_classes)):
+        if value is not None:
+            _checks.check_integer(name, value)
+    if class_start is not None and num_classes is not None:
+        if not 0 <= class_start <= class_start + size <= num_classes:
+            raise ValueError(
+                f"class_start={class_start} and the {size} classes of this rank must lie in num_classes={num_classes}; "
+                "class_start is the index of its first class"
+            )
+        return Shard(group, class_start, size, num_classes)
+    said = [num_rows, size, -1 if class_start is None else class_start, -1 if num_classes is None else num_classes]
+    rows, sizes, starts, totals = all_gather(torch.tensor(said, device=device), group).t().tolist()
+    # every rank sees what all have said: all raise, or none
+    check_same_rows(rows)
+    found = [0, *accumulate(sizes)][:-1]
+    if any(start not in (-1, place) for start, place in zip(starts, found, strict=True)):
+        raise ValueError(f"class_start is {starts} on the ranks of the group, but shards of {sizes} classes start at {found}")
+    if any(total not in (-1, sum(sizes)) for total in totals):
+        raise ValueError(f"num_classes is {totals} on the ranks of the group, but their shards have {sizes} classes, together {sum(sizes)}")
+    return Shard(group, found[dist.get_rank(group)], size, sum(sizes))
+
+
+def check_same_rows(num_rows: Sequence[int]) -> None:
+    if len(set(num_rows)) > 1:
+        raise ValueError(
+            f"input must have the same rows on all ranks of the group, got {list(num_rows)} of them; rows that are split over the ranks "
+            "are to be gathered first, with gather_rows"
+        )
+
+
+def all_gather(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """``values`` of every rank, stacked along a new first dimension."""
+    num_ranks = dist.get_world_size(group)
+    gathered = values.new_empty(num_ranks * values.numel())
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
+    with _exchange(group):
+        gather(gathered, values.reshape(-1), group=group)
+    return gathered.reshape(num_ranks, *values.shape)
+
+
+def all_reduce(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of ``values`` over the ranks, in place."""
+    with _exchange(group):
+        dist.all_reduce(values, group=group)
+    return values
+
+
+@contextmanager
+def _exchange(group: dist.ProcessGroup) -> Iterator[None]:
+    """Around a collective operation: its failure says what it means."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"rank {dist.get_rank()} lost the ranks {dist.get_process_group_ranks(group)} that share the classes: another of them has "
+            f"died, raised an error or called with other shapes; the first failure in the launcher's log names it ({error})"
+        ) from error
+
+
+class Part(NamedTuple):
+    """What a rank contributes to its rows: the record of its non-targets, the target's logit, and their class weights where asked for."""
+
+    max: Tensor
+    sum_exp: Tensor
+    sum_exp_z: Tensor
+    sum_z: Tensor
+    num_classes: Tensor
+    target_logit: Tensor  # -inf where the target is elsewhere
+    sum_weight: Tensor | None = None  # sum w_c
+    sum_weight_z: Tensor | None = None  # sum w_c z_c
+
+
+def part_of(logits: Tensor, target: Tensor, weight: Tensor | None, kernels: Any) -> Part:
+    """The part of logits (..., C) with local targets; ``weight`` (C,), or None."""
+    dtype = accumulation_dtype(logits.dtype)
+    if logits.shape[-1] == 0:
+        zero = torch.zeros(target.shape, dtype=dtype, device=logits.device)
+        nothing = torch.full_like(zero, -torch.inf)
+        return Part(nothing, zero, zero, zero, zero, nothing, *([] if weight is None else [zero, zero]))
+    target_logit = logits.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1).to(dtype)
+    target_logit = torch.where(target >= 0, target_logit, -torch.inf)
+    if kernels is None:
+        sums = record(nontargets(logits.to(dtype), target))
+    else:
+        stats, (m, sum_exp, mean_q_z) = kernels.row_stats(logits, target)
+        _, _, _, _, spread, count = stats
+        sums = Record(m, sum_exp, mean_q_z * sum_exp, (mean_q_z - spread) * count, count)
+    if weight is None:
+        return Part(*sums, target_logit)
+    others = nontargets(logits.to(dtype), target)
+    present = others != -torch.inf
+    z = torch.where(present, others - sums.max.unsqueeze(-1), 0.0)
+    return Part(*sums, target_logit, (present * weight).sum(-1), (z * weight).sum(-1))
+
+
+def merged(part: Part, target: Tensor, group: dist.ProcessGroup) -> Part:
+    """The parts of all ranks as one, the same on every rank."""
+    fields = torch.stack([field for field in part if field is not None])
+    empty = fields.new_tensor([-torch.inf, 0, 0, 0, 0, -torch.inf, 0, 0])[: len(fields)]
+    fields = torch.where(target == IGNORED, empty.reshape(-1, *[1] * target.dim()), fields)
+    gathered = all_gather(fields, group).unbind(1)
+    whole = merge_stacked(Record(*gathered[:5]))
+    target_logit = gathered[5].amax(0)
+    if len(gathered) == 6:
+        return Part(*whole, target_logit)
+    d = torch.where(gathered[4] == 0, 0.0, gathered[0] - whole.max)
+    return Part(*whole, target_logit, gathered[6].sum(0), (gathered[7] + d * gathered[6]).sum(0))
+
+
+Grads = list[Tensor | None]  # with respect to the fields that `finished` returns
+
+
+def of_three(grads: Grads, like: Part) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of log_odds, neg_entropy and mean_log_q, with that of their difference spread in the last two."""
+    g_l, g_e, g_a, _, g_spread = (torch.zeros_like(like.max) if grad is None else grad for grad in grads[:5])
+    return g_l, g_e + g_spread, g_a - g_spread
+
+
+class SplitStats(NamedTuple):
+    """The statistics of rows that may be split; of the fields of RowStats rho carries no gradient."""
+
+    stats: RowStats
+    # of the non-targets, for label smoothing with class weights: sum w_c and sum w_c log q_c
+    sum_weight: Tensor | None
+    weighted_log_q: Tensor | None
+
+    @staticmethod
+    def of(fields: Sequence[Tensor], sum_weight: Tensor | None) -> SplitStats:
+        """From the fields that :func:`finished` returns."""
+        return SplitStats(RowStats(*fields[:6]), sum_weight, fields[6] if len(fields) > 6 else None)
+
+
+def finished(whole: Part, target: Tensor) -> list[Tensor]:
+    """The fields of RowStats and, where weights were asked for, ``sum w_c log q_c``; 0 in ignored rows."""
+    stats = finish(Record(*whole[:5]), whole.target_logit)
+    fields = list(stats)
+    if whole.sum_weight is not None and whole.sum_weight_z is not None:
+        fields.append(whole.sum_weight_z - whole.sum_weight * stats.rho)
+    return [torch.where(target == IGNORED, 0.0, field) for field in fields]
+
+
+def gradient_of(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    whole: Part,
+    grads: Grads,
+    kernels: Any,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The gradient of a rank's logits (..., C), from those of the fields that :func:`finished` returns; in ``out`` if that is given."""
+    if logits.shape[-1] == 0:
+        return torch.zeros_like(logits) if out is None else out
+    of_weights = grads[6] if len(grads) > 6 else None
+    extra = None
+    if of_weights is not None and weight is not None and whole.sum_weight is not None:
+        others = nontargets(logits.to(whole.max.dtype), target)
+        present = others != -torch.inf
+        q = torch.where(present, (others - whole.max.unsqueeze(-1)).exp() / whole.sum_exp.unsqueeze(-1), 0.0)
+        extra = of_weights.unsqueeze(-1) * (present * weight - whole.sum_weight.unsqueeze(-1) * q)
+    plain = all(grad is None or ladder.is_plain_gradient(grad) for grad in grads)
+    gradient: Tensor
+    if kernels is None or not plain or not ladder.is_plain(logits) or logits.dtype not in kernels.DTYPES:
+        gradient = row_stats_vjp(logits, target, grads[:5], Record(*whole[:5]))
+        if extra is not None:
+            gradient = (gradient + extra).to(logits.dtype)
+        return gradient if out is None else out.copy_(gradient)
+    mean_q_z = whole.sum_exp_z / torch.where(whole.num_classes == 0, 1.0, whole.sum_exp)
+    state = torch.stack([whole.max, whole.sum_exp, mean_q_z])
+    gradient = kernels.row_stats_backward(logits, target, whole.num_classes, state, [*grads[:3], None, grads[4]], out)
+    if extra is not None:
+        gradient += extra
+    return gradient
+
+
+def once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For the backward pass of a function that has no second one, which would need the other ranks."""
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("a loss of classes split over ranks cannot be differentiated twice: create_graph=True is not supported")
+        return backward(ctx, *grads)
+
+    return checked
+
+
+class _StatsOfShard(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, group: dist.ProcessGroup, kernels: Any
+    ) -> tuple[Tensor, ...]:
+        whole = merged(part_of(logits, target, weight, kernels), target, group)
+        fields = finished(whole, target)
+        ctx.kernels = kernels
+        ctx.save_for_backward(logits, target, weight, *whole)
+        constants = [fields[3], fields[5]] if whole.sum_weight is None else [fields[3], fields[5], whole.sum_weight]
+        ctx.mark_non_differentiable(*constants)
+        ctx.set_materialize_grads(False)
+        return *fields, *constants[2:]
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        logits, target, weight, *whole = ctx.saved_tensors
+        gradient = gradient_of(logits, target, weight, Part(*whole), list(grads[:7]), ctx.kernels)
+        return gradient, None, None, None, None
+
+
+def stats_of_shard(logits: Tensor, target: Tensor, weight: Tensor | None, group: dist.ProcessGroup, backend: Backend | None) -> SplitStats:
+    """The statistics of rows (..., C) of this rank's logits with local targets; ``weight`` (C,) where it is to be summed up."""
+    kernels = ladder.kernels(logits, backend) if logits.shape[-1] else None
+    fields = _StatsOfShard.apply(logits, target, weight, group, kernels)
+    return SplitStats.of(fields[:7] if weight is not None else fields, fields[7] if weight is not None else None)

@@ -1,0 +1,379 @@
+"""What the ranks of a test do: each function runs in a process of its own, on every rank of ``group``."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from largemargin import (
+    ClassParallelLinear,
+    LargeMarginCrossEntropyLoss,
+    gather_rows,
+    large_margin_cross_entropy,
+    layer,
+    sharded_large_margin_cross_entropy,
+    sharded_linear_large_margin_cross_entropy,
+)
+from measure import assert_within
+
+
+class Rows:
+    """The same rows on every rank: logits (N, C, *inner), some masked, targets over all classes, one row ignored."""
+
+    def __init__(self, num_classes: int, rows: int = 6, inner: tuple[int, ...] = (), dtype: torch.dtype = torch.float64) -> None:
+        rng = torch.Generator().manual_seed(num_classes)
+        self.logits = (3 * torch.randn(rows, num_classes, *inner, generator=rng, dtype=torch.float64)).to(dtype)
+        self.target = torch.arange(rows).reshape(-1, *[1] * len(inner)).expand(rows, *inner) * 5 % num_classes
+        self.target = self.target.contiguous()
+        self.weight = torch.rand(num_classes, generator=rng, dtype=torch.float64) + 0.1
+        if rows > 1:
+            self.target[1] = -100
+        if num_classes > 4:
+            self.logits[2, num_classes // 2] = -torch.inf
+        self.upstream = torch.randn(self.target.shape, generator=rng, dtype=torch.float64)
+
+
+def bounds(group: dist.ProcessGroup, sizes: tuple[int, ...]) -> slice:
+    rank = dist.get_rank(group)
+    return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+
+
+def loss_and_gradient(function: object, leaf: Tensor, upstream: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+    leaf = leaf.detach().clone().requires_grad_()
+    loss = function(leaf, **options)
+    loss.backward(upstream if loss.dim() else upstream.flatten()[0].to(loss.dtype))
+    return loss.detach(), leaf.grad
+
+
+def equals_whole(group: dist.ProcessGroup, sizes: tuple[int, ...], inner: tuple[int, ...], weighted: bool, options: dict) -> Tensor:
+    """The loss and its gradient are those of the whole logits; returns the loss."""
+    rows, classes = Rows(sum(sizes), inner=inner), bounds(group, sizes)
+    rows.target[rows.target == -100] = options.get("ignore_index", -100)
+    options = {**options, "weight": rows.weight if weighted else None}
+
+    def whole(logits: Tensor) -> Tensor:
+        return large_margin_cross_entropy(logits, rows.target, **options, backend="reference")
+
+    def split(logits: Tensor) -> Tensor:
+        return sharded_large_margin_cross_entropy(logits, rows.target, group=group, **options)
+
+    expected, gradient = loss_and_gradient(whole, rows.logits, rows.upstream)
+    loss, mine = loss_and_gradient(split, rows.logits[:, classes], rows.upstream)
+    assert_within(loss, expected, 16 + expected.abs(), 4)
+    assert mine.shape == rows.logits[:, classes].shape
+    assert_within(mine, gradient[:, classes], 16, 4)
+    return loss
+
+
+def by_kernels(group: dist.ProcessGroup, sizes: tuple[int, ...], inner: tuple[int, ...], dtype: torch.dtype, options: dict) -> Tensor:
+    """In lower precision, within roundings of float64; returns the loss."""
+    rows, classes = Rows(sum(sizes), 8, inner, dtype), bounds(group, sizes)
+
+    def whole(logits: Tensor) -> Tensor:
+        return large_margin_cross_entropy(logits, rows.target, **options, backend="reference")
+
+    def split(logits: Tensor) -> Tensor:
+        return sharded_large_margin_cross_entropy(logits, rows.target, group=group, **options)
+
+    expected, gradient = loss_and_gradient(whole, rows.logits.double(), rows.upstream)
+    loss, mine = loss_and_gradient(split, rows.logits[:, classes], rows.upstream.float())
+    assert loss.dtype == torch.float32 and mine.dtype == dtype
+    assert_within(loss, expected, 16 + expected.abs(), 4)
+    assert_within(
+        mine,
+        gradient[:, classes],
+        16 if dtype == torch.float32 else gradient[:, classes].abs() + torch.finfo(torch.float32).eps * 16 / torch.finfo(dtype).eps,
+        4,
+    )
+    return loss
+
+
+def equals_whole_as_dtensor(group: dist.ProcessGroup, mesh_shape: tuple[int, ...], places: tuple[str, ...], options: dict) -> Tensor:
+    """The loss of a DTensor is that of its full tensor, whichever way it is sharded: over "rows", "classes", "inner", or not."""
+    mesh = init_device_mesh("cpu", mesh_shape)
+    rows = Rows(10, 5, (3,))
+    of = {"rows": Shard(0), "classes": Shard(1), "inner": Shard(-1), "": Replicate(), "sum": Replicate()}
+    logits = distribute_tensor(rows.logits, mesh, [of[place] for place in places]).requires_grad_()
+    computed = logits * 1
+    if "sum" in places:
+        parts = [Partial() if place == "sum" else of[place] for place in places]
+        halves = computed.to_local(grad_placements=parts) / mesh.size(places.index("sum"))
+        computed = DTensor.from_local(halves, mesh, parts)
+    weight = rows.weight if options.pop("weighted", False) else None
+
+    def whole(logits: Tensor) -> Tensor:
+        return large_margin_cross_entropy(logits, rows.target, weight, **options, backend="reference")
+
+    loss = large_margin_cross_entropy(computed, rows.target, weight, **options)
+    assert isinstance(loss, DTensor)
+    (loss * distribute_tensor(rows.upstream, mesh, loss.placements) if loss.dim() else loss * rows.upstream.flatten()[0]).sum().backward()
+    expected, gradient = loss_and_gradient(whole, rows.logits, rows.upstream)
+    assert_within(loss.full_tensor(), expected, 16 + expected.abs(), 4)
+    assert_within(logits.grad.full_tensor(), gradient, 16, 4)
+    return loss.full_tensor().detach()
+
+
+def under_tensor_parallelism(group: dist.ProcessGroup) -> None:
+    """A classifier whose columns torch has spread: the loss module takes its logits as they come."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.Tanh(), torch.nn.Linear(6, 11)).double()
+    input, target = torch.randn(7, 5, dtype=torch.float64), torch.arange(7)
+    criterion = LargeMarginCrossEntropyLoss(label_smoothing=0.1)
+    criterion(model(input), target).backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(group),))
+    parallelize_module(model[2], mesh, ColwiseParallel(use_local_output=False))
+    criterion(model(input), target).backward()
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        found = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+        assert_within(found, gradient, 4, 4)
+
+
+class Features:
+    """A linear problem, the same on every rank: features (N, D), a classifier (C, D) with bias, targets, one row ignored."""
+
+    def __init__(self, num_classes: int, rows: int, width: int, dtype: torch.dtype = torch.float64) -> None:
+        rng = torch.Generator().manual_seed(num_classes)
+        self.input = torch.randn(rows, width, generator=rng, dtype=torch.float64).to(dtype)
+        self.linear_weight = torch.randn(num_classes, width, generator=rng, dtype=torch.float64).to(dtype)
+        self.linear_bias = torch.randn(num_classes, generator=rng, dtype=torch.float64).to(dtype)
+        self.target = torch.arange(rows) * 5 % num_classes
+        self.weight = torch.rand(num_classes, generator=rng, dtype=torch.float64) + 0.1
+        if rows > 1:
+            self.target[1] = -100
+        if num_classes > 4:
+            self.linear_bias[num_classes // 2] = -torch.inf
+        self.upstream = torch.randn(rows, generator=rng, dtype=torch.float64)
+
+
+def linear_equals_whole(
+    group: dist.ProcessGroup, sizes: tuple[int, ...], shape: tuple[int, int], tile: int, weighted: bool, needed: tuple, options: dict
+) -> Tensor:
+    """Loss and gradients are those of the whole classifier; ``needed``: by rank, which of features and classifier are not frozen."""
+    layer.TILE = tile
+    problem, classes = Features(sum(sizes), *shape), bounds(group, sizes)
+    options = {**options, "weight": problem.weight if weighted else None}
+    leaves = [t.clone().requires_grad_() for t in (problem.input, problem.linear_weight, problem.linear_bias)]
+    expected = large_margin_cross_entropy(torch.nn.functional.linear(*leaves), problem.target, **options, backend="reference")
+    upstream = problem.upstream if expected.dim() else torch.tensor(-0.7, dtype=torch.float64)
+    truth = torch.autograd.grad(expected, leaves, upstream)
+
+    mine = [problem.input.clone(), problem.linear_weight[classes].clone(), problem.linear_bias[classes].clone()]
+    need = needed[dist.get_rank(group) % len(needed)]
+    for leaf, wanted in zip(mine, (need[0], need[1], need[1]), strict=True):
+        leaf.requires_grad_(wanted)
+    loss = sharded_linear_large_margin_cross_entropy(mine[0], mine[1], problem.target, group=group, linear_bias_shard=mine[2], **options)
+    assert_within(loss, expected.detach(), 64 + expected.detach().abs(), 4)
+    if any(need):
+        loss.backward(upstream)
+    for leaf, gradient in zip(mine, (truth[0], truth[1][classes], truth[2][classes]), strict=True):
+        assert (leaf.grad is not None) == leaf.requires_grad
+        if leaf.grad is not None:
+            assert_within(leaf.grad, gradient, 64 + gradient.abs(), 4)
+    return loss.detach()
+
+
+def linear_by_kernels(group: dist.ProcessGroup, sizes: tuple[int, ...], tile: int, dtype: torch.dtype, reduction: str) -> Tensor:
+    layer.TILE = tile
+    problem, classes = Features(sum(sizes), 9, 4, dtype), bounds(group, sizes)
+    exact = [t.double().requires_grad_() for t in (problem.input, problem.linear_weight, problem.linear_bias)]
+    truth = large_margin_cross_entropy(torch.nn.functional.linear(*exact), problem.target, reduction=reduction, backend="reference")
+    expected = torch.autograd.grad(truth.sum(), exact)
+    mine = [t.clone().requires_grad_() for t in (problem.input, problem.linear_weight[classes], problem.linear_bias[classes])]
+    loss = sharded_linear_large_margin_cross_entropy(
+        mine[0], mine[1], problem.target, group=group, linear_bias_shard=mine[2], reduction=reduction
+    )
+    assert loss.dtype == torch.float32
+    assert_within(loss, truth.detach(), 32 + truth.detach().abs(), 4)
+    loss.sum().backward()
+    for leaf, gradient in zip(mine, (expected[0], expected[1][classes], expected[2][classes]), strict=True):
+        assert leaf.grad.dtype == dtype
+        single = torch.finfo(torch.float32).eps / torch.finfo(dtype).eps  # computed in float32, and rounded once
+        assert_within(leaf.grad, gradient, 16 * single + gradient.abs(), 4 if dtype == torch.float32 else 1)
+    return loss.detach()
+
+
+def every_pass_is_its_own(group: dist.ProcessGroup, reduction: str) -> None:
+    """Two passes with different upstream gradients, the first result unchanged; under checkpointing too; not twice differentiable."""
+    problem, classes = Features(10, 6, 3), bounds(group, (4, 6))
+    for function in ("linear", "logits"):
+        leaf = (problem.input if function == "linear" else problem.input @ problem.linear_weight.t()[:, classes]).requires_grad_()
+
+        def loss_of(leaf: Tensor, function: str = function) -> Tensor:
+            if function == "logits":
+                return sharded_large_margin_cross_entropy(leaf, problem.target, group=group, reduction=reduction).sum()
+            shard = problem.linear_weight[classes]
+            return sharded_linear_large_margin_cross_entropy(leaf, shard, problem.target, group=group, reduction=reduction).sum()
+
+        loss = loss_of(leaf)
+        (once,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+        kept = once.clone()
+        (thrice,) = torch.autograd.grad(loss * 3, leaf, retain_graph=True)
+        assert torch.equal(once, kept)
+        assert_within(thrice, 3 * once, 16, 2)
+        (again,) = torch.autograd.grad(checkpoint(loss_of, leaf, use_reentrant=False), leaf)
+        assert_within(again, once, 16, 2)
+        with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+            torch.autograd.grad(loss, leaf, create_graph=True)
+
+
+def refuses(group: dist.ProcessGroup) -> None:
+    """What is wrong on one rank alone is refused on all, so that none waits."""
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    logits, target = torch.randn(4, 3), torch.arange(4)
+
+    def refused(error: type[Exception], words: str, logits: Tensor = logits, target: Tensor = target, **options: object) -> None:
+        with pytest.raises(error, match=words):
+            sharded_large_margin_cross_entropy(logits, target, group=group, **options)
+
+    refused(
+        ValueError, f"class_start is .* but shards of \\[{', '.join(['3'] * world)}\\] classes start at", class_start=7 if rank else None
+    )
+    refused(ValueError, f"num_classes is .* together {3 * world}", num_classes=11 if rank else None)
+    refused(IndexError, "\\[0, 6\\)", target=target + 5)
+    refused(RuntimeError, "one entry for each of the 6 classes", weight=torch.ones(3))
+    refused(ValueError, "class_start=4 and the 3 classes", class_start=4, num_classes=6)
+    refused(ValueError, "weight.detach", weight=torch.ones(6, requires_grad=True), label_smoothing=0.1)
+    refused(RuntimeError, "class indices", target=torch.rand(4, 3))
+    refused(ValueError, "the same rows on all ranks of the group, got \\[4, 3\\]", logits=logits[rank:], target=target[rank:])
+    refused(ValueError, "lam", lam=-1.0)
+    features, classifier = torch.randn(4, 2, requires_grad=rank == 0), torch.randn(3, 2)
+    with pytest.raises(ValueError, match="either all ranks of the group need the gradient of input or none"):
+        sharded_linear_large_margin_cross_entropy(features, classifier, target, group=group, reduction="none")
+    assert sharded_large_margin_cross_entropy(logits, target, group=group).isfinite()  # and all go on
+
+
+class Network(torch.nn.Module):
+    def __init__(self, head: torch.nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.Tanh()).double()
+        self.head = head
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        if isinstance(self.head, ClassParallelLinear):
+            return self.head.loss(self.body(input), target)
+        return large_margin_cross_entropy(self.head(self.body(input)), target)
+
+
+def trained(
+    network: torch.nn.Module, batches: range, rows: slice | Tensor = slice(None), optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    optimizer = optimizer or torch.optim.SGD(network.parameters(), 0.1, momentum=0.9)
+    for batch in batches:
+        rng = torch.Generator().manual_seed(batch)
+        input, target = torch.randn(8, 5, generator=rng, dtype=torch.float64), torch.randint(11, (8,), generator=rng)
+        optimizer.zero_grad()
+        network(input[rows], target[rows]).backward()
+        optimizer.step()
+
+
+def whole_linear(head: ClassParallelLinear) -> torch.nn.Linear:
+    """The classifier of all ranks on each."""
+    state = {name: value.full_tensor() for name, value in head.state_dict().items()}
+    found = torch.nn.Linear(head.in_features, head.num_classes).to(state["weight"].dtype)
+    found.load_state_dict(state)
+    return found
+
+
+def head_equals_linear(group: dist.ProcessGroup) -> Tensor:
+    """Trained with features that need a gradient; its predictions; returns the initial classifier."""
+    torch.manual_seed(dist.get_rank(group))
+    head = ClassParallelLinear(6, 11, group=group, dtype=torch.float64)
+    linear = whole_linear(head)
+    initial = linear.weight.detach().clone()
+    split, one = Network(head), Network(linear)
+    trained(split, range(5))
+    trained(one, range(5))
+    for mine, truth in zip(split.body.parameters(), one.body.parameters(), strict=True):
+        assert_within(mine, truth.detach(), 1, 16)
+    input = torch.randn(7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    for mine, truth in zip(head.topk(input, 4), linear(input).topk(4), strict=True):
+        assert_within(mine.double(), truth.double().detach(), 1, 64)
+    # its logits, and the loss of them
+    leaf, truth = input.clone().requires_grad_(), input.clone().requires_grad_()
+    loss = sharded_large_margin_cross_entropy(head(leaf), torch.arange(7), group=group)
+    expected = large_margin_cross_entropy(linear(truth), torch.arange(7))
+    loss.backward()
+    expected.backward()
+    assert_within(leaf.grad, truth.grad, 1, 16)
+    # copies share the group; whole tensors can be loaded
+    other = copy.deepcopy(head)
+    assert other.group is head.group and other.weight is not head.weight
+    other.load_state_dict({"weight": initial, "bias": linear.bias.detach()})
+    assert torch.equal(whole_linear(other).weight.detach(), initial)
+    return initial
+
+
+def on_a_mesh(group: dist.ProcessGroup) -> None:
+    """Two ranks share the rows and split the classes, two such pairs split the batch: the network trains as on one device."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "classes"))
+    torch.manual_seed(0)
+    head = ClassParallelLinear(6, 11, group=mesh["classes"].get_group(), dtype=torch.float64)
+    one = Network(whole_linear(head))
+    split = DistributedDataParallel(Network(head), process_group=mesh["data"].get_group())
+    data = mesh["data"].get_local_rank()
+    trained(split, range(4), slice(4 * data, 4 * data + 4))
+    trained(one, range(4))
+    for mine, truth in zip(split.module.body.parameters(), one.body.parameters(), strict=True):
+        assert_within(mine, truth.detach(), 1, 16)
+    assert_within(whole_linear(head).weight, one.head.weight.detach(), 1, 16)
+
+
+def on_own_rows(group: dist.ProcessGroup) -> None:
+    """Every rank has rows of its own, gathers the features of all, and has some classes: the network trains as on one device."""
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    torch.manual_seed(0)
+    head = ClassParallelLinear(6, 11, group=group, dtype=torch.float64)
+    one, body = Network(whole_linear(head)), DistributedDataParallel(Network(head).body, process_group=group)
+
+    class Gathering(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = body, head
+
+        def forward(self, input: Tensor, target: Tensor) -> Tensor:
+            return head.loss(*gather_rows(body(input), target, group=group))
+
+    own = torch.arange(8).chunk(world)[rank]  # shares of different size, where 8 is no multiple
+    trained(Gathering(), range(4), own)
+    trained(one, range(4))
+    for mine, truth in zip(body.module.parameters(), one.body.parameters(), strict=True):
+        assert_within(mine, truth.detach(), 1, 16)
+    assert_within(whole_linear(head).weight, one.head.weight.detach(), 1, 16)
+
+
+def save(group: dist.ProcessGroup, folder: str) -> Tensor:
+    """Train, save, train on; returns the classifier."""
+    torch.manual_seed(0)
+    network = Network(ClassParallelLinear(6, 11, group=group, dtype=torch.float64))
+    optimizer = torch.optim.AdamW(network.parameters(), 0.1)
+    network.head.shard_state_of(optimizer)
+    trained(network, range(3), optimizer=optimizer)
+    model, state = get_state_dict(network, optimizer)
+    dcp.save({"model": model, "optimizer": state}, checkpoint_id=folder, process_group=group)
+    trained(network, range(3, 6), optimizer=optimizer)
+    return whole_linear(network.head).weight.detach()
+
+
+def load(group: dist.ProcessGroup, folder: str) -> Tensor:
+    """Load what another number of ranks saved, and train on; returns the classifier."""
+    torch.manual_seed(1)
+    network = Network(ClassParallelLinear(6, 11, group=group, dtype=torch.float64))
+    optimizer = torch.optim.AdamW(network.parameters(), 0.1)
+    network.head.shard_state_of(optimizer)
+    model, state = get_state_dict(network, optimizer)
+    dcp.load({"model": model, "optimizer": state}, checkpoint_id=folder, process_group=group)
+    set_state_dict(network, optimizer, model_state_dict=model, optim_state_dict=state)
+    trained(network, range(3, 6), optimizer=optimizer)
+    return whole_linear(network.head).weight.detach()

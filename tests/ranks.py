@@ -1,0 +1,71 @@
+"""Four gloo processes that stay for a whole test session and run the functions of ``on_ranks``."""
+
+import datetime
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+WORLD = 4
+PATIENCE = 120  # seconds
+
+
+def _rank(rank: int, store: str, pipe: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    limit = datetime.timedelta(seconds=PATIENCE)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=limit)
+    groups = {size: dist.new_group(list(range(size))) for size in range(1, WORLD + 1)}
+    while (work := pipe.recv()) is not None:
+        function, size, arguments = work
+        try:
+            pipe.send((True, function(groups[size], *arguments)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+    dist.destroy_process_group()
+
+
+class Ranks:
+    """The processes; started when they are first needed, and anew after a failure, which may have left them waiting for each other."""
+
+    def __init__(self) -> None:
+        self.processes: list[Any] = []
+        self.pipes: list[Any] = []
+
+    def run(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What ``function(group, *arguments)`` returns on the first ``size`` ranks."""
+        if not self.processes:
+            self._start()
+        for pipe in self.pipes[:size]:
+            pipe.send((function, size, arguments))
+        failed = []
+        results = []
+        for rank, pipe in enumerate(self.pipes[:size]):
+            if not failed or pipe.poll(2):
+                done, result = pipe.recv() if pipe.poll(PATIENCE) else (False, "no answer")
+                results.append(result)
+                if not done:
+                    failed.append(f"rank {rank}: {result}")
+        if failed:
+            self.stop()
+            raise AssertionError("\n".join(failed))
+        return results
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        store = Path(tempfile.mkdtemp()) / "store"
+        for rank in range(WORLD):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_rank, args=(rank, str(store), theirs), daemon=True)
+            process.start()
+            self.processes.append(process)
+            self.pipes.append(ours)
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+        self.processes, self.pipes = [], []

@@ -1,0 +1,46 @@
+"""The example of a million classes, with fewer: it learns, goes on on another number of ranks, and ends when a rank dies."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.xdist_group("ranks")
+EXAMPLE = Path(__file__).parent.parent / "examples" / "million_classes.py"
+
+
+def started(ranks: int, *options: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(EXAMPLE), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_it_finds_more_than_before_and_goes_on_on_other_ranks(tmp_path):
+    found = []
+    for ranks in (3, 2):
+        output, _ = started(ranks, "--num-classes=3001", "--steps=12", f"--checkpoint={tmp_path}").communicate(timeout=120)
+        numbers = re.search(r"recall at 1 of 3001 classes: ([\d.]+)% before, ([\d.]+)% after", output)
+        assert numbers, output
+        found += [float(number) for number in numbers.groups()]
+    assert found[0] < 1 and found[1] == found[2] and found[0] < 30 < found[1] < found[3]
+
+
+def test_when_a_rank_is_killed_the_others_end_and_it_is_named():
+    process = started(3, "--num-classes=3001", "--steps=1000000")
+    lines, victim = [], None
+    while victim is None or "step" not in lines[-1]:
+        lines.append(process.stdout.readline())
+        assert lines[-1], "".join(lines)
+        if match := re.match(r"rank 1 of 3: process (\d+)", lines[-1]):
+            victim = int(match[1])
+    os.kill(victim, signal.SIGKILL)
+    killed = time.monotonic()
+    output, _ = process.communicate(timeout=60)
+    assert time.monotonic() - killed < 30
+    assert process.returncode != 0
+    root_cause = output[output.index("Root Cause") :]
+    assert re.search(r"rank +: 1 ", root_cause) and f"Signal 9 (SIGKILL) received by PID {victim}" in root_cause

@@ -1,0 +1,144 @@
+"""Classes split over ranks: the loss and its gradient are those of the whole logits, and every rank has the same."""
+
+import itertools
+
+import pytest
+import torch
+
+import on_ranks
+from largemargin import large_margin_cross_entropy, sharded_large_margin_cross_entropy
+from measure import assert_within, same_bits
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+# one rank; two alike; uneven ones, of which one holds a single class, the target of row 0; more ranks than classes; empty ones
+SIZES = ((7,), (4, 4), (1, 6, 3), (1, 1, 1, 0), (0, 5, 0), (2, 0, 1500, 3), (1,), (0, 1))
+OPTIONS = (
+    {},
+    {"lam": 0.0, "hard_bias": 1.0},
+    {"divergence": "kl_qu", "lam": 1.5, "label_smoothing": 0.2},
+    {"divergence": "kl_uq", "label_smoothing": 1.0, "ignore_index": 0},
+)
+
+
+def assert_same_everywhere(losses: list[torch.Tensor]) -> None:
+    assert all(same_bits(loss, losses[0]) for loss in losses)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_equals_the_whole_logits(ranks, sizes):
+    for reduction, weighted, options in itertools.product(("none", "sum", "mean"), (False, True), OPTIONS):
+        assert_same_everywhere(ranks.run(len(sizes), on_ranks.equals_whole, sizes, (), weighted, {**options, "reduction": reduction}))
+
+
+def test_equals_the_whole_logits_of_images(ranks):
+    for reduction, weighted in itertools.product(("none", "sum", "mean"), (False, True)):
+        options = {"reduction": reduction, "label_smoothing": 0.1}
+        assert_same_everywhere(ranks.run(3, on_ranks.equals_whole, (3, 0, 4), (2, 3), weighted, options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", [(4, 4), (1, 6, 3), (0, 1500, 2)], ids=str)
+def test_lower_precision_is_within_roundings_of_float64(ranks, sizes, dtype):
+    for inner in ((), (5,)):
+        for options in ({"reduction": "none"}, {"reduction": "mean", "label_smoothing": 0.1}):
+            assert_same_everywhere(ranks.run(len(sizes), on_ranks.by_kernels, sizes, inner, dtype, options))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "places"),
+    [
+        ((4,), ("classes",)),
+        ((4,), ("rows",)),
+        ((4,), ("",)),
+        ((2, 2), ("rows", "classes")),
+        ((2, 2), ("classes", "inner")),
+        ((2, 2), ("classes", "classes")),
+        ((2, 2), ("classes", "")),
+        ((2, 2), ("sum", "classes")),
+    ],
+    ids=str,
+)
+def test_dtensor_logits_take_their_classes_from_where_they_are(ranks, mesh, places):
+    for reduction, options in itertools.product(("none", "sum", "mean"), ({}, {"weighted": True, "label_smoothing": 0.1})):
+        assert_same_everywhere(ranks.run(4, on_ranks.equals_whole_as_dtensor, mesh, places, {**options, "reduction": reduction}))
+
+
+def test_a_classifier_under_tensor_parallelism(ranks):
+    ranks.run(4, on_ranks.under_tensor_parallelism)
+
+
+# the linear layer and its loss: in one tile, in several, and in the memory of the classifier's gradient
+
+BOTH = ((True, True),)
+
+
+@pytest.mark.parametrize(("shape", "tile"), [((6, 3), 2**20), ((6, 3), 8), ((4, 9), 8), ((0, 3), 8)], ids=str)
+@pytest.mark.parametrize("sizes", [(7,), (4, 4), (1, 6, 3), (1, 1, 1, 0), (0, 5, 0)], ids=str)
+def test_linear_equals_the_whole_classifier(ranks, sizes, shape, tile):
+    for reduction, weighted, options in itertools.product(("none", "sum", "mean"), (False, True), ({}, OPTIONS[2])):
+        losses = ranks.run(
+            len(sizes), on_ranks.linear_equals_whole, sizes, shape, tile, weighted, BOTH, {**options, "reduction": reduction}
+        )
+        assert_same_everywhere(losses)
+
+
+@pytest.mark.parametrize(
+    "needed",
+    [((True, False),), ((False, True),), ((False, False),), ((True, True), (False, True), (False, False)), ((False, False), (True, False))],
+    ids=str,
+)
+@pytest.mark.parametrize(("shape", "tile"), [((6, 3), 2**20), ((6, 3), 8), ((4, 9), 8)], ids=str)
+def test_a_rank_that_needs_no_gradient_still_contributes(ranks, needed, shape, tile):
+    assert_same_everywhere(ranks.run(3, on_ranks.linear_equals_whole, (2, 5, 3), shape, tile, False, needed, {}))
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tile", [2**20, 8])
+def test_linear_in_lower_precision_is_within_roundings_of_float64(ranks, tile, dtype, reduction):
+    assert_same_everywhere(ranks.run(3, on_ranks.linear_by_kernels, (2, 0, 9), tile, dtype, reduction))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_every_pass_is_the_gradient_of_its_own_upstream(ranks, reduction):
+    ranks.run(2, on_ranks.every_pass_is_its_own, reduction)
+
+
+def test_what_is_wrong_on_one_rank_is_refused_on_all(ranks):
+    ranks.run(2, on_ranks.refuses)
+
+
+def test_without_a_group_the_classes_here_are_all():
+    logits, target = torch.randn(4, 3), torch.tensor([0, 2, 1, -100])
+    loss = sharded_large_margin_cross_entropy(logits, target, group=None, class_start=0, num_classes=3)
+    assert same_bits(loss, large_margin_cross_entropy(logits, target))
+    with pytest.raises(ValueError, match="group=None means that the 3 classes here are all"):
+        sharded_large_margin_cross_entropy(logits, target, group=None, num_classes=6)
+    with pytest.raises(TypeError, match=r"group must be a .*ProcessGroup, got 'WORLD'"):
+        sharded_large_margin_cross_entropy(logits, target, group="WORLD")
+
+
+# the classifier as a module
+
+
+def test_a_head_trains_and_predicts_as_the_whole_classifier_and_starts_alike_on_any_number_of_ranks(ranks):
+    initial = [classifier for size in (1, 2, 3, 4) for classifier in ranks.run(size, on_ranks.head_equals_linear)]
+    assert all(same_bits(classifier, initial[0]) for classifier in initial)
+    assert len(initial[0].unique()) == initial[0].numel()
+
+
+def test_a_mesh_of_data_and_classes_trains_as_one_device(ranks):
+    ranks.run(4, on_ranks.on_a_mesh)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_rows_of_every_rank_train_as_one_batch(ranks, size):
+    ranks.run(size, on_ranks.on_own_rows)
+
+
+def test_a_checkpoint_of_four_ranks_goes_on_on_two_and_on_one(ranks, tmp_path):
+    expected = ranks.run(4, on_ranks.save, str(tmp_path))
+    for size in (2, 1, 3):
+        for classifier in ranks.run(size, on_ranks.load, str(tmp_path)):
+            assert_within(classifier, expected[0], 1, 64)
