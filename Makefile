@@ -43,6 +43,7 @@ bench: $(READY) ## time, memory and accuracy beside torch's cross-entropy: resul
 	$(BIN)/python benchmarks/memory_cpu.py
 	$(BIN)/python benchmarks/accuracy.py
 	$(BIN)/python benchmarks/linear_cpu.py
+	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/check_ratio.py --commit
 	$(BIN)/python benchmarks/report.py
 

@@ -106,9 +106,21 @@ def gpu_page(record: dict[str, Any]) -> str:
     rows = []
     for row in record["rows"]:
         found = [row["contestants"].get(name, {}) for name in names]
-        cells = [f"{one['ms']:.3g} ({one.get('peak MiB', 0)})" if "ms" in one else one.get("failed", "–") for one in found]
-        rows.append([shape_of(row), row["dtype"], *cells, f"{row['ours GB/s, of 3 touches']:.0f} of {row['copy GB/s']:.0f}"])
+        rows.append([shape_of(row), row["dtype"], *map(cell, found), f"{row['ours GB/s, of 3 touches']:.0f} of {row['copy GB/s']:.0f}"])
     return table(["logits", "dtype", *(f"{name}, ms (MiB)" for name in names), "GB/s of a copy's"], rows)
+
+
+def cell(found: dict[str, Any]) -> str:
+    return f"{found['ms']:.3g} ({found.get('peak MiB', 0)})" if "ms" in found else found.get("failed", "–")
+
+
+def gpu_linear_page(record: dict[str, Any]) -> str:
+    names = list(dict.fromkeys(name for row in record["rows"] for name in row["contestants"]))
+    rows = []
+    for row in record["rows"]:
+        shape = "×".join(map(str, row["rows, width, classes"]))
+        rows.append([shape, *(cell(row["contestants"].get(name, {})) for name in names), f"{row['ours / three products']:.2f}"])
+    return table(["rows×width×classes", *(f"{name}, ms (MiB)" for name in names), "ours / three products"], rows)
 
 
 def main() -> None:
@@ -152,6 +164,8 @@ def main() -> None:
         accuracy_page(accuracy),
         "## GPU",
     ]
+    if gpu_linear := load("gpu_linear"):
+        parts += [f"{gpu_linear['claim']} {machine(gpu_linear)}.", gpu_linear_page(gpu_linear)]
     if gpu:
         parts += [
             f"{gpu['claim']} {machine(gpu)}.",
@@ -160,8 +174,8 @@ def main() -> None:
         ]
     else:
         parts.append(
-            "Not measured yet: `python benchmarks/gpu.py` does it on a machine that has one. The Triton kernels have run on the CPU only,\n"
-            "interpreted, and are compiled (not run) for CUDA and ROCm by the tests."
+            "Not measured yet: `python benchmarks/gpu.py` and `gpu_linear.py` do it on a machine that has one. The Triton kernels have\n"
+            "run on the CPU only, interpreted, and are compiled (not run) for CUDA and ROCm by the tests."
         )
     PAGE.write_text("\n\n".join(parts) + "\n")
     print(PAGE.relative_to(ROOT), CHART.relative_to(ROOT))

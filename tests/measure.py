@@ -94,3 +94,15 @@ def call_or_error(function: Callable[..., Tensor], *args: object, **options: obj
         return function(*args, **options)
     except Exception as error:
         return error
+
+
+def peak_bytes(step: Callable[[], object]) -> int:
+    """The most memory that torch takes during a step (CPU)."""
+    held = peak = 0
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        step()
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak

@@ -1,6 +1,8 @@
 """What the ranks of a test do: each function runs in a process of its own, on every rank of ``group``."""
 
 import copy
+import os
+import signal
 
 import pytest
 import torch
@@ -22,8 +24,9 @@ from largemargin import (
     layer,
     sharded_large_margin_cross_entropy,
     sharded_linear_large_margin_cross_entropy,
+    shards,
 )
-from measure import assert_within
+from measure import assert_within, peak_bytes
 
 
 class Rows:
@@ -377,3 +380,65 @@ def load(group: dist.ProcessGroup, folder: str) -> Tensor:
     set_state_dict(network, optimizer, model_state_dict=model, optim_state_dict=state)
     trained(network, range(3, 6), optimizer=optimizer)
     return whole_linear(network.head).weight.detach()
+
+
+def traffic(group: dist.ProcessGroup, weighted: bool) -> None:
+    """One all-gather of six numbers a row (eight with weights and smoothing), and one all-reduce of the gradient of the features."""
+    calls: list[tuple[str, int]] = []
+    problem, classes, rank = Features(10, 6, 3, torch.float32), bounds(group, (4, 6)), dist.get_rank(group)
+    options = {"weight": problem.weight, "label_smoothing": 0.1} if weighted else {}
+    given = {"group": group, "class_start": 4 * rank, "num_classes": 10, **options}
+    of_rows = ("all_gather", 6 * (8 if weighted else 6))
+
+    def counted(name: str) -> object:
+        original = getattr(shards, name)
+
+        def call(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+            calls.append((name, values.numel()))
+            return original(values, group)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_gather", "all_reduce"):
+            patch.setattr(shards, name, counted(name))
+        logits = (problem.input @ problem.linear_weight[classes].t()).requires_grad_()
+        sharded_large_margin_cross_entropy(logits, problem.target, **given).backward()
+        assert calls == [of_rows]
+        calls.clear()
+        for frozen in (False, True):
+            leaf, shard = problem.input.clone().requires_grad_(not frozen), problem.linear_weight[classes].clone().requires_grad_()
+            sharded_linear_large_margin_cross_entropy(leaf, shard, problem.target, **given).backward()
+            assert calls == [("all_gather", 2), of_rows, *([] if frozen else [("all_reduce", 6 * 3)])]
+            calls.clear()
+
+
+def memory(group: dist.ProcessGroup) -> None:
+    """A rank holds its gradients and a tile; not the logits of its classes."""
+    layer.TILE = 20_000
+    rng = torch.Generator().manual_seed(0)
+    input, target = torch.randn(400, 16, generator=rng), torch.randint(8000, (400,), generator=rng)
+    shard = torch.randn(4000, 16, generator=rng)
+    for needed in ((True, True), (False, True), (False, False)):
+        leaves = [leaf.detach().clone().requires_grad_(need) for leaf, need in zip((input, shard), needed, strict=True)]
+
+        def step(leaves: list[Tensor] = leaves, needed: tuple[bool, bool] = needed) -> None:
+            loss = sharded_linear_large_margin_cross_entropy(*leaves, target, group=group)
+            if any(needed):
+                loss.backward()
+
+        gradients = sum(leaf.nbytes for leaf in leaves if leaf.requires_grad)
+        assert peak_bytes(step) < gradients + 4 * 20_000 + 200_000  # the logits would take 6,400,000
+
+
+def loses_a_rank(group: dist.ProcessGroup) -> str:
+    """What a survivor says when another rank dies in the middle of its work."""
+    problem, classes = Features(10, 6, 3), bounds(group, (4, 3, 3))
+    for step in range(10**6):
+        if step == 5 and dist.get_rank(group) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            sharded_linear_large_margin_cross_entropy(problem.input, problem.linear_weight[classes], problem.target, group=group)
+        except RuntimeError as error:
+            return str(error)
+    return "nothing happened"

@@ -36,8 +36,8 @@ class Ranks:
         self.processes: list[Any] = []
         self.pipes: list[Any] = []
 
-    def run(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What ``function(group, *arguments)`` returns on the first ``size`` ranks."""
+    def run(self, size: int, function: Callable[..., Any], *arguments: Any, may_die: tuple[int, ...] = ()) -> list[Any]:
+        """What ``function(group, *arguments)`` returns on the first ``size`` ranks; ``"died"`` on those that may and did."""
         if not self.processes:
             self._start()
         for pipe in self.pipes[:size]:
@@ -46,7 +46,10 @@ class Ranks:
         results = []
         for rank, pipe in enumerate(self.pipes[:size]):
             if not failed or pipe.poll(2):
-                done, result = pipe.recv() if pipe.poll(PATIENCE) else (False, "no answer")
+                try:
+                    done, result = pipe.recv() if pipe.poll(PATIENCE) else (False, "no answer")
+                except EOFError:
+                    done, result = rank in may_die, "died"
                 results.append(result)
                 if not done:
                     failed.append(f"rank {rank}: {result}")
@@ -62,6 +65,7 @@ class Ranks:
             ours, theirs = context.Pipe()
             process = context.Process(target=_rank, args=(rank, str(store), theirs), daemon=True)
             process.start()
+            theirs.close()  # so that the end of the process is the end of its pipe
             self.processes.append(process)
             self.pipes.append(ours)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from largemargin import LinearLargeMarginCrossEntropyLoss, large_margin_cross_entropy, layer, linear_large_margin_cross_entropy
 from largemargin import fused as kernels
-from measure import assert_within, compiles, same_bits
+from measure import assert_within, compiles, peak_bytes, same_bits
 
 # one chunk, a few of several rows, one row a chunk; with few rows and many classes the logits stand in the gradient of the classifier
 TILES = (2**20, 100, 1)
@@ -220,17 +220,6 @@ def test_no_rows_or_all_ignored(rows, reduction, tile):
 # what is frozen costs nothing: sharp case 23
 
 
-def peak_bytes(step) -> int:
-    held = peak = 0
-    with torch.profiler.profile(profile_memory=True) as profiler:
-        step()
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
-
-
 @pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True), (False, False)], ids=str)
 def test_case_23_memory_is_that_of_the_gradients_that_are_wanted_and_a_tile(needed, monkeypatch, rng):
     monkeypatch.setattr(layer, "TILE", 20_000)
@@ -332,42 +321,58 @@ def test_compiled_code_computes_the_same(rng):
 # products of half precision, as on a GPU; here they are made by the CPU, in float32 of the rounded numbers
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore:overflow:RuntimeWarning")
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-@pytest.mark.parametrize(("backend", "tile"), [(None, 100), ("triton", 2**20), ("reference", 100)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_products_cost_the_rounding_of_their_factors(dtype, backend, tile, reduction, monkeypatch, rng):
-    monkeypatch.setattr(layer, "TILE", tile)
+@pytest.fixture
+def half_products(monkeypatch):
     monkeypatch.setattr(layer.Layer, "is_half", property(lambda self: self.input.dtype == self.weight.dtype != torch.float32))
     monkeypatch.setattr(kernels, "applies", lambda *_: False)
+
+
+def assert_half_products(dtype, backend, reduction, rng, device="cpu") -> None:
     problem = Problem((33, 3, 50), rng, torch.float32)
     problem.linear_bias[7] = -torch.inf
     problem.target[problem.target == 7] = 8
-    leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in problem.leaves()]
-    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    leaves = [leaf.detach().to(device, dtype).requires_grad_() for leaf in problem.leaves()]
+    exact = [leaf.detach().cpu().double().requires_grad_() for leaf in leaves]
     weight = torch.rand(50, generator=rng)
     for options in ({}, {"weight": weight, "label_smoothing": 0.1}, {"divergence": "kl_uq", "lam": 2.0}):
+        on_device = {name: value.to(device) if torch.is_tensor(value) else value for name, value in options.items()}
         loss = linear_large_margin_cross_entropy(
-            leaves[0], leaves[1], problem.target, linear_bias=leaves[2], reduction=reduction, backend=backend, **options
+            leaves[0], leaves[1], problem.target.to(device), linear_bias=leaves[2], reduction=reduction, backend=backend, **on_device
         )
         logits = F.linear(*exact)
         truth = large_margin_cross_entropy(logits, problem.target, reduction=reduction, **options)
-        assert_within(loss, truth.detach(), 64 + truth.detach().abs(), 4)
+        assert_within(loss.cpu(), truth.detach(), 64 + truth.detach().abs(), 4)
         upstream = torch.randn(truth.shape, generator=rng, dtype=torch.float64) / 1024
-        got = torch.autograd.grad(loss, leaves, upstream.float())
+        got = torch.autograd.grad(loss, leaves, upstream.float().to(device))
         of_logits, *expected = torch.autograd.grad(truth, [logits, *exact], upstream)
         smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
         # a factor and, with class weights, a sum; they are rounded before they are multiplied by the upstream gradient
         rounded = 2.2 * torch.finfo(dtype).eps * of_logits.abs() + smallest * upstream.abs().max()
         bounds = (rounded @ exact[1].detach().abs(), rounded.t() @ exact[0].detach().abs(), rounded.sum(0))
         for found, true, bound in zip(got, expected, bounds, strict=True):
-            assert ((found.double() - true).abs() <= bound + 0.51 * torch.finfo(dtype).eps * true.abs() + smallest).all()
+            assert ((found.cpu().double() - true).abs() <= bound + 0.51 * torch.finfo(dtype).eps * true.abs() + smallest).all()
 
 
-def test_what_all_classes_share_survives_float16(monkeypatch, rng):
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize(("backend", "tile"), [(None, 100), ("triton", 2**20), ("reference", 100)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_products_cost_the_rounding_of_their_factors(dtype, backend, tile, reduction, half_products, monkeypatch, rng):
+    monkeypatch.setattr(layer, "TILE", tile)
+    assert_half_products(dtype, backend, reduction, rng)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("tile", [2**20, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_products_of_a_gpu(dtype, tile, reduction, monkeypatch, rng):
+    monkeypatch.setattr(layer, "TILE_OF_GPU", tile)
+    assert_half_products(dtype, None, reduction, rng, "cuda")
+
+
+def test_what_all_classes_share_survives_float16(half_products, rng):
     """The divergence moves each of 20,000 classes by 4e-8 in every row: less than the least float16."""
-    monkeypatch.setattr(layer.Layer, "is_half", property(lambda self: self.input.dtype == self.weight.dtype != torch.float32))
-    monkeypatch.setattr(kernels, "applies", lambda *_: False)
     input, linear_weight = (torch.randn(n, 4, generator=rng).half().requires_grad_() for n in (400, 20_000))
     target = torch.randint(100, (400,), generator=rng)
     loss = linear_large_margin_cross_entropy(input, linear_weight, target, divergence="kl_uq")
@@ -379,9 +384,7 @@ def test_what_all_classes_share_survives_float16(monkeypatch, rng):
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("rows", [0, 4])
-def test_half_products_of_no_rows_or_ignored_ones_give_zero(rows, reduction, monkeypatch):
-    monkeypatch.setattr(layer.Layer, "is_half", property(lambda self: True))
-    monkeypatch.setattr(kernels, "applies", lambda *_: False)
+def test_half_products_of_no_rows_or_ignored_ones_give_zero(rows, reduction, half_products):
     leaves = [torch.ones(n, 3).bfloat16().requires_grad_() for n in (rows, 5)]
     loss = linear_large_margin_cross_entropy(*leaves, torch.full((rows,), -100), reduction=reduction)
     assert all((gradient == 0).all() for gradient in torch.autograd.grad(loss.sum(), leaves))

@@ -1,6 +1,7 @@
 """Classes split over ranks: the loss and its gradient are those of the whole logits, and every rank has the same."""
 
 import itertools
+import time
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 import on_ranks
 from largemargin import large_margin_cross_entropy, sharded_large_margin_cross_entropy
 from measure import assert_within, same_bits
+from ranks import Ranks
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -142,3 +144,27 @@ def test_a_checkpoint_of_four_ranks_goes_on_on_two_and_on_one(ranks, tmp_path):
     for size in (2, 1, 3):
         for classifier in ranks.run(size, on_ranks.load, str(tmp_path)):
             assert_within(classifier, expected[0], 1, 64)
+
+
+# what it costs, and how it ends
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_one_gather_and_one_reduction(ranks, weighted):
+    ranks.run(2, on_ranks.traffic, weighted)
+
+
+def test_case_23_a_rank_holds_its_gradients_and_a_tile(ranks):
+    ranks.run(2, on_ranks.memory)
+
+
+def test_survivors_of_a_killed_rank_end_soon_and_say_why():
+    ranks, started = Ranks(), time.monotonic()
+    try:
+        first, dead, last = ranks.run(3, on_ranks.loses_a_rank, may_die=(1,))
+    finally:
+        ranks.stop()
+    assert time.monotonic() - started < 30
+    assert dead == "died"
+    for rank, said in ((0, first), (2, last)):
+        assert f"rank {rank} lost the ranks [0, 1, 2] that share the classes: another of them has died" in said
