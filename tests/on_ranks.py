@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 import signal
 
 import pytest
@@ -242,16 +243,17 @@ def refuses(group: dist.ProcessGroup) -> None:
     refused(
         ValueError, f"class_start is .* but shards of \\[{', '.join(['3'] * world)}\\] classes start at", class_start=7 if rank else None
     )
-    refused(ValueError, f"num_classes is .* together {3 * world}", num_classes=11 if rank else None)
+    refused(ValueError, "num_classes is .* but their shards have", num_classes=11 if rank else None)
+    refused(ValueError, "class_start is \\[0, 0\\].*start at \\[0, 3\\]", class_start=0, num_classes=6)
+    refused(ValueError, "target must be the same on all ranks", target=target + rank)
     refused(IndexError, "\\[0, 6\\)", target=target + 5)
     refused(RuntimeError, "one entry for each of the 6 classes", weight=torch.ones(3))
-    refused(ValueError, "class_start=4 and the 3 classes", class_start=4, num_classes=6)
     refused(ValueError, "weight.detach", weight=torch.ones(6, requires_grad=True), label_smoothing=0.1)
     refused(RuntimeError, "class indices", target=torch.rand(4, 3))
     refused(ValueError, "the same rows on all ranks of the group, got \\[4, 3\\]", logits=logits[rank:], target=target[rank:])
     refused(ValueError, "lam", lam=-1.0)
     features, classifier = torch.randn(4, 2, requires_grad=rank == 0), torch.randn(3, 2)
-    with pytest.raises(ValueError, match="either all ranks of the group need the gradient of input or none"):
+    with pytest.raises(ValueError, match="all ranks of the group have to need it"):
         sharded_linear_large_margin_cross_entropy(features, classifier, target, group=group, reduction="none")
     assert sharded_large_margin_cross_entropy(logits, target, group=group).isfinite()  # and all go on
 
@@ -305,7 +307,7 @@ def head_equals_linear(group: dist.ProcessGroup) -> Tensor:
         assert_within(mine.double(), truth.double().detach(), 1, 64)
     # its logits, and the loss of them
     leaf, truth = input.clone().requires_grad_(), input.clone().requires_grad_()
-    loss = sharded_large_margin_cross_entropy(head(leaf), torch.arange(7), group=group)
+    loss = large_margin_cross_entropy(head(leaf), torch.arange(7)).to_local()
     expected = large_margin_cross_entropy(linear(truth), torch.arange(7))
     loss.backward()
     expected.backward()
@@ -361,7 +363,7 @@ def save(group: dist.ProcessGroup, folder: str) -> Tensor:
     torch.manual_seed(0)
     network = Network(ClassParallelLinear(6, 11, group=group, dtype=torch.float64))
     optimizer = torch.optim.AdamW(network.parameters(), 0.1)
-    network.head.shard_state_of(optimizer)
+    network.head.register_optimizer(optimizer)
     trained(network, range(3), optimizer=optimizer)
     model, state = get_state_dict(network, optimizer)
     dcp.save({"model": model, "optimizer": state}, checkpoint_id=folder, process_group=group)
@@ -374,7 +376,7 @@ def load(group: dist.ProcessGroup, folder: str) -> Tensor:
     torch.manual_seed(1)
     network = Network(ClassParallelLinear(6, 11, group=group, dtype=torch.float64))
     optimizer = torch.optim.AdamW(network.parameters(), 0.1)
-    network.head.shard_state_of(optimizer)
+    network.head.register_optimizer(optimizer)
     model, state = get_state_dict(network, optimizer)
     dcp.load({"model": model, "optimizer": state}, checkpoint_id=folder, process_group=group)
     set_state_dict(network, optimizer, model_state_dict=model, optim_state_dict=state)
@@ -404,12 +406,12 @@ def traffic(group: dist.ProcessGroup, weighted: bool) -> None:
             patch.setattr(shards, name, counted(name))
         logits = (problem.input @ problem.linear_weight[classes].t()).requires_grad_()
         sharded_large_margin_cross_entropy(logits, problem.target, **given).backward()
-        assert calls == [of_rows]
+        assert calls == [("all_gather", 5), of_rows]  # the first on the CPU alone, where it costs no wait
         calls.clear()
         for frozen in (False, True):
             leaf, shard = problem.input.clone().requires_grad_(not frozen), problem.linear_weight[classes].clone().requires_grad_()
             sharded_linear_large_margin_cross_entropy(leaf, shard, problem.target, **given).backward()
-            assert calls == [("all_gather", 2), of_rows, *([] if frozen else [("all_reduce", 6 * 3)])]
+            assert calls == [("all_gather", 7), of_rows, *([] if frozen else [("all_reduce", 6 * 3)])]
             calls.clear()
 
 
@@ -442,3 +444,134 @@ def loses_a_rank(group: dist.ProcessGroup) -> str:
         except RuntimeError as error:
             return str(error)
     return "nothing happened"
+
+
+def compiled(group: dist.ProcessGroup) -> None:
+    """A compiled step breaks at the losses, and has their gradients."""
+    problem, classes = Features(10, 6, 3, torch.float32), bounds(group, (4, 6))
+
+    def step(input: Tensor, shard: Tensor) -> tuple[Tensor, Tensor]:
+        given = {"group": group, "class_start": classes.start, "num_classes": 10}
+        linear = sharded_linear_large_margin_cross_entropy(input * 2, shard, problem.target, **given)
+        return linear, sharded_large_margin_cross_entropy(input @ shard.t(), problem.target, **given)
+
+    results = []
+    for function in (step, *(torch.compile(step, backend=backend) for backend in ("eager", "aot_eager"))):
+        leaves = [problem.input.clone().requires_grad_(), problem.linear_weight[classes].clone().requires_grad_()]
+        linear, logits = function(*leaves)
+        (linear + logits).backward()
+        results.append([linear.detach(), logits.detach(), *(leaf.grad for leaf in leaves)])
+    for other in results[1:]:
+        for got, expected in zip(other, results[0], strict=True):
+            assert_within(got, expected.double(), 16, 4)
+
+
+def odd_passes(group: dist.ProcessGroup) -> None:
+    """Infinite upstream gradients, hooks that change dtypes, transforms."""
+    problem, classes = Features(10, 6, 3, torch.float32), bounds(group, (4, 6))
+
+    of_these = problem.input @ problem.linear_weight[classes].t()
+
+    def linear(input: Tensor) -> Tensor:
+        return sharded_linear_large_margin_cross_entropy(input, problem.linear_weight[classes], problem.target, group=group)
+
+    def logits(input: Tensor) -> Tensor:
+        return sharded_large_margin_cross_entropy(input, problem.target, group=group)
+
+    for function, value in ((linear, problem.input), (logits, of_these)):
+        leaf = value.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(function(leaf), leaf, torch.tensor(torch.inf))
+        assert (gradient[1] == 0).all()  # the ignored row
+        (expected,) = torch.autograd.grad(function(leaf), leaf)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.bfloat16() if t.is_floating_point() else t, lambda t: t):
+            loss = function(leaf * 1)
+        (rough,) = torch.autograd.grad(loss, leaf)
+        assert (rough - expected).abs().max() < 0.05 * expected.abs().max()
+        with pytest.raises(NotImplementedError, match="functorch"):
+            torch.func.grad(function)(value)
+
+
+def misused_head(group: dist.ProcessGroup) -> None:
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    torch.manual_seed(0)
+    head = ClassParallelLinear(6, 12, group=group)
+    wrapped = DistributedDataParallel(Network(head), process_group=group)
+    if rank:  # the first rank has its own
+        with pytest.raises(RuntimeError, match="overwritten with those of another rank"):
+            wrapped.module.head.loss(torch.randn(3, 6), torch.arange(3))
+    with pytest.raises(ValueError, match="must be the same on all ranks of the group"):
+        ClassParallelLinear(6, 12 + rank, group=group)
+    head = ClassParallelLinear(6, 11, group=group)
+    for state in (ClassParallelLinear(6, 12, group=group).state_dict(), torch.nn.Linear(6, 6).state_dict()):
+        with pytest.raises(ValueError, match="all 11 classes"):
+            head.load_state_dict(state)
+    head.load_state_dict({name: value.redistribute(placements=[Replicate()]) for name, value in head.state_dict().items()})
+    with pytest.raises(TypeError, match=r"torch.distributed.checkpoint"):
+        pickle.dumps(head)
+    with pytest.raises(ValueError, match="k must be between 1 and the 11 classes"):
+        head.topk(torch.randn(2, 6), 12)
+    with pytest.raises(ValueError, match="the same rows on all ranks"):
+        head.topk(torch.randn(2 + rank, 6), 2)
+    with pytest.raises(ValueError, match="the same dtypes and shapes"):
+        gather_rows(torch.zeros(3, 2 + rank), group=group)
+    with pytest.raises(ValueError, match="the same number of rows"):
+        gather_rows(torch.zeros(3), torch.zeros(4), group=group)
+    optimizer = torch.optim.SGD(head.parameters(), 0.1, momentum=0.9)
+    head.register_optimizer(optimizer)
+    head.loss(torch.randn(3, 6, generator=torch.Generator().manual_seed(0)), torch.arange(3)).backward()
+    optimizer.step()
+    optimizer.state[head.weight]["row_var"] = torch.zeros(len(head.weight), 1)
+    with pytest.raises(ValueError, match="a factored state cannot be split"):
+        optimizer.state_dict()
+    assert world > 1
+
+
+def top_of_masked_classes(group: dist.ProcessGroup, num_classes: int) -> None:
+    head = ClassParallelLinear(6, num_classes, group=group)
+    with torch.no_grad():
+        head.bias[::2] = -torch.inf
+    linear, input = whole_linear(head), torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    for k in range(1, num_classes + 1):
+        values, classes = head.topk(input, k)
+        assert_within(values, linear(input).topk(k)[0].double().detach(), 1, 8)
+        assert all(len(set(row)) == k and set(row) <= set(range(num_classes)) for row in classes.tolist())
+
+
+def clipped(group: dist.ProcessGroup) -> None:
+    torch.manual_seed(0)
+    head = ClassParallelLinear(6, 11, group=group, dtype=torch.float64)
+    one, split = Network(whole_linear(head)), Network(head)
+    for network in (one, split):
+        rng = torch.Generator().manual_seed(0)
+        network(torch.randn(8, 5, generator=rng, dtype=torch.float64), torch.arange(8)).backward()
+    expected = torch.nn.utils.clip_grad_norm_(one.parameters(), 0.05)
+    assert_within(head.clip_grad_norm_(split.body.parameters(), 0.05), expected, 1, 4, torch.float32)
+    for mine, truth in zip(split.body.parameters(), one.body.parameters(), strict=True):
+        assert_within(mine.grad, truth.grad, 1, 4, torch.float32)
+    assert_within(head._as_dtensor(head.weight.grad).full_tensor(), one.head.weight.grad, 1, 4, torch.float32)
+
+
+def from_one_device(group: dist.ProcessGroup) -> None:
+    """A network and its optimiser go on where those of one device stopped."""
+    torch.manual_seed(0)
+    one = Network(torch.nn.Linear(6, 11).double())
+    optimizer = torch.optim.AdamW(one.parameters(), 0.1)
+    trained(one, range(3), optimizer=optimizer)
+    split = Network(ClassParallelLinear(6, 11, group=group, dtype=torch.float64))
+    split.load_state_dict(one.state_dict())
+    other = torch.optim.AdamW(split.parameters(), 0.1)
+    split.head.register_optimizer(other)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    trained(one, range(3, 6), optimizer=optimizer)
+    trained(split, range(3, 6), optimizer=other)
+    assert_within(whole_linear(split.head).weight, one.head.weight.detach(), 1, 64)
+
+
+def on_meta(group: dist.ProcessGroup) -> None:
+    with torch.device("meta"):
+        head = ClassParallelLinear(6, 11, group=group)
+    head.to_empty(device="cpu")
+    torch.manual_seed(0)
+    head.reset_parameters()
+    torch.manual_seed(0)
+    assert torch.equal(head.weight, ClassParallelLinear(6, 11, group=group).weight)

@@ -388,3 +388,16 @@ def test_half_products_of_no_rows_or_ignored_ones_give_zero(rows, reduction, hal
     leaves = [torch.ones(n, 3).bfloat16().requires_grad_() for n in (rows, 5)]
     loss = linear_large_margin_cross_entropy(*leaves, torch.full((rows,), -100), reduction=reduction)
     assert all((gradient == 0).all() for gradient in torch.autograd.grad(loss.sum(), leaves))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_loss_scale_saves_the_gradient_of_float16_features(reduction, tile, rng):
+    """The rows are sure: without the scale their gradients, over 1024, are nothing in float16."""
+    linear_weight, target = 8 * torch.randn(20, 64, generator=rng), torch.randint(20, (1024,), generator=rng)
+    input = (linear_weight[target] / 64 + 0.1 * torch.randn(1024, 64, generator=rng)).half().requires_grad_()
+    exact = input.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(large_margin_cross_entropy(exact @ linear_weight.double().t(), target, lam=0.0), exact)
+    loss = linear_large_margin_cross_entropy(input, linear_weight, target, lam=0.0, reduction=reduction)
+    (got,) = torch.autograd.grad(loss.mean() * 65536, input)
+    assert expected.norm(dim=1).median() * 1024 < 2e-4
+    assert (got.double() / 65536 - expected).norm() < 1e-3 * expected.norm()

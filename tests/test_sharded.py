@@ -146,6 +146,39 @@ def test_a_checkpoint_of_four_ranks_goes_on_on_two_and_on_one(ranks, tmp_path):
             assert_within(classifier, expected[0], 1, 64)
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_head_goes_on_from_one_device(ranks, size):
+    ranks.run(size, on_ranks.from_one_device)
+
+
+def test_what_a_head_refuses(ranks):
+    ranks.run(2, on_ranks.misused_head)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 5, 9])
+def test_the_best_classes_are_classes_even_where_logits_are_masked(ranks, num_classes):
+    ranks.run(4, on_ranks.top_of_masked_classes, num_classes)
+
+
+def test_gradients_are_clipped_by_the_norm_of_all_ranks(ranks):
+    ranks.run(3, on_ranks.clipped)
+
+
+def test_a_head_of_the_meta_device(ranks):
+    ranks.run(2, on_ranks.on_meta)
+
+
+# under transforms and hooks
+
+
+def test_compiled_code_breaks_at_the_losses(ranks):
+    ranks.run(2, on_ranks.compiled)
+
+
+def test_infinite_gradients_and_hooks_on_saved_tensors(ranks):
+    ranks.run(2, on_ranks.odd_passes)
+
+
 # what it costs, and how it ends
 
 

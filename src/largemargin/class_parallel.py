@@ -4,7 +4,9 @@ from __future__ import annotations  # there are builds of torch without process 
 
 import copy
 import math
-from typing import TYPE_CHECKING, Any, ClassVar
+import zlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -35,12 +37,15 @@ class _SameInput(torch.autograd.Function):
 class ClassParallelLinear(nn.Module):
     r"""An ``nn.Linear`` with the classes split over ranks, and the large-margin loss of its logits.
 
+    Features are the same on all ranks of the group. Where every rank has rows of its own, :func:`gather_rows` makes them so; then the
+    network is under ``DistributedDataParallel``, and this classifier is not: that would make all shards alike. (Over *other* ranks, which
+    hold the same classes, it may be.)
+
     Rank r of p has the classes :math:`[r \lceil C/p \rceil, (r+1) \lceil C/p \rceil)`, as far as there are; their rows are its parameters
-    ``weight`` and ``bias``, plain ones that any optimiser takes. Features are the same on all ranks of the group. Initial values do not
-    depend on the number of ranks.
+    ``weight`` and ``bias``, plain ones that any elementwise optimiser takes. Initial values do not depend on the number of ranks.
 
     ``state_dict()`` has the parameters as DTensors: ``torch.distributed.checkpoint`` writes every rank's part and reads it on any other
-    number of ranks; :meth:`shard_state_of` does the same for an optimiser. Whole tensors can be loaded too.
+    number of ranks; :meth:`register_optimizer` does the same for an optimiser. Whole tensors, of one device, can be loaded too.
 
     Args:
         in_features: the width D of the features.
@@ -61,7 +66,7 @@ class ClassParallelLinear(nn.Module):
         >>> distributed.destroy_process_group()
     """
 
-    _sharded: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    _own_start: Tensor
 
     def __init__(
         self,
@@ -79,15 +84,20 @@ class ClassParallelLinear(nn.Module):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         shards.check_group(group)
-        chunk = -(-num_classes // dist.get_world_size(group))
-        start = min(dist.get_rank(group) * chunk, num_classes)
         self.in_features, self.num_classes = in_features, num_classes
-        self.shard = shards.Shard(group, start, min(chunk, num_classes - start), num_classes)
+        start, stop = self._bounds(dist.get_rank(group), dist.get_world_size(group))
+        self.shard = shards.Shard(group, start, stop - start, num_classes)
         self.weight = nn.Parameter(torch.empty(self.shard.size, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(self.shard.size, device=device, dtype=dtype)) if bias else None
+        self.register_buffer("_own_start", torch.tensor(start, device=self.weight.device), persistent=False)
         self.reset_parameters()
         self.register_state_dict_post_hook(_as_dtensors)
         self.register_load_state_dict_pre_hook(_as_local)
+
+    def _bounds(self, rank: int, num_ranks: int) -> tuple[int, int]:
+        """The classes of a rank: those that a DTensor has there."""
+        chunk = -(-self.num_classes // num_ranks)
+        return min(rank * chunk, self.num_classes), min((rank + 1) * chunk, self.num_classes)
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -100,14 +110,20 @@ class ClassParallelLinear(nn.Module):
 
     def reset_parameters(self) -> None:
         """As ``nn.Linear``, uniform within 1 / sqrt(D), by a seed that the first rank of the group draws."""
-        seed = torch.randint(2**62, ()).to(self.weight.device if self.weight.device.type != "meta" else "cpu")
-        seed = shards.all_gather(seed, self.group)[0]
-        if self.weight.device.type == "meta":
+        if self.weight.is_meta:
             return
+        shape = (self.num_classes, self.in_features, int(self.bias is not None))
+        mine = torch.tensor([int(torch.randint(2**62, (), device="cpu")), *shape], device=self.weight.device)
+        seeds, *shapes = shards.all_gather(mine, self.group).t().tolist()
+        if any(len(set(numbers)) > 1 for numbers in shapes):
+            raise ValueError(
+                f"(num_classes, in_features, bias) must be the same on all ranks of the group, got {list(zip(*shapes, strict=True))}"
+            )
+        self._own_start.fill_(self.shard.start)
         bound, size, start = 1 / math.sqrt(self.in_features), self.shard.size, self.shard.start
-        for block in range(start // BLOCK, -(-(start + size) // BLOCK)):
-            values = torch.empty(BLOCK, self.in_features + 1)  # of whole blocks, whoever has them
-            values.uniform_(-bound, bound, generator=torch.Generator().manual_seed(int(seed) + block))
+        for block in range(start // BLOCK, -(-(start + size) // BLOCK) if size else 0):
+            values = torch.empty(BLOCK, self.in_features + 1, device="cpu", dtype=torch.float32)  # of whole blocks, whoever has them
+            values.uniform_(-bound, bound, generator=torch.Generator("cpu").manual_seed(seeds[0] + block))
             own = slice(max(start - block * BLOCK, 0), min(start + size - block * BLOCK, BLOCK))
             to = slice(block * BLOCK + own.start - start, block * BLOCK + own.stop - start)
             with torch.no_grad():
@@ -115,14 +131,31 @@ class ClassParallelLinear(nn.Module):
                 if self.bias is not None:
                     self.bias[to] = values[own, -1].to(self.bias)
 
+    def _check_own(self) -> None:
+        """DistributedDataParallel over the group would have written the first rank's numbers to all others, this one among them."""
+        if self._own_start.is_cpu and not self._own_start.is_meta and int(self._own_start) != self.shard.start:
+            raise RuntimeError(
+                "this rank's classes have been overwritten with those of another rank: ClassParallelLinear must not be in a module that "
+                "DistributedDataParallel spreads over the ranks of its group; wrap the rest of the network alone"
+            )
+
     def forward(self, input: Tensor) -> Tensor:
-        """The logits (..., C_r) of this rank's classes, for :func:`sharded_large_margin_cross_entropy`; needs memory for all of them."""
+        """The logits of features (..., D) as a DTensor (..., C), each rank with its classes; it needs memory for them.
+
+        Any loss of this library takes them; ``full_tensor()`` are those of all classes, ``to_local()`` those of this rank.
+        """
+        self._check_own()
         if input.requires_grad and torch.is_grad_enabled():
             input = _SameInput.apply(input, self.group)
-        return F.linear(input, self.weight, self.bias)
+        return self._as_dtensor(F.linear(input, self.weight, self.bias), input.dim() - 1)
 
     def loss(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
-        """The loss of features (..., D) and targets (...), without the logits; see :func:`sharded_linear_large_margin_cross_entropy`."""
+        """The loss of features (..., D) and targets (...), the same on every rank, without the logits.
+
+        ``options`` (weight, lam, divergence, hard_bias, label_smoothing, ignore_index, reduction, backend) are those of
+        :func:`sharded_linear_large_margin_cross_entropy`.
+        """
+        self._check_own()
         return sharded_linear_large_margin_cross_entropy(
             input,
             self.weight,
@@ -136,51 +169,106 @@ class ClassParallelLinear(nn.Module):
 
     @torch.no_grad()
     def topk(self, input: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
-        """The k largest logits of features (..., D) among all classes and the indices of their classes, (..., k) each, on every rank."""
+        """The k largest logits of features (..., D) among all classes, and these classes, (..., k) each.
+
+        The features are the same on every rank, and so is what it returns.
+        """
         if not 1 <= k <= self.num_classes:
             raise ValueError(f"k must be between 1 and the {self.num_classes} classes, got {k}")
         features = input.reshape(-1, input.shape[-1])
+        num_ranks = dist.get_world_size(self.group)
+        mine = torch.tensor([len(features)], device=features.device)
+        shards.check_same_number_of_rows(shards.all_gather(mine, self.group).flatten().tolist())
+        bounds = [self._bounds(rank, num_ranks) for rank in range(num_ranks)]
         here = min(k, self.shard.size)
-        values = features.new_full((len(features), k), -torch.inf)
+        values = features.new_zeros((len(features), min(k, bounds[0][1])))
         classes = torch.zeros_like(values, dtype=torch.int64)
         rows_a_tile = max(1, layer.TILE // max(1, self.shard.size))
         for start in range(0, len(features) if here else 0, rows_a_tile):
             rows = slice(start, start + rows_a_tile)
             values[rows, :here], classes[rows, :here] = F.linear(features[rows], self.weight, self.bias).topk(here)
-        candidates = shards.all_gather(values, self.group).transpose(0, 1).flatten(1)
-        of_candidates = shards.all_gather(classes + self.class_start, self.group).transpose(0, 1).flatten(1)
+        of_ranks = [min(k, stop - start) for start, stop in bounds]  # what each has to offer
+        candidates, classes = (
+            torch.cat([found[:, :n] for found, n in zip(shards.all_gather(offer, self.group), of_ranks, strict=True)], dim=1)
+            for offer in (values, classes + self.class_start)
+        )
         values, best = candidates.topk(k)
-        return values.reshape(*input.shape[:-1], k), of_candidates.gather(1, best).reshape(*input.shape[:-1], k)
+        return values.reshape(*input.shape[:-1], k), classes.gather(1, best).reshape(*input.shape[:-1], k)
 
-    def sharded(self, tensor: Tensor) -> Tensor:
-        """A tensor (C_r, ...) of this rank's classes, such as a moment of an optimiser, as the DTensor (C, ...) of all, in its memory."""
+    def clip_grad_norm_(self, others: Iterable[Tensor], max_norm: float) -> Tensor:
+        """Clip the gradients of this classifier and of ``others``, the parameters that all ranks have alike, by their norm together.
+
+        :func:`torch.nn.utils.clip_grad_norm_` knows the classes of one rank alone: every rank would clip differently. Returns the norm.
+        """
+        own, others = list(self.parameters()), list(others)
+        square = nn.utils.get_total_norm([p.grad for p in own if p.grad is not None]).square().to(self.weight.device)
+        of_others = nn.utils.get_total_norm([p.grad for p in others if p.grad is not None]).to(square.device)
+        norm = (shards.all_reduce(square.float(), self.group) + of_others.float().square()).sqrt()
+        nn.utils.clip_grads_with_norm_([*own, *others], max_norm, norm)
+        return norm
+
+    def _as_dtensor(self, tensor: Tensor, dim: int = 0) -> Tensor:
+        """What this rank has along the classes as the DTensor of all, in the same memory."""
         from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.tensor import DTensor, Shard
 
         mesh = DeviceMesh.from_group(self.group, tensor.device.type)
-        like = torch.empty(self.num_classes, *tensor.shape[1:], device="meta")
-        return DTensor.from_local(tensor, mesh, [Shard(0)], run_check=False, shape=like.shape, stride=like.stride())
+        like = torch.empty(*tensor.shape[:dim], self.num_classes, *tensor.shape[dim + 1 :], device="meta")
+        return DTensor.from_local(tensor, mesh, [Shard(dim)], run_check=False, shape=like.shape, stride=like.stride())
 
-    def shard_state_of(self, optimizer: torch.optim.Optimizer) -> None:
-        """From now on ``optimizer.state_dict()`` has what belongs to this rank's classes as DTensors too, and takes them back."""
+    def _own(self, name: str, value: Any) -> Any:
+        """Of a DTensor or whole tensor the part of this rank."""
+        if not torch.is_tensor(value) or value.dim() == 0:
+            return value
+        if len(value) != self.num_classes:
+            raise ValueError(
+                f"{name} must be a DTensor or a whole tensor of all {self.num_classes} classes, got {_checks.describe(value)}; "
+                "ClassParallelLinear takes no single shards"
+            )
+        if is_dtensor(value):
+            local = value.to_local()
+            if len(local) == self.shard.size and len(value.placements) == 1 and value.placements[0].is_shard(0):
+                return local
+            value = value.full_tensor()
+        return value[self.shard.start : self.shard.start + self.shard.size].clone()
 
-        def indices(optimizer: torch.optim.Optimizer) -> dict[int, Tensor]:
+    def register_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """From now on ``optimizer.state_dict()`` has what belongs to this rank's classes as DTensors too, and takes them back.
+
+        For optimisers whose state has the shape of the parameters, or is a number.
+        """
+
+        def own(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[Any, Tensor]:
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            return {i: p for i, p in enumerate(parameters) if any(p is own for own in self.parameters())}
+            keys = [key for group in state_dict["param_groups"] for key in group["params"]]  # in the same order
+            return {key: p for key, p in zip(keys, parameters, strict=False) if any(p is own for own in self.parameters())}
 
         def give(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             state = dict(state_dict["state"])
-            for i, parameter in indices(optimizer).items():
-                values = state.get(i, {})
-                state[i] = {k: self.sharded(v) if torch.is_tensor(v) and v.shape == parameter.shape else v for k, v in values.items()}
-            return {**state_dict, "state": {i: values for i, values in state.items() if values}}
+            for key, parameter in own(optimizer, state_dict).items():
+                if key in state:
+                    state[key] = {name: self._given(name, value, parameter) for name, value in state[key].items()}
+            return {**state_dict, "state": state}
 
         def take(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            state = {i: {k: _local(v) for k, v in values.items()} for i, values in state_dict["state"].items()}
+            state = dict(state_dict["state"])
+            for key in own(optimizer, state_dict):
+                if key in state:
+                    state[key] = {name: self._own(name, value) for name, value in state[key].items()}
             return {**state_dict, "state": state}
 
         optimizer.register_state_dict_post_hook(give)
         optimizer.register_load_state_dict_pre_hook(take)
+
+    def _given(self, name: str, value: Any, parameter: Tensor) -> Any:
+        if not torch.is_tensor(value) or value.dim() == 0 or is_dtensor(value):
+            return value
+        if value.shape != parameter.shape:
+            raise ValueError(
+                f"the optimiser's {name} must have the shape of its parameter, {tuple(parameter.shape)}, got {tuple(value.shape)}; "
+                "a factored state cannot be split by classes"
+            )
+        return self._as_dtensor(value)
 
     def extra_repr(self) -> str:
         start, size = self.shard.start, self.shard.size
@@ -195,29 +283,26 @@ class ClassParallelLinear(nn.Module):
         duplicate.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return duplicate
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "ClassParallelLinear cannot be pickled, its group is of this process; save its state_dict() by torch.distributed.checkpoint"
+        )
+
     if TYPE_CHECKING:
 
         def __call__(self, input: Tensor) -> Tensor: ...
 
 
-def _local(value: Any) -> Any:
-    return value.to_local() if is_dtensor(value) else value
-
-
 def _as_dtensors(module: ClassParallelLinear, state_dict: dict[str, Any], prefix: str, _: object) -> None:
-    for name in module._sharded:
+    for name in ("weight", "bias"):
         if state_dict.get(prefix + name) is not None:
-            state_dict[prefix + name] = module.sharded(state_dict[prefix + name])
+            state_dict[prefix + name] = module._as_dtensor(state_dict[prefix + name])
 
 
 def _as_local(module: ClassParallelLinear, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-    start, size = module.shard.start, module.shard.size
-    for name in module._sharded:
-        value = state_dict.get(prefix + name)
-        if is_dtensor(value):
-            state_dict[prefix + name] = value.to_local()
-        elif value is not None and len(value) == module.num_classes:  # of one device
-            state_dict[prefix + name] = value[start : start + size]
+    for name in ("weight", "bias"):
+        if state_dict.get(prefix + name) is not None:
+            state_dict[prefix + name] = module._own(name, state_dict[prefix + name])
 
 
 class _Gather(torch.autograd.Function):
@@ -240,10 +325,9 @@ class _Gather(torch.autograd.Function):
 def gather_rows(*tensors: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, ...]:
     """The rows of all ranks, in their order: for a batch split over the same ranks as the classes.
 
-    The loss of the gathered rows is one and the same on every rank. The gradient that goes back is that of this rank's rows times the
-    number of ranks, by which ``DistributedDataParallel`` divides again when it takes the mean of the network's gradients: so the loss of
-    the whole batch trains the network. Every rank has to have the whole gradient of the features, as :meth:`ClassParallelLinear.loss`
-    gives it.
+    For networks under ``DistributedDataParallel`` over the same ranks: the gradient that goes back is that of this rank's rows times the
+    number of ranks, by which DDP divides again when it takes the mean of the network's gradients. So the loss of the whole batch, which is
+    one and the same on every rank, trains the network. (Without DDP, divide by the number of ranks yourself.)
 
     Args:
         tensors: shape ``(N, ...)`` each, N may differ from rank to rank; features, targets.
@@ -253,7 +337,7 @@ def gather_rows(*tensors: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, ...
         One tensor for each, of the rows of all ranks.
 
     Raises:
-        ValueError: tensors of different numbers of rows.
+        ValueError: tensors of different numbers of rows, or of another shape or dtype on another rank.
 
     Example:
         >>> features, labels = gather_rows(network(images), labels, group=group)  # doctest: +SKIP
@@ -262,8 +346,12 @@ def gather_rows(*tensors: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, ...
     Source: the features of partial FC go round like this (An et al., CVPR 2022).
     """
     shards.check_group(group)
-    num_rows = {len(tensor) for tensor in tensors}
-    if len(num_rows) != 1:
-        raise ValueError(f"tensors must have the same number of rows, got {', '.join(map(_checks.describe, tensors))}")
-    sizes = shards.all_gather(torch.tensor(num_rows.pop(), device=tensors[0].device), group).tolist()
+    num_rows = {len(tensor) if tensor.dim() else -1 for tensor in tensors}
+    if len(num_rows) != 1 or -1 in num_rows:
+        raise ValueError(f"tensors must have the same number of rows, got {', '.join(map(_checks.describe, tensors)) or 'none'}")
+    kind = [(str(tensor.dtype), tuple(tensor.shape[1:])) for tensor in tensors]
+    mine = torch.tensor([num_rows.pop(), zlib.crc32(repr(kind).encode())], device=tensors[0].device)
+    sizes, kinds = shards.all_gather(mine, group).t().tolist()
+    if len(set(kinds)) > 1:
+        raise ValueError(f"tensors must have the same dtypes and shapes on all ranks but for their rows, got here {kind}")
     return tuple(_Gather.apply(tensor, sizes, group) for tensor in tensors)

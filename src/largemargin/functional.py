@@ -26,7 +26,7 @@ from ._reduce import REDUCTIONS, Reduction, reduce, reduce_rows, row_weights
 from .dtensors import check_indices_only, is_dtensor, local_rows
 from .ops import Rows, checked_rows, class_index, classes_last, stats_of_all_classes, stats_of_rows
 from .rowstats import RowStats, accumulation_dtype
-from .shards import Shard, SplitStats, shard_of, stats_of_shard
+from .shards import Shard, SplitStats, check_all_here, check_eager, eagerly, shard_of, stats_of_shard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # there are builds of torch without it
@@ -72,6 +72,17 @@ def divergence(stats: RowStats, kind: Divergence = "symmetric") -> Tensor:
         return stats.spread / 2  # eq. (8); log K cancels
     log_num_nontargets = stats.num_nontargets.clamp(min=1).log()
     return log_num_nontargets + stats.neg_entropy if kind == "kl_qu" else -log_num_nontargets - stats.mean_log_q  # eq. (10)
+
+
+def checked_options(
+    lam: float, divergence: Divergence, hard_bias: float, label_smoothing: float, ignore_index: int, reduction: Reduction
+) -> LossOptions:
+    _checks.check_number("lam", lam, low=0)
+    _checks.check_word("divergence", divergence, DIVERGENCES)
+    _checks.check_number("hard_bias", hard_bias)
+    _checks.check_label_smoothing(label_smoothing)
+    _checks.check_word("reduction", reduction, REDUCTIONS)
+    return LossOptions(lam, divergence, hard_bias, label_smoothing, ignore_index, reduction)
 
 
 def _margin_term(stats: RowStats, lam: float, kind: Divergence, hard_bias: float, label_smoothing: float) -> Tensor:
@@ -169,14 +180,9 @@ def large_margin_cross_entropy(
 
     Source: Kobayashi, *Large Margin In Softmax Cross-Entropy Loss*, BMVC 2019, eqs. (8), (11), (13) and (15).
     """
-    _checks.check_number("lam", lam, low=0)
-    _checks.check_word("divergence", divergence, DIVERGENCES)
-    _checks.check_number("hard_bias", hard_bias)
-    _checks.check_label_smoothing(label_smoothing)
-    _checks.check_word("reduction", reduction, REDUCTIONS)
+    options = checked_options(lam, divergence, hard_bias, label_smoothing, ignore_index, reduction)
     _checks.check_input(input, target)
     _checks.check_weight(weight, input)
-    options = LossOptions(lam, divergence, hard_bias, label_smoothing, ignore_index, reduction)
 
     if is_dtensor(input):
         return _loss_of_dtensor(input, target, weight, options, backend)
@@ -242,6 +248,7 @@ class LossOfRows(NamedTuple):
         return _loss_of_stats(stats, self.class_index, weight, options, cross_entropy)
 
 
+@eagerly
 def sharded_large_margin_cross_entropy(
     input_shard: Tensor,
     target: Tensor,
@@ -264,14 +271,15 @@ def sharded_large_margin_cross_entropy(
 
     Rank r holds the logits :math:`f^{(r)}` of some classes, in the order of the ranks; a rank may have few or none. One all-gather of
     six float32 a row (eight with weights and smoothing) gives every rank the same loss, bit for bit. The backward pass is local: a rank's
-    gradient is that of this one loss, not divided by the number of ranks. It cannot be differentiated twice.
+    gradient is that of this one loss, not divided by the number of ranks, and every rank has to go back from the same loss. It cannot be
+    differentiated twice.
 
     Args:
         input_shard: logits of this rank's classes, shape ``(N, C_r)``, ``(N, C_r, d1, ..., dk)`` or ``(C_r,)``; the same rows everywhere.
         target: class indices among all classes, the same on every rank; shape and dtype as in :func:`large_margin_cross_entropy`.
         group: the ranks that share the classes; ``None`` is the loss of ``input_shard`` alone.
         class_start: the index of this rank's first class.
-        num_classes: of all ranks together. Where either is not given on every rank, the ranks exchange their sizes first.
+        num_classes: of all ranks together. On an accelerator both, given on every rank, save an exchange of sizes and a wait for it.
         weight: a factor for each class, shape ``(num_classes,)``.
         lam: the paper's lambda, at least 0.
         divergence: ``"symmetric"`` (8), ``"kl_qu"`` or ``"kl_uq"`` (10).
@@ -296,22 +304,14 @@ def sharded_large_margin_cross_entropy(
 
     Source: the record of a row is merged as in docs/maths.md; one gather of a few numbers a row as in TransformerEngine.
     """
-    _checks.check_number("lam", lam, low=0)
-    _checks.check_word("divergence", divergence, DIVERGENCES)
-    _checks.check_number("hard_bias", hard_bias)
-    _checks.check_label_smoothing(label_smoothing)
-    _checks.check_word("reduction", reduction, REDUCTIONS)
+    options = checked_options(lam, divergence, hard_bias, label_smoothing, ignore_index, reduction)
     _checks.check_input(input_shard, target)
-    options = LossOptions(lam, divergence, hard_bias, label_smoothing, ignore_index, reduction)
     if group is None:
-        size = _checks.num_classes(input_shard)
-        if class_start not in (None, 0) or num_classes not in (None, size):
-            raise ValueError(
-                f"group=None means that the {size} classes here are all; got class_start={class_start}, num_classes={num_classes}"
-            )
+        check_all_here(_checks.num_classes(input_shard), class_start, num_classes)
         return large_margin_cross_entropy(input_shard, target, weight, **options._asdict(), backend=backend)
     _checks.check_indices(input_shard, target, ignore_index)
-    shard = shard_of(_checks.num_classes(input_shard), target.numel(), group, class_start, num_classes, input_shard.device)
+    check_eager("sharded_large_margin_cross_entropy")
+    shard, _ = shard_of(_checks.num_classes(input_shard), target, group, class_start, num_classes)
     return _loss_of_shard(input_shard, target, weight, options, backend, shard)
 
 

@@ -88,12 +88,11 @@ class LayerGradients:
     gradient, class by class, until it overwrites them: there is no tile at all.
     """
 
-    def __init__(self, layer: Layer, wanted: Sequence[bool], sums_input: bool = False) -> None:
-        """``sums_input``: the gradient of the input is one of several to be added, and stays in the dtype of accumulators."""
+    def __init__(self, layer: Layer, wanted: Sequence[bool]) -> None:
         num_rows, num_classes = layer.shape
         width, dtype = layer.input.shape[1], layer.dtype
         self.layer = layer
-        self.input = torch.empty_like(layer.input, dtype=dtype if sums_input else None) if wanted[0] else None
+        self.input = torch.empty_like(layer.input, dtype=dtype) if wanted[0] else None
         self.weight = layer.input.new_empty((num_classes, width), dtype=dtype) if wanted[1] else None
         self.bias = layer.input.new_zeros(num_classes, dtype=dtype) if wanted[2] else None
         if self.weight is not None and num_rows == 0:
@@ -136,23 +135,21 @@ class LayerGradients:
         self.add(rows, shards.gradient_of(tile, target, weight, whole, grads, kernels, tile))
 
     def finish(self) -> Gradients:
-        """The gradients, in the dtypes of the layer; but that of the input where it is one of several."""
+        """The gradients, in the dtype of accumulators."""
         if self.in_place and self.weight is not None:
             num_rows, num_classes = self.layer.shape
             block = max(1, TILE // num_rows)
             for start in range(0, num_classes, block):
                 classes = slice(start, start + block)
                 torch.mm(self.weight[classes, :num_rows].clone(), self.layer.input, out=self.weight[classes])
-        weight = None if self.weight is None else self.weight.to(self.layer.weight.dtype)
-        bias = None if self.bias is None or self.layer.bias is None else self.bias.to(self.layer.bias.dtype)
-        return self.input, weight, bias
+        return self.input, self.weight, self.bias
 
 
 class HalfLayerGradients(LayerGradients):
     """The same by products that take half precision; the factor of the upstream gradient is multiplied to their results."""
 
-    def __init__(self, layer: Layer, wanted: Sequence[bool], sums_input: bool, factor: Tensor) -> None:
-        super().__init__(layer, wanted, sums_input)
+    def __init__(self, layer: Layer, wanted: Sequence[bool], factor: Tensor) -> None:
+        super().__init__(layer, wanted)
         self.factor = factor
         self.gradient = torch.empty_like(self.workspace, dtype=layer.input.dtype)
         kept = torch.ones(layer.shape[1], device=factor.device) if layer.bias is None else (layer.bias != -torch.inf).float()

@@ -17,8 +17,8 @@ from torch import Tensor
 from . import _checks, fused, shards
 from ._backends import Divergence, LossOptions, ladder
 from ._backends.ladder import Backend
-from ._reduce import REDUCTIONS, Reduction, row_weights
-from .functional import DIVERGENCES, LossOfRows, large_margin_cross_entropy
+from ._reduce import Reduction, row_weights
+from .functional import LossOfRows, checked_options, large_margin_cross_entropy
 from .layer import Gradients, HalfLayerGradients, Layer, LayerGradients
 from .ops import class_index
 
@@ -78,11 +78,7 @@ def linear_large_margin_cross_entropy(
 
     Source: Kobayashi, BMVC 2019, eqs. (8), (11), (13) and (15); the chunks over rows are folklore.
     """
-    _checks.check_number("lam", lam, low=0)
-    _checks.check_word("divergence", divergence, DIVERGENCES)
-    _checks.check_number("hard_bias", hard_bias)
-    _checks.check_label_smoothing(label_smoothing)
-    _checks.check_word("reduction", reduction, REDUCTIONS)
+    options = checked_options(lam, divergence, hard_bias, label_smoothing, ignore_index, reduction)
     _checks.check_linear(input, linear_weight, target, linear_bias, num_classes)
     if num_classes is not None and num_classes != len(linear_weight):  # the gradient of the padding is 0, as autograd makes it
         linear_weight = linear_weight[:num_classes]
@@ -93,7 +89,6 @@ def linear_large_margin_cross_entropy(
     _checks.check_weight(weight, like_logits)
     if _checks.can_look_at(labels):
         _checks.check_range(labels, len(linear_weight), ignore_index)
-    options = LossOptions(lam, divergence, hard_bias, label_smoothing, ignore_index, reduction)
     loss = _linear_loss(Problem(features, linear_weight, linear_bias, labels.long(), weight, options, backend))
     return loss.reshape(target.shape) if reduction == "none" else loss
 
@@ -156,19 +151,28 @@ class LinearLargeMarginCrossEntropy(torch.autograd.Function):
         if not ladder.is_plain_gradient(upstream):
             return *_reference_gradients(ctx, upstream), None, None, None, None
         gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None or (upstream.is_cpu and not math.isfinite(upstream.item())):  # of which ignored rows are to know nothing
-            gradients = _chunked(Problem(*ctx.saved_tensors, *ctx.settings), ctx.needs_input_grad[:3], upstream)[1]
-        else:
-            scale_gradients(gradients, upstream)
-        return *gradients, None, None, None, None
+        tensors = ctx.saved_tensors
+        factor: Tensor | None = upstream
+        if gradients is None or not is_finite(upstream):
+            gradients, factor = _chunked(Problem(*tensors, *ctx.settings), ctx.needs_input_grad[:3], upstream)[1], None
+        return *scaled(gradients, factor, Layer(*tensors[:3])), None, None, None, None
 
 
-def scale_gradients(gradients: Gradients, upstream: Tensor) -> None:
-    """Multiply in place what nobody else has."""
-    if not (upstream.is_cpu and upstream.item() == 1):
+def is_finite(upstream: Tensor) -> bool:
+    """Of an upstream gradient that is not, ignored rows are to know nothing; where looking costs a wait, they may."""
+    return not upstream.is_cpu or math.isfinite(upstream.item())
+
+
+def scaled(gradients: Gradients, upstream: Tensor | None, layer: Layer) -> Gradients:
+    """Accumulators, which nobody else has, times ``upstream``, in the dtypes of the layer: rounded once, and last."""
+    if upstream is not None and not (upstream.is_cpu and upstream.item() == 1):
         for gradient in gradients:
             if gradient is not None:
                 gradient.mul_(upstream)
+    d_input, d_weight, d_bias = (
+        None if gradient is None or of is None else gradient.to(of.dtype) for gradient, of in zip(gradients, layer, strict=True)
+    )
+    return d_input, d_weight, d_bias
 
 
 def _reference_gradients(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
@@ -185,7 +189,7 @@ def _reference_gradients(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
 
 
 def _chunked(problem: Problem, wanted: Sequence[bool], upstream: Tensor | None = None) -> tuple[Tensor, Gradients]:
-    """The loss, and of the gradients of input, linear_weight and linear_bias those that are wanted, times ``upstream``."""
+    """The loss, and of the gradients of input, linear_weight and linear_bias those that are wanted, times ``upstream``; accumulators."""
     layer, target, weight, options, backend = problem.layer, *problem[3:]
     a_row = options.reduction == "none"
     factor, denominator = factor_and_denominator(problem, upstream)
@@ -219,14 +223,14 @@ def factor_and_denominator(problem: Problem, upstream: Tensor | None) -> tuple[T
     return factor / denominator, denominator
 
 
-def gradients_of(layer: Layer, wanted: Sequence[bool], factor: Tensor, sums_input: bool = False) -> tuple[LayerGradients, Tensor]:
+def gradients_of(layer: Layer, wanted: Sequence[bool], factor: Tensor) -> tuple[LayerGradients, Tensor]:
     """Where the gradients of a layer are added up, and the factor that those of its logits are to have."""
     if not layer.is_half:
-        return LayerGradients(layer, wanted, sums_input), factor
+        return LayerGradients(layer, wanted), factor
     # the gradients of the logits are to be of size 1
     size = factor.abs().amax() if factor.numel() else factor.new_ones(())
     size = torch.where((size > 0) & (size < torch.inf), size, 1.0)
-    return HalfLayerGradients(layer, wanted, sums_input, size), factor / size
+    return HalfLayerGradients(layer, wanted, size), factor / size
 
 
 def loss_and_coefficients(loss_of_rows: LossOfRows, whole: shards.Part, upstream: Tensor, wanted: bool) -> tuple[Tensor, shards.Grads]:

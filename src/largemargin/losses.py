@@ -14,7 +14,6 @@ from . import functional as F
 from ._backends import Divergence
 from ._backends.ladder import BACKENDS, Backend
 from ._reduce import REDUCTIONS, Reduction
-from .functional import DIVERGENCES
 from .linear import linear_large_margin_cross_entropy
 
 
@@ -42,12 +41,8 @@ class LargeMarginCrossEntropyLoss(nn.CrossEntropyLoss):
         backend: Backend | None = None,
         donate: bool = False,
     ) -> None:
-        _checks.check_number("lam", lam, low=0)
-        _checks.check_word("divergence", divergence, DIVERGENCES)
-        _checks.check_number("hard_bias", hard_bias)
-        _checks.check_label_smoothing(label_smoothing)
+        F.checked_options(lam, divergence, hard_bias, label_smoothing, ignore_index, reduction)
         _checks.check_integer("ignore_index", ignore_index)
-        _checks.check_word("reduction", reduction, REDUCTIONS)
         _checks.check_word("backend", backend, BACKENDS)
         super().__init__(weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
         self.lam = lam

@@ -14,19 +14,28 @@ import torch
 from torch import Tensor
 
 from . import _checks, shards
-from ._backends import Divergence, LossOptions, ladder
+from ._backends import Divergence, ladder
 from ._backends.ladder import Backend
-from ._reduce import REDUCTIONS, Reduction
-from .functional import DIVERGENCES, LossOfRows
-from .layer import Gradients
-from .linear import Problem, factor_and_denominator, gradients_of, linear_large_margin_cross_entropy, loss_and_coefficients, scale_gradients
+from ._reduce import Reduction
+from .functional import LossOfRows, checked_options
+from .layer import Layer
+from .linear import (
+    Problem,
+    factor_and_denominator,
+    gradients_of,
+    is_finite,
+    linear_large_margin_cross_entropy,
+    loss_and_coefficients,
+    scaled,
+)
 from .ops import class_index
-from .shards import Shard, shard_of
+from .shards import Shard, check_all_here, check_eager, eagerly, shard_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@eagerly
 def sharded_linear_large_margin_cross_entropy(
     input: Tensor,
     linear_weight_shard: Tensor,
@@ -51,15 +60,16 @@ def sharded_linear_large_margin_cross_entropy(
 
     Rank r holds the rows :math:`W^{(r)}` of some classes, in the order of the ranks; a rank may have few or none. ``input`` is the same on
     every rank, and every rank gets the whole gradient of it. That of the classifier is local. As in
-    :func:`sharded_large_margin_cross_entropy` the loss is the same on every rank, bit for bit, and cannot be differentiated twice.
+    :func:`sharded_large_margin_cross_entropy` the loss is the same on every rank, bit for bit, every rank has to go back from this same
+    loss (not from a share of its rows, nor from a multiple of its own), and it cannot be differentiated twice.
 
     Args:
         input: features, shape ``(N, D)`` or any ``(..., D)``, floating; the same on every rank.
         linear_weight_shard: the classifier's rows for this rank's classes, shape ``(C_r, D)``, floating.
         target: class indices among all classes, shape ``(...)``, the same on every rank.
         group: the ranks that share the classes; ``None`` is :func:`linear_large_margin_cross_entropy`.
-        class_start: the index of this rank's first class.
-        num_classes: of all ranks together. Where either is not given on every rank, the ranks exchange their sizes first.
+        class_start: the index of this rank's first class; by default that after those of the ranks before.
+        num_classes: of all ranks together.
         linear_bias_shard: shape ``(C_r,)``, floating.
         weight: a factor for each class, shape ``(num_classes,)``; it gets no gradient.
         lam: the paper's lambda, at least 0.
@@ -86,33 +96,36 @@ def sharded_linear_large_margin_cross_entropy(
 
     Source: Kobayashi, BMVC 2019, eqs. (8), (11), (13) and (15); see docs/scaling.md.
     """
-    options = LossOptions(lam, divergence, hard_bias, label_smoothing, ignore_index, reduction)
+    options = checked_options(lam, divergence, hard_bias, label_smoothing, ignore_index, reduction)
     if group is None:
-        size = len(linear_weight_shard)
-        if class_start not in (None, 0) or num_classes not in (None, size):
-            raise ValueError(
-                f"group=None means that the {size} classes here are all; got class_start={class_start}, num_classes={num_classes}"
-            )
+        check_all_here(len(linear_weight_shard), class_start, num_classes)
         return linear_large_margin_cross_entropy(
             input, linear_weight_shard, target, linear_bias=linear_bias_shard, weight=weight, **options._asdict(), backend=backend
         )
-    _checks.check_number("lam", lam, low=0)
-    _checks.check_word("divergence", divergence, DIVERGENCES)
-    _checks.check_number("hard_bias", hard_bias)
-    _checks.check_label_smoothing(label_smoothing)
-    _checks.check_word("reduction", reduction, REDUCTIONS)
     _checks.check_linear(input, linear_weight_shard, target, linear_bias_shard, None, may_be_empty=True)
-    shard = shard_of(len(linear_weight_shard), target.numel(), group, class_start, num_classes, input.device)
+    check_eager("sharded_linear_large_margin_cross_entropy")
+    needed = [_needs_gradient(tensor) for tensor in (input, linear_weight_shard, linear_bias_shard)]
+    later = reduction == "none" or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    shard, (of_input, laters) = shard_of(len(linear_weight_shard), target, group, class_start, num_classes, (needed[0], later))
+    wanted = _Wanted._make((*needed, any(of_input), all(of_input)))
+    if any(laters) and wanted.input_of_any and not (wanted.input_of_all and all(laters)):
+        raise ValueError(
+            'with reduction="none" or hooks on saved tensors the gradient of input is summed in the backward pass: all ranks of the group '
+            f"have to need it and to have such hooks, or none; got input.requires_grad {of_input}, in the backward pass {laters}"
+        )
     features, labels = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     like_logits = features[:, :1].expand(-1, shard.num_classes)  # their shape, dtype and device, for the checks of the loss
     _checks.check_indices(like_logits, labels, ignore_index)
     _checks.check_weight(weight, like_logits)
     if weight is not None and weight.requires_grad:
         raise ValueError("weight must not require a gradient where classes are split; pass weight.detach()")
-    class_index(labels, shard.num_classes, ignore_index)  # raises for labels out of range
     problem = Problem(features, linear_weight_shard, linear_bias_shard, labels.long(), weight, options, backend)
-    loss: Tensor = _ShardedLinear.apply(*problem, shard, _agree(problem, shard))
+    loss: Tensor = _ShardedLinear.apply(*problem, shard, wanted, later)
     return loss.reshape(target.shape) if reduction == "none" else loss
+
+
+def _needs_gradient(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
 
 class _Wanted(NamedTuple):
@@ -129,26 +142,12 @@ class _Wanted(NamedTuple):
         return self.input_of_any, self.linear_weight, self.linear_bias
 
 
-def _agree(problem: Problem, shard: Shard) -> _Wanted:
-    needed = [tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in problem.layer]
-    said = torch.tensor([needed[0], len(problem.target)], device=problem.input.device)
-    needs_input, num_rows = shards.all_gather(said, shard.group).t().tolist()
-    shards.check_same_rows(num_rows)
-    return _Wanted._make((*needed, any(needs_input), all(needs_input)))
-
-
 class _ShardedLinear(torch.autograd.Function):
     """Gradients are made in the forward pass, where every rank is, if one upstream gradient serves all rows."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors, options, backend, shard, wanted = arguments
-        later = options.reduction == "none" or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        if later and wanted.input_of_any and not wanted.input_of_all:
-            raise ValueError(
-                'with reduction="none" or hooks on saved tensors, either all ranks of the group need the gradient of input or none: it is '
-                f"summed in the backward pass; input.requires_grad={wanted.input} here, and not so on another rank"
-            )
+        *tensors, options, backend, shard, wanted, later = arguments
         loss, gradients, whole = _run(Problem._make((*tensors, options, backend)), shard, None if later else wanted)
         ctx.settings, ctx.gradients = (options, backend, shard, wanted), gradients
         ctx.save_for_backward(*tensors, *whole)
@@ -158,28 +157,28 @@ class _ShardedLinear(torch.autograd.Function):
     @shards.once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
-        if gradients is not None:
-            scale_gradients(gradients, upstream)
-        else:
-            options, backend, shard, wanted = ctx.settings
-            if wanted.input_of_any and not wanted.input_of_all:
+        options, backend, shard, wanted = ctx.settings
+        saved = ctx.saved_tensors
+        factor: Tensor | None = upstream
+        with_all = wanted.input_of_all or not wanted.input_of_any  # whether every rank goes back, and can sum the gradient of input again
+        if gradients is None or (with_all and not is_finite(upstream)):
+            if not with_all:
                 raise RuntimeError("a second backward pass sums the gradient of input again, and some ranks of the group do not need it")
-            saved = ctx.saved_tensors
             problem = Problem._make((*saved[:5], options, backend))
-            gradients = _run(problem, shard, wanted, shards.Part(*saved[5:]), upstream)[1]
-        return *gradients, None, None, None, None, None, None
+            gradients, factor = _run(problem, shard, wanted, shards.Part(*saved[5:]), upstream)[1], None
+        return *scaled(gradients, factor, Layer(*saved[:3])), *[None] * 7
 
 
 def _run(
     problem: Problem, shard: Shard, wanted: _Wanted | None, whole: shards.Part | None = None, upstream: Tensor | None = None
-) -> tuple[Tensor, Gradients | None, shards.Part]:
+) -> tuple[Tensor, Any, shards.Part]:
     """The loss, the wanted gradients times ``upstream``, and the merged sums of the rows, which a later pass may give back as ``whole``."""
     layer, target, weight, options, backend = problem.layer, *problem[3:]
     of_rows = options._replace(reduction="none" if options.reduction == "none" else "sum")
     loss_of_rows = LossOfRows(*class_index(target, shard.num_classes, options.ignore_index), weight, of_rows)
     local, summed = shard.local(loss_of_rows.class_index), shard.own(loss_of_rows.summed_weight, layer.dtype)
     factor, denominator = factor_and_denominator(problem, upstream)
-    gradients, factor = gradients_of(layer, (False,) * 3 if wanted is None else wanted.layer, factor, sums_input=True)
+    gradients, factor = gradients_of(layer, (False,) * 3 if wanted is None else wanted.layer, factor)
     kernels = ladder.kernels(gradients.workspace, backend) if shard.size else None
     was_known = whole is not None
     if whole is None:
@@ -198,5 +197,5 @@ def _run(
             gradients.add_from_logits(rows, tile, local[rows], part, of_these, kernels, summed)
     d_input, d_weight, d_bias = gradients.finish()
     if d_input is not None:  # because some rank needs it
-        d_input = shards.all_reduce(d_input, shard.group).to(layer.input.dtype)
+        shards.all_reduce(d_input, shard.group)
     return loss, (d_input if wanted.input else None, d_weight, d_bias), whole

@@ -54,47 +54,98 @@ class Shard(NamedTuple):
 
 
 def check_group(group: object) -> None:
+    if dist.is_available() and (
+        group is dist.GroupMember.NON_GROUP_MEMBER or (isinstance(group, dist.ProcessGroup) and dist.get_rank(group) < 0)
+    ):
+        raise ValueError("group must be one that this rank belongs to")
     if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
         raise TypeError(
             f"group must be a torch.distributed.ProcessGroup, got {_checks.describe(group)}; of a mesh pass mesh.get_group(), of all "
             "ranks torch.distributed.group.WORLD"
         )
-    if dist.get_rank(group) < 0:
-        raise ValueError("group must be one that this rank belongs to")
+
+
+def check_all_here(size: int, class_start: int | None, num_classes: int | None) -> None:
+    if class_start not in (None, 0) or num_classes not in (None, size):
+        raise ValueError(f"group=None means that the {size} classes here are all; got class_start={class_start}, num_classes={num_classes}")
+
+
+def check_eager(name: str) -> None:
+    if not ladder.unwatched():
+        raise NotImplementedError(
+            f"{name} has no rule for functorch transforms, forward mode, dispatch modes and tracing; it talks to other ranks"
+        )
+
+
+def eagerly(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compiled code breaks here, and calls the function as it is."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            result: Tensor = torch.compiler.disable(function)(*args, **options)
+            return result
+        return function(*args, **options)
+
+    return call
 
 
 def shard_of(
-    size: int, num_rows: int, group: dist.ProcessGroup, class_start: int | None, num_classes: int | None, device: torch.device
-) -> Shard:
-    """Where this rank's classes lie among all; where it is not said, by an all-gather of the sizes."""
+    size: int,
+    target: Tensor,
+    group: dist.ProcessGroup,
+    class_start: int | None,
+    num_classes: int | None,
+    also: Sequence[int] = (),
+) -> tuple[Shard, list[list[int]]]:
+    """Where this rank's classes lie among all, and of what each rank says ``also``, all.
+
+    The ranks tell each other, and an accelerator is waited for; unless all is given there, and nothing else is to be said.
+    """
     check_group(group)
     for name, value in (("class_start", class_start), ("num_classes", num_classes)):
         if value is not None:
             _checks.check_integer(name, value)
-    if class_start is not None and num_classes is not None:
-        if not 0 <= class_start <= class_start + size <= num_classes:
+    start, total = (-1 if value is None else value for value in (class_start, num_classes))
+    if -1 in (start, total) or also or target.is_cpu:
+        sizes, starts, totals, *heard = say_with_rows((size, start, total, *also), target, group)
+        found = [0, *accumulate(sizes)][:-1]
+        if any(said not in (-1, place) for said, place in zip(starts, found, strict=True)):
             raise ValueError(
-                f"class_start={class_start} and the {size} classes of this rank must lie in num_classes={num_classes}; "
-                "class_start is the index of its first class"
+                f"class_start is {starts} on the ranks of the group (-1: none), but shards of {sizes} classes start at {found}"
             )
-        return Shard(group, class_start, size, num_classes)
-    said = [num_rows, size, -1 if class_start is None else class_start, -1 if num_classes is None else num_classes]
-    rows, sizes, starts, totals = all_gather(torch.tensor(said, device=device), group).t().tolist()
-    # every rank sees what all have said: all raise, or none
-    check_same_rows(rows)
-    found = [0, *accumulate(sizes)][:-1]
-    if any(start not in (-1, place) for start, place in zip(starts, found, strict=True)):
-        raise ValueError(f"class_start is {starts} on the ranks of the group, but shards of {sizes} classes start at {found}")
-    if any(total not in (-1, sum(sizes)) for total in totals):
-        raise ValueError(f"num_classes is {totals} on the ranks of the group, but their shards have {sizes} classes, together {sum(sizes)}")
-    return Shard(group, found[dist.get_rank(group)], size, sum(sizes))
+        if any(said not in (-1, sum(sizes)) for said in totals):
+            raise ValueError(f"num_classes is {totals} on the ranks of the group (-1: none), but their shards have {sizes} classes")
+        return Shard(group, found[dist.get_rank(group)], size, sum(sizes)), heard
+    if not 0 <= start <= start + size <= total:
+        raise ValueError(
+            f"class_start={start} and the {size} classes of this rank must lie in num_classes={total}; it is the index of its first class"
+        )
+    return Shard(group, start, size, total), []
 
 
-def check_same_rows(num_rows: Sequence[int]) -> None:
+def say_with_rows(said: Sequence[int], target: Tensor, group: dist.ProcessGroup) -> list[list[int]]:
+    """What each rank says, number by number; every rank sees all of it, so that all raise an error or none does, and none waits.
+
+    The rows have to be the same everywhere: their number and a checksum of their labels go with it.
+    """
+    labels = target.reshape(-1).long()
+    checksum = ((labels + 1) * torch.arange(1, len(labels) + 1, device=labels.device)).sum()
+    mine = torch.cat([torch.tensor([*said, len(labels)], device=labels.device), checksum.reshape(1)])
+    *heard, num_rows, checksums = all_gather(mine, group).t().tolist()
+    check_same_number_of_rows(num_rows)
+    if len(set(checksums)) > 1:
+        raise ValueError(
+            "target must be the same on all ranks of the group; rows that are split over them are to be gathered first: gather_rows"
+        )
+    return heard
+
+
+def check_same_number_of_rows(num_rows: Sequence[int]) -> None:
     if len(set(num_rows)) > 1:
         raise ValueError(
             f"input must have the same rows on all ranks of the group, got {list(num_rows)} of them; rows that are split over the ranks "
-            "are to be gathered first, with gather_rows"
+            "are to be gathered first: gather_rows"
         )
 
 
@@ -228,9 +279,10 @@ def gradient_of(
         present = others != -torch.inf
         q = torch.where(present, (others - whole.max.unsqueeze(-1)).exp() / whole.sum_exp.unsqueeze(-1), 0.0)
         extra = of_weights.unsqueeze(-1) * (present * weight - whole.sum_weight.unsqueeze(-1) * q)
-    plain = all(grad is None or ladder.is_plain_gradient(grad) for grad in grads)
+    plain = all(grad is None or ladder.is_plain_gradient(grad) for grad in grads) and ladder.is_plain(logits)
+    single = all(field is None or field.dtype == torch.float32 for field in whole)  # hooks on saved tensors may return what they like
     gradient: Tensor
-    if kernels is None or not plain or not ladder.is_plain(logits) or logits.dtype not in kernels.DTYPES:
+    if kernels is None or not plain or not single or logits.dtype not in kernels.DTYPES:
         gradient = row_stats_vjp(logits, target, grads[:5], Record(*whole[:5]))
         if extra is not None:
             gradient = (gradient + extra).to(logits.dtype)
