@@ -11,14 +11,8 @@ __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
     from .class_parallel import ClassParallelLinear, gather_rows
-    from .functional import (
-        crammer_singer_hinge,
-        divergence,
-        hard_margin_softplus,
-        large_margin_cross_entropy,
-        multiclass_hinge,
-        sharded_large_margin_cross_entropy,
-    )
+    from .functional import divergence, large_margin_cross_entropy, sharded_large_margin_cross_entropy
+    from .hinges import crammer_singer_hinge, hard_margin_softplus, multiclass_hinge
     from .linear import linear_large_margin_cross_entropy
     from .losses import (
         CrammerSingerHingeLoss,
@@ -37,9 +31,9 @@ _HOME = {
     "row_stats": "ops",
     "divergence": "functional",
     "large_margin_cross_entropy": "functional",
-    "multiclass_hinge": "functional",
-    "crammer_singer_hinge": "functional",
-    "hard_margin_softplus": "functional",
+    "multiclass_hinge": "hinges",
+    "crammer_singer_hinge": "hinges",
+    "hard_margin_softplus": "hinges",
     "linear_large_margin_cross_entropy": "linear",
     "sharded_large_margin_cross_entropy": "functional",
     "sharded_linear_large_margin_cross_entropy": "sharded_linear",

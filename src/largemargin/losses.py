@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import _checks
+from . import _checks, hinges
 from . import functional as F
 from ._backends import Divergence
 from ._backends.ladder import BACKENDS, Backend
@@ -221,7 +221,7 @@ class MulticlassHingeLoss(_HingeLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of logits ``input`` and class indices ``target``."""
-        return F.multiclass_hinge(input, target, self.weight, **self._options())
+        return hinges.multiclass_hinge(input, target, self.weight, **self._options())
 
 
 class CrammerSingerHingeLoss(_HingeLoss):
@@ -229,7 +229,7 @@ class CrammerSingerHingeLoss(_HingeLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of logits ``input`` and class indices ``target``."""
-        return F.crammer_singer_hinge(input, target, self.weight, **self._options())
+        return hinges.crammer_singer_hinge(input, target, self.weight, **self._options())
 
 
 class HardMarginSoftplusLoss(_HingeLoss):
@@ -237,4 +237,4 @@ class HardMarginSoftplusLoss(_HingeLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of logits ``input`` and class indices ``target``."""
-        return F.hard_margin_softplus(input, target, self.weight, **self._options())
+        return hinges.hard_margin_softplus(input, target, self.weight, **self._options())
