@@ -21,12 +21,14 @@ from largemargin import (
     ClassParallelLinear,
     LargeMarginCrossEntropyLoss,
     gather_rows,
+    heads,
     large_margin_cross_entropy,
     layer,
     sharded_large_margin_cross_entropy,
     sharded_linear_large_margin_cross_entropy,
     shards,
 )
+from largemargin.schedules import AnnealedLambda
 from measure import assert_within, peak_bytes
 
 
@@ -575,3 +577,63 @@ def on_meta(group: dist.ProcessGroup) -> None:
     head.reset_parameters()
     torch.manual_seed(0)
     assert torch.equal(head.weight, ClassParallelLinear(6, 11, group=group).weight)
+
+
+def head_under_ddp(group: dist.ProcessGroup, make: object) -> None:
+    """Half of the rows on each rank: the gradients of the network and of the head are those of all rows."""
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.body, self.head = torch.nn.Linear(5, 6).double(), make()
+
+        def forward(self, input: Tensor, target: Tensor) -> Tensor:
+            found = self.head(self.body(input), target)
+            return large_margin_cross_entropy(found, target) if found.dim() else found
+
+    rng = torch.Generator().manual_seed(0)
+    input, target = torch.randn(8, 5, generator=rng, dtype=torch.float64), torch.arange(8) % 4
+    one, split = Model(), DistributedDataParallel(Model(), process_group=group)
+    own = slice(4 * dist.get_rank(group), 4 * dist.get_rank(group) + 4)
+    one(input, target).backward()
+    split(input[own], target[own]).backward()
+    for mine, truth in zip(split.module.parameters(), one.parameters(), strict=True):
+        assert_within(mine.grad, truth.grad, 4, 16)
+
+
+def lsoftmax() -> torch.nn.Module:
+    return heads.LSoftmaxLinear(6, 4, 2, schedule=AnnealedLambda.for_steps(10), dtype=torch.float64)
+
+
+def gaussian_mixture() -> torch.nn.Module:
+    return heads.GaussianMixtureHead(6, 4, covariance="diagonal", dtype=torch.float64)
+
+
+def super_symmetric() -> torch.nn.Module:
+    return heads.SuperSymmetricLinear(6, 4, frame="learned", learn_scale=True, dtype=torch.float64)
+
+
+def cosface() -> torch.nn.Module:
+    return heads.CosineLinear(6, 4, margin=0.3, dtype=torch.float64)
+
+
+def arcface() -> torch.nn.Module:
+    return heads.CosineLinear(6, 4, margin=0.3, kind="arcface", dtype=torch.float64)
+
+
+def center() -> torch.nn.Module:
+    return heads.CenterLoss(4, 6, as_parameter=True, dtype=torch.float64)
+
+
+def cosface_in_the_sharded_loss(group: dist.ProcessGroup) -> None:
+    """The margin of CosFace is a hard bias, and the classes of a cosine head can be split."""
+    torch.manual_seed(0)
+    head, rng = cosface(), torch.Generator().manual_seed(0)
+    input, target = torch.randn(8, 6, generator=rng, dtype=torch.float64), torch.arange(8) % 4
+    classes, bias = bounds(group, (1, 3)), head.hard_bias
+    expected = large_margin_cross_entropy(head(input, target), target)
+    loss = sharded_linear_large_margin_cross_entropy(head.features(input), head.weights()[classes], target, group=group, hard_bias=bias)
+    assert_within(loss, expected.detach(), 64, 4)
+    for mine, truth in zip(torch.autograd.grad(loss, head.weight), torch.autograd.grad(expected, head.weight), strict=True):
+        assert_within(mine[classes], truth[classes], 64, 4)

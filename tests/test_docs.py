@@ -76,4 +76,6 @@ def test_the_losses_of_a_line_are_those_of_their_papers(rng):
         "max_suppression": ((), cross_entropy(logits, target) + 0.1 * (logits.amax(1) - logits.mean(1)).mean()),
     }
     for name, (arguments, value) in expected.items():
-        torch.testing.assert_close(page[name](logits.tanh() if name == "ldam" else logits, target, *arguments), value, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            page[name](logits.tanh() if name == "ldam" else logits, target, *arguments), value, rtol=1e-12, atol=1e-12
+        )

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import largemargin
-from largemargin.lab import data, evaluate, train
+from largemargin.lab import data, evaluate, methods, models, train
 from largemargin.lab.files import write_json
 from largemargin.lab.recipe import LOSSES, Recipe
 
@@ -108,9 +108,21 @@ def test_every_word_of_losses_builds_its_loss():
         "crammer_singer_hinge": largemargin.crammer_singer_hinge(logits, target),
         "hard_margin_softplus": largemargin.hard_margin_softplus(logits, target),
     }
+    for word in (
+        "lsoftmax",
+        "gaussian_mixture",
+        "noisy_softmax",
+        "super_symmetric",
+        "cosface",
+        "arcface",
+        "center",
+        "gradual_super_symmetry",
+    ):
+        expected[word] = expected["softmax"]  # of the logits, which their classifiers or second terms change
+    expected["center_large_margin"] = expected["large_margin"]
     assert expected.keys() == LOSSES.keys()
     for word, settings in LOSSES.items():
-        loss = train.build_loss(recipe(loss=word, **settings))(logits, target)
+        loss = methods.build_loss(recipe(loss=word, **settings))(logits, target)
         torch.testing.assert_close(loss, expected[word], msg=word)
 
 
@@ -158,3 +170,37 @@ def test_perfect_confidence_has_no_calibration_error():
     logits = 1e4 * torch.eye(5)
     assert evaluate.expected_calibration_error(logits, torch.arange(5)) == 0
     assert evaluate.expected_calibration_error(logits, (torch.arange(5) + 1) % 5) == 1
+
+
+WITH_HEADS = [word for word in LOSSES if word in ("lsoftmax", "gaussian_mixture", "noisy_softmax", "super_symmetric", "cosface", "arcface")]
+WITH_TERMS = ["center", "center_large_margin", "gradual_super_symmetry"]
+
+
+@pytest.mark.parametrize("word", [*WITH_HEADS, *WITH_TERMS])
+def test_a_method_with_a_state_goes_on_where_it_stopped(word, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0.0)
+    long = recipe(epochs=3, loss=word, batch_size=50, **LOSSES[word])
+    unbroken = train.train(long, SMALL, tmp_path / "unbroken")
+
+    def stop(row):
+        if row["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.train(long, SMALL, tmp_path / "broken", stop)
+    assert without_time(train.train(long, SMALL, tmp_path / "broken")) == without_time(unbroken)
+
+
+@pytest.mark.parametrize("word", [*WITH_HEADS, *WITH_TERMS])
+def test_a_method_differs_in_training_from_the_plain_loss_and_predicts_by_plain_logits(word):
+    network = models.build("small", 1, 10)
+    method = methods.Method(recipe(loss=word, **LOSSES[word]), network, 10)
+    images, target = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 10
+    for _ in range(2):  # a gradual weight is 0 at the first step
+        plain, loss = method(network, images, target)
+    if word != "super_symmetric":  # which is a form of the weights, not of the loss
+        assert abs(float(loss.detach()) - float(method.criterion(plain, target).detach())) > 1e-7
+    network.eval()
+    torch.testing.assert_close(
+        network(images), network.classifier(network.features(images), target) if word in WITH_HEADS else network(images)
+    )

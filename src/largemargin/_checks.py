@@ -45,6 +45,18 @@ def check_number(name: str, value: object, *, low: float = -sys.float_info.max) 
         raise ValueError(f"{name} must be finite{f' and at least {low:g}' if low > -1 else ''}, got {value!r}")
 
 
+def check_positive(name: str, value: object) -> None:
+    check_number(name, value)
+    if not value > 0:  # type: ignore[operator]  # a number it is
+        raise ValueError(f"{name} must be above 0, got {value!r}")
+
+
+def check_at_least_1(name: str, value: object) -> None:
+    check_integer(name, value)
+    if not value >= 1:  # type: ignore[operator]  # an int it is
+        raise ValueError(f"{name} must be at least 1, got {value!r}")
+
+
 def check_label_smoothing(value: object) -> None:
     if not is_number(value):
         raise TypeError(f"label_smoothing must be a Python number in [0, 1], got {describe(value)}")

@@ -75,10 +75,24 @@ def build_parser() -> "ArgumentParser":
     )
     report = parser("Print the table of a comparison again and write its report anew, from the runs that are finished.")
     report.add_argument("out", nargs="?", default="runs/compare", metavar="DIR", help="the folder given to compare as --out")
+    inspect = parser("Say what a file of logits says about a classifier: overall, class by class, and its worst rows.")
+    inspect.add_argument(
+        "file",
+        type=str,
+        metavar="FILE",
+        help=".npz with arrays logits (N, C) and labels (N,), or .csv with a column label and a logit a class",
+    )
+    inspect.add_argument("--top", type=PositiveInt, default=10, metavar="N", help="how many rows to list")
+    inspect.add_argument("--json", action="store_true", help="print JSON: shares in [0, 1] and nats")
+    reproduce = parser("Compute a figure of the paper, print it as a table, and write it with its chart.")
+    reproduce.add_argument("figure", choices=["fig1", "fig2", "fig4"], metavar="FIGURE", help="fig1 fig2 fig4")
+    reproduce.add_argument("--out", type=str, default="runs/figures", metavar="DIR", help="the folder for table and chart")
     doctor = parser("Say which backends are here, and whether they compute rightly; without options.")
     commands = top.add_subcommands(dest="command", metavar="COMMAND")
     commands.add_subcommand("compare", compare, help="train the same network under several losses and seeds, and compare")
     commands.add_subcommand("report", report, help="print and write the report of a comparison again")
+    commands.add_subcommand("inspect", inspect, help="say what a file of logits says about a classifier")
+    commands.add_subcommand("reproduce", reproduce, help="compute a figure of the paper")
     commands.add_subcommand("doctor", doctor, help="say which backends are here, and whether they compute rightly")
     return top
 
@@ -86,9 +100,20 @@ def build_parser() -> "ArgumentParser":
 def run(arguments: "Namespace") -> None:
     from rich.console import Console
 
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    if arguments.command == "inspect":
+        from .inspect import inspect
+
+        options = arguments.inspect
+        inspect(Path(options.file).expanduser(), int(options.top), options.json, console)
+        return
+    if arguments.command == "reproduce":
+        from .figures import reproduce
+
+        reproduce(arguments.reproduce.figure, Path(arguments.reproduce.out).expanduser(), console)
+        return
     from .compare import Comparison, compare, finished_records, print_tables, reopen, summarise, write_results
 
-    console = Console(width=None if sys.stdout.isatty() else 140)
     if arguments.command == "report":
         out = Path(arguments.report.out).expanduser()
         comparison = reopen(out)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import row_stats
+from ..metrics import ece as expected_calibration_error
 
 MARGIN_EDGES = torch.linspace(-40, 40, 161)  # nats; margins beyond are counted in the outermost bins
 
@@ -21,14 +22,6 @@ class Evaluation:
     margin: float  # f_y - f_c*, nats
     rho: float  # eq. (7), nats
     margin_histogram: list[int]  # counts between MARGIN_EDGES
-
-
-def expected_calibration_error(logits: Tensor, target: Tensor, num_bins: int = 15) -> Tensor:
-    """The mean gap between confidence and accuracy, over equal-width bins of confidence weighted by their samples (Guo et al., 2017)."""
-    confidence, prediction = logits.softmax(-1).max(-1)
-    bins = (confidence * num_bins).ceil().long().clamp(1, num_bins) - 1  # the bins are open on the left
-    gaps = torch.zeros(num_bins, dtype=torch.float64).index_add_(0, bins, (prediction == target).double() - confidence.double())
-    return gaps.abs().sum() / len(target)
 
 
 @torch.no_grad()

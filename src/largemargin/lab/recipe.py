@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 # what the words of --losses mean; a setting left out is one the loss does not have
-LOSSES: dict[str, dict[str, float]] = {
+LOSSES: dict[str, dict[str, Any]] = {
     "softmax": {},  # eq. (2)
     "label_smoothing": {"label_smoothing": 0.1},  # eq. (13)
     "large_margin": {"lam": 0.3},  # eq. (11)
@@ -19,8 +19,30 @@ LOSSES: dict[str, dict[str, float]] = {
     "multiclass_hinge": {"margin": 1.0},  # eq. (14)
     "crammer_singer_hinge": {"margin": 1.0},  # eq. (1)
     "hard_margin_softplus": {"margin": 1.0},  # Sec. 3
+    # with a classifier of their own
+    "lsoftmax": {"angular_multiplier": 4},  # Liu et al., 2016, annealed over the run
+    "gaussian_mixture": {"alpha": 0.3, "likelihood": 0.1},  # Wan et al., 2018; alpha is the last of three steps
+    "noisy_softmax": {"alpha": 0.1},  # Chen et al., 2017; alpha squared
+    "super_symmetric": {},  # Otsu, 1982; Sec. 3
+    "cosface": {"scale": 30.0, "margin": 0.35},  # Wang et al., 2018
+    "arcface": {"scale": 30.0, "margin": 0.5},  # Deng et al., 2019
+    # with a second term
+    "center": {"center": 0.003},  # Wen et al., 2016
+    "center_large_margin": {"center": 0.003, "lam": 0.3},  # Sec. 3
+    "gradual_super_symmetry": {"symmetry": 1.0},  # Sec. 4.2
 }
-SYMBOLS = {"lam": "λ", "label_smoothing": "ε", "hard_bias": "b", "margin": "ρ"}
+SYMBOLS = {
+    "lam": "λ",
+    "label_smoothing": "ε",
+    "hard_bias": "b",
+    "margin": "ρ",
+    "angular_multiplier": "m",
+    "alpha": "α",
+    "likelihood": "λ_lkd",
+    "scale": "s",
+    "center": "center",
+    "symmetry": "symmetry",
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +69,12 @@ class Recipe:
     hard_bias: float | None = None
     label_smoothing: float | None = None
     margin: float | None = None
+    angular_multiplier: int | None = None
+    alpha: float | None = None
+    likelihood: float | None = None
+    scale: float | None = None
+    center: float | None = None
+    symmetry: float | None = None
     device: str = "cpu"
 
     def to_dict(self) -> dict[str, Any]:
@@ -56,7 +84,7 @@ class Recipe:
     def id(self) -> str:
         """The name of the run's folder: readable, and different for every different recipe."""
         # the digest says which data it is; the folder may move
-        what = {name: value for name, value in self.to_dict().items() if name not in ("data", "data_root")}
+        what = {name: value for name, value in self.to_dict().items() if name not in ("data", "data_root") and value is not None}
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
         return f"{self.loss}-noise{self.label_noise:g}-seed{self.seed}-{digest}"
 

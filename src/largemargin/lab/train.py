@@ -12,38 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import (
-    CrammerSingerHingeLoss,
-    HardMarginSoftplusLoss,
-    LargeMarginCrossEntropyLoss,
-    MulticlassHingeLoss,
-    __version__,
-    row_stats,
-)
+from .. import __version__, row_stats
 from .data import ImageSet, augment, channel_moments, pollute_labels, subsample
 from .errors import LabError
 from .evaluate import evaluate
 from .files import write_atomically, write_json
+from .methods import Method, parameter_groups
 from .models import build
-from .recipe import LOSSES, Recipe
+from .recipe import Recipe
 
 CHECKPOINT_SECONDS = 10.0  # an interrupted run loses at most this much, or one epoch
 CURVE_POINTS = 300  # the curve over training batches is averaged down to this many points
-
-
-def build_loss(recipe: Recipe) -> nn.Module:
-    """The training loss. The baselines are torch's own."""
-    settings = {name: getattr(recipe, name) for name in LOSSES[recipe.loss]}
-    match recipe.loss:
-        case "softmax" | "label_smoothing":
-            return nn.CrossEntropyLoss(**settings)
-        case "multiclass_hinge":
-            return MulticlassHingeLoss(**settings)
-        case "crammer_singer_hinge":
-            return CrammerSingerHingeLoss(**settings)
-        case "hard_margin_softplus":
-            return HardMarginSoftplusLoss(**settings)
-    return LargeMarginCrossEntropyLoss(**{"lam": 0.0, **settings})
 
 
 def seeded(seed: int, purpose: str, epoch: int = 0) -> torch.Generator:
@@ -88,10 +67,17 @@ def predict(network: nn.Module, images: Tensor, normalize: Callable[[Tensor], Te
     return torch.cat([network(normalize(part)) for part in torch.split(images, 500)])
 
 
-def train(recipe: Recipe, data: ImageSet, folder: Path, on_epoch: Callable[[dict[str, Any]], object] = lambda _: None) -> dict[str, Any]:
+def train(
+    recipe: Recipe,
+    data: ImageSet,
+    folder: Path,
+    on_epoch: Callable[[dict[str, Any]], object] = lambda _: None,
+    on_end: Callable[[nn.Module, Tensor], object] = lambda *_: None,
+) -> dict[str, Any]:
     """Train by the recipe and write ``result.json`` into ``folder``; goes on from a checkpoint found there.
 
-    ``on_epoch`` hears each epoch's measurements. Returns what is in ``result.json``.
+    ``on_epoch`` hears each epoch's measurements, ``on_end`` is shown the network in eval mode and the normalized training images. Returns
+    what is in ``result.json``.
     """
     device = torch.device(recipe.device)
     images, labels = (part.to(device) for part in training_set(recipe, data))
@@ -101,9 +87,11 @@ def train(recipe: Recipe, data: ImageSet, folder: Path, on_epoch: Callable[[dict
         return (batch.float() - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
 
     torch.manual_seed(seeded(recipe.seed, "weights").initial_seed())
-    network = build(recipe.network, images.shape[1], len(data.classes)).to(device)
-    criterion = build_loss(recipe).to(device)
-    optimizer = torch.optim.SGD(network.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    network = build(recipe.network, images.shape[1], len(data.classes))
+    method = Method(recipe, network, recipe.epochs * -(-len(labels) // recipe.batch_size))
+    network, method = network.to(device), method.to(device)
+    groups = parameter_groups(network, recipe.learning_rate)
+    optimizer = torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
     learning_rates = recipe.learning_rate * np.logspace(0, -3, recipe.epochs)
     epochs: list[dict[str, Any]] = []
     rho_of_batches: list[float] = []
@@ -116,6 +104,7 @@ def train(recipe: Recipe, data: ImageSet, folder: Path, on_epoch: Callable[[dict
         except Exception as error:  # torch.load raises many types for a broken file
             raise LabError(f"{checkpoint} is not a checkpoint that can be read; remove it to start this run anew") from error
         network.load_state_dict(state["network"])
+        method.load_state_dict(state["method"])
         optimizer.load_state_dict(state["optimizer"])
         epochs, rho_of_batches, seconds = state["epochs"], state["rho_of_batches"], state["seconds"]
 
@@ -125,13 +114,15 @@ def train(recipe: Recipe, data: ImageSet, folder: Path, on_epoch: Callable[[dict
         torch.manual_seed(seeded(recipe.seed, "layers", epoch).initial_seed())  # for networks that draw, by dropout say
         augmentation = seeded(recipe.seed, "augmentation", epoch)
         order = torch.randperm(len(labels), generator=seeded(recipe.seed, "order", epoch)).to(device)
-        optimizer.param_groups[0]["lr"] = float(learning_rates[epoch])
+        for group in optimizer.param_groups:
+            group["lr"] = float(learning_rates[epoch]) * group["factor"]
         network.train()
+        method.train()
         totals = torch.zeros(3, dtype=torch.float64, device=device)
         for batch in torch.split(order, recipe.batch_size):
             target = labels[batch]
-            logits = network(normalize(augment(images[batch], recipe.crop_padding, recipe.flip, mean, augmentation)))
-            loss = criterion(logits, target)
+            batch_of_images = normalize(augment(images[batch], recipe.crop_padding, recipe.flip, mean, augmentation))
+            logits, loss = method(network, batch_of_images, target)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -153,11 +144,12 @@ def train(recipe: Recipe, data: ImageSet, folder: Path, on_epoch: Callable[[dict
         )
         if time.monotonic() - saved > CHECKPOINT_SECONDS and epoch + 1 < recipe.epochs:
             saved = time.monotonic()
-            state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "epochs": epochs}
+            state = {"network": network.state_dict(), "method": method.state_dict(), "optimizer": optimizer.state_dict(), "epochs": epochs}
             state |= {"rho_of_batches": rho_of_batches, "seconds": saved - started}
             write_atomically(checkpoint, lambda file, state=state: torch.save(state, file))  # type: ignore[misc]
         on_epoch(epochs[-1])
 
+    on_end(network, normalize(images))
     result = {
         "recipe": recipe.to_dict(),
         "classes": list(data.classes),

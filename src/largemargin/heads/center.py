@@ -1,0 +1,101 @@
+"""Center loss: features are drawn to the center of their class; beside a softmax loss, which keeps the centers apart."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks
+from ..rowstats import accumulation_dtype
+from ._target import check_features, rows_of_target
+
+
+class CenterLoss(nn.Module):
+    r"""Half the mean squared distance of features from the centers of their classes.
+
+    .. math:: \frac{1}{2N} \sum_i \|x_i - c_{y_i}\|^2, \qquad
+        c_j \leftarrow c_j - \alpha \frac{\sum_{i: y_i = j} (c_j - x_i)}{1 + n_j}, \quad n_j = |\{i: y_i = j\}|
+
+    N is the number of rows whose target is not negative; the others take no part, and without any the loss is 0. It is added to a loss of
+    the logits with a small factor: ``loss + 0.003 * center(features, target)`` in the paper.
+
+    The centers are a buffer, updated by every forward pass in training, after the loss; an optimizer does not see them. With
+    ``as_parameter=True`` they are a parameter with the plain gradient :math:`\sum_{i: y_i = j} (c_j - x_i) / N`, and ``alpha`` has no
+    effect. Each process updates its buffer from its own rows: with several, use :func:`.gather_rows` first, or ``as_parameter=True``.
+
+    Args:
+        num_classes: C.
+        feature_dim: the width D of the features.
+        alpha: the rate of the centers, in [0, 1].
+        as_parameter: whether the optimizer moves the centers.
+        device, dtype: of the centers.
+
+    Example:
+        >>> import torch
+        >>> from largemargin.heads.center import CenterLoss
+        >>> center = CenterLoss(num_classes=100, feature_dim=16)
+        >>> center(torch.randn(8, 16), torch.arange(8)).shape
+        torch.Size([])
+
+    Source: Wen et al., A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016, eqs. (2) and (4).
+    """
+
+    centers: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        feature_dim: int,
+        *,
+        alpha: float = 0.5,
+        as_parameter: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _checks.check_at_least_1("num_classes", num_classes)
+        _checks.check_at_least_1("feature_dim", feature_dim)
+        _checks.check_number("alpha", alpha, low=0.0)
+        if alpha > 1:
+            raise ValueError(f"alpha must be at most 1, got {alpha!r}; a center would jump over the mean of its rows")
+        self.alpha = alpha
+        self.as_parameter = as_parameter
+        centers = torch.empty(num_classes, feature_dim, device=device, dtype=dtype)
+        if as_parameter:
+            self.centers = nn.Parameter(centers)
+        else:
+            self.register_buffer("centers", centers)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Centers by Xavier's rule, as in the authors' code."""
+        nn.init.xavier_uniform_(self.centers)
+
+    def forward(self, features: Tensor, target: Tensor) -> Tensor:
+        """The loss, a scalar, of features (..., D) and class indices (...); in training the centers move."""
+        check_features(features, target, *self.centers.shape[::-1])
+        dtype = accumulation_dtype(torch.promote_types(features.dtype, self.centers.dtype))
+        rows, labels = features.reshape(-1, features.shape[-1]).to(dtype), target.reshape(-1).long()
+        kept = labels >= 0
+        difference = rows_of_target(self.centers, labels).to(dtype) - rows  # (N, D)
+        difference = torch.where(kept.unsqueeze(-1), difference, 0.0)
+        loss = difference.square().sum() / (2 * kept.sum().clamp(min=1))
+        if self.training and not self.as_parameter:
+            self._update(difference.detach(), labels.clamp(min=0), kept)
+        return loss
+
+    @torch.no_grad()
+    def _update(self, difference: Tensor, labels: Tensor, kept: Tensor) -> None:
+        """The step of the centers; ``difference`` (N, D) is c_y - x, and 0 in rows that are not kept."""
+        counts = difference.new_zeros(len(self.centers)).index_add_(0, labels, kept.to(difference.dtype))
+        step = self.alpha * difference / (1 + counts[labels]).unsqueeze(-1)
+        # not in place: compiled code may compute the loss again for its gradient, and would from the centers as they are then
+        self.centers = self.centers.index_add(0, labels, -step.to(self.centers.dtype))
+
+    def extra_repr(self) -> str:
+        num_classes, feature_dim = self.centers.shape
+        return f"num_classes={num_classes}, feature_dim={feature_dim}, alpha={self.alpha}, as_parameter={self.as_parameter}"
+
+    if TYPE_CHECKING:
+
+        def __call__(self, features: Tensor, target: Tensor) -> Tensor: ...

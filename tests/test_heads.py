@@ -1,0 +1,46 @@
+"""What all heads have in common: they work with every loss, and over ranks."""
+
+import pytest
+import torch
+
+import on_ranks
+from largemargin import crammer_singer_hinge, hard_margin_softplus, heads, large_margin_cross_entropy, multiclass_hinge
+
+HEADS = [on_ranks.lsoftmax, on_ranks.gaussian_mixture, on_ranks.super_symmetric, on_ranks.cosface, on_ranks.arcface]
+each_head = pytest.mark.parametrize("make", HEADS, ids=lambda make: make.__name__)
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("make", [*HEADS, on_ranks.center], ids=lambda make: make.__name__)
+def test_distributed_data_parallel_has_the_gradients_of_all_rows(ranks, make):
+    ranks.run(2, on_ranks.head_under_ddp, make)
+
+
+@pytest.mark.xdist_group("ranks")
+def test_the_classes_of_a_cosine_head_can_be_split(ranks):
+    ranks.run(2, on_ranks.cosface_in_the_sharded_loss)
+
+
+@each_head
+@pytest.mark.parametrize("loss", [large_margin_cross_entropy, multiclass_hinge, crammer_singer_hinge, hard_margin_softplus])
+def test_every_loss_takes_the_logits_of_every_head(make, loss, rng):
+    head = make()
+    features = torch.randn(2, 4, 6, generator=rng, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([[0, 1, 2, 3], [3, -100, 1, 0]])
+    logits = head(features, target)
+    value = loss(logits.movedim(-1, 1), target)
+    value.backward()
+    assert logits.shape == (2, 4, 4) and value.isfinite() and features.grad.isfinite().all()
+    assert (features.grad[1, 1] == 0).all()  # the ignored row
+
+
+@each_head
+def test_prediction_never_knows_the_label(make, rng):
+    head, features, target = make(), torch.randn(7, 6, generator=rng, dtype=torch.float64), torch.arange(7) % 4
+    assert torch.equal(head.eval()(features, target), head(features))
+    others = torch.ones(7, 4, dtype=torch.bool).scatter(1, target.unsqueeze(1), False)
+    assert torch.equal(head.train()(features, target)[others], head(features)[others])
+
+
+def test_public_names_are_there():
+    assert all(hasattr(heads, name) for name in heads.__all__)
