@@ -621,6 +621,7 @@ def as_torchmetric(*, num_bins: int = 15, top_k: int = 5, ignore_index: int = -1
     class TorchMetric(Metric):  # type: ignore[misc, unused-ignore]
         is_differentiable = False
         full_state_update = False
+        sums: Tensor
 
         def __init__(self) -> None:
             super().__init__()
