@@ -2,6 +2,8 @@
 
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,8 +21,12 @@ def python_blocks(page):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.name)
 def test_every_python_block_runs(page):
+    blocks = python_blocks(page)
+    if any("distributed" in block for block in blocks):  # a process group is a matter of the whole process
+        subprocess.run([sys.executable, "-c", "\n".join(blocks)], check=True, timeout=120)
+        return
     namespace = {}
-    for block in python_blocks(page):
+    for block in blocks:
         exec(compile(block, str(page), "exec"), namespace)
 
 
