@@ -299,3 +299,16 @@ def test_wrong_calls(rng):
         head(x, y.int())
     with pytest.raises(IndexError, match="holds 5"):
         head(x, y + 1)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e19])
+def test_the_cosine_does_not_depend_on_the_length(size, rng):
+    head = CosineLinear(4, 3, scale=2.0)
+    features = torch.randn(5, 4, generator=rng)
+    assert_within(head(features * size), head(features).double().detach(), 2.0, 8)
+
+
+def test_a_zero_vector_has_a_cosine_of_zero_and_the_whole_margin():
+    head = CosineLinear(4, 3, scale=30.0, margin=0.5, kind="arcface")
+    logit = head(torch.zeros(1, 4), torch.tensor([0]))[0, 0]
+    assert_within(logit.detach(), 30 * math.cos(math.pi / 2 + 0.5), 30.0, 2)

@@ -368,3 +368,9 @@ def test_mistaken_inputs_name_the_argument():
             call(torch.zeros(3, 5), torch.zeros(4, dtype=torch.int64))
         with pytest.raises(IndexError, match="holds 7"):
             call(torch.zeros(3, 5), torch.tensor([0, 7, -100]))
+
+
+def test_one_row_without_a_batch_takes_a_schedule(rng):
+    head = GaussianMixtureHead(6, 4, alpha=SteppedAlpha())
+    features = torch.randn(6, generator=rng)
+    assert head(features, torch.tensor(1)).dtype == head(features).dtype == torch.float32

@@ -49,3 +49,11 @@ def test_figure_2_says_which_bias_each_method_adds(tmp_path, capsys, monkeypatch
 def test_an_unknown_figure_is_refused(capsys):
     assert cli.main(["reproduce", "fig3"]) == 2
     assert "fig3" in capsys.readouterr().err
+
+
+def test_an_out_that_can_be_no_folder_is_refused_before_anything_is_computed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(figures.FIGURES, "fig1", lambda: pytest.fail("computed"))
+    (tmp_path / "file").touch()
+    for out in (str(tmp_path / "file"), "~nobody-of-that-name/x"):
+        assert cli.main(["reproduce", "fig1", "--out", out]) == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1

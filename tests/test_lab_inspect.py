@@ -117,7 +117,7 @@ def test_the_tables_say_what_the_json_says(tmp_path, capsys):
     overall = summary["overall"]
     for cell in (f"{overall['margin']:.3f}", f"{100 * overall['ece']:.2f}", f"{overall['nll']:.4f}", "[b]bird", "n/a"):
         assert cell in text
-    assert "60 rows, 4 classes" in text and "ρ̂" in text
+    assert "60 rows, 4 classes" in text and "rho-hat" in text
     for row in summary["confident_mistakes"] + summary["smallest_margins"]:
         assert f"{row['confidence']:.4f}" in text and f"{row['margin']:.3f}" in text
 

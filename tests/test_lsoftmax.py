@@ -314,3 +314,13 @@ def test_mistaken_options_name_the_argument(options, error, words):
 def test_mistaken_inputs_name_the_argument(features, target, error, words):
     with pytest.raises(error, match=words):
         LSoftmaxLinear(5, 7)(features, target)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-23, 1e-20])
+def test_features_of_next_to_no_length_give_finite_logits(size):
+    head = LSoftmaxLinear(2, 2, 4)
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(2))
+    logits = head(torch.full((1, 2), size), torch.tensor([0]))
+    logits.sum().backward()
+    assert logits.isfinite().all() and head.weight.grad.isfinite().all()

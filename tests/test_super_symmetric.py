@@ -291,3 +291,9 @@ def test_wrong_calls(rng):
     for weight in (torch.zeros(5), torch.zeros(1, 6), torch.zeros(5, 6, dtype=torch.long)):
         with pytest.raises(ValueError, match=r"weight must be floating of shape \(C, D\)"):
             super_symmetry_penalty(weight)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e10, 1e30])
+def test_the_penalty_is_free_of_the_scale(size, rng):
+    weight = torch.randn(5, 8, generator=rng)
+    assert_within(super_symmetry_penalty(weight * size), super_symmetry_penalty(weight.double()), 1.0, 8)

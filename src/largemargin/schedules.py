@@ -44,7 +44,7 @@ class Schedule(nn.Module):
         if self.training:
             # not in place: the backward pass of compiled code recomputes the value from the buffer, then one step late (torch 2.13)
             self.step = self.step + 1
-        # a 0-d float64 does not promote what it is multiplied to; Apple's GPUs have none
+        # a 0-d float64 promotes 0-d tensors alone; Apple's GPUs have none
         return self.at(self.step.clamp(min=1).to(torch.float32 if self.step.is_mps else torch.float64))
 
     if TYPE_CHECKING:

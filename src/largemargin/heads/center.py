@@ -21,7 +21,8 @@ class CenterLoss(nn.Module):
 
     The centers are a buffer, updated by every forward pass in training, after the loss; an optimizer does not see them. With
     ``as_parameter=True`` they are a parameter with the plain gradient :math:`\sum_{i: y_i = j} (c_j - x_i) / N`, and ``alpha`` has no
-    effect. Each process updates its buffer from its own rows: with several, use :func:`.gather_rows` first, or ``as_parameter=True``.
+    effect. With several processes every one updates its buffer from its own rows, and ``DistributedDataParallel`` sends that of the
+    first to all, so that only its rows count: use :func:`.gather_rows` first, or ``as_parameter=True``.
 
     Args:
         num_classes: C.
@@ -37,7 +38,7 @@ class CenterLoss(nn.Module):
         >>> center(torch.randn(8, 16), torch.arange(8)).shape
         torch.Size([])
 
-    Source: Wen et al., A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016, eqs. (2) and (4).
+    Source: Wen et al., A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016, and its code.
     """
 
     centers: Tensor
@@ -73,6 +74,7 @@ class CenterLoss(nn.Module):
 
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
         """The loss, a scalar, of features (..., D) and class indices (...); in training the centers move."""
+        _checks.check_tensor("target", target)
         check_features(features, target, *self.centers.shape[::-1])
         dtype = accumulation_dtype(torch.promote_types(features.dtype, self.centers.dtype))
         rows, labels = features.reshape(-1, features.shape[-1]).to(dtype), target.reshape(-1).long()

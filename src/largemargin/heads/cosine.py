@@ -123,6 +123,7 @@ class CosineLinear(nn.Module):
         x, w = unit(features), unit(rows_of_target(self.weight, labels))
         cos = (x * w).sum(-1)
         sin = torch.linalg.vector_norm(x - w, dim=-1) * torch.linalg.vector_norm(x + w, dim=-1) / 2
+        sin = torch.where((x == 0).all(-1) | (w == 0).all(-1), 1.0, sin)  # a zero vector has a cosine of 0
         cos_m, sin_m = math.cos(self.margin), math.sin(self.margin)
         shifted: Tensor = self.scale * (cos * cos_m - sin * sin_m)
         if self.kind == "arcface_insightface":
@@ -142,5 +143,7 @@ class CosineLinear(nn.Module):
 def unit(vectors: Tensor) -> Tensor:
     """Vectors (..., D) with length 1, in at least float32; a zero vector stays zero, with the gradient of one of length 1."""
     vectors = vectors.to(accumulation_dtype(vectors.dtype))
+    largest = vectors.detach().abs().amax(-1, keepdim=True)  # squares of its size neither vanish nor overflow
+    vectors = vectors / largest.masked_fill(largest == 0, 1.0)
     length: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     return vectors / length.masked_fill(length == 0, 1.0)

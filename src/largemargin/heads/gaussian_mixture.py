@@ -106,7 +106,7 @@ class GaussianMixtureHead(nn.Module):
             if target is None or not self.training:
                 return logits
             alpha = self.alpha() if isinstance(self.alpha, Schedule) else self.alpha
-            margin = alpha * self._distance_to_target(features, target)  # (...)
+            margin = (alpha * self._distance_to_target(features, target)).to(logits.dtype)  # (...)
             return torch.scatter_add(logits, -1, target.clamp(min=0).unsqueeze(-1), -margin.unsqueeze(-1))
 
     def likelihood(self, features: Tensor, target: Tensor) -> Tensor:

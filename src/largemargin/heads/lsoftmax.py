@@ -95,7 +95,8 @@ class LSoftmaxLinear(nn.Module):
         dtype = accumulation_dtype(torch.promote_types(features.dtype, self.weight.dtype))
         x, w = features.to(dtype), F.embedding(index, self.weight).to(dtype)  # (..., D)
         norms: Tensor = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(w, dim=-1)
-        cos = (x * w).sum(-1) / norms.clamp(min=torch.finfo(dtype).tiny)  # 0 where there is no angle
+        present = norms >= torch.finfo(dtype).tiny
+        cos = torch.where(present, (x * w).sum(-1), 0.0) / norms.clamp(min=torch.finfo(dtype).tiny)  # 0 where there is no angle
         return norms * (psi(cos, self.angular_multiplier) - cos)
 
     def extra_repr(self) -> str:

@@ -171,6 +171,8 @@ def super_symmetry_penalty(weight: Tensor) -> Tensor:
         raise ValueError(f"weight must be floating of shape (C, D) with C at least 2, got {_checks.describe(weight)}")
     num_classes = len(weight)
     classes = weight.to(accumulation_dtype(weight.dtype))
+    largest = classes.detach().abs().amax()  # its fourth power is neither to vanish nor to overflow
+    classes = classes / largest.masked_fill(largest == 0, 1.0)
     centred = classes - classes.mean(0)
     with torch.autocast(weight.device.type, enabled=False):
         gram = centred @ centred.mT  # (C, C)

@@ -97,25 +97,33 @@ def build_parser() -> "ArgumentParser":
     return top
 
 
+def path_of(text: str) -> Path:
+    """A path as a shell would read it."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # there is no such user
+        raise LabError(f"{text}: {error}") from error
+
+
 def run(arguments: "Namespace") -> None:
     from rich.console import Console
 
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else 140, emoji=False)
     if arguments.command == "inspect":
         from .inspect import inspect
 
         options = arguments.inspect
-        inspect(Path(options.file).expanduser(), int(options.top), options.json, console)
+        inspect(path_of(options.file), int(options.top), options.json, console)
         return
     if arguments.command == "reproduce":
         from .figures import reproduce
 
-        reproduce(arguments.reproduce.figure, Path(arguments.reproduce.out).expanduser(), console)
+        reproduce(arguments.reproduce.figure, path_of(arguments.reproduce.out), console)
         return
     from .compare import Comparison, compare, finished_records, print_tables, reopen, summarise, write_results
 
     if arguments.command == "report":
-        out = Path(arguments.report.out).expanduser()
+        out = path_of(arguments.report.out)
         comparison = reopen(out)
         records = finished_records(comparison, out)
         if not records:
@@ -135,7 +143,7 @@ def run(arguments: "Namespace") -> None:
     settings: dict[str, Any] = {name: options[name] for name in names}
     settings |= {name: list(dict.fromkeys(options[name])) for name in ("losses", "seeds", "label_noise")}
     # through JSON, for plain numbers: the parser's own restricted types cannot be sent to another process
-    compare(Comparison.from_dict(json.loads(json.dumps(settings))), Path(options.out).expanduser(), int(options.jobs), console)
+    compare(Comparison.from_dict(json.loads(json.dumps(settings))), path_of(options.out), int(options.jobs), console)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

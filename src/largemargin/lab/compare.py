@@ -22,7 +22,7 @@ from . import data
 from .errors import LabError
 from .files import write_json, write_text
 from .queue import decoded_images, result_of, run_all
-from .recipe import LOSSES, Recipe
+from .recipe import LOSSES, SYMBOLS, Recipe
 
 BASELINE = "softmax"
 MARKER = "compare.json"  # tells a folder of ours from one that is not
@@ -210,7 +210,7 @@ def table(rows: Sequence[Row], columns: Sequence[int]) -> Table:
 def results_csv(records: Sequence[dict[str, Any]]) -> str:
     """One line a run."""
     text = io.StringIO()
-    names = ("data", "loss", "lam", "label_smoothing", "hard_bias", "label_noise", "train_fraction", "seed", "epochs")
+    names = ("data", "loss", *SYMBOLS, "label_noise", "train_fraction", "seed", "epochs")
     measured = ("error", "margin", "rho", "ece", "nll")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*names, *(f"test_{name}" for name in measured), "seconds"])

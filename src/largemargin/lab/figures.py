@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .. import divergence, metrics, row_stats
 from .data import digits as digits_data
+from .errors import LabError
 from .files import write_text
 from .recipe import LOSSES, Recipe
 from .report import PALETTE, STYLE
@@ -130,13 +131,16 @@ FIGURES: dict[str, Callable[[], Reproduced]] = {"fig1": figure_1, "fig2": figure
 
 def reproduce(name: str, out: Path, console: Console) -> None:
     """Print the table, and write it and its chart into ``out``."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)  # before anything is computed
+    except OSError as error:
+        raise LabError(f"{out} cannot be a folder: {error.strerror}; give another with --out") from error
     found = FIGURES[name]()
     table = Table(*found.header, title=found.title, title_justify="left", box=box.SIMPLE_HEAD)
     for row in found.rows:
         table.add_row(*row)
     console.print(table, highlight=False)
     console.print(found.note, highlight=False)
-    out.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([found.header, *found.rows])
     write_text(out / f"{name}.csv", text.getvalue())

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import tokenize
 import warnings
 import zipfile
 import zlib
@@ -28,13 +29,13 @@ COLUMNS = {
     "n": ("rows", 1, 0),
     "error %": ("error", 100, 2),
     "margin": ("margin", 1, 3),
-    "ρ̂": ("rho_hat", 1, 3),
+    "rho-hat": ("rho_hat", 1, 3),
     "divergence": ("divergence", 1, 3),
     "NLL": ("nll", 1, 4),
     "ECE %": ("ece", 100, 2),
 }
 NOTE = (
-    "Means over rows; margin f_y - max f_c, ρ̂ (eq. 7), divergence (eq. 8) and NLL in nats. "
+    "Means over rows; margin f_y - max f_c, rho-hat (eq. 7), divergence (eq. 8) and NLL in nats. "
     "Rows are counted from 0, in a CSV from the first line below the header."
 )
 
@@ -49,16 +50,29 @@ class Labelled(NamedTuple):
     class_names: list[str]
 
 
+# what numpy raises for a file that is no archive of arrays, or not a whole one
+BROKEN = (
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    SyntaxError,
+    tokenize.TokenError,
+)
+
+
 def read(path: Path) -> Labelled:
     """Read and check a file; LabError says what is wrong with it."""
     readers = {".npz": _read_npz, ".csv": _read_csv}
     if path.suffix.lower() not in readers:
         raise LabError(f"{path}: the name must end in .npz (arrays logits and labels) or .csv (a column label, the others logits)")
-    if not path.exists():
-        raise LabError(f"{path} is not there; give the path of an .npz or .csv file")
-    if not path.is_file():
-        raise LabError(f"{path} is not a file; give the path of an .npz or .csv file")
     try:
+        if not path.exists():
+            raise LabError(f"{path} is not there; give the path of an .npz or .csv file")
+        if not path.is_file():
+            raise LabError(f"{path} is not a file; give the path of an .npz or .csv file")
         labelled = readers[path.suffix.lower()](path)
     except OSError as error:
         raise LabError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -85,7 +99,16 @@ def _read_npz(path: Path) -> Labelled:
                     found = ", ".join(file.files) or "none"
                     raise LabError(f"{path} has no array {name} (it has: {found}); write it with numpy.savez(path, logits=..., labels=...)")
                 arrays[name] = _array(path, name, file)
-    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, SyntaxError) as error:
+    except (
+        ValueError,
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        SyntaxError,
+        tokenize.TokenError,
+    ) as error:
         raise LabError(f"{path} is damaged ({error}); write it anew with numpy.savez(path, logits=logits, labels=labels)") from error
     logits, labels = arrays["logits"], arrays["labels"]
     for name, array, kinds, fix in (

@@ -78,7 +78,7 @@ class Method(nn.Module):
         if self.center is not None:
             loss = loss + self.center_weight * self.center(features, target)
         if self.symmetry is not None:
-            loss = loss + self.symmetry() * super_symmetry_penalty(head.weight)  # type: ignore[union-attr, arg-type]
+            loss = loss + self.symmetry().to(loss.dtype) * super_symmetry_penalty(head.weight)  # type: ignore[union-attr, arg-type]
         with torch.no_grad():
             plain = head(features) if edits else logits  # type: ignore[operator]
         return plain, loss

@@ -29,7 +29,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     # with a second term
     "center": {"center": 0.003},  # Wen et al., 2016
     "center_large_margin": {"center": 0.003, "lam": 0.3},  # Sec. 3
-    "gradual_super_symmetry": {"symmetry": 1.0},  # Sec. 4.2
+    "gradual_super_symmetry": {"symmetry": 1.0},  # Sec. 4.1
 }
 SYMBOLS = {
     "lam": "λ",

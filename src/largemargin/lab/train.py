@@ -103,6 +103,8 @@ def train(
             state = torch.load(checkpoint, map_location=device, weights_only=True)
         except Exception as error:  # torch.load raises many types for a broken file
             raise LabError(f"{checkpoint} is not a checkpoint that can be read; remove it to start this run anew") from error
+        if "method" not in state:
+            raise LabError(f"{checkpoint} was written by an older version; remove it to start this run anew")
         network.load_state_dict(state["network"])
         method.load_state_dict(state["method"])
         optimizer.load_state_dict(state["optimizer"])
