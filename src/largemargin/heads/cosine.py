@@ -33,8 +33,7 @@ class CosineLinear(nn.Module):
     Beyond :math:`\theta = \pi - m`, where :math:`\cos(\theta + m)` would rise again, ArcFace goes on as :math:`\cos\theta + \cos m - 1`:
     continuous, falling, with the slope of the plain cosine. (The authors' code has :math:`\cos\theta - m \sin m` there, with a step.)
     ``"arcface_insightface"`` is what that library trains today: the value :math:`s\cos(\theta + m)` at every angle, with the gradient of
-    the plain cosine, since it edits the logits in place behind autograd's back. The exact gradient does not fade as the angle does: it
-    asks for a smaller learning rate than the other two.
+    the plain cosine, since it edits the logits in place behind autograd's back. The exact gradient does not fade as the angle does.
 
     CosFace never needs the logits: its margin is the hard bias b = s m of eq. (15), so :meth:`features`, :meth:`weights` and
     :attr:`hard_bias` are what the fused and the sharded losses take. A zero vector has cosine 0 with every other.
