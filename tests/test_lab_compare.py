@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ from rich.console import Console
 from scipy import stats
 
 from largemargin.lab import cli, compare, queue
+from largemargin.lab.commands.options import given_fields
 from largemargin.lab.errors import LabError
-from largemargin.lab.recipe import LOSSES, Recipe
+from largemargin.lab.recipe import LOSSES, SYMBOLS, Recipe
 
 LARGEMARGIN = [sys.executable, "-W", "error", "-m", "largemargin.lab.cli"]
 
@@ -79,13 +81,13 @@ def test_a_diverged_run_is_shown_as_nan_and_does_not_break_the_table():
 
 
 def test_recipes_are_every_loss_with_every_seed_at_every_noise():
-    comparison = compare.Comparison(seeds=(3, 4), label_noise=(0.0, 0.2), lam=0.7, epochs=9)
+    comparison = compare.Comparison(seeds=(3, 4), label_noise=(0.0, 0.2), lam=(0.7,), epochs=9)
     recipes = comparison.recipes()
     assert len({recipe.id for recipe in recipes}) == len(recipes) == 12
     assert {recipe.lam for recipe in recipes if recipe.loss == "large_margin"} == {0.7}
     assert all(recipe.lam is None for recipe in recipes if recipe.loss != "large_margin")
     # what does not concern a loss does not make it another run
-    others = {recipe.id for recipe in compare.Comparison(seeds=(3, 4), label_noise=(0.0, 0.2), lam=0.1, epochs=9).recipes()}
+    others = {recipe.id for recipe in compare.Comparison(seeds=(3, 4), label_noise=(0.0, 0.2), lam=(0.1,), epochs=9).recipes()}
     assert len(others & {recipe.id for recipe in recipes}) == 8
 
 
@@ -247,9 +249,11 @@ def test_a_config_file_of_someone_else_is_not_taken_for_ours(tmp_path, capsys):
     assert (tmp_path / "compare.json").read_text() == '{"my": "important"}'
 
 
-@pytest.mark.parametrize(
-    "text", ["losses: softmax", "seeds: 0", "seeds: []", "label_noise: null", "data: null", "jobs: null", "device: null", "out: null"]
-)
+ODD = ["losses: softmax", "seeds: 0", "seeds: []", "lam: null", "label_noise: null", "data: null", "network: null", "network: 3"]
+ODD += ["jobs: null", "device: null", "out: null", "recipe: 5", "recipe: {nosuch: 1}", "recipe: {momentum: [1]}"]
+
+
+@pytest.mark.parametrize("text", ODD)
 def test_odd_values_in_a_config_file_get_one_line(text, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "options.yaml").write_text(text)
@@ -262,7 +266,8 @@ def test_odd_values_in_a_config_file_get_one_line(text, tmp_path, capsys, monkey
 def test_no_number_is_cut_in_the_table(finished, width, tmp_path):
     out, _, _ = finished
     console = Console(width=width, file=io.StringIO())
-    rows = compare.summarise(compare.finished_records(compare.reopen(out), out))
+    _, records = compare.finished_records(compare.reopen(out), out)
+    rows = compare.summarise(records)
     compare.print_tables(rows, console)
     text = console.file.getvalue()
     assert "…" not in text
@@ -297,6 +302,17 @@ def test_an_unwritable_folder_says_so(tmp_path, capsys):
         (["compare", "--train-fraction", "0"], "train_fraction"),
         (["compare", "--epochs", "0"], "epochs"),
         (["compare", "--jobs", "0"], "jobs"),
+        (["compare", "--network", "smal"], "layer13"),
+        (["compare", "--network", "timm:"], "timm:NAME"),
+        (["compare", "--network", "timm:nosuch"], "nosuch"),
+        (["compare", "--network", "vgg16"], "pixels"),
+        (["compare", "--executor", "nosuch"], "executor"),
+        (["compare", "--validation-fraction", "1"], "validation_fraction"),
+        (["compare", "--recipe.nosuch", "1"], "recipe.nosuch"),
+        (["compare", "--recipe.epochs", "1"], "recipe.epochs"),
+        (["compare", "--recipe.momentum", "2"], "momentum"),
+        (["compare", "--recipe.weights", "/nosuch.pt"], "/nosuch.pt"),
+        (["compare", "--recipe.scale", "8"], "cosface, arcface"),
         (["compare", "--image-size", "2"], "image_size"),
         (["compare", "--nosuch"], "--nosuch"),
         (["compare", "--device", "nosuch"], "--device nosuch"),
@@ -368,6 +384,70 @@ def test_a_broken_record_is_named(tmp_path):
 
 
 def test_options_can_come_from_a_file(tmp_path):
-    (tmp_path / "options.yaml").write_text("seeds: [0, 7]\nlam: 0.5\nlabel_noise: [0.1]\n")
+    (tmp_path / "options.yaml").write_text("seeds: [0, 7]\nlam: [0.5]\nlabel_noise: [0.1]\n")
     parsed = cli.build_parser().parse_args(["compare", "--config", str(tmp_path / "options.yaml"), "--lam", "1"])
-    assert parsed.compare.seeds == [0, 7] and parsed.compare.lam == 1 and parsed.compare.label_noise == [0.1]
+    assert parsed.compare.seeds == [0, 7] and parsed.compare.lam == [1] and parsed.compare.label_noise == [0.1]
+
+
+def test_options_of_the_recipe_come_from_a_file_and_from_the_command_line(tmp_path):
+    (tmp_path / "options.yaml").write_text("network: layer13\nrecipe:\n  learning_rate: 0.02\n  milestones: [2, 4]\n  schedule: steps\n")
+    command = ["compare", "--config", str(tmp_path / "options.yaml"), "--recipe.learning_rate", "0.5"]
+    options = cli.build_parser().parse_args(command).compare
+    assert options.network == "layer13" and given_fields(options.recipe) == {
+        "learning_rate": 0.5,
+        "milestones": [2, 4],
+        "schedule": "steps",
+    }
+
+
+def test_the_printed_config_is_one_that_can_be_given(tmp_path, capsys):
+    command = ["compare", "--lam", "0.1", "1", "--network", "mobilenet", "--recipe.momentum", "0.5"]
+    with pytest.raises(SystemExit):
+        cli.build_parser().parse_args([*command, "--print_config"])
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    again = cli.build_parser().parse_args(["compare", "--config", str(tmp_path / "printed.yaml")]).compare
+    given = cli.build_parser().parse_args(command).compare
+    assert {**vars(again), "config": None} == {**vars(given), "config": None}
+
+
+def test_a_setting_of_a_loss_is_given_to_the_losses_that_have_it():
+    losses = ("softmax", "label_smoothing", "multiclass_hinge", "arcface", "cosface")
+    overrides = {"margin": 0.25, "scale": 16.0, "label_smoothing": 0.05, "momentum": 0.5}
+    recipes = {r.loss: r for r in compare.Comparison(losses=losses, seeds=(0,), overrides=overrides).recipes()}
+    for loss, recipe in recipes.items():
+        for name in SYMBOLS:
+            assert getattr(recipe, name) == (overrides[name] if name in LOSSES[loss] else None)
+    assert {recipe.momentum for recipe in recipes.values()} == {0.5}
+    plain = {r.loss: r for r in compare.Comparison(losses=losses, seeds=(0,), overrides={"scale": 16.0}).recipes()}
+    assert plain["arcface"].margin == LOSSES["arcface"]["margin"]  # what is not given stays
+
+
+def test_a_comparison_passes_through_json_and_those_of_one_lam_still_open(tmp_path):
+    comparison = compare.Comparison(lam=(0.1, 1.0), network="mobilenet", overrides={"milestones": [1, 2], "schedule": "steps"})
+    assert compare.Comparison.from_dict(json.loads(json.dumps(vars(comparison)))) == comparison
+    old = {"data": "digits", "losses": ["softmax", "large_margin"], "lam": 0.5, "seeds": [0], "label_noise": [0.0], "device": "cpu"}
+    (tmp_path / "compare.json").write_text(json.dumps({"largemargin": "compare", "comparison": old}))
+    assert [recipe.lam for recipe in compare.reopen(tmp_path).recipes()] == [None, 0.5]
+
+
+def test_the_commands_and_the_file_on_the_page_are_understood(tmp_path):
+    page = (Path(__file__).parent.parent / "docs" / "compare.md").read_text()
+    commands = re.findall(r"^(?:torchrun .* -m )?largemargin (\w+ .*)$", page.replace("\\\n", ""), re.MULTILINE)
+    assert len(commands) >= 5
+    for command in commands:
+        cli.build_parser().parse_args(command.split())
+    (tmp_path / "options.yaml").write_text(re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1])
+    cli.build_parser().parse_args(["compare", "--config", str(tmp_path / "options.yaml")])
+
+
+def test_each_run_keeps_its_weights_and_events_where_that_is_asked(tmp_path):
+    command = ["compare", "--epochs", "1", "--seeds", "0", "--losses", "softmax", "--network", "layer13", "--recipe.width", "0.03"]
+    refused = run_cli(*command, "--out", str(tmp_path / "out"))  # digits are too small for it
+    assert refused.returncode == 2 and "layer13" in refused.stderr and not (tmp_path / "out").exists()
+    command = [*command[:-4], "--network", "mobilenet", "--train-fraction", "0.05", "--keep-weights", "--tensorboard"]
+    done = run_cli(*command, "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "out" / "runs").iterdir()
+    assert (run / "network.safetensors").is_file() and list((run / "events").rglob("events.out.tfevents.*"))
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "mobilenet" in text

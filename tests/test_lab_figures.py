@@ -47,8 +47,8 @@ def test_figure_2_says_which_bias_each_method_adds(tmp_path, capsys, monkeypatch
 
 
 def test_an_unknown_figure_is_refused(capsys):
-    assert cli.main(["reproduce", "fig3"]) == 2
-    assert "fig3" in capsys.readouterr().err
+    assert cli.main(["reproduce", "fig9"]) == 2
+    assert "fig9" in capsys.readouterr().err
 
 
 def test_an_out_that_can_be_no_folder_is_refused_before_anything_is_computed(tmp_path, capsys, monkeypatch):

@@ -1,8 +1,12 @@
 """The training loop: seeds, pairs, resuming, records."""
 
+import csv
 import dataclasses
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +15,10 @@ import torch.nn.functional as F
 
 import largemargin
 from largemargin.lab import data, evaluate, methods, models, train
+from largemargin.lab.data import feeds
+from largemargin.lab.errors import LabError
 from largemargin.lab.files import write_json
-from largemargin.lab.recipe import LOSSES, Recipe
+from largemargin.lab.recipe import LOSSES, PLACES, Recipe
 
 DIGITS = data.digits()
 SMALL = dataclasses.replace(
@@ -30,7 +36,7 @@ def recipe(**changes):
 
 
 def without_time(record):
-    return {key: value for key, value in record.items() if key not in ("seconds", "environment")}
+    return {key: value for key, value in record.items() if key not in ("seconds", "images_per_second", "environment")}
 
 
 def test_the_same_recipe_gives_the_same_run(tmp_path):
@@ -39,20 +45,42 @@ def test_the_same_recipe_gives_the_same_run(tmp_path):
     assert first["epochs"] != train.train(recipe(seed=1), SMALL, tmp_path / "c")["epochs"]
 
 
+def rows_of(recipe):
+    return feeds.choose_rows(recipe, DIGITS.train_labels, 10)
+
+
 def test_runs_of_one_seed_are_pairs():
-    noisy = recipe(label_noise=0.3, train_fraction=0.5)
-    images, labels = train.training_set(noisy, DIGITS)
+    noisy = recipe(label_noise=0.3, train_fraction=0.5, validation_fraction=0.2)
+    rows = rows_of(noisy)
     for loss in LOSSES:
-        other_images, other_labels = train.training_set(dataclasses.replace(noisy, loss=loss), DIGITS)
-        assert torch.equal(images, other_images) and torch.equal(labels, other_labels)
-    assert len(labels) == 599
-    assert not torch.equal(labels, train.training_set(dataclasses.replace(noisy, seed=1), DIGITS)[1])
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(rows, rows_of(dataclasses.replace(noisy, loss=loss)), strict=True))
+    assert len(rows.training) + len(rows.validation) == 599 and len(rows.validation) == 120
+    assert not torch.equal(rows.training_labels, rows_of(dataclasses.replace(noisy, seed=1)).training_labels)
 
 
 def test_clean_and_noisy_runs_train_on_the_same_images():
-    clean, noisy = (train.training_set(recipe(label_noise=noise, train_fraction=0.5), DIGITS) for noise in (0.0, 0.3))
-    assert torch.equal(clean[0], noisy[0])
-    assert (clean[1] != noisy[1]).sum() == round(0.3 * 599)
+    clean, noisy = (rows_of(recipe(label_noise=noise, train_fraction=0.5)) for noise in (0.0, 0.3))
+    assert torch.equal(clean.training, noisy.training)
+    assert (clean.training_labels != noisy.training_labels).sum() == round(0.3 * 599)
+
+
+def test_a_run_stores_which_samples_it_trained_on_and_what_it_believed_of_them(tmp_path):
+    noisy = recipe(label_noise=0.3, train_fraction=0.5, validation_fraction=0.25, epochs=1)
+    train.train(noisy, SMALL, tmp_path)
+    with np.load(tmp_path / "training_set.npz") as stored:
+        assert len(stored["training"]) == 75 and len(stored["validation"]) == 25
+        labels = np.concatenate([stored["training_labels"], stored["validation_labels"]])
+        true = SMALL.train_labels.numpy()[np.concatenate([stored["training"], stored["validation"]])]
+    assert (labels != true).sum() == 30
+
+
+def test_a_validating_run_never_sees_the_test_set(tmp_path):
+    validating = recipe(validation_fraction=0.25)
+    record = train.train(validating, SMALL, tmp_path / "a")
+    other = dataclasses.replace(SMALL, test_labels=SMALL.test_labels.flip(0), test_images=SMALL.test_images * 0)
+    assert without_time(record) == without_time(train.train(validating, other, tmp_path / "b"))
+    assert record["test"] is None and record["validation"]["error"] == record["epochs"][-1]["validation_error"]
+    assert record["num_train"] == 150
 
 
 def test_losses_of_one_seed_start_from_the_same_weights(tmp_path):
@@ -80,7 +108,12 @@ def test_an_interrupted_run_ends_as_an_unbroken_one(tmp_path, monkeypatch):
     resumed = train.train(long, SMALL, tmp_path / "broken", lambda row: seen.append(row["epoch"]))
     assert seen == [3, 4]
     assert without_time(resumed) == without_time(unbroken)
-    assert sorted(path.name for path in (tmp_path / "broken").iterdir()) == ["result.json"]
+    assert sorted(path.name for path in (tmp_path / "broken").iterdir()) == [
+        "metrics.csv",
+        "recipe.json",
+        "result.json",
+        "training_set.npz",
+    ]
 
 
 def test_the_learning_rate_is_the_papers(tmp_path):
@@ -130,8 +163,11 @@ def test_a_recipe_id_differs_with_every_field():
     base = recipe()
     changes = {"loss": "modified", "seed": 5, "data": "x", "network": "y", "device": "cuda", "flip": True}
     ids = {base.id}
-    fields = [field.name for field in dataclasses.fields(Recipe) if field.name not in ("data", "data_root")]
-    changes["data_digest"] = "0123"
+    fields = [field.name for field in dataclasses.fields(Recipe) if field.name not in PLACES]
+    changes |= dict.fromkeys(
+        ("data_digest", "weights_digest", "augmentation", "crop_fill", "divergence", "schedule", "precision", "compile"), "0123"
+    )
+    changes |= {"milestones": (1, 2), "decay_all": False, "nesterov": True, "channels_last": True}
     for name in fields:
         ids.add(dataclasses.replace(base, **{name: changes[name] if name in changes else (getattr(base, name) or 0) + 0.5}).id)
     assert len(ids) == 1 + len(fields)
@@ -193,14 +229,190 @@ def test_a_method_with_a_state_goes_on_where_it_stopped(word, tmp_path, monkeypa
 
 @pytest.mark.parametrize("word", [*WITH_HEADS, *WITH_TERMS])
 def test_a_method_differs_in_training_from_the_plain_loss_and_predicts_by_plain_logits(word):
-    network = models.build("small", 1, 10)
+    network = models.build(recipe(), 1, 10)
     method = methods.Method(recipe(loss=word, **LOSSES[word]), network, 10)
     images, target = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 10
     for _ in range(2):  # a gradual weight is 0 at the first step
-        plain, loss = method(network, images, target)
+        step = method(images, target)
     if word != "super_symmetric":  # which is a form of the weights, not of the loss
-        assert abs(float(loss.detach()) - float(method.criterion(plain, target).detach())) > 1e-7
+        assert abs(float(step.loss.detach()) - float(method.criterion(step.plain, target).detach())) > 1e-7
     network.eval()
     torch.testing.assert_close(
         network(images), network.classifier(network.features(images), target) if word in WITH_HEADS else network(images)
     )
+
+
+def test_what_is_measured_of_an_epoch_is_what_it_says(tmp_path):
+    row = train.train(recipe(epochs=1, loss="large_margin", lam=0.3, learning_rate=1e-12), SMALL, tmp_path, on_end=keep)["epochs"][0]
+    network, feed = kept
+    logits, target = network(feed.normalize(SMALL.test_images)).detach().double(), SMALL.test_labels
+    stats = largemargin.row_stats(logits, target)
+    for name, value in {
+        "test_nll": F.cross_entropy(logits, target),  # plain, whatever the run trains with
+        "test_loss": largemargin.large_margin_cross_entropy(logits, target, lam=0.3),
+        "test_rho": stats.rho.mean(),
+        "test_margin": largemargin.metrics.margin(logits, target),
+        "test_error": 100 * (logits.argmax(-1) != target).double().mean(),
+        "asymmetry": largemargin.heads.super_symmetry_penalty(network.classifier.weight.detach()),
+    }.items():
+        assert row[name] == pytest.approx(float(value), rel=1e-5), name
+    with open(tmp_path / "metrics.csv") as file:
+        (line,) = csv.DictReader(file)
+    assert {name: float(value) for name, value in line.items()} == row
+
+
+kept: list = []
+
+
+def keep(*shown):
+    kept[:] = shown
+
+
+def test_the_share_of_logits_with_a_gradient_is_two_of_ten_at_most_for_the_hard_max(tmp_path):
+    shares = {
+        loss: train.train(recipe(loss=loss, **LOSSES[loss]), SMALL, tmp_path / loss)["epochs"][0]["gradient_share"]
+        for loss in ("softmax", "crammer_singer_hinge", "hard_margin_softplus")
+    }
+    assert shares["softmax"] == 1
+    assert shares["hard_margin_softplus"] == pytest.approx(0.2)
+    assert 0 < shares["crammer_singer_hinge"] <= 0.2 + 1e-9
+
+
+def test_the_test_set_is_measured_every_so_many_epochs_and_at_the_end(tmp_path):
+    rows = train.train(recipe(epochs=5, evaluate_every=2), SMALL, tmp_path)["epochs"]
+    assert [row["test_error"] is not None for row in rows] == [False, True, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ({"schedule": "log", "final_factor": 0.01}, [0.1, 0.1 * 10**-0.5, 0.01, 0.1 * 10**-1.5, 0.001]),
+        ({"schedule": "steps", "milestones": (3, 1), "step_factor": 0.2}, [0.1, 0.02, 0.02, 0.004, 0.004]),
+        ({"schedule": "cosine", "final_factor": 0.0}, [0.1, 0.1 * (1 + 0.5**0.5) / 2, 0.05, 0.1 * (1 - 0.5**0.5) / 2, 0.0]),
+    ],
+)
+def test_schedules(schedule, expected):
+    np.testing.assert_allclose(train.learning_rates(recipe(epochs=5, **schedule)), expected, atol=1e-15)
+
+
+def test_decay_can_leave_out_biases_and_normalisation():
+    network = models.build(recipe(), 1, 10)
+    groups = methods.parameter_groups(recipe(decay_all=False), network)
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    assert {name for name, p in network.named_parameters() if id(p) in decayed} == {
+        name for name, p in network.named_parameters() if p.dim() > 1
+    }
+    assert sum(len(group["params"]) for group in groups) == len(list(network.parameters()))
+
+
+def test_a_clipped_gradient_moves_the_weights_by_no_more(tmp_path):
+    def moved(**changes):
+        one = recipe(epochs=1, batch_size=200, learning_rate=1.0, momentum=0.0, weight_decay=0.0, final_factor=1.0, **changes)
+        torch.manual_seed(feeds.seeded(one.seed, "weights").initial_seed())
+        before = models.build(one, 1, 10)
+        train.train(one, SMALL, tmp_path / one.id, on_end=keep)
+        pairs = zip(before.parameters(), kept[0].parameters(), strict=True)
+        return sum(((a - b) ** 2).sum() for a, b in pairs).sqrt().item()
+
+    assert moved(clip_norm=0.01) == pytest.approx(0.01, rel=1e-4) and moved() > 0.1
+
+
+@pytest.mark.parametrize("changes", [{"precision": "bfloat16", "channels_last": True}, {"compile": "aot_eager"}, {"channels_last": True}])
+def test_options_of_the_machine_train_as_well(changes, tmp_path):
+    plain = train.train(recipe(epochs=8), SMALL, tmp_path / "plain")
+    other = train.train(recipe(epochs=8, **changes), SMALL, tmp_path / "other")
+    assert other["epochs"][0]["train_loss"] == pytest.approx(plain["epochs"][0]["train_loss"], rel=0.05)
+    assert other["test"]["error"] < 40 and plain["test"]["error"] < 40
+
+
+def test_weights_are_kept_and_are_those_of_the_network(tmp_path):
+    train.train(recipe(epochs=1), SMALL, tmp_path, on_end=keep, keep_weights=True)
+    again = models.build(recipe(weights=str(tmp_path / train.WEIGHTS)), 1, 10)
+    for name, value in kept[0].state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_tensorboard_is_written_and_goes_on(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train.train(recipe(epochs=3), SMALL, tmp_path, tensorboard=True)
+    events = EventAccumulator(str(next((tmp_path / "events").rglob("events*")).parent))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train_rho")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("how", "expected"), [("kill", -9), ("stop", 143), ("full", 2)])
+def test_a_run_ended_anywhere_ends_bit_for_bit_as_an_undisturbed_one(how, expected, tmp_path):
+    script = Path(__file__).parent / "interrupted.py"
+    done = subprocess.run([sys.executable, script, how, tmp_path], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    happened = json.loads(done.stdout)
+    assert sum(status == expected for _, _, status in happened) >= {"kill": 20, "stop": 3, "full": 2}[how], happened
+    if how == "full":
+        assert "checkpoint.pt cannot be written" in done.stderr
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert {path.name for path in broken.iterdir()} == {path.name for path in whole.iterdir()}  # nothing half-written is left
+    for name in ("metrics.csv", "recipe.json", "training_set.npz"):
+        assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
+    ours, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (broken, whole))
+    for state in (ours, theirs):
+        for name in ("seconds", "training_seconds"):
+            del state["progress"][name]
+    assert bits(ours) == bits(theirs)
+    assert without_time(json.loads((broken / "result.json").read_text())) == without_time(json.loads((whole / "result.json").read_text()))
+
+
+def bits(state):
+    """Tensors as bytes, in whatever they lie."""
+    if isinstance(state, torch.Tensor):
+        return state.dtype, tuple(state.shape), state.contiguous().view(torch.uint8).numpy().tobytes() if state.dim() else state.item()
+    if isinstance(state, dict):
+        return {name: bits(value) for name, value in state.items()}
+    return [bits(value) for value in state] if isinstance(state, (list, tuple)) else state
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0.0)
+
+    def stop(row):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.train(recipe(), SMALL, tmp_path, stop)
+    with pytest.raises(LabError, match=r"threads 1 there, 2 here"):
+        train.train(recipe(threads=2), SMALL, tmp_path)
+
+
+def test_a_checkpoint_executes_nothing(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.write_text, (tmp_path / "executed", "x"))
+
+    torch.save({"recipe": Evil()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(LabError, match=r"checkpoint.pt is not a checkpoint"):
+        train.train(recipe(), SMALL, tmp_path)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("batch_size", [64, 199])
+def test_two_processes_train_as_one_with_the_same_global_batch(batch_size, tmp_path):
+    script = Path(__file__).parent / "processes.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    for count in (1, 2):
+        done = subprocess.run(
+            [*command, str(count), script, tmp_path / str(count), str(batch_size)], capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (json.loads((tmp_path / str(count) / "result.json").read_text()) for count in (1, 2))
+    assert two["environment"]["processes"] == 2 and two["environment"]["batch_of_a_process"] == -(-batch_size // 2)
+    for ours, theirs in zip(two["epochs"], one["epochs"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, nan_ok=True)
+    for name, value in (weights := torch.load(tmp_path / "1" / "checkpoint.pt", weights_only=True)["method"]).items():
+        other = torch.load(tmp_path / "2" / "checkpoint.pt", weights_only=True)["method"][name]
+        torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-5, msg=name)
+    assert weights
+
+
+def test_a_last_batch_of_one_sample_is_left_out(tmp_path):
+    record = train.train(recipe(batch_size=199, evaluate_every=2), SMALL, tmp_path)
+    assert record["num_train"] == 200 and record["rho_of_batches"]["batch"] == [1, 2]

@@ -3,11 +3,11 @@
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import statistics
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,30 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from . import data
 from .errors import LabError
 from .files import write_json, write_text
-from .queue import decoded_images, result_of, run_all
-from .recipe import LOSSES, SYMBOLS, Recipe
+from .models import build, check_image, weights_digest
+from .progress import run_with_progress
+from .queue import decoded_images, result_of
+from .recipe import LOSSES, SYMBOLS, Recipe, suited_to
 
 BASELINE = "softmax"
 MARKER = "compare.json"  # tells a folder of ours from one that is not
+
+
+# the fields of a recipe that belong to some losses only
+OF_SOME_LOSSES = ("divergence", *dict.fromkeys(name for settings in LOSSES.values() for name in settings))
+
+
+def has_setting(loss: str, name: str) -> bool:
+    """Whether a field of OF_SOME_LOSSES is a setting of this loss."""
+    return name in LOSSES[loss] or (name == "divergence" and "lam" in LOSSES[loss])
+
+
+Chosen = Mapping[tuple[str, float], float]  # the lam of a loss at a share of label noise
 
 
 @dataclass(frozen=True)
@@ -36,43 +49,119 @@ class Comparison:
     data_root: str = "data"
     data_digest: str = ""
     image_size: int = 32
+    network: str = "small"
     losses: tuple[str, ...] = ("softmax", "label_smoothing", "large_margin")
-    lam: float = 0.3
+    lam: tuple[float, ...] = (0.3,)  # of several one is chosen for each loss and share of noise, on a part of the training set
+    validation_fraction: float = 0.2  # that part; nothing is held out where there is one lam
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     epochs: int | None = None  # None: 30 for digits, 50 elsewhere
     label_noise: tuple[float, ...] = (0.0,)
     train_fraction: float = 1.0
     device: str = "cpu"
+    overrides: dict[str, Any] = field(default_factory=dict)  # other fields of the recipes; of a loss only where it has them
 
     @property
     def is_folder(self) -> bool:
-        return self.data not in ("digits", "cifar10", "cifar100")
+        return self.data not in data.NAMED
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the images of a folder stay in their files."""
+        return self.overrides.get("augmentation") == "inception"
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> "Comparison":
         """What ``vars`` gave, also after a passage through JSON."""
         values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+        if isinstance(values.get("lam"), float | int):  # as it was before there could be several
+            values["lam"] = (values["lam"],)
         return cls(**values)
 
-    def recipes(self) -> list[Recipe]:
-        """The runs, seed by seed, so that pairs are finished together."""
-        shared: dict[str, Any] = {"data": self.data, "data_digest": self.data_digest, "train_fraction": self.train_fraction}
-        shared["device"] = self.device
-        shared["epochs"] = self.epochs if self.epochs is not None else 30 if self.data == "digits" else 50
-        if self.data in ("cifar10", "cifar100"):
-            shared |= {"data_root": self.data_root, "crop_padding": 4, "flip": True}
-        elif self.is_folder:
-            shared |= {"image_size": self.image_size, "crop_padding": self.image_size // 8, "flip": True}
+    @property
+    def choosing(self) -> tuple[str, ...]:
+        """The losses whose lam has to be chosen."""
+        return tuple(loss for loss in self.losses if "lam" in LOSSES[loss]) if len(self.lam) > 1 else ()
+
+    @property
+    def num_runs(self) -> int:
+        """Runs that measure themselves on the test set, when all are done."""
+        return len(self.losses) * len(self.seeds) * len(self.label_noise)
+
+    def validating_recipes(self) -> list[Recipe]:
+        """The runs by which lam is chosen: each measures itself on a part of its training set and never sees the test set."""
         return [
-            Recipe(loss=loss, seed=seed, label_noise=noise, **shared, **self.settings(loss))
+            self._recipe(loss, seed, noise, lam=lam, validation_fraction=self.validation_fraction)
             for seed in self.seeds
             for noise in self.label_noise
-            for loss in self.losses
+            for loss in self.choosing
+            for lam in self.lam
         ]
 
-    def settings(self, loss: str) -> dict[str, Any]:
-        """The numbers of a loss, as fields of its recipe."""
-        return {name: self.lam if name == "lam" else value for name, value in LOSSES[loss].items()}
+    def recipes(self, chosen: Chosen | None = None) -> list[Recipe]:
+        """The runs compared, seed by seed, so that pairs are finished together; without those whose lam is not chosen yet."""
+        runs = []
+        for seed, noise, loss in itertools.product(self.seeds, self.label_noise, self.losses):
+            recipe = self._recipe(loss, seed, noise, lam=self.lam[0])
+            if self.choosing:  # the test set is read once
+                recipe = dataclasses.replace(recipe, evaluate_every=recipe.epochs)
+            if loss in self.choosing:
+                if (loss, noise) not in (chosen or {}):
+                    continue
+                recipe = dataclasses.replace(recipe, lam=(chosen or {})[loss, noise])
+            runs.append(recipe)
+        return runs
+
+    @property
+    def example(self) -> Recipe:
+        """One of its recipes, for what they share."""
+        return self._recipe(self.losses[0], self.seeds[0], self.label_noise[0], lam=self.lam[0])
+
+    def _recipe(self, loss: str, seed: int, noise: float, *, lam: float, **more: Any) -> Recipe:
+        values: dict[str, Any] = {"data": self.data, "data_root": self.data_root, "data_digest": self.data_digest, "network": self.network}
+        values |= {"label_noise": noise, "train_fraction": self.train_fraction, "device": self.device}
+        values |= suited_to(self.data, self.image_size) | LOSSES[loss]
+        if self.epochs is not None:
+            values["epochs"] = self.epochs
+        if "lam" in LOSSES[loss]:
+            values["lam"] = lam
+        values |= {name: value for name, value in self.overrides.items() if name not in OF_SOME_LOSSES or has_setting(loss, name)}
+        return Recipe(loss=loss, seed=seed, **values | more)
+
+
+def check_overrides(comparison: Comparison) -> None:
+    """Refuse what would change nothing."""
+    for name in comparison.overrides:
+        if name in OF_SOME_LOSSES and not any(has_setting(loss, name) for loss in comparison.losses):
+            having = ", ".join(loss for loss in LOSSES if has_setting(loss, name))
+            raise LabError(f"--recipe.{name} is a setting of {having}, and of none of --losses {' '.join(comparison.losses)}; leave it out")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the validating runs of a loss at a share of label noise said of each lam."""
+
+    loss: str
+    label_noise: float
+    errors: dict[float, list[float]]  # lam: the validation errors of the seeds
+
+    @property
+    def lam(self) -> float:
+        """The one of least mean error; of equals the smallest."""
+        return min(self.errors, key=lambda lam: (round(statistics.fmean(self.errors[lam]), 9), lam))
+
+
+def choose(records: Sequence[dict[str, Any]]) -> list[Choice]:
+    """The choices that validating runs make, in the order in which losses and noise first come."""
+    groups: dict[tuple[str, float], dict[float, list[float]]] = {}
+    for record in records:
+        recipe = record["recipe"]
+        group = groups.setdefault((recipe["loss"], recipe["label_noise"]), {})
+        group.setdefault(recipe["lam"], []).append(record["validation"]["error"])
+    return [Choice(loss, noise, errors) for (loss, noise), errors in sorted(groups.items(), key=lambda item: item[0][1])]
+
+
+def chosen_of(choices: Sequence[Choice]) -> dict[tuple[str, float], float]:
+    return {(choice.loss, choice.label_noise): choice.lam for choice in choices}
 
 
 @dataclass(frozen=True)
@@ -171,6 +260,43 @@ def cells(row: Row) -> tuple[str, ...]:
     return (row.label, error, difference, verdict, f"{row.margin:.2f}", f"{row.rho:.2f}", f"{row.ece:.2f}", f"{row.nll:.3f}")
 
 
+CHOICE_COLUMNS = ("loss", "label noise", "lam", "validation error %", "")
+
+
+def choice_note(comparison: Comparison) -> str:
+    return (
+        f"lam was chosen by the error on a part of the training set ({100 * comparison.validation_fraction:g}%, held out from these runs), "
+        "mean ± std (n-1) over seeds; its labels are as noisy as the others. The test set had no part in it: it is measured once, after "
+        "the last epoch of the runs with the chosen lam, which train on the whole training set."
+    )
+
+
+def choice_cells(choices: Sequence[Choice]) -> list[tuple[str, ...]]:
+    """The lines of the table of choices as text, under CHOICE_COLUMNS."""
+    lines: list[tuple[str, ...]] = []
+    for choice in choices:
+        for lam, errors in choice.errors.items():
+            std = f" ± {statistics.stdev(errors):.2f}" if len(errors) > 1 else ""
+            name = choice.loss.replace("_", " ")
+            mark = "chosen" if lam == choice.lam else ""
+            lines.append((name, f"{choice.label_noise:g}", f"{lam:g}", f"{statistics.fmean(errors):.2f}{std}", mark))
+    return lines
+
+
+def print_choices(comparison: Comparison, choices: Sequence[Choice], console: Console) -> None:
+    """What was chosen, and by what."""
+    if not choices:
+        return
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(CHOICE_COLUMNS):
+        result.add_column(column, justify="left" if i in (0, 4) else "right", no_wrap=True)
+    for line in choice_cells(choices):
+        result.add_row(*line)
+    console.print("\nthe choice of lam", style="bold", highlight=False)
+    console.print(result)
+    console.print(choice_note(comparison), style="dim")
+
+
 def print_tables(rows: Sequence[Row], console: Console) -> None:
     """A table for each share of label noise; in two parts where the terminal is narrow."""
     for noise in dict.fromkeys(row.label_noise for row in rows):
@@ -207,15 +333,15 @@ def table(rows: Sequence[Row], columns: Sequence[int]) -> Table:
     return result
 
 
-def results_csv(records: Sequence[dict[str, Any]]) -> str:
+def results_csv(records: Sequence[dict[str, Any]], split: str = "test") -> str:
     """One line a run."""
     text = io.StringIO()
-    names = ("data", "loss", *SYMBOLS, "label_noise", "train_fraction", "seed", "epochs")
+    names = ("data", "network", "loss", *SYMBOLS, "label_noise", "train_fraction", "seed", "epochs")
     measured = ("error", "margin", "rho", "ece", "nll")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*names, *(f"test_{name}" for name in measured), "seconds"])
+    writer.writerow([*names, *(f"{split}_{name}" for name in measured), "seconds"])
     for record in records:
-        values = [record["recipe"][name] for name in names] + [record["test"][name] for name in measured] + [round(record["seconds"], 2)]
+        values = [record["recipe"][name] for name in names] + [record[split][name] for name in measured] + [round(record["seconds"], 2)]
         writer.writerow(["" if value is None else value for value in values])
     return text.getvalue()
 
@@ -238,14 +364,30 @@ def check_device(device: str) -> None:
         raise LabError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
-def compare(comparison: Comparison, out: Path, jobs: int, console: Console) -> list[Row]:
-    """Do what is left of the comparison, print its table, and write ``results.csv`` and ``report.html`` into ``out``."""
+def check_network(recipe: Recipe, images: data.ImageSet | data.FileSet) -> None:
+    """Refuse a network that does not take these images, or weights that are not its own."""
+    in_channels, size = images.train_images.shape[1:3] if isinstance(images, data.ImageSet) else (3, recipe.image_size)
+    check_image(recipe.network, size)
+    build(recipe, in_channels, len(images.classes))
+
+
+def compare(comparison: Comparison, out: Path, jobs: int, console: Console, executor: str = "local", **options: Any) -> list[Row]:
+    """Do what is left of the comparison, print its table, and write ``results.csv`` and ``report.html`` into ``out``.
+
+    ``options`` are those of :func:`~largemargin.lab.train.train`.
+    """
+    check_overrides(comparison)
     check_device(comparison.device)
     check_folder(out)
     if comparison.is_folder and Path(comparison.data).expanduser().resolve() in out.resolve().parents:
         raise LabError(f"--out {out} is inside --data {comparison.data}: its runs would be taken for a class; choose a folder outside")
-    images = data.load(comparison.data, comparison.data_root, comparison.image_size)  # bad data stops here, before anything is written
+    if "weights" in comparison.overrides:
+        digest = weights_digest(Path(comparison.overrides["weights"]).expanduser())
+        comparison = dataclasses.replace(comparison, overrides=comparison.overrides | {"weights_digest": digest})
+    # bad data and weights stop here, before anything is written
+    images = data.load(comparison.data, comparison.data_root, comparison.image_size, streamed=comparison.streamed)
     comparison = dataclasses.replace(comparison, data_digest=images.digest())
+    check_network(comparison.example, images)
     if (out / MARKER).is_file() and reopen(out) != comparison:
         console.print(f"{out} held a comparison with other options: its runs are kept, its table and report are replaced", markup=False)
     found = (
@@ -254,91 +396,67 @@ def compare(comparison: Comparison, out: Path, jobs: int, console: Console) -> l
     console.print(found, markup=False, highlight=False)
     if len(images.classes) == 2:
         console.print("with two classes the large-margin regulariser is 0: lam changes nothing", highlight=False)
-    recipes, runs = comparison.recipes(), out / "runs"
-    decoded = decoded_images(recipes[0], runs)
+    runs = out / "runs"
+    decoded = decoded_images(comparison.example, runs)
     try:
         write_json(out / MARKER, {"largemargin": "compare", "comparison": vars(comparison)})
-        if comparison.is_folder:
+        if comparison.is_folder and isinstance(images, data.ImageSet):
             images.save(decoded)
     except OSError as error:
         raise LabError(f"--out {out} cannot be written to: {error.strerror or error}; choose another folder") from error
     del images
-    done = sum(result_of(recipe, runs) is not None for recipe in recipes)
-    console.print(
-        f"{len(recipes)} runs of {recipes[0].epochs} epochs on {comparison.data}, {jobs} at a time, into {out}"
-        + (f"; {done} already done" if done else ""),
-        markup=False,
-    )
-    try:
-        records = _run_with_progress(recipes, runs, jobs, console)
-    except KeyboardInterrupt:
+
+    def stage(recipes: list[Recipe], what: str) -> list[dict[str, Any]]:
         done = sum(result_of(recipe, runs) is not None for recipe in recipes)
-        raise LabError(
-            f"interrupted; {done} of {len(recipes)} runs are done and kept in {out}. The same command goes on from here."
-        ) from None
+        console.print(
+            f"{len(recipes)} {what} of {recipes[0].epochs} epochs on {comparison.data}, {jobs} at a time, into {out}"
+            + (f"; {done} already done" if done else ""),
+            markup=False,
+        )
+        try:
+            return run_with_progress(recipes, runs, jobs, console, executor, **options)
+        except KeyboardInterrupt:
+            done = sum(result_of(recipe, runs) is not None for recipe in recipes)
+            raise LabError(
+                f"interrupted; {done} of {len(recipes)} {what} are done and kept in {out}. The same command goes on from here."
+            ) from None
+
+    choices = choose(stage(comparison.validating_recipes(), "validating runs")) if comparison.choosing else []
+    print_choices(comparison, choices, console)
+    stage(comparison.recipes(chosen_of(choices)), "runs")
     decoded.unlink(missing_ok=True)
-    rows = summarise(records)
-    print_tables(rows, console)
-    write_results(out, comparison, records, rows)
+    rows = print_and_write(comparison, out, console, choices_too=False)
     console.print(
         f"{out / 'report.html'}  the same with figures; results.csv has a line for each run, runs/ a record", markup=False, highlight=False
     )
     return rows
 
 
-def write_results(out: Path, comparison: Comparison, records: Sequence[dict[str, Any]], rows: Sequence[Row]) -> None:
-    """``results.csv``, ``report.html``, and the first figure of the report alone, ``errors.svg``."""
+def print_and_write(comparison: Comparison, out: Path, console: Console, choices_too: bool = True) -> list[Row]:
+    """The tables, and the files of the report, of the runs that are finished."""
     from . import report  # matplotlib is slow to import: not before the runs
 
+    validating, records = finished_records(comparison, out)
+    choices = choose(validating)
+    if choices_too:
+        print_choices(comparison, choices, console)
+    if not records:
+        raise LabError(f"{out}: no run of its last comparison is finished yet; give that command again")
+    rows = summarise(records)
+    print_tables(rows, console)
     try:
         write_text(out / "results.csv", results_csv(records))
+        if validating:
+            write_text(out / "choice.csv", results_csv(validating, "validation"))
+        else:
+            (out / "choice.csv").unlink(missing_ok=True)  # of another comparison
         write_text(out / "errors.svg", report.overview(rows, background="white"))
-        write_text(out / "report.html", report.render(comparison, records, rows))
+        write_text(out / "report.html", report.render(comparison, records, rows, choices))
     except OSError as error:
         raise LabError(
             f"{out} cannot be written to: {error.strerror or error}; the runs are kept, largemargin report {out} goes on"
         ) from error
-
-
-def _run_with_progress(recipes: Sequence[Recipe], runs: Path, jobs: int, console: Console) -> list[dict[str, Any]]:
-    """A live display on a terminal; elsewhere a line for each finished run, and one a minute."""
-    finished = {recipe.id for recipe in recipes if result_of(recipe, runs) is not None}
-    if not console.is_terminal:
-        last = time.monotonic()
-        epochs, total_epochs = 0, sum(recipe.epochs for recipe in recipes if recipe.id not in finished)
-
-        def on_epoch(recipe: Recipe, epoch: int) -> None:
-            nonlocal last, epochs
-            epochs += 1
-            if time.monotonic() - last > 60:
-                last = time.monotonic()
-                console.print(f"{epochs} of {total_epochs} epochs of all runs", markup=False, highlight=False)
-            if epoch == recipe.epochs:
-                finished.add(recipe.id)
-                console.print(
-                    f"[{len(finished)}/{len(recipes)}] {recipe.loss_label}, label noise {recipe.label_noise:g}, seed {recipe.seed}",
-                    markup=False,
-                )
-
-        return run_all(recipes, runs, jobs, on_epoch)
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        total = progress.add_task("epochs of all runs", total=sum(recipe.epochs for recipe in recipes if recipe.id not in finished))
-        bars: dict[str, Any] = {}
-        seen: dict[str, int] = {}
-
-        def on_epoch(recipe: Recipe, epoch: int) -> None:
-            if recipe.id not in bars:
-                label = f"{recipe.loss_label}, noise {recipe.label_noise:g}, seed {recipe.seed}"
-                bars[recipe.id] = progress.add_task(label, total=recipe.epochs)
-            progress.update(bars[recipe.id], completed=epoch)
-            progress.update(total, advance=epoch - seen.get(recipe.id, 0))
-            seen[recipe.id] = epoch
-            if epoch == recipe.epochs:
-                progress.remove_task(bars[recipe.id])
-
-        return run_all(recipes, runs, jobs, on_epoch)
+    return rows
 
 
 def reopen(out: Path) -> Comparison:
@@ -352,6 +470,13 @@ def reopen(out: Path) -> Comparison:
         raise LabError(f"{out} is not the folder of a comparison: it has no readable {MARKER}") from error
 
 
-def finished_records(comparison: Comparison, out: Path) -> list[dict[str, Any]]:
-    """The records of the comparison's runs that are finished."""
-    return [record for recipe in comparison.recipes() if (record := result_of(recipe, out / "runs")) is not None]
+def finished_records(comparison: Comparison, out: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The records of the comparison's finished runs: of the validating ones, and of those compared.
+
+    A lam is chosen when all of its validating runs are finished; runs with it are counted from then on.
+    """
+    validating = [(recipe, result_of(recipe, out / "runs")) for recipe in comparison.validating_recipes()]
+    missing = {(recipe.loss, recipe.label_noise) for recipe, record in validating if record is None}
+    complete = [record for recipe, record in validating if record is not None and (recipe.loss, recipe.label_noise) not in missing]
+    recipes = comparison.recipes(chosen_of(choose(complete)))
+    return complete, [record for recipe in recipes if (record := result_of(recipe, out / "runs")) is not None]

@@ -70,9 +70,9 @@ def figure_2() -> Reproduced:
     ):
         seen: list[tuple[Tensor, Tensor]] = []
 
-        def see(network: Any, images: Tensor, seen: list[tuple[Tensor, Tensor]] = seen) -> None:
+        def see(network: Any, feed: Any, seen: list[tuple[Tensor, Tensor]] = seen) -> None:
             with torch.no_grad():
-                features, head = network.features(images), network.classifier
+                features, head = network.features(feed.normalize(digits.train_images)), network.classifier
                 plain = head.eval()(features)
                 head.train()
                 edited = plain if isinstance(head, nn.Linear) else head(features, digits.train_labels)

@@ -1,5 +1,7 @@
 """What a word of --losses trains with: a classifier in place of the network's last layer, and a loss of its logits and features."""
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +31,8 @@ def build_loss(recipe: Recipe) -> nn.Module:
     if recipe.loss in MODULES:
         return MODULES[recipe.loss](**settings)
     of_logits = {name: value for name, value in settings.items() if name in ("lam", "hard_bias", "label_smoothing")}
+    if recipe.divergence is not None and "lam" in of_logits:
+        of_logits["divergence"] = recipe.divergence
     if of_logits.keys() <= {"label_smoothing"}:
         return nn.CrossEntropyLoss(**of_logits)
     return LargeMarginCrossEntropyLoss(**{"lam": 0.0, **of_logits})
@@ -52,8 +56,16 @@ def build_head(recipe: Recipe, in_features: int, num_classes: int, num_steps: in
     return nn.Linear(in_features, num_classes)
 
 
+class Step(NamedTuple):
+    """What a batch gave."""
+
+    plain: Tensor  # (N, C) logits as at test time, without gradient history where a head edits them
+    logits: Tensor  # (N, C) those of the loss
+    loss: Tensor
+
+
 class Method(nn.Module):
-    """The loss of a batch; what it remembers from batch to batch is in its state."""
+    """A network and the loss it is trained with; what the loss remembers from batch to batch is in its state."""
 
     def __init__(self, recipe: Recipe, network: nn.Module, num_steps: int) -> None:
         """Put the classifier of the recipe into ``network``, whose ``features`` and ``classifier`` are its parts."""
@@ -63,13 +75,17 @@ class Method(nn.Module):
         self.criterion = build_loss(recipe)
         head = build_head(recipe, old.in_features, old.out_features, num_steps)
         network.classifier = old if isinstance(head, nn.Linear) else head  # the same first weights for all that have them
+        self.network = network
         self.center = CenterLoss(old.out_features, old.in_features) if recipe.center is not None else None
         self.center_weight = recipe.center or 0.0
         self.symmetry = GradualWeight(num_steps, 0.0, recipe.symmetry) if recipe.symmetry is not None else None
+        self.in_bfloat16 = recipe.precision == "bfloat16"
 
-    def forward(self, network: nn.Module, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The plain logits of a batch, and the loss to train with."""
-        features, head = network.features(images), network.classifier  # type: ignore[operator]
+    def forward(self, images: Tensor, target: Tensor) -> Step:
+        """The logits of a batch and the loss to train with; the classifier and all after it are float32 at any precision."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.in_bfloat16):
+            features = self.network.features(images)  # type: ignore[operator]
+        features, head = features.float(), self.network.classifier
         edits = not isinstance(head, nn.Linear)
         logits = head(features, target) if edits else head(features)  # type: ignore[operator]
         loss = self.criterion(logits, target)
@@ -81,15 +97,22 @@ class Method(nn.Module):
             loss = loss + self.symmetry().to(loss.dtype) * super_symmetry_penalty(head.weight)  # type: ignore[union-attr, arg-type]
         with torch.no_grad():
             plain = head(features) if edits else logits  # type: ignore[operator]
-        return plain, loss
+        return Step(plain, logits, loss)
+
+    @torch.no_grad()
+    def asymmetry(self) -> float | None:
+        """How far the classifier is from the super-symmetric form (Sec. 3); None for a head without a weight a class."""
+        weight = getattr(self.network.classifier, "weight", None)
+        return super_symmetry_penalty(weight).item() if isinstance(weight, Tensor) and weight.dim() == 2 else None
 
 
-def parameter_groups(network: nn.Module, learning_rate: float) -> list[dict[str, object]]:
+def parameter_groups(recipe: Recipe, network: nn.Module) -> list[dict[str, Any]]:
     """Those of the optimiser; ``factor`` is of the learning rate of each."""
     head = network.classifier
-    if not isinstance(head, GaussianMixtureHead):
-        return [{"params": list(network.parameters()), "factor": 1.0}]
-    groups = head.param_groups(learning_rate)
-    own = {id(parameter) for group in groups for parameter in group["params"]}
-    rest = [parameter for parameter in network.parameters() if id(parameter) not in own]
-    return [{"params": rest, "factor": 1.0}, *({"params": group["params"], "factor": group["lr"] / learning_rate} for group in groups)]
+    own: list[dict[str, Any]] = head.param_groups(1.0) if isinstance(head, GaussianMixtureHead) else []
+    factors = {id(parameter): group["lr"] for group in own for parameter in group["params"]}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in network.parameters():
+        decay = recipe.weight_decay if recipe.decay_all or parameter.dim() > 1 else 0.0
+        groups.setdefault((factors.get(id(parameter), 1.0), decay), []).append(parameter)
+    return [{"params": params, "factor": factor, "weight_decay": decay} for (factor, decay), params in groups.items()]

@@ -1,18 +1,26 @@
-"""Many runs, a few processes: what is finished is never done again, what is interrupted goes on."""
+"""Many runs, a few at a time: what is finished is never done again, what is interrupted goes on, what fails is tried once more."""
 
 import contextlib
 import json
-import multiprocessing
-import queue
+import os
 import signal
-import traceback
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from .errors import LabError
-from .files import write_text
+from .executors.attempt import Job, Outcome, decoded_images
 from .recipe import Recipe
+
+__all__ = ["EXECUTORS", "Plan", "decoded_images", "result_of", "run_all", "threads_note"]
+
+EXECUTORS = ("local", "ray")
+ATTEMPTS = 2
+GRACE_SECONDS = 20.0  # for the checkpoints of interrupted runs
+HELD_SECONDS = 2.0  # between two looks at a run that another process does
 
 
 def result_of(recipe: Recipe, runs: Path) -> dict[str, Any] | None:
@@ -29,84 +37,106 @@ def result_of(recipe: Recipe, runs: Path) -> dict[str, Any] | None:
     return record
 
 
-def decoded_images(recipe: Recipe, runs: Path) -> Path:
-    """Where the images of a slow data set are kept while its runs last."""
-    return runs / f"images-{recipe.data_digest}.pt"
+class Plan:
+    """What is left to do. A run that fails goes to the end of the line, once; one that another process does is asked for again."""
+
+    def __init__(self, recipes: Sequence[Recipe], on_message: Callable[[str], object] = lambda _: None) -> None:
+        self._waiting = deque(recipes)
+        self._held: deque[tuple[float, Recipe]] = deque()
+        self._running: set[str] = set()
+        self._failures: Counter[str] = Counter()
+        self._on_message = on_message
+        self._held_before = False
+        self.reasons: dict[str, str] = {}  # of the last failure of each run
+
+    @property
+    def unfinished(self) -> bool:
+        return bool(self._waiting or self._held or self._running)
+
+    def take(self) -> Recipe | None:
+        """The next run, or None where there is none now."""
+        if not self._waiting and self._held and self._held[0][0] <= time.monotonic():
+            self._waiting.append(self._held.popleft()[1])
+        if not self._waiting:
+            return None
+        recipe = self._waiting.popleft()
+        self._running.add(recipe.id)
+        return recipe
+
+    def ended(self, recipe: Recipe, outcome: Outcome) -> None:
+        """Hear how an attempt at a run that was taken ended."""
+        self._running.remove(recipe.id)
+        if outcome.kind == "held":
+            self._held.append((time.monotonic() + HELD_SECONDS, recipe))
+            if not self._held_before:
+                self._held_before = True
+                self._on_message(f"{recipe.id} is being done by another process; it is waited for, and any other such run")
+        elif outcome.kind != "done":
+            self.reasons[recipe.id] = outcome.reason
+            self._failures[recipe.id] += 1
+            if outcome.kind == "failed" and self._failures[recipe.id] < ATTEMPTS:  # an error of the user's is no better the second time
+                self._waiting.append(recipe)
 
 
-def run_all(recipes: Sequence[Recipe], runs: Path, jobs: int, on_epoch: Callable[[Recipe, int], object]) -> list[dict[str, Any]]:
-    """Do the runs that are not finished, ``jobs`` at a time, each in a process of one thread; the records of all, in order.
+def run_all(
+    recipes: Sequence[Recipe],
+    runs: Path,
+    jobs: int,
+    on_epoch: Callable[[Recipe, int], object],
+    executor: str = "local",
+    *,
+    on_message: Callable[[str], object] = lambda _: None,
+    work: str = "largemargin.lab.train:train",
+    **options_of_a_run: Any,
+) -> list[dict[str, Any]]:
+    """Do the runs that are not finished, ``jobs`` at a time; the records of all, in order.
 
-    ``on_epoch(recipe, epoch)`` hears of every epoch that ends. A run that fails leaves its traceback in its folder and does not stop
-    the others. An interrupt ends the processes and leaves finished runs and checkpoints in place.
+    ``on_epoch(recipe, epoch)`` hears of every epoch that ends, ``on_message`` a line for the user; ``options_of_a_run`` are keyword
+    arguments of ``work``, by name the function that does a run. A run that fails leaves its traceback in its folder, does not stop the
+    others and is tried once more after them. An interrupt, or SIGTERM, ends the processes and leaves finished runs and checkpoints in
+    place. With ``executor="ray"``, ``jobs`` runs share each GPU and a Ray cluster decides how many are done at a time.
     """
-    waiting = [recipe for recipe in recipes if result_of(recipe, runs) is None]
+    if executor not in EXECUTORS:
+        raise LabError(f"--executor {executor}: choose one of {', '.join(EXECUTORS)}")
+    waiting = list({recipe.id: recipe for recipe in recipes if result_of(recipe, runs) is None}.values())
+    plan = Plan(waiting, on_message)
     if waiting:
-        _run(waiting, runs, min(jobs, len(waiting)), on_epoch)
+        if executor == "ray":
+            from .executors.ray_cluster import execute
+        else:
+            from .executors.local import execute
+        execute(plan, Job(runs.resolve(), work, options_of_a_run), jobs, on_epoch)
     failed = [recipe for recipe in recipes if result_of(recipe, runs) is None]
     if failed:
-        logs = [log for recipe in failed if (log := runs / recipe.id / "error.txt").is_file()]
-        reason = "the processes died, perhaps for lack of memory; the same command goes on from here"
-        if logs:
-            reason = f"{logs[0].read_text().strip().splitlines()[-1]} (whole text: {logs[0]})"
-        raise LabError(f"{len(failed)} of {len(recipes)} runs are not done: {reason}. The others are kept.")
+        reason = plan.reasons.get(failed[0].id, "it left no record")
+        if (text := runs / failed[0].id / "error.txt").is_file():
+            reason += f" (whole text: {text})"
+        raise LabError(f"{len(failed)} of {len(recipes)} runs are not done: {reason}. The others are kept; the same command goes on.")
     return [record for recipe in recipes if (record := result_of(recipe, runs)) is not None]
 
 
-def _run(recipes: Sequence[Recipe], runs: Path, jobs: int, on_epoch: Callable[[Recipe, int], object]) -> None:
-    # not a ProcessPoolExecutor: it cannot be stopped in the middle of a run
-    context = multiprocessing.get_context("spawn")
-    tasks: Any = context.Queue()
-    events: Any = context.Queue()
-    for recipe in recipes:
-        tasks.put(recipe)
-    for _ in range(jobs):
-        tasks.put(None)
-    workers = [context.Process(target=_work, args=(tasks, events, runs), daemon=True) for _ in range(jobs)]
-    by_id = {recipe.id: recipe for recipe in recipes}
+def threads_note(recipes: Sequence[Recipe], jobs: int) -> str | None:
+    """A line of warning where the runs of the CPU want more threads at a time than there are cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max((recipe.threads for recipe in recipes if recipe.device == "cpu"), default=0)
+    jobs = min(jobs, len(recipes))
+    if jobs * threads <= cores:
+        return None
+    return f"{jobs} runs at a time of {threads} thread{'s'[: threads > 1]} share {cores} core{'s'[: cores > 1]}: fewer --jobs may be faster"
+
+
+@contextlib.contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt meanwhile, as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        for worker in workers:
-            worker.start()
-        ended = False
-        while not ended:
-            ended = not any(worker.is_alive() for worker in workers)  # asked first: a last event may still be on its way
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    run_id, epoch = events.get(timeout=0.2)
-                    on_epoch(by_id[run_id], epoch)
+        yield
     finally:
-        for worker in workers:
-            if worker.is_alive():
-                worker.terminate()
-        for worker in workers:
-            worker.join()
-
-
-def _work(tasks: Any, events: Any, runs: Path) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
-    import torch
-
-    from . import data
-    from .train import train
-
-    torch.set_num_threads(1)
-    loaded: dict[str, data.ImageSet] = {}
-    while (recipe := tasks.get()) is not None:
-        folder = runs / recipe.id
-        (folder / "error.txt").unlink(missing_ok=True)
-        try:
-            if recipe.data_digest not in loaded:
-                decoded = decoded_images(recipe, runs)
-                loaded[recipe.data_digest] = (
-                    data.ImageSet.saved(decoded) if decoded.is_file() else data.load(recipe.data, recipe.data_root, recipe.image_size)
-                )
-
-            def on_epoch(row: dict[str, Any], run_id: str = recipe.id) -> None:
-                events.put((run_id, row["epoch"]))
-                parent = multiprocessing.parent_process()
-                if parent is not None and not parent.is_alive():
-                    raise SystemExit(1)
-
-            train(recipe, loaded[recipe.data_digest], folder, on_epoch)
-        except Exception:
-            write_text(folder / "error.txt", traceback.format_exc())
+        signal.signal(signal.SIGTERM, before)

@@ -45,29 +45,59 @@ SYMBOLS = {
 }
 
 
+PLACES = ("data", "data_root", "weights")  # fields that say where, not what
+# the names of --network; the last stands for any of timm's
+NETWORKS = ("small", "layer13", "layer13_mean_teacher", "wrn28_10", "vgg16", "vgg16_mod", "mobilenet", "resnext50", "timm:NAME")
+SCHEDULES = ("log", "cosine", "steps")
+AUGMENTATIONS = ("shift", "inception")
+PRECISIONS = ("float32", "tf32", "bfloat16")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One run. The seed fixes initial weights, order, augmentation, subset and noise, so runs of the same seed are pairs."""
 
     loss: str  # a word of LOSSES
     seed: int
-    data: str = "digits"  # digits, cifar10, cifar100 or the path of an image folder
-    data_root: str = "data"  # where the files of cifar10 and cifar100 are
-    data_digest: str = ""  # of all images and labels: other data, another run
+    # data
+    data: str = "digits"  # digits, cifar10, cifar100, svhn, imagenet, places365 or the path of an image folder
+    data_root: str = "data"  # where the files of the named data sets are
+    data_digest: str = ""  # of all images and labels, or of the list of files: other data, another run
     image_size: int = 32  # pixels; image folders only
-    network: str = "small"
-    label_noise: float = 0.0  # this share of the training labels is moved to another class
     train_fraction: float = 1.0  # this share of the training set is used
-    epochs: int = 30
-    batch_size: int = 128  # this and the next three are the paper's (Sec. 4.1)
-    learning_rate: float = 0.1  # of the first epoch; it falls evenly in log scale, once an epoch, to 1/1000 in the last
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
+    label_noise: float = 0.0  # this share of the training labels is moved to another class
+    validation_fraction: float = 0.0  # this share of what is used is held out; such a run measures itself there and never sees the test set
+    augmentation: str = "shift"  # shift: by crop_padding and flip; inception: random resized crops, flip, colours, PCA lighting
     crop_padding: int = 0  # pixels by which a training image is moved at most
+    crop_fill: str = "mean"  # what comes in at the border: mean (of the channel) or reflect
     flip: bool = False  # whether a training image is mirrored half the time
+    # network
+    network: str = "small"  # a name of NETWORKS
+    width: float = 1.0  # this share of the channels of layer13
+    dropout: float = 0.0  # in the blocks of wrn28_10; before the classifier of a timm model
+    weights: str = ""  # a local file of pretrained weights; a classifier of another size in it is left out
+    weights_digest: str = ""  # of that file
+    # training: the defaults are the paper's (Sec. 4.1)
+    epochs: int = 30
+    batch_size: int = 128  # of all processes together
+    learning_rate: float = 0.1  # of the first epoch
+    schedule: str = (
+        "log"  # once an epoch; log: evenly in log scale to final_factor in the last; cosine: to final_factor; steps: at milestones
+    )
+    final_factor: float = 1e-3  # the last learning rate over the first; log and cosine
+    milestones: tuple[int, ...] = ()  # epochs (from 0) at which the learning rate is multiplied by step_factor
+    step_factor: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    decay_all: bool = True  # also biases and what normalisation learns
+    clip_norm: float | None = None  # of the gradient of all parameters
+    evaluate_every: int = 1  # epochs; the last is always evaluated
+    # the loss: what LOSSES names of it
     lam: float | None = None
     hard_bias: float | None = None
     label_smoothing: float | None = None
+    divergence: str | None = None  # symmetric (8), kl_qu or kl_uq (10); None: symmetric
     margin: float | None = None
     angular_multiplier: int | None = None
     alpha: float | None = None
@@ -75,7 +105,16 @@ class Recipe:
     scale: float | None = None
     center: float | None = None
     symmetry: float | None = None
+    # the machine, where it changes the digits
     device: str = "cpu"
+    threads: int = 1  # of a run on the CPU
+    processes: int = 1  # that share each batch, as torchrun starts them
+    precision: str = "float32"
+    channels_last: bool = False
+    compile: str = ""  # a backend of torch.compile, inductor say
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "milestones", tuple(self.milestones))  # JSON has lists
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -83,8 +122,8 @@ class Recipe:
     @property
     def id(self) -> str:
         """The name of the run's folder: readable, and different for every different recipe."""
-        # the digest says which data it is; the folder may move
-        what = {name: value for name, value in self.to_dict().items() if name not in ("data", "data_root") and value is not None}
+        # the digests say which data and weights these are; their files may move
+        what = {name: value for name, value in self.to_dict().items() if name not in PLACES and value is not None}
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
         return f"{self.loss}-noise{self.label_noise:g}-seed{self.seed}-{digest}"
 
@@ -92,4 +131,24 @@ class Recipe:
     def loss_label(self) -> str:
         """The loss and its settings, as a row of a table is called."""
         settings = [f"{SYMBOLS[name]}={getattr(self, name):g}" for name in LOSSES[self.loss]]
+        settings += [{"kl_qu": "D(q‖u)", "kl_uq": "D(u‖q)"}[self.divergence]] if self.divergence in ("kl_qu", "kl_uq") else []
         return " ".join([self.loss.replace("_", " "), *settings])
+
+
+NAMED_DATA = ("digits", "cifar10", "cifar100", "svhn", "imagenet", "places365")  # --data; anything else is the path of an image folder
+
+
+def suited_to(data: str, image_size: int = 32) -> dict[str, Any]:
+    """The fields in which a data set asks for other than the defaults."""
+    match data:
+        case "digits":
+            return {}
+        case "cifar10" | "cifar100":
+            return {"epochs": 50, "crop_padding": 4, "flip": True}  # Sec. 4.1
+        case "svhn":
+            return {"epochs": 50}  # a mirrored digit is another
+        case "imagenet" | "places365":
+            return {"epochs": 120, "batch_size": 256, "schedule": "steps", "milestones": (30, 60, 90), "augmentation": "inception"} | {
+                "image_size": 224
+            }
+    return {"epochs": 50, "image_size": image_size, "crop_padding": image_size // 8, "flip": True}

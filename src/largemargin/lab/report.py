@@ -13,7 +13,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .compare import BASELINE, COLUMNS, NOTE, Comparison, Row, cells, mean_or_nan
+from .compare import (
+    BASELINE,
+    CHOICE_COLUMNS,
+    COLUMNS,
+    NOTE,
+    OF_SOME_LOSSES,
+    Choice,
+    Comparison,
+    Row,
+    cells,
+    choice_cells,
+    choice_note,
+    mean_or_nan,
+)
 from .evaluate import MARGIN_EDGES
 from .recipe import Recipe
 
@@ -38,7 +51,7 @@ STYLE: Any = {
 Records = Sequence[dict[str, Any]]
 
 
-def render(comparison: Comparison, records: Records, rows: Sequence[Row]) -> str:
+def render(comparison: Comparison, records: Records, rows: Sequence[Row], choices: Sequence[Choice] = ()) -> str:
     """The page, as HTML that needs nothing from outside."""
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         files("largemargin.lab").joinpath("templates/report.html.j2").read_text()
@@ -52,7 +65,7 @@ def render(comparison: Comparison, records: Records, rows: Sequence[Row]) -> str
             (
                 "Learning curves",
                 learning_curves(of_noise),
-                "Test error after each epoch: the mean over seeds, and the span of all seeds as a band.",
+                "Test error after each epoch that was measured: the mean over seeds, and the span of all seeds as a band.",
             ),
             (
                 "Margins",
@@ -65,8 +78,8 @@ def render(comparison: Comparison, records: Records, rows: Sequence[Row]) -> str
                 "ρ̂ (eq. 7), the mean of each training batch, over training; the mean over seeds.",
             ),
         ]
-        labels = list(by_loss(of_noise))
-        legend = [(label, color_of(labels)[label]) for label in labels]
+        groups = by_loss(of_noise)
+        legend = [(label_of(group), color_of(list(groups))[loss]) for loss, group in groups.items()]
         sections.append({"noise": noise, "legend": legend, "rows": [(row, cells(row)) for row in group], "figures": figures})
     first = records[0]
     return template.render(
@@ -75,14 +88,38 @@ def render(comparison: Comparison, records: Records, rows: Sequence[Row]) -> str
         sections=sections,
         columns=COLUMNS,
         note=NOTE,
+        choice=choice_cells(choices),
+        choice_columns=CHOICE_COLUMNS,
+        choice_note=choice_note(comparison),
+        changed=changed(Recipe(**first["recipe"])),
         comparison=comparison,
         first=first,
         recipe=Recipe(**first["recipe"]),
+        schedule=schedule(Recipe(**first["recipe"])),
         software=software(records),
         num_runs=len(records),
         seconds=sum(record["seconds"] for record in records),
         baseline=BASELINE,
     )
+
+
+def changed(recipe: Recipe) -> list[str]:
+    """The fields of the recipe that are not the defaults and that the page does not tell elsewhere."""
+    told = {*OF_SOME_LOSSES, "loss", "seed", "data", "data_root", "data_digest", "network", "train_fraction", "label_noise"}
+    told |= {"epochs", "device", "validation_fraction", "batch_size", "momentum", "weight_decay", "learning_rate", "crop_padding", "flip"}
+    default, values = Recipe(loss="softmax", seed=0).to_dict(), recipe.to_dict()
+    return [f"{name} = {value}" for name, value in values.items() if name not in told and value != default[name]]
+
+
+def schedule(recipe: Recipe) -> str:
+    """The learning rate over the epochs, in words."""
+    start, end = f"learning rate {recipe.learning_rate:g}", f"{recipe.learning_rate * recipe.final_factor:g}"
+    match recipe.schedule:
+        case "log":
+            return f"{start} falling evenly in log scale to {end} over {recipe.epochs} epochs"
+        case "cosine":
+            return f"{start} falling as half a cosine to {end} over {recipe.epochs} epochs"
+    return f"{start}, times {recipe.step_factor:g} at epochs {', '.join(map(str, recipe.milestones)) or 'none'}, {recipe.epochs} epochs"
 
 
 def software(records: Records) -> list[str]:
@@ -111,16 +148,20 @@ def headline(rows: Sequence[Row]) -> list[str]:
     return sentences
 
 
-def color_of(labels: Sequence[str]) -> dict[str, str]:
-    others = [label for label in labels if label != BASELINE]
-    return {BASELINE: "#555555"} | {label: PALETTE[i % len(PALETTE)] for i, label in enumerate(others)}
+def color_of(losses: Sequence[str]) -> dict[str, str]:
+    others = [loss for loss in losses if loss != BASELINE]
+    return {BASELINE: "#555555"} | {loss: PALETTE[i % len(PALETTE)] for i, loss in enumerate(others)}
 
 
 def by_loss(records: Records) -> dict[str, list[dict[str, Any]]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for record in records:
-        groups.setdefault(Recipe(**record["recipe"]).loss_label, []).append(record)
+        groups.setdefault(record["recipe"]["loss"], []).append(record)
     return groups
+
+
+def label_of(group: Records) -> str:
+    return Recipe(**group[0]["recipe"]).loss_label
 
 
 def svg(figure: Figure, background: str = "none") -> str:
@@ -138,13 +179,13 @@ def overview(rows: Sequence[Row], background: str = "none") -> str:
     """Test error of every loss: each with its standard deviation over seeds, grouped by label noise."""
     with matplotlib.rc_context(STYLE):
         noises = list(dict.fromkeys(row.label_noise for row in rows))
-        colors = color_of(list(dict.fromkeys(row.label for row in rows)))
+        colors = color_of(list(dict.fromkeys(row.loss for row in rows)))
         figure = Figure(figsize=(7.2, 0.6 + 0.33 * len(rows) + 0.35 * len(noises)))
         panels = figure.subplots(len(noises), 1, squeeze=False)[:, 0]
         for panel, noise in zip(panels, noises, strict=True):
             group = [row for row in rows if row.label_noise == noise][::-1]
             for y, row in enumerate(group):
-                panel.barh(y, row.error, 0.62, color=colors[row.label], alpha=0.85)
+                panel.barh(y, row.error, 0.62, color=colors[row.loss], alpha=0.85)
                 panel.errorbar(row.error, y, xerr=row.error_std, color="#222222", capsize=3, linewidth=1)
                 panel.annotate(
                     f"{row.error:.2f}", (row.error + (row.error_std or 0), y), (5, 0), textcoords="offset points", va="center", fontsize=9
@@ -166,18 +207,19 @@ def learning_curves(records: Records) -> str:
         groups = by_loss(records)
         colors = color_of(list(groups))
         settled = 0.0
-        for label, group in groups.items():
-            by_epoch = list(zip(*([row["test_error"] for row in record["epochs"]] for record in group), strict=True))
-            epochs = range(1, len(by_epoch) + 1)
+        for loss, group in groups.items():
+            measured = [[row for row in record["epochs"] if row["test_error"] is not None] for record in group]
+            by_epoch = list(zip(*([row["test_error"] for row in rows] for rows in measured), strict=True))
+            epochs = [row["epoch"] for row in measured[0]]
             low, high = [min(errors) for errors in by_epoch], [max(errors) for errors in by_epoch]
             ax.plot(
                 epochs,
                 [statistics.fmean(errors) for errors in by_epoch],
-                color=colors[label],
+                color=colors[loss],
                 linewidth=1.6,
                 marker="o" if len(by_epoch) == 1 else None,
             )
-            ax.fill_between(epochs, low, high, color=colors[label], alpha=0.15, linewidth=0)
+            ax.fill_between(epochs, low, high, color=colors[loss], alpha=0.15, linewidth=0)
             settled = max(settled, *high[len(high) // 5 :])
         ax.set_ylim(0, 1.1 * settled or 1.0)  # the first fifth may run out at the top
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -194,10 +236,10 @@ def margin_histograms(records: Records) -> str:
         colors = color_of(list(groups))
         edges = MARGIN_EDGES.tolist()
         used = [0.0]
-        for label, group in groups.items():
+        for loss, group in groups.items():
             counts = [sum(bins) for bins in zip(*(record["test"]["margin_histogram"] for record in group), strict=True)]
             total = sum(counts) or 1
-            ax.stairs([100 * count / total for count in counts], edges, color=colors[label], linewidth=1.4)
+            ax.stairs([100 * count / total for count in counts], edges, color=colors[loss], linewidth=1.4)
             used += [edge for edge, count in zip(edges, counts, strict=False) if count / total > 5e-4]
         ax.axvline(0, color="#222222", linewidth=0.8)
         ax.set_xlim(min(used) - 1, max(used) + 1.5)
@@ -212,13 +254,13 @@ def rho_curves(records: Records) -> str:
         figure, ax = axes()
         groups = by_loss(records)
         colors = color_of(list(groups))
-        for label, group in groups.items():
+        for loss, group in groups.items():
             curves = [record["rho_of_batches"] for record in group]
             ax.plot(
                 curves[0]["batch"],
                 [mean_or_nan(v) for v in zip(*(c["rho"] for c in curves), strict=True)],
-                color=colors[label],
-                label=label,
+                color=colors[loss],
+                label=label_of(group),
                 linewidth=1.3,
             )
         bound = math.log(len(records[0]["classes"]) - 1)

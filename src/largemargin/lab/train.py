@@ -1,171 +1,371 @@
 """The training loop: one recipe, one run."""
 
+import contextlib
+import csv
 import dataclasses
-import platform
-import subprocess
+import io
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import __version__, row_stats
-from .data import ImageSet, augment, channel_moments, pollute_labels, subsample
+from .. import row_stats
+from . import checkpoint
+from .data import FileSet, ImageSet, feed_of, save_rows
+from .data.feeds import Feed, samples_of_an_epoch
+from .environment import environment
 from .errors import LabError
-from .evaluate import evaluate
-from .files import write_atomically, write_json
-from .methods import Method, parameter_groups
-from .models import build
+from .evaluate import Evaluation, evaluate
+from .files import remove_unfinished, write_atomically, write_json, write_text
+from .methods import Method, Step, parameter_groups
+from .models import build, check_image
 from .recipe import Recipe
+from .seeds import seeded
 
-CHECKPOINT_SECONDS = 10.0  # an interrupted run loses at most this much, or one epoch
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+CHECKPOINT_SECONDS = 30.0  # an interrupted run loses at most this much
 CURVE_POINTS = 300  # the curve over training batches is averaged down to this many points
+STOPPED = 143  # the exit status of a run that was told to stop, as of a process ended by SIGTERM
+WEIGHTS = "network.safetensors"
 
 
-def seeded(seed: int, purpose: str, epoch: int = 0) -> torch.Generator:
-    """An independent stream of random numbers for each purpose and epoch: a resumed run draws what an unbroken one would."""
-    words = np.random.SeedSequence([seed, epoch, *purpose.encode()]).generate_state(2, np.uint32)
-    return torch.Generator().manual_seed(int(words[0]) << 32 | int(words[1]))
+def learning_rates(recipe: Recipe) -> list[float]:
+    """One for each epoch."""
+    epochs, last = np.arange(recipe.epochs), max(recipe.epochs - 1, 1)
+    match recipe.schedule:
+        case "log":
+            factors: np.ndarray[Any, Any] = np.logspace(0, np.log10(recipe.final_factor), recipe.epochs)
+        case "cosine":
+            factors = recipe.final_factor + (1 - recipe.final_factor) * (1 + np.cos(np.pi * epochs / last)) / 2
+        case "steps":
+            factors = recipe.step_factor ** np.searchsorted(np.sort(recipe.milestones), epochs, side="right")
+        case _:
+            raise LabError(f"schedule must be log, cosine or steps, got {recipe.schedule!r}")
+    return [float(rate) for rate in recipe.learning_rate * factors]
 
 
-def training_set(recipe: Recipe, data: ImageSet) -> tuple[Tensor, Tensor]:
-    """The images and labels this run trains on: its subset of the training set, with its noise."""
-    chosen = subsample(len(data.train_labels), recipe.train_fraction, seeded(recipe.seed, "subset"))
-    labels = pollute_labels(data.train_labels[chosen], recipe.label_noise, len(data.classes), seeded(recipe.seed, "noise"))
-    return data.train_images[chosen], labels
+@dataclass
+class Progress:
+    """How far a run is: all that a checkpoint holds beside weights and optimiser."""
+
+    epoch: int = 0
+    step: int = 0  # of this epoch, done
+    totals: list[float] = field(default_factory=lambda: [0.0] * 4)  # the epoch's sums of loss, errors, rho-hat and margin over samples
+    gradient_share: float = 0.0  # at the first step of this epoch
+    rho_of_batches: list[float] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of the epochs done
+    training_seconds: float = 0.0
+    seconds: float = 0.0
 
 
-def commit() -> str:
-    """The commit of the code, where it runs from its own checkout."""
-    source = Path(__file__)
-    git = ("git", "-C", str(source.parent))
+class Stopped(SystemExit):
+    """The run was told to stop, and has written a checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__(STOPPED)
+
+
+@contextlib.contextmanager
+def told_to_stop() -> Iterator[threading.Event]:
+    """An event that is set by SIGTERM, and by the first Ctrl-C where nobody else listens for it."""
+    told = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield told
+        return
+
+    def tell(number: int, frame: FrameType | None) -> None:
+        told.set()
+        signal.signal(number, before[signal.Signals(number)])  # the second time is meant
+
+    listened = [signal.SIGTERM] + [signal.SIGINT] * (signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+    before = {number: signal.getsignal(number) for number in listened}
+    for number in listened:
+        signal.signal(number, tell)
     try:
-        subprocess.run([*git, "ls-files", "--error-unmatch", source.name], check=True, capture_output=True)  # not the user's repository
-        return subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def environment(device: str) -> dict[str, str]:
-    """What the numbers of a run depend on beside its recipe."""
-    return {
-        "largemargin": __version__,
-        "commit": commit(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine(),
-    }
+class Run:
+    """One recipe being trained by one process, alone or among several."""
 
+    def __init__(self, recipe: Recipe, data: ImageSet | FileSet, folder: Path, accelerator: "Accelerator", told: threading.Event) -> None:
+        self.recipe, self.folder, self.accelerator, self.told = recipe, folder, accelerator, told
+        self.rank, self.world, self.main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+        self.device = accelerator.device if self.world > 1 else torch.device(recipe.device)
+        self.feed: Feed = feed_of(recipe, data, self.device, self.rank, self.world)
+        check_image(recipe.network, self.feed.image_size)
+        self.num_train = len(self.feed.rows.training)
+        self.num_samples = samples_of_an_epoch(recipe, self.num_train)
+        self.num_steps = -(-self.num_samples // recipe.batch_size)
+        torch.manual_seed(seeded(recipe.seed, "weights").initial_seed())
+        network = build(recipe, self.feed.in_channels, len(self.feed.classes))
+        self.method = Method(recipe, network, recipe.epochs * self.num_steps).to(self.device)
+        if recipe.channels_last:
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        groups = parameter_groups(recipe, network)
+        self.optimizer = torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.nesterov)
+        if recipe.compile:
+            network.features.compile(backend=recipe.compile)
+        self.wrapped = accelerator.prepare_model(self.method, device_placement=False) if self.world > 1 else self.method
+        self.rates = learning_rates(recipe)
+        self.counted: list[tuple[Tensor, int]] = []  # of batches since the last gathering: sums on this device, and the size of the batch
+        self.progress = self._resumed()
+        self.started = time.monotonic() - self.progress.seconds
+        self.saved = time.monotonic()
 
-@torch.no_grad()
-def predict(network: nn.Module, images: Tensor, normalize: Callable[[Tensor], Tensor]) -> Tensor:
-    """Logits of all images, in eval mode."""
-    network.eval()
-    return torch.cat([network(normalize(part)) for part in torch.split(images, 500)])
+    def _resumed(self) -> Progress:
+        state = checkpoint.load(self.folder, self.recipe, self.device)
+        if state is None:
+            return Progress()
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"].cpu())
+        return Progress(**state["progress"])
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        self._gather()
+        self.saved = time.monotonic()
+        self.progress.seconds = self.saved - self.started
+        if self.main:
+            state = {"method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(), "progress": vars(self.progress)}
+            checkpoint.save(self.folder, self.recipe, state | {"random": torch.get_rng_state()})
+
+    def save_if_due(self) -> None:
+        """Write a checkpoint when one is due; leave where the run was told to stop."""
+        told, due = self.told.is_set(), time.monotonic() - self.saved > CHECKPOINT_SECONDS
+        if self.world > 1:  # all processes do the same: a signal may reach one of them, and clocks differ
+            told, due = (bool(flag) for flag in self._sum(torch.tensor([told, due], dtype=torch.float64)).tolist())
+        if told or due:
+            self.save()
+        if told:
+            raise Stopped
+
+    def train_epoch(self) -> None:
+        """What is left of an epoch's training."""
+        recipe, progress = self.recipe, self.progress
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rates[progress.epoch] * group["factor"]
+        self.wrapped.train()
+        began = time.monotonic() - progress.training_seconds
+        for batch in self.feed.training(progress.epoch, progress.step):
+            torch.manual_seed(seeded(recipe.seed, "layers", progress.epoch, progress.step, self.rank).initial_seed())  # for dropout, say
+            images, target, mine = batch.images, batch.target, len(batch.target)
+            if not mine:  # the last batch had no row for this process, which takes part with one that counts 0
+                images, target = images.new_zeros(1, *images.shape[1:]), target.new_zeros(1)
+            step: Step = self.wrapped(images, target)
+            first = progress.step == 0 and step.logits.requires_grad
+            if first:
+                step.logits.retain_grad()
+            # processes average their gradients: each counts as much as it has rows
+            share = mine * self.world / batch.size
+            self.optimizer.zero_grad()
+            (step.loss if share == 1 else share * step.loss).backward()
+            if recipe.clip_norm is not None:
+                nn.utils.clip_grad_norm_(self.method.parameters(), recipe.clip_norm)
+            self.optimizer.step()
+            if first:
+                progress.gradient_share = self._sum((step.logits.grad != 0).double().mean().cpu() / self.world).item()  # type: ignore[union-attr]
+            self._count(step, target, mine, batch.size)
+            progress.step += 1
+            if self.world == 1 or progress.step % 10 == 0:
+                progress.training_seconds = time.monotonic() - began
+                self.save_if_due()
+        self._gather()
+        progress.training_seconds = time.monotonic() - began
+
+    @torch.no_grad()
+    def _count(self, step: Step, target: Tensor, mine: int, size: int) -> None:
+        """Add a batch to what is measured of the epoch; on the device, which need not wait."""
+        stats = row_stats(step.plain, target)
+        errors = step.plain.argmax(-1) != target
+        sums = torch.stack([step.loss.detach() * mine, errors.sum(), stats.rho.sum(), (stats.log_odds + stats.rho).sum()]).double()
+        self.counted.append((sums if mine else torch.zeros_like(sums), size))
+
+    def _gather(self) -> None:
+        """Bring what was counted on the devices of all processes into the progress, batch by batch: the same sums wherever it was cut."""
+        if not self.counted:
+            return
+        sums = self._sum(torch.stack([sums for sums, _ in self.counted])).tolist()
+        for of_batch, (_, size) in zip(sums, self.counted, strict=True):
+            self.progress.totals = [total + value for total, value in zip(self.progress.totals, of_batch, strict=True)]
+            self.progress.rho_of_batches.append(of_batch[2] / size)
+        self.counted = []
+
+    def _sum(self, values: Tensor) -> Tensor:
+        """The sum over processes, on the CPU."""
+        return self.accelerator.reduce(values.to(self.device), "sum").cpu() if self.world > 1 else values.cpu()
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[Evaluation, float]:
+        """What is measured on the held-out split, and the method's own loss there."""
+        self.method.eval()
+        logits, targets, own = [], [], torch.zeros(1, dtype=torch.float64)
+        for images, target in self.feed.held_out():
+            step: Step = self.method(images, target)
+            logits.append(step.plain)
+            targets.append(target)
+            own += step.loss.double().cpu() * len(target)
+            if self.world == 1:
+                self.save_if_due()
+        whole, target = self._all_of(logits, (len(self.feed.classes),)), self._all_of(targets, ())
+        return evaluate(whole, target), self._sum(own).item() / self.feed.num_held_out
+
+    def _all_of(self, parts: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+        """The rows of all processes, in order: only the last shares may be short."""
+        mine = torch.cat(parts) if parts else torch.empty(0, *shape, device=self.device, dtype=torch.float32 if shape else torch.int64)
+        if self.world == 1:
+            return mine
+        padded = self.accelerator.pad_across_processes(mine)
+        gathered: Tensor = self.accelerator.gather(padded)
+        return gathered[: self.feed.num_held_out]
+
+    def finish_epoch(self) -> Evaluation | None:
+        """Measure the epoch that was trained, and go on to the next."""
+        progress, split = self.progress, self.feed.split
+        last = progress.epoch + 1 == self.recipe.epochs
+        measured: Evaluation | None = None
+        of_split: dict[str, float | None] = dict.fromkeys(("error", "nll", "loss", "rho", "margin"))
+        if last or (progress.epoch + 1) % self.recipe.evaluate_every == 0:
+            measured, own = self.evaluate()
+            of_split = {"error": measured.error, "nll": measured.nll, "loss": own, "rho": measured.rho, "margin": measured.margin}
+        loss, errors, rho, margin = (total / self.num_samples for total in progress.totals)
+        row = {
+            "epoch": progress.epoch + 1,
+            "learning_rate": self.rates[progress.epoch],
+            "train_loss": loss,
+            "train_error": 100 * errors,
+            "train_rho": rho,
+            "train_margin": margin,
+            "gradient_share": progress.gradient_share,
+            "asymmetry": self.method.asymmetry(),
+            **{f"{split}_{name}": value for name, value in of_split.items()},
+        }
+        progress.rows.append(row)
+        progress.epoch, progress.step, progress.totals, progress.gradient_share = progress.epoch + 1, 0, [0.0] * 4, 0.0
+        if self.main:
+            write_text(self.folder / "metrics.csv", metrics_csv(progress.rows))
+        return measured
+
+    def record(self, measured: Evaluation) -> dict[str, Any]:
+        """What ``result.json`` holds."""
+        progress = self.progress
+        of_split = {"test": None, "validation": None, self.feed.split: dataclasses.asdict(measured)}
+        return {
+            "recipe": self.recipe.to_dict(),
+            "classes": list(self.feed.classes),
+            "num_train": self.num_train,
+            "num_test": self.feed.num_held_out,
+            "environment": environment(self.recipe),
+            "seconds": time.monotonic() - self.started,
+            "images_per_second": self.num_samples * self.recipe.epochs / progress.training_seconds,
+            **of_split,
+            "epochs": progress.rows,
+            "rho_of_batches": averaged(progress.rho_of_batches),
+        }
 
 
 def train(
     recipe: Recipe,
-    data: ImageSet,
+    data: ImageSet | FileSet,
     folder: Path,
     on_epoch: Callable[[dict[str, Any]], object] = lambda _: None,
-    on_end: Callable[[nn.Module, Tensor], object] = lambda *_: None,
+    on_end: Callable[[nn.Module, Feed], object] = lambda *_: None,
+    *,
+    tensorboard: bool = False,
+    keep_weights: bool = False,
+    keep_checkpoint: bool = False,
 ) -> dict[str, Any]:
     """Train by the recipe and write ``result.json`` into ``folder``; goes on from a checkpoint found there.
 
-    ``on_epoch`` hears each epoch's measurements, ``on_end`` is shown the network in eval mode and the normalized training images. Returns
-    what is in ``result.json``.
+    ``on_epoch`` hears each epoch's measurements, ``on_end`` is shown the network in eval mode and its data. SIGTERM ends the run after a
+    checkpoint, by SystemExit. With ``keep_weights`` the trained network is left as ``network.safetensors``, with ``keep_checkpoint`` the
+    last state of the whole run. Returns what is in ``result.json``.
     """
-    device = torch.device(recipe.device)
-    images, labels = (part.to(device) for part in training_set(recipe, data))
-    mean, std = (moment.to(device) for moment in channel_moments(data.train_images))
+    accelerator = start(recipe)
+    with told_to_stop() as told:
+        run = Run(recipe, data, folder, accelerator, told)
+        if run.main:
+            remove_unfinished(folder)
+            write_json(folder / "recipe.json", recipe.to_dict())
+            save_rows(run.feed.rows, folder / "training_set.npz")
+        log = tracker(folder, run.progress.epoch) if tensorboard and run.main else None
+        measured = None
+        while run.progress.epoch < recipe.epochs:
+            run.train_epoch()
+            measured = run.finish_epoch()
+            row = run.progress.rows[-1]
+            if log is not None:
+                log.log({name: value for name, value in row.items() if value is not None}, step=row["epoch"])
+            if run.progress.epoch < recipe.epochs:
+                run.save_if_due()
+            on_epoch(row)
+        if log is not None:
+            log.finish()
+        if measured is None:  # it was stopped after its last epoch
+            measured, _ = run.evaluate()
+        on_end(run.method.network, run.feed)
+        record = run.record(measured)
+        if run.main:
+            if keep_checkpoint:
+                run.save()
+            if keep_weights:
+                write_weights(run.method.network, folder / WEIGHTS)
+            write_json(folder / "result.json", record)
+            if not keep_checkpoint:
+                (folder / checkpoint.NAME).unlink(missing_ok=True)
+        accelerator.wait_for_everyone()
+    return record
 
-    def normalize(batch: Tensor) -> Tensor:
-        return (batch.float() - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
 
-    torch.manual_seed(seeded(recipe.seed, "weights").initial_seed())
-    network = build(recipe.network, images.shape[1], len(data.classes))
-    method = Method(recipe, network, recipe.epochs * -(-len(labels) // recipe.batch_size))
-    network, method = network.to(device), method.to(device)
-    groups = parameter_groups(network, recipe.learning_rate)
-    optimizer = torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-    learning_rates = recipe.learning_rate * np.logspace(0, -3, recipe.epochs)
-    epochs: list[dict[str, Any]] = []
-    rho_of_batches: list[float] = []
-    seconds = 0.0
+def start(recipe: Recipe) -> "Accelerator":
+    """Set the machine as the recipe says; the processes of the run."""
+    from accelerate import Accelerator
 
-    checkpoint = folder / "checkpoint.pt"
-    if checkpoint.is_file():
-        try:
-            state = torch.load(checkpoint, map_location=device, weights_only=True)
-        except Exception as error:  # torch.load raises many types for a broken file
-            raise LabError(f"{checkpoint} is not a checkpoint that can be read; remove it to start this run anew") from error
-        if "method" not in state:
-            raise LabError(f"{checkpoint} was written by an older version; remove it to start this run anew")
-        network.load_state_dict(state["network"])
-        method.load_state_dict(state["method"])
-        optimizer.load_state_dict(state["optimizer"])
-        epochs, rho_of_batches, seconds = state["epochs"], state["rho_of_batches"], state["seconds"]
+    accelerator = Accelerator(cpu=recipe.device == "cpu", device_placement=False)
+    if accelerator.num_processes != recipe.processes:
+        raise LabError(f"this run is of {recipe.processes} processes, and {accelerator.num_processes} were started; start it as before")
+    torch.set_num_threads(recipe.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = recipe.precision == "tf32"
+    return accelerator
 
-    saved = time.monotonic()
-    started = saved - seconds
-    for epoch in range(len(epochs), recipe.epochs):
-        torch.manual_seed(seeded(recipe.seed, "layers", epoch).initial_seed())  # for networks that draw, by dropout say
-        augmentation = seeded(recipe.seed, "augmentation", epoch)
-        order = torch.randperm(len(labels), generator=seeded(recipe.seed, "order", epoch)).to(device)
-        for group in optimizer.param_groups:
-            group["lr"] = float(learning_rates[epoch]) * group["factor"]
-        network.train()
-        method.train()
-        totals = torch.zeros(3, dtype=torch.float64, device=device)
-        for batch in torch.split(order, recipe.batch_size):
-            target = labels[batch]
-            batch_of_images = normalize(augment(images[batch], recipe.crop_padding, recipe.flip, mean, augmentation))
-            logits, loss = method(network, batch_of_images, target)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            with torch.no_grad():
-                rho = row_stats(logits, target).rho
-                totals += torch.stack([loss * len(batch), (logits.argmax(-1) != target).sum(), rho.sum()])
-            rho_of_batches.append(rho.mean().item())
-        evaluation = evaluate(predict(network, data.test_images.to(device), normalize), data.test_labels)
-        train_loss, train_errors, train_rho = (totals / len(labels)).tolist()
-        epochs.append(
-            {
-                "epoch": epoch + 1,
-                "learning_rate": float(learning_rates[epoch]),
-                "train_loss": train_loss,
-                "train_error": 100 * train_errors,
-                "train_rho": train_rho,
-                "test_error": evaluation.error,
-            }
-        )
-        if time.monotonic() - saved > CHECKPOINT_SECONDS and epoch + 1 < recipe.epochs:
-            saved = time.monotonic()
-            state = {"network": network.state_dict(), "method": method.state_dict(), "optimizer": optimizer.state_dict(), "epochs": epochs}
-            state |= {"rho_of_batches": rho_of_batches, "seconds": saved - started}
-            write_atomically(checkpoint, lambda file, state=state: torch.save(state, file))  # type: ignore[misc]
-        on_epoch(epochs[-1])
 
-    on_end(network, normalize(images))
-    result = {
-        "recipe": recipe.to_dict(),
-        "classes": list(data.classes),
-        "num_train": len(labels),
-        "num_test": len(data.test_labels),
-        "environment": environment(recipe.device),
-        "seconds": time.monotonic() - started,
-        "test": dataclasses.asdict(evaluation),
-        "epochs": epochs,
-        "rho_of_batches": averaged(rho_of_batches),
-    }
-    write_json(folder / "result.json", result)
-    checkpoint.unlink(missing_ok=True)
-    return result
+def tracker(folder: Path, epoch: int) -> Any:
+    """TensorBoard's event files in ``folder/events``; what an interrupted run wrote after its checkpoint is hidden."""
+    from accelerate.tracking import TensorBoardTracker
+
+    events = TensorBoardTracker("events", folder, purge_step=epoch + 1)
+    events.start()
+    return events
+
+
+def write_weights(network: nn.Module, path: Path) -> None:
+    from safetensors.torch import save
+
+    tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    write_atomically(path, lambda file: file.write(save(tensors)))
+
+
+def metrics_csv(rows: list[dict[str, Any]]) -> str:
+    """A line an epoch; empty where nothing was measured."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(rows[0])
+    writer.writerows(["" if value is None else value for value in row.values()] for row in rows)
+    return text.getvalue()
 
 
 def averaged(values: list[float]) -> dict[str, list[float]]:

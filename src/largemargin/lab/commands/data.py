@@ -1,0 +1,137 @@
+"""``largemargin data``: which data sets are here, whether they are whole, and getting them."""
+
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.markup import escape
+
+from ..errors import LabError
+from .options import new_parser, path_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+HELP = "list, verify or fetch the data sets"
+
+
+def parser() -> ArgumentParser:
+    data = new_parser("Say which data sets are here, check them against their published md5 sums, or get one; nothing else ever downloads.")
+    data.add_argument("action", choices=["list", "verify", "fetch"], metavar="ACTION", help="list verify fetch")
+    data.add_argument("name", nargs="?", type=str, default=None, metavar="NAME", help="cifar10 cifar100 svhn imagenet places365")
+    data.add_argument("--data-root", type=str, default="data", metavar="DIR", help="where data sets are")
+    data.add_argument("--mirror", type=str, default=None, metavar="URL", help="fetch from URL/FILE instead of where it is published")
+    data.add_argument(
+        "--from-file", nargs="+", type=str, default=None, metavar="FILE", help="take the archives from here instead of downloading them"
+    )
+    return data
+
+
+def run(options: Any, console: Console) -> None:
+    from ..data.archives import ARCHIVED
+    from ..data.folders import STREAMED
+
+    root = path_of(options.data_root)
+    names = (*ARCHIVED, *STREAMED)
+    if options.name is not None and options.name not in names:
+        raise LabError(f"data {options.action}: unknown data set {options.name!r}; give one of {' '.join(names)}")
+    if options.action != "fetch" and (options.mirror or options.from_file):
+        raise LabError(f"--mirror and --from-file are for data fetch, not data {options.action}")
+    chosen = names if options.name is None else (options.name,)
+    if options.action == "list":
+        _list(chosen, root, console)
+    elif options.action == "verify":
+        _verify(chosen, root, console, asked=options.name is not None)
+    else:
+        _fetch(options, root, console)
+
+
+def _list(names: tuple[str, ...], root: "Path", console: Console) -> None:
+    from rich.table import Table
+
+    from ..data.archives import ARCHIVED, archives_of
+
+    table = Table("data set", "file", "md5", f"under {escape(str(root))}")
+    for name in names:
+        if name in ARCHIVED:
+            for archive in archives_of(name):
+                there = [(root / member).is_file() for member, _ in archive.members]
+                state = "present" if all(there) else "in part" if any(there) else "missing"
+                table.add_row(name, archive.name, archive.md5, state)
+        else:
+            there = [(root / name / part).is_dir() for part in ("train", "val")]
+            state = "present" if all(there) else "in part" if any(there) else "missing"
+            for file, md5 in _archives_by_hand(name):
+                table.add_row(name, file, md5, state)
+    console.print(table)
+
+
+def _archives_by_hand(name: str) -> list[tuple[str, str]]:
+    """The archives of a set that is given out under terms of use, and their md5."""
+    from .._torchvision import import_torchvision
+
+    datasets = import_torchvision().datasets
+    if name == "imagenet":
+        return [datasets.imagenet.ARCHIVE_META[part] for part in ("train", "val")]
+    return [datasets.Places365._IMAGES_META[part, True] for part in ("train-standard", "val")]
+
+
+def _verify(names: tuple[str, ...], root: "Path", console: Console, asked: bool) -> None:
+    from ..data.archives import ARCHIVED, archives_of, state_of
+    from ..data.folders import streamed_set
+
+    seen, wrong = [], []
+    for name in names:
+        if name in ARCHIVED:
+            states = {member: state for archive in archives_of(name) for member, state in state_of(archive, root).items()}
+            if not asked and set(states.values()) == {"missing"}:
+                continue
+            for member, state in states.items():
+                console.print(f"{name}: {member}: {state}", markup=False, highlight=False)
+            wrong += [f"{member} ({state})" for member, state in states.items() if state != "ok"]
+        elif asked or (root / name).is_dir():
+            files = streamed_set(name, root)
+            counts = f"{len(files.train_files)} training and {len(files.test_files)} validation images of {len(files.classes)} classes"
+            console.print(f"{name}: {counts}; images carry no md5 of their own", markup=False, highlight=False)
+        else:
+            continue
+        seen.append(name)
+    if wrong:
+        raise LabError(
+            f"{', '.join(wrong)} under --data-root {root}; get what is wrong again: largemargin data fetch NAME --data-root {root}"
+        )
+    if not seen:
+        raise LabError(f"no data set under --data-root {root}; point --data-root at them, or get one: largemargin data fetch NAME")
+
+
+def _fetch(options: Any, root: "Path", console: Console) -> None:
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from ..data.archives import ARCHIVED
+    from ..data.fetch import fetch
+
+    name = options.name
+    if name is None:
+        raise LabError(f"data fetch needs the NAME of a data set: {' '.join(ARCHIVED)}")
+    if options.mirror is not None and options.from_file is not None:
+        raise LabError("--mirror and --from-file say two places; give one of them")
+    if name not in ARCHIVED:
+        archives = " and ".join(file for file, _ in _archives_by_hand(name))
+        raise LabError(
+            f"{name} is given out by its owners under their terms: unpack {archives} as {root / name}/train/CLASS/*.jpg and "
+            f"{root / name}/val/CLASS/*.jpg, then largemargin data verify {name}"
+        )
+    given = [path_of(file) for file in options.from_file or ()]
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console, transient=True
+    ) as bars:
+        tasks: dict[str, Any] = {}
+
+        def progress(file: str, done: int, total: int | None) -> None:
+            if file not in tasks:
+                tasks[file] = bars.add_task(escape(file), total=total)
+            bars.update(tasks[file], completed=done)
+
+        needed = fetch(name, root, options.mirror, given, progress)
+    done = f"{', '.join(needed)} checked and put" if needed else "already whole"
+    console.print(f"{name}: {done} under {root}", markup=False, highlight=False)

@@ -1,0 +1,30 @@
+"""``largemargin inspect``: what a file of logits says."""
+
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveInt
+from rich.console import Console
+
+from .options import new_parser, path_of
+
+HELP = "say what a file of logits says about a classifier"
+
+
+def parser() -> ArgumentParser:
+    inspect = new_parser("Say what a file of logits says about a classifier: overall, class by class, and its worst rows.")
+    inspect.add_argument(
+        "file",
+        type=str,
+        metavar="FILE",
+        help=".npz with arrays logits (N, C) and labels (N,), or .csv with a column label and a logit a class",
+    )
+    inspect.add_argument("--top", type=PositiveInt, default=10, metavar="N", help="how many rows to list")
+    inspect.add_argument("--json", action="store_true", help="print JSON: shares in [0, 1] and nats")
+    return inspect
+
+
+def run(options: Any, console: Console) -> None:
+    from ..inspect import inspect
+
+    inspect(path_of(options.file), int(options.top), options.json, console)

@@ -1,0 +1,93 @@
+"""What the commands share: parsers, types of options, and every field of a recipe as an option."""
+
+import dataclasses
+import functools
+import inspect
+import json
+import math
+import re
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse.typing import ClosedUnitInterval as Share
+from jsonargparse.typing import NonNegativeInt, PositiveInt, restricted_number_type
+
+from ..errors import LabError
+from ..recipe import AUGMENTATIONS, PRECISIONS, SCHEDULES, Recipe
+
+PositiveShare = restricted_number_type("PositiveShare", float, [(">", 0), ("<=", 1)])
+NonNegativeNumber = restricted_number_type("NonNegativeNumber", float, [(">=", 0), ("<", math.inf)])
+PositiveNumber = restricted_number_type("PositiveNumber", float, [(">", 0), ("<", math.inf)])
+Pixels = restricted_number_type("Pixels", int, [(">=", 8), ("<=", 1024)])
+
+
+def new_parser(description: str, **settings: Any) -> ArgumentParser:
+    return ArgumentParser(description=description, formatter_class=DefaultHelpFormatter, exit_on_error=False, **settings)
+
+
+def path_of(text: str) -> Path:
+    """A path as a shell would read it."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # there is no such user
+        raise LabError(f"{text}: {error}") from error
+
+
+# what a field of a recipe may be; a field that is not here is taken as its type says
+CHECKED: dict[str, Any] = {
+    "image_size": Pixels,
+    "train_fraction": PositiveShare,
+    "label_noise": Share,
+    "validation_fraction": Share,
+    "augmentation": typing.Literal[AUGMENTATIONS],
+    "crop_padding": NonNegativeInt,
+    "crop_fill": typing.Literal["mean", "reflect"],
+    "width": PositiveNumber,
+    "dropout": Share,
+    "epochs": PositiveInt,
+    "batch_size": PositiveInt,
+    "learning_rate": PositiveNumber,
+    "schedule": typing.Literal[SCHEDULES],
+    "final_factor": PositiveShare,
+    "step_factor": PositiveShare,
+    "momentum": Share,
+    "weight_decay": NonNegativeNumber,
+    "clip_norm": PositiveNumber,
+    "evaluate_every": PositiveInt,
+    "divergence": typing.Literal["symmetric", "kl_qu", "kl_uq"],
+    "threads": PositiveInt,
+    "precision": typing.Literal[PRECISIONS],
+}
+COMPUTED = ("data_digest", "weights_digest", "processes")  # what a run finds out itself
+
+
+def add_recipe_fields(parser: ArgumentParser, prefix: str = "", leave_out: Sequence[str] = ()) -> None:
+    """Every field of a recipe as an option; None stands for what the command chooses."""
+    hints = typing.get_type_hints(Recipe)
+    for field in dataclasses.fields(Recipe):
+        if field.name not in (*leave_out, *COMPUTED):
+            kind = CHECKED.get(field.name, hints[field.name]) | None
+            name = f"--{prefix}{field.name}" if prefix else f"--{field.name.replace('_', '-')}"
+            parser.add_argument(name, type=kind, default=None, help=comments()[field.name], metavar="VALUE")
+
+
+def given_fields(options: Any) -> dict[str, Any]:
+    """The fields that were given, as plain numbers and strings."""
+    names = {field.name for field in dataclasses.fields(Recipe)}
+    return {name: plain(value) for name, value in vars(options).items() if name in names and value is not None}
+
+
+def plain(value: Any) -> Any:
+    """The value through JSON: the parser's own restricted types cannot be sent to another process."""
+    return json.loads(json.dumps(value))
+
+
+@functools.cache
+def comments() -> dict[str, str]:
+    """What stands beside each field of :class:`Recipe` in its source."""
+    lines = inspect.getsource(Recipe).splitlines()
+    found = (re.match(r"    (\w+): [^#]*(?:# (.*))?$", line) for line in lines)
+    return {match[1]: (match[2] or "").replace("%", "%%") for match in found if match}

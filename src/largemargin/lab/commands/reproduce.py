@@ -1,0 +1,73 @@
+"""``largemargin reproduce``: the tables and figures of the paper."""
+
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from rich.console import Console
+
+from ..paper import SCALES, TARGETS
+from ..recipe import SYMBOLS
+from .options import add_recipe_fields, given_fields, new_parser, path_of, plain
+
+HELP = "compute a table or a figure of the paper"
+FIGURES = ("fig1", "fig2", "fig4")  # computed at once, without runs
+# what the cells are made of
+OF_CELLS = ("loss", "seed", "data", "data_root", "train_fraction", "label_noise", "validation_fraction", "weights", "divergence", *SYMBOLS)
+
+
+def parser() -> ArgumentParser:
+    reproduce = new_parser(
+        "Compute a table or a figure of the paper and write it beside the paper's numbers. The cells of a table are runs; finished runs "
+        "are kept, and shared by all tables of the same folder."
+    )
+    reproduce.add_argument("target", choices=[*FIGURES, *TARGETS], metavar="TARGET", help=" ".join([*FIGURES, *TARGETS]))
+    reproduce.add_argument("--cells", nargs="+", type=str, default=None, metavar="NAME", help="only these: names of --list, or patterns")
+    reproduce.add_argument(
+        "--seeds", nargs="+", type=NonNegativeInt, default=None, metavar="SEED", help="default: 0 1 2, and 0 for ImageNet and Places-365"
+    )
+    reproduce.add_argument("--jobs", type=PositiveInt, default=1, metavar="N", help="runs at a time, each a process")
+    reproduce.add_argument(
+        "--scale",
+        choices=list(SCALES),
+        default=None,
+        metavar="SCALE",
+        help="full (the paper's) or reduced; default: full, reduced for study",
+    )
+    reproduce.add_argument("--dry-run", action="store_true", help="print the runs and about how long they take; write nothing")
+    reproduce.add_argument("--list", action="store_true", help="print the names of the cells, with the paper's numbers")
+    reproduce.add_argument("--data-root", type=str, default="data", metavar="DIR", help="where the data sets are")
+    reproduce.add_argument(
+        "--out",
+        type=str,
+        default=None,
+        metavar="DIR",
+        help="runs and report are kept here; default: runs/paper, runs/figures for fig1 fig2 fig4",
+    )
+    reproduce.add_argument("--executor", choices=["local", "ray"], default="local", metavar="WHERE", help="local or ray")
+    add_recipe_fields(reproduce, "recipe.", leave_out=OF_CELLS)
+    return reproduce
+
+
+def run(options: Any, console: Console) -> None:
+    if options.target in FIGURES:
+        from ..figures import reproduce as draw
+
+        draw(options.target, path_of(options.out or "runs/figures"), console)
+        return
+    from ..reproduce import Reproduction, dry_run, list_cells, reproduce
+
+    reproduction = Reproduction(
+        options.target,
+        tuple(options.cells or ()),
+        None if options.seeds is None else tuple(dict.fromkeys(plain(options.seeds))),
+        options.scale,
+        given_fields(options.recipe),
+        options.data_root,
+    )
+    if options.list:
+        list_cells(reproduction, console)
+    elif options.dry_run:
+        dry_run(reproduction, console)
+    else:
+        reproduce(reproduction, path_of(options.out or "runs/paper"), int(options.jobs), options.executor, console)

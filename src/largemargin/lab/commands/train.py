@@ -1,0 +1,33 @@
+"""``largemargin train``: one run, in this process or in all those that a launcher started."""
+
+import os
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+
+from ..recipe import LOSSES, Recipe, suited_to
+from .options import add_recipe_fields, given_fields, new_parser, path_of
+
+HELP = "train one network with one loss; under torchrun or accelerate launch, in several processes"
+
+
+def parser() -> ArgumentParser:
+    train = new_parser("Train one network with one loss; the same command goes on where it was interrupted.")
+    train.add_argument("--config", action="config", help="a YAML file with any of these options")
+    add_recipe_fields(train, leave_out=("loss", "seed"))
+    train.add_argument("--loss", choices=list(LOSSES), default="large_margin", metavar="LOSS", help=" ".join(LOSSES))
+    train.add_argument("--seed", type=int, default=0, help="of initial weights, order, augmentation, subset and noise")
+    train.add_argument("--out", type=str, default="runs/train", metavar="DIR", help="the folder of this run")
+    train.add_argument("--tensorboard", action="store_true", help="write TensorBoard's event files into DIR/events")
+    train.add_argument("--keep-checkpoint", action="store_true", help="leave the last checkpoint when the run is done")
+    return train
+
+
+def run(options: Any, console: Console) -> None:
+    given = {**given_fields(options), "processes": int(os.environ.get("WORLD_SIZE", 1))}
+    recipe = Recipe(**{**suited_to(given.get("data", "digits"), given.get("image_size", 32)), **LOSSES[given["loss"]], **given})
+    main = int(os.environ.get("RANK", 0)) == 0
+    from ..single import train_one
+
+    train_one(recipe, path_of(options.out), console if main else Console(quiet=True), options.tensorboard, options.keep_checkpoint)

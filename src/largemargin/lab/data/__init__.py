@@ -1,0 +1,57 @@
+"""Data sets, the seeded ways to make them harder, and what the training loop is fed of them."""
+
+from pathlib import Path
+
+import torch
+
+from ..recipe import Recipe
+from .archives import ARCHIVED, archived
+from .crops import augment
+from .degrade import Rows, choose_rows, load_rows, pollute_labels, save_rows, subsample
+from .feeds import Batch, Feed, InMemory
+from .folders import STREAMED, FileSet, image_folder, listed_folder, streamed_set
+from .images import ImageSet, channel_moments, digits
+from .streams import Streamed
+
+__all__ = [
+    "NAMED",
+    "Batch",
+    "Feed",
+    "FileSet",
+    "ImageSet",
+    "InMemory",
+    "Rows",
+    "Streamed",
+    "augment",
+    "channel_moments",
+    "choose_rows",
+    "digits",
+    "feed_of",
+    "image_folder",
+    "load",
+    "load_rows",
+    "pollute_labels",
+    "save_rows",
+    "subsample",
+]
+
+NAMED = ("digits", *ARCHIVED, *STREAMED)  # what --data can be beside a folder
+
+
+def load(data: str, data_root: str, image_size: int, streamed: bool = False) -> ImageSet | FileSet:
+    """The data set called ``data``, one of :data:`NAMED` or the path of an image folder, which ``streamed`` leaves in its files."""
+    if data == "digits":
+        return digits()
+    if data in ARCHIVED:
+        return archived(data, Path(data_root).expanduser())
+    if data in STREAMED:
+        return streamed_set(data, Path(data_root).expanduser())
+    folder = Path(data).expanduser()
+    return listed_folder(folder) if streamed else image_folder(folder, image_size)
+
+
+def feed_of(recipe: Recipe, data: ImageSet | FileSet, device: torch.device, rank: int = 0, world: int = 1) -> Feed:
+    """The feed of a run, for process ``rank`` of ``world``."""
+    if isinstance(data, FileSet):
+        return Streamed(recipe, data, device, rank, world)
+    return InMemory(recipe, data, device, rank, world)

@@ -1,0 +1,95 @@
+"""CIFAR-10, CIFAR-100 and SVHN: read from their published files, every one checked against its md5 first."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._torchvision import import_torchvision
+from ..errors import LabError
+from .images import ImageSet
+
+ARCHIVED = ("cifar10", "cifar100", "svhn")
+SIDE = 32  # pixels
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A file as it is published, and the files it becomes."""
+
+    name: str
+    url: str
+    md5: str
+    members: tuple[tuple[str, str], ...]  # names under the data root, and their md5
+    is_tar: bool  # else it is its one member
+
+
+def archives_of(data: str) -> tuple[Archive, ...]:
+    """The archives of CIFAR-10, CIFAR-100 or SVHN; names and sums are torchvision's."""
+    cls = _class_of(data)
+    if data == "svhn":
+        parts = (cls.split_list[part] for part in ("train", "test"))
+        return tuple(Archive(name, url, md5, ((f"{data}/{name}", md5),), is_tar=False) for url, name, md5 in parts)
+    members = [*cls.train_list, *cls.test_list, (cls.meta["filename"], cls.meta["md5"])]
+    named = tuple((f"{cls.base_folder}/{name}", md5) for name, md5 in members)
+    return (Archive(cls.filename, cls.url, cls.tgz_md5, named, is_tar=True),)
+
+
+def state_of(archive: Archive, root: Path) -> dict[str, str]:
+    """Every member's name with ``ok``, ``missing`` or ``wrong md5``."""
+    check = import_torchvision().datasets.utils.check_integrity
+
+    def state(name: str, md5: str) -> str:
+        return "missing" if not (root / name).is_file() else "ok" if check(root / name, md5) else "wrong md5"
+
+    return {name: state(name, md5) for name, md5 in archive.members}
+
+
+def archived(data: str, root: Path) -> ImageSet:
+    """CIFAR-10, CIFAR-100 or SVHN from their files under ``root``."""
+    again = f"largemargin data fetch {data} --data-root {root}"
+    states = {name: state for archive in archives_of(data) for name, state in state_of(archive, root).items()}
+    if set(states.values()) == {"missing"}:
+        raise LabError(f"--data {data}: no {root / next(iter(states))}; point --data-root at its files, or get them: {again}")
+    wrong = next((name for name, state in states.items() if state != "ok"), None)
+    if wrong is not None:
+        raise LabError(
+            f"--data {data}: {root / wrong} is missing or differs from its published md5 ({states[wrong]}); get it again: {again}"
+        )
+    try:
+        train, test, classes = _cifar(data, root) if data != "svhn" else _svhn(root)
+        parts = [_checked(images, labels, len(classes)) for images, labels in (train, test)]
+    except Exception as error:  # pickle and scipy raise many types for a broken file
+        reason = str(error) or type(error).__name__
+        raise LabError(f"--data {data}: its files under {root} are not what {data} is: {reason}; get them again: {again}") from error
+    return ImageSet(*parts[0], *parts[1], classes)
+
+
+def _class_of(data: str) -> Any:
+    datasets = import_torchvision().datasets
+    return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "svhn": datasets.SVHN}[data]
+
+
+def _cifar(data: str, root: Path) -> Any:
+    train, test = (_class_of(data)(root, train=is_train, download=False) for is_train in (True, False))
+    parts = ((torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)) for part in (train, test))
+    return *parts, tuple(train.classes)
+
+
+def _svhn(root: Path) -> Any:
+    sets = (_class_of("svhn")(root / "svhn", split=part, download=False) for part in ("train", "test"))
+    parts = ((torch.from_numpy(part.data).contiguous(), torch.from_numpy(part.labels).reshape(-1)) for part in sets)
+    return *parts, tuple(str(digit) for digit in range(10))
+
+
+def _checked(images: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    if images.dtype != torch.uint8 or images.shape[1:] != (3, SIDE, SIDE):
+        raise ValueError(f"images are {images.dtype} {tuple(images.shape)}, expected uint8 (N, 3, {SIDE}, {SIDE})")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"{len(labels)} labels for {len(images)} images")
+    outside = labels[(labels < 0) | (labels >= num_classes)]
+    if len(outside):
+        raise ValueError(f"label {int(outside[0])} is outside 0..{num_classes - 1}")
+    return images, labels.long()

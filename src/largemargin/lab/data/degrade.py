@@ -1,0 +1,64 @@
+"""Seeded ways to make a training set harder: exact shares of it, exact numbers of wrong labels, and which samples a run uses."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import LabError
+from ..files import write_atomically
+from ..recipe import Recipe
+from ..seeds import seeded
+
+
+def subsample(num_samples: int, fraction: float, generator: torch.Generator) -> Tensor:
+    """The indices of ``round(fraction * num_samples)`` samples, at least one, drawn without replacement; in their old order."""
+    count = max(1, round(fraction * num_samples))
+    return torch.randperm(num_samples, generator=generator)[:count].sort().values
+
+
+def pollute_labels(labels: Tensor, noise: float, num_classes: int, generator: torch.Generator) -> Tensor:
+    """A copy in which exactly ``round(noise * len(labels))`` labels are moved, each uniformly to one of the other classes."""
+    count = round(noise * len(labels))
+    chosen = torch.randperm(len(labels), generator=generator)[:count]
+    moved = labels.clone()
+    shift = torch.randint(1, num_classes, (count,), generator=generator)
+    moved[chosen] = (labels[chosen] + shift) % num_classes
+    return moved
+
+
+class Rows(NamedTuple):
+    """Which samples of the training set a run uses, and the labels it believes: int64 tensors."""
+
+    training: Tensor  # indices into the training set
+    training_labels: Tensor
+    validation: Tensor  # indices held out; none where the recipe holds out nothing
+    validation_labels: Tensor
+
+
+def choose_rows(recipe: Recipe, labels: Tensor, num_classes: int) -> Rows:
+    """The subset of the recipe, with its noise, and the part of it that is held out: validation labels are as wrong as the others."""
+    chosen = subsample(len(labels), recipe.train_fraction, seeded(recipe.seed, "subset"))
+    believed = pollute_labels(labels[chosen], recipe.label_noise, num_classes, seeded(recipe.seed, "noise"))
+    held_out = torch.zeros(len(chosen), dtype=torch.bool)
+    if recipe.validation_fraction:
+        held_out[subsample(len(chosen), recipe.validation_fraction, seeded(recipe.seed, "validation"))] = True
+        if held_out.all():
+            raise LabError(
+                f"--validation_fraction {recipe.validation_fraction:g} of {len(chosen)} samples leaves none to train on; give less"
+            )
+    return Rows(chosen[~held_out], believed[~held_out], chosen[held_out], believed[held_out])
+
+
+def save_rows(rows: Rows, path: Path) -> None:
+    """``training_set.npz``: the arrays of :class:`Rows` by their names."""
+    arrays = {name: part.numpy() for name, part in rows._asdict().items()}
+    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+def load_rows(path: Path) -> Rows:
+    """What :func:`save_rows` wrote."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return Rows(**{name: torch.from_numpy(arrays[name]) for name in Rows._fields})

@@ -1,0 +1,112 @@
+"""What the training loop is fed: normalized batches, each the same function of seed, epoch and step."""
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import LabError
+from ..recipe import Recipe
+from ..seeds import seeded
+from .crops import apply_moves, draw_moves
+from .degrade import Rows, choose_rows
+from .images import ImageSet, channel_moments
+
+EVALUATED_AT_ONCE = 500  # images in memory
+
+
+class Batch(NamedTuple):
+    """One process's share of a training batch."""
+
+    images: Tensor  # (n, channels, H, W), normalized float32
+    target: Tensor  # (n,) int64
+    size: int  # of the whole batch, of all processes
+
+
+class Feed(Protocol):
+    """The data of one run, for process ``rank`` of ``world``."""
+
+    classes: tuple[str, ...]
+    in_channels: int
+    image_size: int  # pixels
+    rows: Rows
+    split: str  # what held_out() is of: "test", or "validation" where the recipe holds a part out
+    num_held_out: int  # samples of that split, of all processes
+
+    def training(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from ``first_step`` on; row ``i`` of a batch goes to process ``i % world``."""
+
+    def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and targets of this process's contiguous share of the split, in order; all shares but the last are of equal size."""
+
+
+def order_of(recipe: Recipe, num_samples: int, epoch: int) -> Tensor:
+    """The order of the training samples in an epoch, the same in every process."""
+    order = torch.randperm(num_samples, generator=seeded(recipe.seed, "order", epoch))
+    return order[: samples_of_an_epoch(recipe, num_samples)]
+
+
+def samples_of_an_epoch(recipe: Recipe, num_samples: int) -> int:
+    """All, but where the last batch would be a single sample, which batch norm cannot normalise: it has its turn in other epochs."""
+    alone = num_samples > recipe.batch_size > 1 and num_samples % recipe.batch_size == 1
+    return num_samples - alone
+
+
+def share_of(num_samples: int, rank: int, world: int) -> slice:
+    """The contiguous share of one process."""
+    size = -(-num_samples // world)
+    return slice(min(rank * size, num_samples), min((rank + 1) * size, num_samples))
+
+
+def own_rows(rank: int, world: int) -> slice:
+    """The rows of a training batch of one process."""
+    return slice(rank, None, world)
+
+
+class InMemory:
+    """A data set of uint8 images, whole on the device and augmented there in batches."""
+
+    def __init__(self, recipe: Recipe, data: ImageSet, device: torch.device, rank: int = 0, world: int = 1) -> None:
+        if recipe.augmentation != "shift":
+            raise LabError(
+                f"--augmentation {recipe.augmentation} is for image folders, imagenet and places365; "
+                f"{recipe.data} is augmented by shift (--crop_padding, --flip)"
+            )
+        self.recipe, self.device, self.rank, self.world = recipe, device, rank, world
+        self.classes, self.in_channels = data.classes, data.train_images.shape[1]
+        self.image_size = min(data.train_images.shape[2:])
+        self.rows = choose_rows(recipe, data.train_labels, len(data.classes))
+        self.split = "validation" if recipe.validation_fraction else "test"
+        mean, std = channel_moments(data.train_images)
+        self.mean, self.std = mean.to(device).view(1, -1, 1, 1), std.to(device).view(1, -1, 1, 1)
+        self.fill = mean.to(device) if recipe.crop_fill == "mean" else None
+        self.images = data.train_images[self.rows.training].to(device)
+        self.labels = self.rows.training_labels.to(device)
+        if self.split == "test":
+            held_out, target = data.test_images, data.test_labels
+        else:
+            held_out, target = data.train_images[self.rows.validation], self.rows.validation_labels
+        self.num_held_out = len(target)
+        share = share_of(len(target), rank, world)
+        self.held_out_images, self.held_out_labels = held_out[share].to(device), target[share].to(device)
+
+    def training(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        recipe, own = self.recipe, own_rows(self.rank, self.world)
+        batches = torch.split(order_of(recipe, len(self.labels), epoch), recipe.batch_size)
+        for step, batch in enumerate(batches[first_step:], first_step):
+            # drawn for all rows, so that each row's move does not depend on how many processes share the batch
+            moves = draw_moves(len(batch), recipe.crop_padding, recipe.flip, seeded(recipe.seed, "augmentation", epoch, step)).of(own)
+            rows = batch[own].to(self.device)
+            images = apply_moves(self.images.index_select(0, rows), moves, recipe.crop_padding, self.fill)
+            yield Batch(self.normalize(images), self.labels[rows], len(batch))
+
+    def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(self.held_out_labels), EVALUATED_AT_ONCE):
+            part = slice(start, start + EVALUATED_AT_ONCE)
+            yield self.normalize(self.held_out_images[part]), self.held_out_labels[part]
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Float images with the mean 0 and the standard deviation 1 of each channel of the training set."""
+        result = images.float().sub_(self.mean).div_(self.std)
+        return result.contiguous(memory_format=torch.channels_last) if self.recipe.channels_last else result

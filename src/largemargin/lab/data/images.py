@@ -1,0 +1,63 @@
+"""Images in memory: uint8 tensors with labels."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..files import write_atomically
+
+SPLIT_SEED = 0  # where a data set comes without a test set, this seed, the same for every run, chooses one
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images (N, channels, H, W) uint8 and labels (N,) int64, for training and for testing."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    classes: tuple[str, ...]
+
+    def digest(self) -> str:
+        """Twelve characters that change with any pixel, label or class name."""
+        whole = hashlib.sha256(repr(self.classes).encode())
+        for part in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            whole.update(repr(tuple(part.shape)).encode())
+            whole.update(part.numpy().tobytes())
+        return whole.hexdigest()[:12]
+
+    def save(self, path: Path) -> None:
+        write_atomically(path, lambda file: torch.save(vars(self), file))
+
+    @classmethod
+    def saved(cls, path: Path) -> "ImageSet":
+        """What :meth:`save` wrote; shared in memory by the processes that read it."""
+        return cls(**torch.load(path, weights_only=True, mmap=True))
+
+
+def digits() -> ImageSet:
+    """scikit-learn's handwritten digits: 1,797 real images of 8x8 pixels, one third of them held out as test."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_digits()
+    images = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)  # stored as 0..16
+    labels = torch.from_numpy(bunch.target.astype(np.int64))
+    train, test = train_test_split(np.arange(len(labels)), test_size=1 / 3, stratify=bunch.target, random_state=SPLIT_SEED)
+    return ImageSet(images[train], labels[train], images[test], labels[test], tuple(str(name) for name in bunch.target_names))
+
+
+def channel_moments(images: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean and the standard deviation (channels,) of the pixels of each channel."""
+    values = torch.arange(256, dtype=torch.float64)
+    means, stds = [], []
+    for channel in images.unbind(1):
+        share = torch.bincount(channel.flatten(), minlength=256) / channel.numel()  # no float copy of the data set
+        means.append((share * values).sum())
+        stds.append((share * (values - means[-1]) ** 2).sum().sqrt())
+    return torch.stack(means).float(), torch.stack(stds).float().clamp(min=1)

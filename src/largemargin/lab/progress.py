@@ -1,0 +1,61 @@
+"""How many runs are shown while they last."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .queue import result_of, run_all, threads_note
+from .recipe import Recipe
+
+
+def run_with_progress(
+    recipes: Sequence[Recipe], runs: Path, jobs: int, console: Console, executor: str = "local", **options: Any
+) -> list[dict[str, Any]]:
+    """A live display on a terminal; elsewhere a line for each finished run, and one a minute. ``options`` are of :func:`run_all`."""
+
+    def on_message(line: str) -> None:
+        console.print(line, markup=False, highlight=False)
+
+    if executor == "local" and (note := threads_note(recipes, jobs)):
+        on_message(note)
+    finished = {recipe.id for recipe in recipes if result_of(recipe, runs) is not None}
+    if not console.is_terminal:
+        last = time.monotonic()
+        epochs, total_epochs = 0, sum(recipe.epochs for recipe in recipes if recipe.id not in finished)
+
+        def on_epoch(recipe: Recipe, epoch: int) -> None:
+            nonlocal last, epochs
+            epochs += 1
+            if time.monotonic() - last > 60:
+                last = time.monotonic()
+                console.print(f"{epochs} of {total_epochs} epochs of all runs", markup=False, highlight=False)
+            if epoch == recipe.epochs:
+                finished.add(recipe.id)
+                console.print(
+                    f"[{len(finished)}/{len(recipes)}] {recipe.loss_label}, label noise {recipe.label_noise:g}, seed {recipe.seed}",
+                    markup=False,
+                )
+
+        return run_all(recipes, runs, jobs, on_epoch, executor, on_message=on_message, **options)
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        total = progress.add_task("epochs of all runs", total=sum(recipe.epochs for recipe in recipes if recipe.id not in finished))
+        bars: dict[str, Any] = {}
+        seen: dict[str, int] = {}
+
+        def on_epoch(recipe: Recipe, epoch: int) -> None:
+            if recipe.id not in bars:
+                label = f"{recipe.loss_label}, noise {recipe.label_noise:g}, seed {recipe.seed}"
+                bars[recipe.id] = progress.add_task(label, total=recipe.epochs)
+            progress.update(bars[recipe.id], completed=epoch)
+            progress.update(total, advance=epoch - seen.get(recipe.id, 0))
+            seen[recipe.id] = epoch
+            if epoch == recipe.epochs:
+                progress.remove_task(bars[recipe.id])
+
+        return run_all(recipes, runs, jobs, on_epoch, executor, on_message=on_message, **options)

@@ -1,0 +1,286 @@
+"""``largemargin reproduce``: the tables of the paper, cell by cell, as runs that are shared between them."""
+
+import dataclasses
+import fnmatch
+import json
+import shlex
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from . import data, paper
+from .errors import LabError
+from .files import write_json
+from .methods import Method, parameter_groups
+from .models import build
+from .paper import Cell, Entry, Number, Scale
+from .progress import run_with_progress
+from .queue import result_of
+from .recipe import Recipe
+
+MARKER = "reproduce.json"  # tells a folder of ours from one that is not
+PROBE_SECONDS = 3.0  # of one measured step in a dry run, about
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What is to be computed: cells of a target, with seeds, at a scale, and what differs from their recipes."""
+
+    target: str
+    cells: tuple[str, ...] = ()  # names or shell patterns; none: all that have the scale
+    seeds: tuple[int, ...] | None = None  # None: those of each cell
+    scale: str | None = None  # None: that of the target
+    overrides: dict[str, Any] = field(default_factory=dict)  # fields of Recipe
+    data_root: str = "data"
+
+    @property
+    def of_scale(self) -> Scale:
+        return paper.default_scale(self.target) if self.scale is None else paper.SCALES[self.scale]
+
+    def chosen(self) -> list[Cell]:
+        """The cells, in the order of the paper."""
+        return choose(self.target, self.cells, self.of_scale)
+
+    def plan(self, digests: dict[str, str] | None = None) -> list[tuple[Cell, list[Recipe]]]:
+        """The runs of every cell; ``digests`` are of the data sets, which their names stand for where none is known."""
+        fixed = {"data_root": self.data_root, **self.overrides}
+        digests = digests or {}
+        return [
+            (cell, cell.recipes(self.seeds, self.of_scale, data_digest=digests.get(cell.settings["data"], cell.settings["data"]), **fixed))
+            for cell in self.chosen()
+        ]
+
+    def command(self, out: Path) -> str:
+        """The command that computes this."""
+        words = ["largemargin", "reproduce", self.target]
+        words += ["--cells", *self.cells] if self.cells else []
+        words += ["--seeds", *map(str, self.seeds)] if self.seeds is not None else []
+        words += ["--scale", self.of_scale.name, "--data-root", self.data_root, "--out", str(out)]
+        for name, value in self.overrides.items():
+            words += [f"--recipe.{name}", value if isinstance(value, str) else json.dumps(value)]
+        return shlex.join(words)
+
+
+def choose(target: str, patterns: Sequence[str], scale: Scale) -> list[Cell]:
+    """The cells of a target whose names match any pattern; without a pattern, all that have the scale."""
+    cells = paper.cells(target)
+    if not patterns:
+        return [cell for cell in cells if not cell.lacks(scale)]
+    for pattern in patterns:
+        if not fnmatch.filter([cell.name for cell in cells], pattern):
+            raise LabError(f"--cells {pattern}: {target} has no such cell; its cells are {' '.join(cell.name for cell in cells)}")
+    return [cell for cell in cells if any(fnmatch.fnmatchcase(cell.name, pattern) for pattern in patterns)]
+
+
+def runs_of(plan: Sequence[tuple[Cell, list[Recipe]]]) -> list[Recipe]:
+    """Each run once, seed by seed, so that pairs are finished together."""
+    unique = {recipe.id: recipe for _, recipes in plan for recipe in recipes}
+    return sorted(unique.values(), key=lambda recipe: recipe.seed)
+
+
+def entries_of(plan: Iterable[tuple[Cell, list[Recipe]]], out: Path) -> list[Entry]:
+    """The cells with the records of their finished runs."""
+    return [
+        Entry(cell, recipes, [record for recipe in recipes if (record := result_of(recipe, out / "runs")) is not None])
+        for cell, recipes in plan
+    ]
+
+
+def reproduce(reproduction: Reproduction, out: Path, jobs: int, executor: str, console: Console) -> None:
+    """Do what is left of the runs, and write the report into ``out``."""
+    plan = reproduction.plan()
+    check_device(plan[0][1][0].device)
+    check_folder(out)
+    digests = {name: digest_of(name, reproduction.data_root, plan) for name in dict.fromkeys(cell.settings["data"] for cell, _ in plan)}
+    plan = reproduction.plan(digests)
+    recipes, runs, command = runs_of(plan), out / "runs", reproduction.command(out)
+    try:
+        write_json(out / MARKER, {"largemargin": "reproduce", **vars(reproduction), "digests": digests, "command": command})
+    except OSError as error:
+        raise LabError(f"--out {out} cannot be written to: {error.strerror or error}; choose another folder") from error
+    say_what_is_left_out(reproduction, console)
+    done = sum(result_of(recipe, runs) is not None for recipe in recipes)
+    console.print(
+        f"{len(plan)} cells, {len(recipes)} runs, {jobs} at a time, into {out}" + (f"; {done} already done" if done else ""),
+        markup=False,
+        highlight=False,
+    )
+    failure: LabError | None = None
+    try:
+        run_with_progress(recipes, runs, jobs, console, executor)
+    except LabError as error:
+        failure = error
+    except KeyboardInterrupt:
+        done = sum(result_of(recipe, runs) is not None for recipe in recipes)
+        raise LabError(
+            f"interrupted; {done} of {len(recipes)} runs are done and kept in {out}. The same command goes on from here."
+        ) from None
+    entries = entries_of(plan, out)
+    if any(entry.records for entry in entries):
+        from . import paper_report  # matplotlib is slow to import: not before the runs
+
+        paper_report.write(out, entries, reproduction.of_scale, command, console)
+    if failure is not None:
+        raise failure
+
+
+def digest_of(name: str, data_root: str, plan: Sequence[tuple[Cell, list[Recipe]]]) -> str:
+    """Of the data set; bad data stops here, before anything is written."""
+    image_size = next(recipes[0].image_size for cell, recipes in plan if cell.settings["data"] == name)
+    return data.load(name, data_root, image_size).digest()
+
+
+def check_folder(out: Path) -> None:
+    """Say why ``out`` cannot be ours, before anything is written."""
+    try:
+        foreign = out.exists() and any(out.iterdir()) and not (out / MARKER).is_file()
+    except OSError as error:
+        raise LabError(f"--out {out} cannot be used: {error.strerror or error}; choose another folder") from error
+    if foreign:
+        raise LabError(f"--out {out} holds files that are not of a reproduction; choose a new or empty folder")
+
+
+def check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a device it was not built for
+        raise LabError(f"--recipe.device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def reopen(out: Path) -> tuple[list[Entry], Scale, str]:
+    """The cells of a folder with what is finished of them, their scale, and the command that computes them."""
+    try:
+        marker = json.loads((out / MARKER).read_text())
+        if marker["largemargin"] != "reproduce":
+            raise ValueError("it is of something else")
+        values = {name.name: marker[name.name] for name in dataclasses.fields(Reproduction)}
+        values |= {"cells": tuple(values["cells"]), "seeds": None if values["seeds"] is None else tuple(values["seeds"])}
+        reproduction = Reproduction(**values)
+        plan, command = reproduction.plan(marker["digests"]), str(marker["command"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LabError(f"{out} is not the folder of a reproduction: it has no readable {MARKER}") from error
+    return entries_of(plan, out), reproduction.of_scale, command
+
+
+# without training
+
+
+def list_cells(reproduction: Reproduction, console: Console) -> None:
+    """Print the names of the cells with what was printed in them."""
+    table = Table("cell", "paper %", "port %", "", box=box.SIMPLE_HEAD, pad_edge=False)
+    for cell in choose(reproduction.target, reproduction.cells, paper.SCALES["full"]):
+        table.add_row(cell.name, printed(cell.paper), printed(cell.port), cell.note)
+    console.print(table, highlight=False)
+
+
+def printed(number: Number | None) -> str:
+    return "-" if number is None else f"{number.mean:.2f}" + ("" if number.std is None else f"±{number.std:.2f}")
+
+
+def say_what_is_left_out(reproduction: Reproduction, console: Console) -> None:
+    scale = reproduction.of_scale
+    console.print(f"scale {scale.name}: {scale.description}", markup=False, highlight=False)
+    if not reproduction.cells:
+        for cell in paper.cells(reproduction.target):
+            if reason := cell.lacks(scale):
+                console.print(f"{cell.name} is left out: {reason}", markup=False, highlight=False, soft_wrap=True)
+    for name, value in reproduction.overrides.items():
+        console.print(f"differs from the recipe of the cells: {name} {value}", markup=False, highlight=False)
+
+
+class Size(NamedTuple):
+    """Of a data set that is not there yet."""
+
+    training: int
+    test: int
+    classes: int
+    pixels: int
+
+
+SIZES = {
+    "cifar10": Size(50_000, 10_000, 10, 32),
+    "cifar100": Size(50_000, 10_000, 100, 32),
+    "svhn": Size(73_257, 26_032, 10, 32),
+    "imagenet": Size(1_281_167, 50_000, 1000, 224),
+    "places365": Size(1_803_460, 36_500, 365, 224),
+}
+
+
+def dry_run(reproduction: Reproduction, console: Console) -> None:
+    """Print every run and about how long it takes here; writes nothing, and needs no data."""
+    plan = reproduction.plan()
+    check_device(plan[0][1][0].device)
+    say_what_is_left_out(reproduction, console)
+    measured: dict[tuple[Any, ...], float] = {}
+    seconds: dict[str, float] = {}
+    table = Table("cell", "seed", "network", "data", "images", "epochs", "about", box=box.SIMPLE_HEAD, pad_edge=False)
+    for cell, recipes in plan:
+        for recipe in recipes:
+            key = step_of(recipe)
+            if key not in measured:
+                measured[key] = seconds_per_image(recipe)
+            size = SIZES[recipe.data]
+            images, evaluations = round(size.training * recipe.train_fraction), -(-recipe.epochs // recipe.evaluate_every)
+            # a forward pass is about a third of a training step
+            seconds[recipe.id] = measured[key] * (images * recipe.epochs + size.test * evaluations / 3)
+            table.add_row(
+                cell.name, str(recipe.seed), recipe.network, recipe.data, f"{images:,}", str(recipe.epochs), hours(seconds[recipe.id])
+            )
+    console.print(table, highlight=False)
+    total, device = hours(sum(seconds.values())), plan[0][1][0].device
+    console.print(
+        f"{len(seconds)} run{'s'[: len(seconds) != 1]}, about {total} one after another: an estimate from two optimiser steps of each "
+        f"network on {device} with made-up images, without the reading of data; runs that are finished count too. Nothing was written.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def step_of(recipe: Recipe) -> tuple[Any, ...]:
+    """What the time of a training step depends on, near enough."""
+    return (recipe.network, recipe.width, recipe.precision, recipe.channels_last, recipe.batch_size, recipe.data, recipe.device)
+
+
+def seconds_per_image(recipe: Recipe) -> float:
+    """Of training, from two measured optimiser steps, after one that is not counted; slow networks are given fewer images."""
+    size, device = SIZES[recipe.data], torch.device(recipe.device)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(recipe.threads)
+    try:
+        network = build(recipe, 3, size.classes)
+        method = Method(recipe, network, 1000).to(device).train()
+        if recipe.channels_last:
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = torch.optim.SGD(parameter_groups(recipe, network), lr=1e-4, momentum=recipe.momentum)
+
+        def step(count: int) -> float:
+            images, target = (
+                torch.randn(count, 3, size.pixels, size.pixels, device=device),
+                torch.arange(count, device=device) % size.classes,
+            )
+            started = time.monotonic()
+            optimizer.zero_grad()
+            method(images, target).loss.backward()
+            optimizer.step()
+            torch.cat([parameter.flatten()[:1] for parameter in network.parameters()]).sum().item()  # waits for the device
+            return time.monotonic() - started
+
+        step(2)
+        count = int(min(recipe.batch_size, max(2, 2 * PROBE_SECONDS / step(2))))
+        return min(step(count), step(count)) / count
+    finally:
+        torch.set_num_threads(threads)
+
+
+def hours(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,235 @@
+"""The queue of runs: failures, deaths, interrupts, and two queues on one folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from largemargin.lab import queue
+from largemargin.lab.errors import LabError
+from largemargin.lab.executors.attempt import Job, Outcome, printed_into
+from largemargin.lab.executors.locks import Lock
+from largemargin.lab.recipe import Recipe
+
+RECIPES = [Recipe(loss="softmax", seed=seed, epochs=2) for seed in range(3)]
+PATIENCE = 60  # seconds
+
+
+def run(runs, work, recipes=RECIPES, jobs=1, **options):
+    heard = []
+    records = queue.run_all(
+        recipes, runs, jobs, lambda recipe, epoch: heard.append((recipe.seed, epoch)), work=f"lab_work:{work}", **options
+    )
+    return records, heard
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def attempts(runs, recipe):
+    return [float(line) for line in (runs / f"attempts-{recipe.id}").read_text().split()]
+
+
+def is_running(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def command(runs, work="lasts", jobs=2):
+    """The queue in a process of its own, as the command line is."""
+    code = f"""
+import sys
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+from pathlib import Path
+from largemargin.lab import queue
+from largemargin.lab.recipe import Recipe
+if __name__ == "__main__":
+    recipes = [Recipe(loss="softmax", seed=seed, epochs=2) for seed in range(3)]
+    say = lambda line: print(line, flush=True)
+    queue.run_all(recipes, Path({str(runs)!r}), {jobs}, lambda *_: None, on_message=say, work="lab_work:{work}")
+"""
+    script = runs.parent / f"queue_of_{work}.py"
+    script.write_text(code)
+    return subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def test_runs_are_done_once_in_order_with_their_options(tmp_path):
+    records, heard = run(tmp_path, "finish", [*RECIPES, RECIPES[0]], jobs=2, tensorboard=True)
+    assert [record["recipe"]["seed"] for record in records] == [0, 1, 2, 0]
+    assert sorted(heard) == [(seed, epoch) for seed in range(3) for epoch in (1, 2)]
+    assert all(record["options"] == {"tensorboard": True} and record["num_train"] > 1000 for record in records)
+    assert len({record["environment"]["process"] for record in records}) <= 2
+    again, heard = run(tmp_path, "nosuch")
+    assert again == records[:3] and not heard
+    for recipe in RECIPES:  # neither lock nor log nor error stays
+        assert [path.name for path in (tmp_path / recipe.id).iterdir()] == ["result.json"]
+
+
+def test_a_failed_run_is_tried_again_after_the_others(tmp_path):
+    records, heard = run(tmp_path, "fails_once")
+    assert len(records) == 3 and [seed for seed, epoch in heard if epoch == 2] == [1, 2, 0]
+    assert len(attempts(tmp_path, RECIPES[0])) == 2
+    log = (tmp_path / RECIPES[0].id / "log.txt").read_text()
+    assert log.startswith("--- 20") and "said before" in log and "said by a child" in log and "ValueError: the first time" in log
+    assert not (tmp_path / RECIPES[0].id / "error.txt").exists()
+
+
+def test_a_run_that_fails_twice_is_named_and_the_others_are_kept(tmp_path):
+    with pytest.raises(LabError, match=f"1 of 3 runs are not done: ValueError: every time .*{RECIPES[0].id}"):
+        run(tmp_path, "fails")
+    assert len(attempts(tmp_path, RECIPES[0])) == 2
+    assert "Traceback" in (tmp_path / RECIPES[0].id / "error.txt").read_text()
+    assert (tmp_path / RECIPES[0].id / "log.txt").read_text().count("every time") >= 2
+    assert all(queue.result_of(recipe, tmp_path) for recipe in RECIPES[1:])
+
+
+def test_what_the_user_must_mend_is_not_tried_again(tmp_path):
+    with pytest.raises(LabError, match="--lam 3: mend it"):
+        run(tmp_path, "refuses", RECIPES[:1])
+    assert len(attempts(tmp_path, RECIPES[0])) == 1
+
+
+def test_data_other_than_planned_are_refused(tmp_path):
+    with pytest.raises(LabError, match=r"1 of 1 runs.*digest.*planned for 0123456789ab"):
+        run(tmp_path, "finish", [Recipe(loss="softmax", seed=0, data_digest="0123456789ab")])
+
+
+def test_a_killed_process_is_replaced_and_its_run_done_again(tmp_path):
+    records, _ = run(tmp_path, "is_killed", jobs=2)
+    assert len(records) == 3 and len(attempts(tmp_path, RECIPES[0])) == 2
+    assert "SIGKILL" in (tmp_path / RECIPES[0].id / "log.txt").read_text()
+
+
+def test_a_run_whose_process_dies_twice_is_given_up(tmp_path):
+    with pytest.raises(LabError, match=r"1 of 1 runs are not done: the process of this run died.*SIGSEGV"):
+        run(tmp_path, "segfaults", RECIPES[:1])
+    assert len(attempts(tmp_path, RECIPES[0])) == 2
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_checkpoints_and_the_same_command_goes_on(sent, tmp_path):
+    runs = tmp_path / "runs"
+    process = command(runs)
+    wait_for(lambda: len(list(runs.glob("*/started"))) == 2 or process.poll() is not None)
+    workers = [json.loads(path.read_text()) for path in runs.glob("*/started")]
+    os.killpg(process.pid, sent) if sent == signal.SIGINT else process.send_signal(sent)
+    _, error = process.communicate(timeout=PATIENCE)
+    assert process.returncode != 0 and "KeyboardInterrupt" in error
+    assert len(list(runs.glob("*/checkpoint.pt"))) == 2
+    assert not any(is_running(worker) for worker in workers)
+    (runs / "go").touch()
+    records, _ = run(runs, "lasts")
+    assert len(records) == 3
+
+
+def test_no_process_trains_on_when_the_parent_is_killed(tmp_path):
+    runs = tmp_path / "runs"
+    process = command(runs)
+    wait_for(lambda: len(list(runs.glob("*/started"))) == 2 or process.poll() is not None)
+    workers = [json.loads(path.read_text()) for path in runs.glob("*/started")]
+    process.kill()
+    process.communicate(timeout=PATIENCE)
+    wait_for(lambda: not any(is_running(worker) for worker in workers))
+    assert len(list(runs.glob("*/checkpoint.pt"))) == 2
+
+
+def test_two_queues_on_one_folder_do_each_run_once(tmp_path):
+    runs = tmp_path / "runs"
+    first, second = command(runs), command(runs)
+    wait_for(lambda: len(list(runs.glob("*/started"))) == 3)  # two of one queue, the third of the other
+    time.sleep(0.5)
+    (runs / "go").touch()
+    said = [process.communicate(timeout=PATIENCE) for process in (first, second)]
+    assert first.returncode == second.returncode == 0, said
+    assert [(runs / f"times-{recipe.id}").read_text() for recipe in RECIPES] == ["done\n"] * 3
+    assert all(output.count("another process") <= 1 for output, _ in said)
+    assert not list(runs.glob("*/lock"))
+
+
+def test_a_run_that_another_process_does_is_waited_for(tmp_path):
+    recipe = RECIPES[0]
+    lock = Lock.take(tmp_path / recipe.id)
+    messages = []
+
+    def release(line):
+        messages.append(line)
+        threading.Timer(3, lock.__exit__).start()  # later than the next look
+
+    records, _ = run(tmp_path, "finish", [recipe], on_message=release)
+    assert len(records) == 1 and len(messages) == 1 and recipe.id in messages[0]
+
+
+def test_a_lock_is_of_one_holder_and_leaves_nothing(tmp_path):
+    with Lock.take(tmp_path):
+        assert Lock.take(tmp_path) is None
+    assert not list(tmp_path.iterdir())
+    with Lock.take(tmp_path):
+        pass
+
+
+def test_many_threads_never_hold_a_lock_together(tmp_path):
+    inside, together, taken = [], [], []
+
+    def work():
+        while len(taken) < 300:
+            if (lock := Lock.take(tmp_path)) is not None:
+                with lock:
+                    inside.append(1)
+                    together.append(len(inside))
+                    inside.pop()
+                    taken.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(together) == {1}
+
+
+def test_the_plan_ends(tmp_path):
+    """Whatever the outcomes, a run is taken twice at most, and held ones are asked for again."""
+    plan = queue.Plan(RECIPES[:2])
+    first, second = plan.take(), plan.take()
+    assert plan.take() is None and plan.unfinished
+    plan.ended(first, Outcome("failed", "a"))
+    plan.ended(second, Outcome("refused", "b"))
+    assert plan.take() == first and plan.take() is None
+    plan.ended(first, Outcome("failed", "c"))
+    assert not plan.unfinished and plan.reasons == {first.id: "c", second.id: "b"}
+
+
+def test_a_quiet_run_leaves_no_log(tmp_path):
+    with printed_into(tmp_path / "log.txt"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_note_on_threads():
+    assert queue.threads_note(RECIPES, 1) is None
+    note = queue.threads_note([Recipe(loss="softmax", seed=seed, threads=10_000) for seed in range(3)], 5)
+    assert note is not None and "3 runs" in note and len(note.splitlines()) == 1
+    assert queue.threads_note([Recipe(loss="softmax", seed=0, threads=10_000, device="cuda")], 5) is None
+
+
+def test_an_unknown_executor_is_refused(tmp_path):
+    with pytest.raises(LabError, match="--executor nosuch"):
+        queue.run_all(RECIPES, tmp_path, 1, lambda *_: None, "nosuch")
+
+
+def test_a_job_is_frozen(tmp_path):
+    assert Job(tmp_path, "a:b").options == {}
