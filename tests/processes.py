@@ -1,14 +1,19 @@
-"""A run of as many processes as a launcher starts, with a network without batch norm: ``torchrun ... tests/processes.py FOLDER BATCH``."""
+"""A run of as many processes as a launcher starts: ``torchrun ... tests/processes.py FOLDER BATCH [LOSS [NETWORK [STEP]]]``.
+
+NETWORK ``plain``, the default, has no batch norm. The last process sends itself SIGTERM at its STEP-th step.
+"""
 
 import dataclasses
 import os
+import signal
 import sys
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from largemargin.lab import data, train
-from largemargin.lab.recipe import Recipe
+from largemargin.lab.recipe import LOSSES, Recipe
 
 
 class Plain(nn.Module):
@@ -21,16 +26,31 @@ class Plain(nn.Module):
         return self.classifier(self.features(images))
 
 
-def main(folder, batch_size):
+def stop_at(count):
+    seen, step = 0, torch.optim.SGD.step
+
+    def stopping(self):
+        nonlocal seen
+        seen += 1
+        if seen == count:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self)
+
+    torch.optim.SGD.step = stopping
+
+
+def main(folder, batch_size, loss="large_margin", network="plain", step=0):
     whole = data.digits()
     parts = {name: getattr(whole, name)[:200] for name in ("train_images", "train_labels", "test_images", "test_labels")}
-    train.build = lambda *_: Plain()
-    recipe = Recipe(
-        loss="large_margin", lam=0.3, seed=0, epochs=4, batch_size=batch_size, crop_padding=1, processes=int(os.environ["WORLD_SIZE"])
-    )
+    world = int(os.environ["WORLD_SIZE"])
+    if network == "plain":
+        train.build = lambda *_: Plain()
+    if step and int(os.environ["RANK"]) == world - 1:
+        stop_at(step)
+    recipe = Recipe(seed=0, epochs=4, batch_size=batch_size, crop_padding=1, processes=world, loss=loss, **LOSSES[loss])
     train.CHECKPOINT_SECONDS = 0.0
     train.train(recipe, dataclasses.replace(whole, **parts), folder, keep_checkpoint=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:5], *map(int, sys.argv[5:]))

@@ -400,6 +400,14 @@ def test_options_of_the_recipe_come_from_a_file_and_from_the_command_line(tmp_pa
     }
 
 
+@pytest.mark.parametrize("line", ["lam: 0.3", "seeds: 0", "label_noise: 0.1", "losses: softmax"])
+def test_one_value_for_a_list_in_a_config_file_is_told_to_be_a_list(line, tmp_path, capsys):
+    (tmp_path / "options.yaml").write_text(line)
+    assert cli.main(["compare", "--config", str(tmp_path / "options.yaml"), "--out", str(tmp_path / "out")]) == 2
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert "is a list there" in said and ": ;" not in said
+
+
 def test_the_printed_config_is_one_that_can_be_given(tmp_path, capsys):
     command = ["compare", "--lam", "0.1", "1", "--network", "mobilenet", "--recipe.momentum", "0.5"]
     with pytest.raises(SystemExit):

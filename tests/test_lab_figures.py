@@ -57,3 +57,13 @@ def test_an_out_that_can_be_no_folder_is_refused_before_anything_is_computed(tmp
     for out in (str(tmp_path / "file"), "~nobody-of-that-name/x"):
         assert cli.main(["reproduce", "fig1", "--out", out]) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--dry-run",), ("--list",), ("--cells", "a"), ("--seeds", "1"), ("--jobs", "2"), ("--scale", "full"), ("--recipe.epochs", "3")],
+)
+def test_options_of_runs_are_refused_where_there_are_none(words, tmp_path, capsys):
+    assert cli.main(["reproduce", "fig1", "--out", str(tmp_path / "out"), *words]) == 2
+    assert capsys.readouterr().err.startswith(f"largemargin: {words[0]} is nothing that fig1 has")
+    assert not (tmp_path / "out").exists()

@@ -56,7 +56,7 @@ PRINTED = {
         ("ours λ=0.3", "Places-365 VGG-16-mod"): (44.61, None),
     },
 }
-COUNTS = {"table1": 27, "table2": 7, "table3a": 20, "table3b": 20, "table4": 36, "fig3": 3, "sec3": 8, "port": 14, "study": 8}
+COUNTS = {"table1": 28, "table2": 7, "table3a": 20, "table3b": 20, "table4": 36, "fig3": 3, "sec3": 8, "port": 14, "study": 8}
 TABLES = list(COUNTS)
 
 
@@ -129,11 +129,17 @@ def test_every_cell_is_a_recipe_of_its_own(target):
 def test_cells_of_a_table_differ_from_their_baseline_in_the_loss_alone(table):
     fields = {"loss", "divergence", *(name for settings in LOSSES.values() for name in settings)}
     baselines = {cell.column: cell for cell in cells(table) if cell.baseline}
-    assert set(baselines) == (set() if table == "table1" else {cell.column for cell in cells(table)})
+    assert set(baselines) == ({""} if table == "table1" else {cell.column for cell in cells(table)})
     for cell in cells(table):
-        if cell.column in baselines:
-            one, other = (each.recipes((0,))[0].to_dict() for each in (cell, baselines[cell.column]))
-            assert {name for name in one if one[name] != other[name]} <= fields
+        baseline = baselines["" if table == "table1" else cell.column]
+        one, other = (each.recipes((0,))[0].to_dict() for each in (cell, baseline))
+        assert {name for name in one if one[name] != other[name]} <= fields
+
+
+def test_the_baseline_of_table_1_is_the_softmax_of_table_2():
+    (one,), (other,) = ([cell for cell in cells(table) if cell.baseline] for table in ("table1", "table2"))
+    assert (one.paper, one.port, [run.id for run in one.recipes()]) == (other.paper, other.port, [run.id for run in other.recipes()])
+    assert "Table 2" in one.note
 
 
 def test_the_same_setting_in_two_tables_is_one_run():
@@ -152,9 +158,10 @@ def test_the_same_setting_in_two_tables_is_one_run():
 
 
 def test_table_1_has_its_three_divergences():
-    found = {(cell.row, cell.recipes((0,))[0].divergence) for cell in cells("table1")}
+    regularized = [cell for cell in cells("table1") if not cell.baseline]
+    found = {(cell.row, cell.recipes((0,))[0].divergence) for cell in regularized}
     assert found == {("D(u‖q)", "kl_uq"), ("D(q‖u)", "kl_qu"), ("symmetric D̃(q)", None)}
-    assert all(float(cell.column) == cell.settings["lam"] for cell in cells("table1"))
+    assert all(float(cell.column) == cell.settings["lam"] for cell in regularized)
 
 
 def test_the_cifar_recipe_is_that_of_section_4():
@@ -213,6 +220,39 @@ def test_every_cell_says_what_it_assumes(table):
         said = paper.assumptions(cell)
         assert len(said) == len(set(said)) >= 3
         assert all(sentence.endswith(".") and "\n" not in sentence for sentence in said)
+
+
+def test_wrong_labels_are_an_assumption_in_every_table_that_has_them():
+    (moved,) = paper.ASSUMPTIONS["table3b"]
+    for table in TABLES:
+        for cell in cells(table):
+            assert (moved in paper.assumptions(cell)) == bool(cell.settings.get("label_noise"))
+
+
+def test_a_sub_sample_is_an_assumption_wherever_one_is_drawn():
+    (drawn,) = paper.ASSUMPTIONS["sub-sample"]
+    for table in TABLES:
+        for cell in cells(table):
+            for scale in paper.SCALES.values():
+                if not cell.lacks(scale):
+                    assert (drawn in paper.assumptions(cell, scale)) == (cell.recipes((0,), scale)[0].train_fraction < 1)
+
+
+def test_what_the_port_leaves_open_is_said_with_each_of_its_numbers():
+    (said,) = paper.ASSUMPTIONS["port"]
+    for table in TABLES:
+        for cell in cells(table):
+            assert (said in paper.assumptions(cell)) == (cell.port is not None or table == "port")
+
+
+def test_the_port_has_one_number_for_one_recipe():
+    numbers = {}
+    for table in TABLES:
+        for cell in cells(table):
+            if cell.paper is not None or table == "port":
+                (recipe,) = cell.recipes((0,), paper.SCALES["full"], data_digest=cell.settings["data"])
+                numbers.setdefault(recipe.id, set()).add(cell.port)
+    assert all(len(found) == 1 for found in numbers.values())
 
 
 def test_every_assumption_is_of_some_cell():

@@ -1,6 +1,7 @@
 """The report of a reproduction, from records made up for it."""
 
 import csv
+import dataclasses
 import io
 import math
 import re
@@ -97,12 +98,68 @@ def out(reduced, tmp_path_factory):
 
 
 def test_the_interval_is_scipys_of_the_paired_test(reduced):
-    line = line_of(reduced, "ours λ=0.3")
+    full = entries_of(paper.cells("table2"), FULL, TABLE_2, device="cuda")
+    line = line_of(full, "ours λ=0.3", FULL)
     expected = stats.ttest_rel(TABLE_2["ours λ=0.3"], TABLE_2["softmax"]).confidence_interval(0.95)
     assert line.difference is not None
     assert (line.difference.low, line.difference.high) == pytest.approx((expected.low, expected.high))
     assert line.paper_difference == pytest.approx(27.27 - 28.62)
     assert line.inside == (expected.low <= 27.27 - 28.62 <= expected.high)
+    assert line.paper_minus_baseline.endswith("side")
+    assert any("contains the paper's difference" in sentence for sentence in paper_report.table_sentences(lines_of(full, FULL)))
+
+
+def test_the_size_of_a_difference_is_held_against_the_paper_at_full_size_only(out, reduced):
+    line = line_of(reduced, "ours λ=0.3")
+    assert (line.inside, line.paper_minus_baseline) == (None, "-1.35")
+    assert line.difference == line_of(entries_of(paper.cells("table2"), FULL, TABLE_2), "ours λ=0.3", FULL).difference
+    for name in ("report.md", "report.html", "console.txt", "report.csv"):
+        assert not re.search(r"\b(inside|outside)\b|contains the paper", (out / name).read_text(), re.IGNORECASE)
+    assert "The sign of the mean difference" in (out / "report.md").read_text()
+
+
+def test_table_1_has_differences():
+    lines = lines_of(entries_of(paper.cells("table1"), FULL, {"softmax": (28.0, 29.0), "D(q‖u)": (27.0, 27.5)}), FULL)
+    assert {line.baseline.cell.name for line in lines if not line.cell.baseline} == {"table1/softmax"}
+    assert all((line.difference is not None) == (line.cell.row == "D(q‖u)") for line in lines)
+    section = paper_report.section_of("table1", lines)
+    assert section.columns[:2] == ["no λ", "λ=0.1"]
+    assert section.matrix[0][1][0] is lines[0] and not any(section.matrix[0][1][1:])
+
+
+def test_every_method_has_a_curve_where_they_are_few():
+    errors = {cell.row: (28.0, 29.0) for table in ("table2", "study") for cell in paper.cells(table)}
+    for _, (shown, left_out) in paper_report.settings_of(entries_of(paper.cells("study"), REDUCED, errors)).items():
+        assert list(shown) == ["softmax", "label smoothing ε=0.1", "large margin λ=0.3", "large margin λ=1"] and not left_out
+        assert all(len(records) == 2 for records in shown.values())
+    lines = lines_of(entries_of(paper.cells("table2"), FULL, errors), FULL)
+    ((shown, left_out),) = paper_report.settings_of([line.entry for line in lines]).values()
+    assert list(shown) == ["softmax", "label smoothing ε=0.1", "large margin λ=0.3", "super symmetric"]
+    assert sorted(left_out) == [f"label smoothing ε={value}" for value in (0.01, 0.05, 0.3)]
+    drawings = {drawing.name: drawing for drawing in paper_report.drawings_of(lines, False)}
+    for name in ("fig3", "errors", "symmetry"):
+        assert all(label in drawings[name].caption for label in left_out)
+
+
+def test_fig_3_is_held_against_its_own_losses_only():
+    runs = {cell.row: cell.recipes((0,), REDUCED)[0] for cell in paper.cells("study") if cell.column == "clean"}
+    _, sentences = paper_report.rho_drawing({row: [record(runs[row], 28.0)] for row in ("ours λ=0.3", "ours λ=1")})
+    assert "agrees with the paper" in sentences[0] and "paper" not in sentences[1]
+    for sentence in sentences:
+        assert len(set(re.findall(r"epoch \d+", sentence))) == len(re.findall(r"epoch \d+", sentence))
+
+
+@pytest.mark.parametrize(
+    ("table", "texts"),
+    [
+        ("study", {"clean labels", "30% wrong labels"}),
+        ("table3b", {f"{share}% wrong labels" for share in (10, 20, 30, 40, 50)}),
+        ("table3a", {f"{share}% of the samples" for share in (50, 60, 70, 80, 90)}),
+        ("table2", {""}),
+    ],
+)
+def test_a_column_is_told_in_words(table, texts):
+    assert {paper_report.column_text(cell) for cell in paper.cells(table)} == texts
 
 
 def test_a_partial_cell_says_how_much_there_is_of_it(reduced):
@@ -159,13 +216,20 @@ def test_how_a_curve_moves(curve, moves):
 def test_fig_3_is_judged_by_its_curves(out, reduced):
     text = (out / "report.md").read_text()
     assert re.search(r"softmax: ρ̂ falls \(3\.00 .* this agrees with the paper, where it falls\.", text)
-    assert re.search(r"large margin λ=0.3: ρ̂ falls and then rises .*lowest 1\.50 in epoch 3.* this agrees with", text)
+    assert re.search(r"large margin λ=0.3: ρ̂ falls and then rises .*lowest 1\.50 nats in epoch 3.* this agrees with", text)
     assert "2% of log(C − 1) = 0.092" in text
     curves = {"softmax": [record(entry.recipes[0], 28.0) for entry in reduced[:1]]}
     for row in curves["softmax"][0]["epochs"]:
         row["train_rho"] = row["epoch"] / 5
     _, sentences = paper_report.rho_drawing(curves)
     assert "rises" in sentences[0] and "does not agree" in sentences[0]
+
+
+@pytest.mark.parametrize("changes", [{"label_noise": 0.3}, {"data": "cifar10"}, {"network": "small"}])
+def test_fig_3_is_not_held_against_runs_that_it_is_not_of(reduced, changes):
+    entry = reduced[0]
+    _, sentences = paper_report.rho_drawing({"softmax": [record(dataclasses.replace(entry.recipes[0], **changes), 28.0)]})
+    assert "nats in epoch" in sentences[0] and "paper" not in sentences[0]
 
 
 def test_a_reduced_study_says_so_at_the_top_and_a_full_one_does_not(out, tmp_path):
@@ -180,8 +244,9 @@ def test_a_reduced_study_says_so_at_the_top_and_a_full_one_does_not(out, tmp_pat
 
 def test_deviations_name_fields_and_the_batch_of_a_process(reduced):
     sentences = " ".join(paper_report.deviation_sentences(reduced))
-    assert "epochs is 15 instead of 50 (all cells)." in sentences
-    assert "train_fraction is 0.2 instead of 1.0" in sentences
+    assert "All cells: trained for 15 epochs (epochs 15; paper 50)." in sentences
+    assert "trained on 20% of the images (train_fraction 0.2; paper 1)." in sentences
+    assert "(precision bfloat16; full size float32)" in sentences
     assert "shared by 2 processes, 64 samples each" in sentences
     assert paper_report.deviation_sentences(entries_of(paper.cells("table2"), FULL, TABLE_2)) == []
 
@@ -232,7 +297,7 @@ def test_nothing_run_yet_is_a_report_too(tmp_path):
         tmp_path, entries_of(paper.cells("table1"), FULL, {}), FULL, "largemargin reproduce table1", Console(file=io.StringIO(), width=60)
     )
     assert "No run is done yet" in (tmp_path / "report.html").read_text()
-    assert len((tmp_path / "report.csv").read_text().splitlines()) == 28
+    assert len((tmp_path / "report.csv").read_text().splitlines()) == 29
     assert not list(tmp_path.glob("*.svg"))
 
 
@@ -259,6 +324,8 @@ def test_who_ends_nearer_to_super_symmetry_is_measured():
     assert sentences((0.1, 0.11, 0.1)).startswith("large margin ends nearer to super-symmetry")
     assert sentences((0.5, 0.51, 0.5)).startswith("large margin ends farther from super-symmetry")
     assert sentences((0.1, 0.31, 0.5)).startswith("These seeds do not tell")
+    one = {label: [record(recipes[row][0], 28.0)] for label, row in (("softmax", "softmax"), ("large margin", "ours λ=0.3"))}
+    assert paper_report.symmetry_drawing(one)[1][1].endswith("one seed is no evidence.")
 
 
 def test_the_page_needs_nothing_from_outside_and_closes_its_tags(out):

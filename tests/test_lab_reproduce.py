@@ -1,6 +1,7 @@
 """The reproduction of the paper's tables: what is planned, what is done, what is kept."""
 
 import json
+import re
 import shlex
 
 import pytest
@@ -128,8 +129,13 @@ def test_the_reduced_scale_leaves_the_large_data_sets_out_and_says_so(capsys, in
         and "table4/lsm/svhn-wrn-28-10" in printed
         and "table4/lsm/imagenet-vgg-16 is left out" in printed
     )
-    assert cli.main(["reproduce", "table4", "--scale", "reduced", "--dry-run", "--cells", "table4/lsm/*"]) == 2
-    assert "--scale reduced" in words_of(capsys.readouterr().err)
+    assert cli.main(["reproduce", "table4", "--scale", "reduced", "--dry-run", "--cells", "table4/lsm/*"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("is left out") == 3 and "table4/lsm/imagenet-mobilenet is left out" in printed
+    assert "6 runs" in printed and "places" not in printed
+    for pattern in ("table4/lsm/imagenet-vgg-16", "table4/*/imagenet-*"):  # named, and a pattern of nothing that is left
+        assert cli.main(["reproduce", "table4", "--scale", "reduced", "--dry-run", "--cells", pattern]) == 2
+        assert "--scale reduced" in words_of(capsys.readouterr().err)
 
 
 def test_the_study_is_reduced_unless_told_otherwise():
@@ -146,6 +152,28 @@ def test_runs_are_unique_and_seed_by_seed():
 def test_cells_cannot_be_bent_into_others(capsys):
     assert cli.main(["reproduce", "table2", "--recipe.lam", "3"]) == 2
     assert "--recipe.lam" in words_of(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("given", [("network", "bogus"), ("network", "timm:"), ("network", "small", "width", "0.5"), ("dropout", "1")])
+def test_a_field_is_named_as_its_option_is_here(given, tmp_path, capsys):
+    options = [word if i % 2 else f"--recipe.{word}" for i, word in enumerate(given)]
+    assert cli.main(["reproduce", "table2", "--dry-run", *options]) == 2
+    error = words_of(capsys.readouterr().err)
+    assert f"--recipe.{given[-2]} {given[-1]}" in error
+    assert not re.search(r"--(network|width|dropout)", error)
+
+
+def test_device_is_an_option_of_its_own_too(tmp_path, capsys, done, written):
+    command = ["reproduce", "table2", "--cells", "*/softmax", "--seeds", "0", "--out", str(tmp_path / "out"), *QUICK]
+    assert cli.main([*command, "--device", "cpu"]) == 0
+    assert [recipe.device for recipe in done] == ["cpu"] and "--recipe.device cpu" in written[0][2]
+    capsys.readouterr()
+    assert cli.main([*command, "--device", "nonsense"]) == 2
+    assert "--device nonsense" in words_of(capsys.readouterr().err)
+    assert cli.main([*command, "--device", "cpu", "--recipe.device", "cpu"]) == 2
+    assert "give one" in words_of(capsys.readouterr().err)
+    assert cli.main(["reproduce", "fig2", "--device", "cpu"]) == 2
+    assert "--device" in words_of(capsys.readouterr().err)
 
 
 def test_without_data_the_command_that_gets_it_is_named(tmp_path, capsys):
@@ -185,6 +213,21 @@ def test_a_small_reproduction_is_done_once_and_shared_between_targets(tmp_path, 
     assert cli.main(["reproduce", "fig3", "--seeds", "0", "1", "--out", str(out), *QUICK]) == 0
     assert [recipe.loss for recipe in done[4:]] == ["label_smoothing"] * 2  # the others were there
     assert "4 already done" in capsys.readouterr().out
+
+
+def test_a_part_of_a_table_finds_the_baseline_that_is_in_its_folder(tmp_path, done, written):
+    out = tmp_path / "out"
+    rest = ["--seeds", "0", "1", "--out", str(out), *QUICK]
+    assert cli.main(["reproduce", "table1", "--cells", "table1/d-q-u/0.1", *rest]) == 0
+    assert [entry.cell.name for entry in written[-1][0]] == ["table1/d-q-u/0.1"]
+    assert cli.main(["reproduce", "table2", "--cells", "table2/softmax", *rest]) == 0
+    count = len(done)
+    assert cli.main(["reproduce", "table1", "--cells", "table1/d-q-u/0.1", *rest]) == 0
+    entries, *_ = written[-1]
+    assert [(entry.cell.name, len(entry.records)) for entry in entries] == [("table1/softmax", 2), ("table1/d-q-u/0.1", 2)]
+    assert len(done) == count == 4 and reproduce.reopen(out)[0] == entries
+    assert cli.main(["reproduce", "table3a", "--cells", "table3a/ours-0.3/0.9", *rest]) == 0
+    assert len(written[-1][0]) == 1  # the softmax that is there is of another setting
 
 
 @pytest.mark.slow
@@ -239,3 +282,8 @@ def test_a_folder_of_something_else_cannot_be_reopened(tmp_path, text):
     (tmp_path / reproduce.MARKER).write_text(text)
     with pytest.raises(LabError, match="not the folder of a reproduction"):
         reproduce.reopen(tmp_path)
+
+
+def test_the_report_of_a_folder_of_neither_kind_says_so(tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "not the folder of a comparison or a reproduction" in words_of(capsys.readouterr().err)

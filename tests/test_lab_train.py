@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -394,14 +395,21 @@ def test_a_checkpoint_executes_nothing(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("batch_size", [64, 199])
-def test_two_processes_train_as_one_with_the_same_global_batch(batch_size, tmp_path):
+def launched(count, *arguments, **environment):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     script = Path(__file__).parent / "processes.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    environment = {**os.environ, **environment}
+    return subprocess.run([*command, script, *map(str, arguments)], capture_output=True, text=True, timeout=200, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "loss"),
+    [(64, "large_margin"), (199, "large_margin"), (27, "center"), (199, "crammer_singer_hinge")],  # 200 samples; of 27, the last has 11
+)
+def test_two_processes_train_as_one_with_the_same_global_batch(batch_size, loss, tmp_path):
     for count in (1, 2):
-        done = subprocess.run(
-            [*command, str(count), script, tmp_path / str(count), str(batch_size)], capture_output=True, text=True, timeout=200
-        )
+        # the launcher's own idea of the precision counts for nothing
+        done = launched(count, tmp_path / str(count), batch_size, loss, ACCELERATE_MIXED_PRECISION="bf16")
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (json.loads((tmp_path / str(count) / "result.json").read_text()) for count in (1, 2))
     assert two["environment"]["processes"] == 2 and two["environment"]["batch_of_a_process"] == -(-batch_size // 2)
@@ -413,6 +421,42 @@ def test_two_processes_train_as_one_with_the_same_global_batch(batch_size, tmp_p
     assert weights
 
 
+def test_two_processes_of_which_one_is_told_to_stop_go_on_and_end_as_undisturbed_ones(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder, step, fails in (
+        (whole, 0, False),
+        (broken, 18, True),
+        (broken, 0, False),
+    ):  # of 4 epochs of 10 steps; stops before an evaluation
+        done = launched(2, folder, 20, "large_margin", "small", step)
+        assert (done.returncode != 0) == fails, done.stderr[-3000:]
+        assert (folder / "result.json").is_file() != fails and (folder / "checkpoint.pt").is_file()
+    assert (whole / "metrics.csv").read_bytes() == (broken / "metrics.csv").read_bytes()
+    ours, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (broken, whole))
+    assert bits(ours["method"]) == bits(theirs["method"]) and bits(ours["optimizer"]) == bits(theirs["optimizer"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"device": "cuda:77"}, "--device cuda:77 cannot be used here"),
+        ({"device": "toaster"}, "--device toaster cannot be used here"),
+        ({"compile": "nonsense"}, "--compile nonsense"),
+        ({"nesterov": True, "momentum": 0.0}, "--nesterov"),
+    ],
+)
+def test_what_the_machine_or_the_optimiser_cannot_do_is_refused_in_one_line(changes, said, tmp_path):
+    with pytest.raises(LabError, match=said) as refused:
+        train.train(recipe(**changes), SMALL, tmp_path / "run")
+    assert len(str(refused.value).splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
 def test_a_last_batch_of_one_sample_is_left_out(tmp_path):
     record = train.train(recipe(batch_size=199, evaluate_every=2), SMALL, tmp_path)
     assert record["num_train"] == 200 and record["rho_of_batches"]["batch"] == [1, 2]
+
+
+def test_a_diverged_network_is_wrong_everywhere():
+    logits = torch.full((4, 3), torch.nan)
+    logits[0] = torch.tensor([2.0, 0, 0])
+    assert evaluate.evaluate(logits, torch.zeros(4, dtype=torch.int64)).error == 75  # argmax of NaN is class 0

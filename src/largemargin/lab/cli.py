@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
 COMMANDS = ("compare", "train", "reproduce", "report", "data", "inspect", "doctor")  # modules of .commands
+LISTS = "; what takes several values is a list there, seeds: [0] say"
 
 
 def build_parser() -> "ArgumentParser":
@@ -55,10 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             arguments = parser.parse_args(argv)
         except (AssertionError, TypeError, UnicodeDecodeError) as error:  # the parser's own, for odd values in a --config file
-            raise LabError(f"the options cannot be read: {error or 'a value in the --config file has the wrong type'}") from error
+            reason = str(error) or f"a value in the --config file has the wrong type{LISTS}"
+            raise LabError(f"the options cannot be read: {reason}") from error
         run(arguments)
     except (LabError, ArgumentError) as error:
-        print(f"largemargin: {' '.join(str(error).split())}", file=sys.stderr)
+        lists = LISTS if str(error).endswith("object is not iterable") else ""  # the parser's own words
+        print(f"largemargin: {' '.join(str(error).split())}{lists}", file=sys.stderr)
         return 130 if isinstance(error.__context__, KeyboardInterrupt) else 2
     except KeyboardInterrupt:
         print("largemargin: interrupted", file=sys.stderr)

@@ -467,7 +467,9 @@ def reopen(out: Path) -> Comparison:
             raise ValueError("it is of something else")
         return Comparison.from_dict(marker["comparison"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LabError(f"{out} is not the folder of a comparison: it has no readable {MARKER}") from error
+        raise LabError(
+            f"{out} is not the folder of a comparison or a reproduction: it has no readable {MARKER} or reproduce.json"
+        ) from error
 
 
 def finished_records(comparison: Comparison, out: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

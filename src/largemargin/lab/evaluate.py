@@ -29,10 +29,11 @@ def evaluate(logits: Tensor, target: Tensor) -> Evaluation:
     """Evaluate logits (N, C) against class indices (N,)."""
     logits, target = logits.cpu().double(), target.cpu()
     stats = row_stats(logits, target)
+    wrong = (logits.argmax(-1) != target) | logits.isnan().any(-1)  # a diverged network knows no class
     margins = stats.log_odds + stats.rho
     counts = torch.histogram(margins.clamp(-40, 40).float(), MARGIN_EDGES).hist
     return Evaluation(
-        error=100 * (logits.argmax(-1) != target).double().mean().item(),
+        error=100 * wrong.double().mean().item(),
         nll=F.cross_entropy(logits, target).item(),
         ece=100 * expected_calibration_error(logits, target).item(),
         margin=margins.mean().item(),

@@ -3,9 +3,10 @@
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import CrammerSingerHingeLoss, HardMarginSoftplusLoss, LargeMarginCrossEntropyLoss, MulticlassHingeLoss
+from .. import CrammerSingerHingeLoss, HardMarginSoftplusLoss, LargeMarginCrossEntropyLoss, MulticlassHingeLoss, gather_rows
 from ..heads import (
     CenterLoss,
     CosineLinear,
@@ -81,8 +82,11 @@ class Method(nn.Module):
         self.symmetry = GradualWeight(num_steps, 0.0, recipe.symmetry) if recipe.symmetry is not None else None
         self.in_bfloat16 = recipe.precision == "bfloat16"
 
-    def forward(self, images: Tensor, target: Tensor) -> Step:
-        """The logits of a batch and the loss to train with; the classifier and all after it are float32 at any precision."""
+    def forward(self, images: Tensor, target: Tensor, num_rows: int | None = None) -> Step:
+        """The logits of a batch and the loss to train with; the classifier and all after it are float32 at any precision.
+
+        Rows from ``num_rows`` on, where it is given, move no center.
+        """
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.in_bfloat16):
             features = self.network.features(images)  # type: ignore[operator]
         features, head = features.float(), self.network.classifier
@@ -92,12 +96,22 @@ class Method(nn.Module):
         if isinstance(head, GaussianMixtureHead):
             loss = loss + head.likelihood(features, target)
         if self.center is not None:
-            loss = loss + self.center_weight * self.center(features, target)
+            loss = loss + self.center_weight * self._center_loss(self.center, features, target, num_rows)
         if self.symmetry is not None:
             loss = loss + self.symmetry().to(loss.dtype) * super_symmetry_penalty(head.weight)  # type: ignore[union-attr, arg-type]
         with torch.no_grad():
             plain = head(features) if edits else logits  # type: ignore[operator]
         return Step(plain, logits, loss)
+
+    def _center_loss(self, center: CenterLoss, features: Tensor, target: Tensor, num_rows: int | None) -> Tensor:
+        """Of the rows of this process; the centers move by those of all."""
+        if not (self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return center(features, target)
+        loss = center.eval()(features, target)
+        world = dist.group.WORLD
+        assert world is not None
+        center.train()(*gather_rows(features.detach()[:num_rows], target[:num_rows], group=world))
+        return loss
 
     @torch.no_grad()
     def asymmetry(self) -> float | None:

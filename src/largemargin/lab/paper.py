@@ -6,7 +6,7 @@ This module is read by the command line before anything heavy is imported, so it
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from .errors import LabError
@@ -156,17 +156,17 @@ ASSUMPTIONS: dict[str, tuple[str, ...]] = {
         "The paper's table of the 13-layer network is in its supplement; the network is that of the author's PyTorch port, whose last "
         "two convolutions are 3x3, with ReLU, no dropout, no noise (--recipe.network layer13_mean_teacher is the network of its origin, "
         "where they are 1x1).",
+        "First weights are those of the port: He's by the fan out, and normal with standard deviation 0.01 in the classifier.",
     ),
     "sgd": (
         "Weight decay is on every parameter, as in the port (--recipe.decay_all false leaves out biases and batch norm).",
         "The paper does not say of which epoch its error is; the error is of the last epoch, never of the best on the test set.",
-        "The paper's runs were made with MatConvNet; initial weights and batch norm are PyTorch's, and inputs are normalized by channel.",
+        "The paper's runs were made with MatConvNet, and it says nothing of first weights and of batch norm; here inputs are normalized by "
+        "channel.",
     ),
     "cifar": ("Training images are moved by up to 4 pixels, with the channel's mean at the border, and mirrored, as in the port.",),
-    "table3a": (
-        "The sub-sample is drawn uniformly without replacement, anew for each seed, and not balanced over classes.",
-        "The number of epochs stays 50 for smaller training sets, so there are fewer steps.",
-    ),
+    "sub-sample": ("The sub-sample is drawn uniformly without replacement, anew for each seed, and not balanced over classes.",),
+    "table3a": ("The number of epochs is the same for smaller training sets, so there are fewer steps.",),
     "table3b": (
         "Exactly the given share of the labels is moved, each uniformly to one of the other classes, anew for each seed; the test labels "
         "are clean.",
@@ -175,7 +175,7 @@ ASSUMPTIONS: dict[str, tuple[str, ...]] = {
     "wrn28_10": (
         "The paper's schedule for WRN-28-10 is in its supplement; it is taken to be that of Sec. 4.1, 50 epochs in log scale with weight "
         "decay 0.0001, because the printed baseline is worse than that of the network's authors with their 200 epochs.",
-        "No dropout.",
+        "No dropout; first weights are He's by the fan in, and batch norm starts with a scale of 1.",
     ),
     "svhn": (
         "SVHN is trained on its 73,257 training images, without the extra ones.",
@@ -191,10 +191,18 @@ ASSUMPTIONS: dict[str, tuple[str, ...]] = {
         "The paper's recipe for Places-365 is in its supplement; it is taken to be that of ImageNet.",
         "The data set is the small images of Places365-Standard, with its validation set for testing.",
     ),
-    "vgg16": ("Batch norm also after the fully connected layers, and no dropout, as in the port.",),
-    "vgg16_mod": ("The network is that of the port: a 1x1 convolution to 4096 channels in place of the last pooling, no dropout.",),
-    "mobilenet": ("The port has no MobileNet: the network is version 1 at full width, trained as the others are.",),
-    "resnext50": ("The network is ResNeXt-50 32x4d.",),
+    "vgg16": (
+        "Batch norm also after the fully connected layers, no dropout, and first weights of standard deviation 0.01, as in the port.",
+    ),
+    "vgg16_mod": (
+        "The network is that of the port: a 1x1 convolution to 4096 channels in place of the last pooling, no dropout, and first weights "
+        "of standard deviation 0.01.",
+    ),
+    "mobilenet": (
+        "The port has no MobileNet: the network is version 1 at full width, trained as the others are, with He's first weights by the fan "
+        "out.",
+    ),
+    "resnext50": ("The network is torchvision's ResNeXt-50 32x4d, with its first weights.",),
     "timm:resnet50": ("The port took torchvision's network; this one is timm's.",),
     "timm:densenet169": ("The port took torchvision's network; this one is timm's.",),
     "port": (
@@ -208,23 +216,28 @@ ASSUMPTIONS: dict[str, tuple[str, ...]] = {
         "The paper suggests to enforce super-symmetry gradually and gives no form; here a penalty grows linearly over the run.",
     ),
     "lsoftmax": (
-        "The paper does not say which multiplier of the angle LSM has; it is 4, annealed over the run by its authors' formula.",
+        "The paper does not say which multiplier of the angle LSM has; it is 4, annealed by its authors' formula: the weight of the plain "
+        "logit falls from 1000 to 0.01 over the run, with a λ_min of 0.",
         "The classifier of LSM has no bias.",
     ),
     "gaussian_mixture": (
         "The paper does not give the settings of LGM; they are its authors' for CIFAR-100: alpha in steps up to 0.3, likelihood weight "
         "0.1, identity covariances.",
+        "The means of LGM start normal with variance 2 / D, D the number of features, and have twice the learning rate of the network, as "
+        "its authors'.",
     ),
     "center": ("The paper gives no weight of the center loss; it is 0.003, that of the loss's authors.",),
     "center_large_margin": ("The paper gives no weight of the center loss; it is 0.003, that of the loss's authors.",),
 }
 
 
-def assumptions(cell: Cell) -> tuple[str, ...]:
+def assumptions(cell: Cell, scale: Scale | None = None) -> tuple[str, ...]:
     """What the paper leaves open, and how it is decided for this cell."""
     data, network = cell.settings["data"], cell.settings["network"]
+    shares = [settings.get("train_fraction", 1.0) for settings in (cell.settings, (scale or SCALES["full"]).changes)]
     kinds = [network, "cifar" if data.startswith("cifar") else data, "imagenet" if data == "places365" else "", "sgd"]
-    keys = [cell.table, *kinds, cell.settings["loss"]]
+    degraded = ["sub-sample" if min(shares) < 1 else "", "table3b" if cell.settings.get("label_noise") else ""]
+    keys = [*degraded, cell.table, *kinds, cell.settings["loss"], "port" if cell.port else ""]
     return tuple(dict.fromkeys(sentence for key in keys for sentence in ASSUMPTIONS.get(key, ())))
 
 
@@ -346,8 +359,17 @@ def of_port(row: str, column: str) -> Number | None:
 
 
 def table_1() -> list[Cell]:
-    return [
-        Cell("table1", row, f"{lam:g}", {**CIFAR100, **loss("large_margin", lam=lam), **DIVERGENCES[row]}, Number.read(text))
+    """With the softmax of Table 2: the baseline that its numbers imply."""
+    softmax = next(cell for cell in table_2() if cell.baseline)
+    return [replace(softmax, table="table1", note="the baseline, which stands in Table 2")] + [
+        Cell(
+            "table1",
+            row,
+            f"{lam:g}",
+            {**CIFAR100, **loss("large_margin", lam=lam), **DIVERGENCES[row]},
+            Number.read(text),
+            None if DIVERGENCES[row] else of_port(f"ours λ={lam:g}", "CIFAR-100 13-layer"),
+        )
         for row, line in TABLE_1.items()
         for lam, text in zip(TABLE_1_LAMS, line.split(), strict=True)
     ]
@@ -454,6 +476,7 @@ def study() -> list[Cell]:
             column or "clean",
             {**CIFAR100, "label_noise": float(column or 0), **of_loss},
             printed.get((row, column)),
+            None if column else of_port(row, "CIFAR-100 13-layer"),
             baseline=row == "softmax",
         )
         for column in ("", "0.3")

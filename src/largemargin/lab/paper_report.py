@@ -36,15 +36,17 @@ PLACES = {"data_root", "weights", "data_digest", "weights_digest"}  # where the 
 MACHINE = {"device", "threads", "processes", "precision", "channels_last", "compile", "evaluate_every"}  # leave the level of an error alone
 HARD_MAX = ("crammer_singer_hinge", "hard_margin_softplus")
 TURN = 0.02  # of log(C - 1): a smaller fall or rise of rho-hat is not called one
+MOST_CURVES = 6  # in one figure
 UNTRAINED = 0.95  # of the error of a guess: a network that ends above it on its own training set has not been trained
 EXPECTED = {"softmax": "falls", "label_smoothing": "falls and then rises", "large_margin": "falls and then rises"}  # Fig. 3
 NOTE = (
     "Errors are top-1 in percent at the last epoch, mean ± std (n-1) over seeds. A difference is paired by seed, with its 95% Student-t "
     "interval: it covers the seeds, not the choice of test samples. Better or worse is said only where that interval excludes 0. "
-    "Runs that diverged are counted, and left out of every mean and pair. “Inside” says that the interval contains the difference that "
-    "the paper reports. The best epoch is chosen by the set that it is measured on: it flatters every method, and is given only because "
-    "the author's port reports such a number."
+    "Runs that diverged are counted, and left out of every mean and pair. The best measured epoch is chosen by the set that it is measured "
+    "on: it flatters every method, and is given only because the program of the author's port prints such a number; the README of the port "
+    "does not say of which epoch its errors are."
 )
+INSIDE = " “Inside” says that the interval contains the difference that the paper reports."
 
 
 def recipe_of(record: dict[str, Any]) -> Recipe:
@@ -98,6 +100,7 @@ class Line:
     pairs: dict[int, float]  # by seed: error minus the baseline's
     difference: Difference | None
     command: str
+    full_size: bool  # only then the level is the paper's
 
     @property
     def cell(self) -> Cell:
@@ -139,8 +142,8 @@ class Line:
 
     @property
     def inside(self) -> bool | None:
-        """Whether the interval contains the paper's difference; None where one of them is not known."""
-        if self.difference is None or self.paper_difference is None:
+        """Whether the interval contains the paper's difference; None where one of them is not known, or the runs are not as large."""
+        if self.difference is None or self.paper_difference is None or not self.full_size:
             return None
         return self.difference.low <= self.paper_difference <= self.difference.high
 
@@ -152,13 +155,33 @@ class Line:
 
     def texts(self) -> tuple[str, ...]:
         """The cells of the long list, under COLUMNS."""
-        name = f"{self.cell.row}, {self.cell.column}" if self.cell.column else self.cell.row
+        name = ", ".join(text for text in (self.cell.row, column_text(self.cell)) if text)
         best = spread(*moments(self.best.values())) if self.best else "–"
         numbers = (number_text(self.cell.paper), number_text(self.cell.port), self.ours, self.runs)
         return (name, *numbers, self.minus_baseline, self.verdict, self.paper_minus_baseline, best)
 
 
-COLUMNS = ("method", "paper", "author's port", "ours", "n", "minus softmax [95%]", "verdict", "paper's difference", "(best epoch)")
+COLUMNS = (
+    "method",
+    "paper %",
+    "port %",
+    "test error %",
+    "n",
+    "minus softmax [95%]",
+    "verdict",
+    "paper: minus softmax",
+    "(best measured epoch)",
+)
+
+
+def column_text(cell: Cell) -> str:
+    """The column of a cell, so that it can be read without its table."""
+    if cell.table in ("study", "table3b"):
+        noise = cell.settings["label_noise"]
+        return f"{100 * noise:g}% wrong labels" if noise else "clean labels"
+    if cell.table == "table3a":
+        return f"{100 * cell.settings['train_fraction']:g}% of the samples"
+    return f"λ={cell.column}" if cell.table == "table1" and cell.column else cell.column
 
 
 def moments(values: Iterable[float]) -> tuple[float, float | None]:
@@ -206,6 +229,7 @@ def lines_of(entries: Sequence[Entry], scale: Scale) -> list[Line]:
                 pairs={seed: errors[seed] - others[seed] for seed in sorted(errors.keys() & others.keys())},
                 difference=paired_difference(errors, others),
                 command=command_of(entry, scale),
+                full_size=full_size([entry]),
             )
         )
     return lines
@@ -238,11 +262,44 @@ def deviations(entries: Sequence[Entry]) -> dict[tuple[str, Any, Any], list[str]
     return found
 
 
+def full_size(entries: Sequence[Entry]) -> bool:
+    """Whether the runs differ from the full-size recipes in nothing but the machine."""
+    return all(name in MACHINE for name, _, _ in deviations(entries))
+
+
+# what a deviation is called, with its value in %, or as it is
+SHARES = {"train_fraction": "trained on {}% of the images", "width": "a network with {}% of the channels"}
+PHRASES = {
+    "network": "the network is {}",
+    "epochs": "trained for {} epochs",
+    "batch_size": "trained in batches of {}",
+    "learning_rate": "trained with a learning rate of {} at first",
+    "momentum": "trained with a momentum of {}",
+    "weight_decay": "trained with a weight decay of {}",
+    "evaluate_every": "measured on the test set every {} epochs and at the end",
+    "precision": "the network computes in {}",
+    "channels_last": "images with channels last in memory: {}",
+    "device": "computed on {}",
+    "threads": "threads of a run: {}",
+    "processes": "processes that share each batch: {}",
+    "compile": "compiled by {}",
+}
+
+
+def value_text(value: Any) -> str:
+    if isinstance(value, str):
+        return value or "none"
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value)
+
+
 def deviation_sentences(entries: Sequence[Entry]) -> list[str]:
     sentences = []
     for (name, full, ours), names in deviations(entries).items():
         where = "all cells" if len(names) == len(entries) else join(names)
-        sentences.append(f"{name} is {ours} instead of {full} ({where}).")
+        value = value_text(100 * ours) if name in SHARES else value_text(ours)
+        phrase = (SHARES | PHRASES).get(name, f"{name.replace('_', ' ')}: {{}}").format(value)
+        whose = "full size" if name in MACHINE else "paper"
+        sentences.append(f"{where}: {phrase} ({name} {value_text(ours)}; {whose} {value_text(full)}).".replace("all cells", "All cells"))
     for processes, batch in dict.fromkeys((recipe.processes, recipe.batch_size) for entry in entries for recipe in recipes_of(entry)):
         if processes > 1:
             sentences.append(
@@ -272,7 +329,7 @@ def headline(entries: Sequence[Entry], scale: Scale) -> list[str]:
         + (f"; n = {len(seeds)} seed{'s' * (len(seeds) != 1)} ({', '.join(map(str, seeds))})." if seeds else "."),
         f"Scale {scale.name}: {scale.description.rstrip('.')}.",
     ]
-    if any(name not in MACHINE for name, _, _ in deviations(entries)):
+    if not full_size(entries):
         sentences.append(
             "This is not the paper's experiment at full size: its numbers are not comparable in level with the paper's. "
             "Only the order of the methods and the sign of their differences can be compared."
@@ -301,7 +358,7 @@ def table_sentences(lines: Sequence[Line]) -> list[str]:
     order = [product for product in order if product]
     if order:
         alike = sum(product > 0 for product in order)
-        sentences.append(f"Of {len(order)} pairs of cells in the same setting, {alike} are in the paper's order.")
+        sentences.append(f"Pairs of cells in the same setting whose mean errors are in the paper's order: {alike} of {len(order)}.")
     return sentences
 
 
@@ -337,28 +394,40 @@ class Drawing(NamedTuple):
 Curves = dict[str, list[dict[str, Any]]]  # the records of a method, by its label
 
 
-def settings_of(entries: Sequence[Entry]) -> dict[str, Curves]:
-    """The runs that did not diverge, by setting and method: of each loss the paper's own numbers, or else the first there are."""
-    groups: dict[Any, dict[str, list[dict[str, Any]]]] = {}
-    for entry in entries:
-        records = [record for record in entry.records if not diverged(record)]
-        if not records:
-            continue
-        recipe = recipe_of(records[0])
-        own = recipe.divergence in (None, "symmetric") and all(
-            getattr(recipe, name) == value for name, value in LOSSES[recipe.loss].items()
-        )
-        methods = groups.setdefault(setting(recipe), {})
-        if own or recipe.loss not in methods:
-            methods[recipe.loss] = records
-    result = {}
-    for methods in groups.values():
-        ordered = sorted(methods.values(), key=lambda records: list(LOSSES).index(records[0]["recipe"]["loss"]))
-        title = setting_title(recipe_of(ordered[0][0]))
+def usual(recipe: Recipe) -> bool:
+    """Whether the loss has the paper's own numbers."""
+    return recipe.divergence in (None, "symmetric") and all(getattr(recipe, name) == value for name, value in LOSSES[recipe.loss].items())
+
+
+def settings_of(entries: Sequence[Entry]) -> dict[str, tuple[Curves, Curves]]:
+    """The runs that did not diverge, by setting and method: those to show, and those left out.
+
+    All are shown where they are at most MOST_CURVES; else one of each loss, with the paper's own numbers, or the first there is.
+    """
+    groups: dict[Any, dict[Recipe, dict[str, Any]]] = {}
+    for record in runs_of(entries):
+        if not diverged(record):
+            recipe = recipe_of(record)
+            groups.setdefault(setting(recipe), {})[recipe] = record
+    result: dict[str, tuple[Curves, Curves]] = {}
+    for runs in groups.values():
+        curves: Curves = {}
+        for recipe in sorted(runs, key=lambda recipe: (list(LOSSES).index(recipe.loss), not usual(recipe))):
+            curves.setdefault(recipe.loss_label, []).append(runs[recipe])
+        first = {records[0]["recipe"]["loss"]: label for label, records in reversed(curves.items())}
+        shown = set(curves) if len(curves) <= MOST_CURVES else set(first.values())
+        title = setting_title(next(iter(runs)))
         while title in result:
             title += " (another setting)"
-        result[title] = {recipe_of(records[0]).loss_label: records for records in ordered}
+        result[title] = (
+            {label: records for label, records in curves.items() if label in shown},
+            {label: records for label, records in curves.items() if label not in shown},
+        )
     return result
+
+
+def of_losses(curves: Curves, losses: Iterable[str]) -> Curves:
+    return {label: records for label, records in curves.items() if records[0]["recipe"]["loss"] in losses}
 
 
 def setting_title(recipe: Recipe) -> str:
@@ -413,11 +482,15 @@ def movement(curve: Sequence[float], threshold: float) -> str:
     return "falls" if start - end > threshold else "rises" if end - start > threshold else "stays level"
 
 
+def as_in_figure_3(recipe: Recipe) -> bool:
+    """Whether the paper's figure is of such a run, be it larger: the 13-layer network on CIFAR-100, clean labels, the same loss."""
+    return recipe.data == "cifar100" and recipe.network == "layer13" and not recipe.label_noise and usual(recipe)
+
+
 @styled
 def rho_drawing(curves: Curves) -> tuple[Figure, list[str]] | None:
     """Fig. 3: the margin hidden in the loss, over training."""
-    shown = {label: records for label, records in curves.items() if records[0]["recipe"]["loss"] in EXPECTED}
-    shown = {label: records for label, records in shown.items() if by_epoch(records, "train_rho")[0]}
+    shown = {label: records for label, records in of_losses(curves, EXPECTED).items() if by_epoch(records, "train_rho")[0]}
     if not shown:
         return None
     bound = math.log(max(len(next(iter(shown.values()))[0]["classes"]) - 1, 1))
@@ -437,10 +510,12 @@ def rho_drawing(curves: Curves) -> tuple[Figure, list[str]] | None:
             continue
         moves = movement(curve, TURN * bound)
         lowest = curve.index(min(curve))
-        agrees = "this agrees with" if moves == expected else "this does not agree with"
+        agrees = "agrees with" if moves == expected else "does not agree with"
+        points = {0: "", lowest: "lowest ", len(curve) - 1: ""} | {i: "" for i in (0, len(curve) - 1)}
+        told = ", ".join(f"{points[i]}{curve[i]:.2f} nats in epoch {epochs[i]}" for i in sorted(points))
         sentences.append(
-            f"{label}: ρ̂ {moves} ({curve[0]:.2f} nats in epoch {epochs[0]}, lowest {curve[lowest]:.2f} in epoch {epochs[lowest]}, "
-            f"{curve[-1]:.2f} in epoch {epochs[-1]}); {agrees} the paper, where it {expected}."
+            f"{label}: ρ̂ {moves} ({told})"
+            + (f"; this {agrees} the paper, where it {expected}." if as_in_figure_3(recipe_of(records[0])) else ".")
         )
     sentences.append(f"A fall or a rise is called one from {100 * TURN:g}% of log(C − 1) = {TURN * bound:.3f} nats on.")
     return figure, sentences
@@ -460,8 +535,7 @@ def error_drawing(curves: Curves) -> tuple[Figure, list[str]] | None:
 @styled
 def symmetry_drawing(curves: Curves) -> tuple[Figure, list[str]] | None:
     """How far the classifier's weight is from super-symmetry."""
-    shown = {label: records for label, records in curves.items() if records[0]["recipe"]["loss"] in EXPECTED}
-    shown = {label: records for label, records in shown.items() if by_epoch(records, "asymmetry")[0]}
+    shown = {label: records for label, records in of_losses(curves, EXPECTED).items() if by_epoch(records, "asymmetry")[0]}
     if not shown:
         return None
     figure, ax = axes()
@@ -479,7 +553,7 @@ def symmetry_drawing(curves: Curves) -> tuple[Figure, list[str]] | None:
         if difference is None:
             (seed,) = pairs
             word = "nearer" if values[seed] < last[BASELINE][seed] else "not nearer"
-            sentences.append(f"{label} ends {word} to super-symmetry than {BASELINE} (one seed).")
+            sentences.append(f"{label} ends {word} to super-symmetry than {BASELINE} in one seed, and one seed is no evidence.")
         else:
             told = {
                 "better": f"{label} ends nearer to super-symmetry than {BASELINE}",
@@ -497,7 +571,7 @@ def last_by_seed(records: Sequence[dict[str, Any]], name: str) -> dict[int, floa
 @styled
 def share_drawing(curves: Curves) -> tuple[Figure, list[str]] | None:
     """How many logits have a gradient under the losses with a hard maximum, and whether they train."""
-    shown = {label: records for label, records in curves.items() if records[0]["recipe"]["loss"] in (BASELINE, *HARD_MAX)}
+    shown = of_losses(curves, (BASELINE, *HARD_MAX))
     if not any(records[0]["recipe"]["loss"] in HARD_MAX for records in shown.values()):
         return None
     figure, ax = axes()
@@ -586,16 +660,24 @@ def drawings_of(lines: Sequence[Line], reduced: bool) -> list[Drawing]:
             caption = "Ours with the standard deviation over seeds; the paper's points are hollow, their lines dashed."
             result.append(Drawing(f"{table}-errors", f"{table}: error", drawn[0], caption, drawn[1]))
     kinds = (
-        ("fig3", "Fig. 3: the margin hidden in the loss", rho_drawing, "ρ̂ (eq. 7) in training, the mean over the batches of each epoch. "),
-        ("errors", "Error by epoch", error_drawing, "In the epochs that were evaluated. "),
-        ("symmetry", "Super-symmetry", symmetry_drawing, "Distance of the classifier's weight to super-symmetry. "),
-        ("gradients", "Gradients of the losses with a hard maximum", share_drawing, "Logits of the first batch of each epoch. "),
+        (
+            *("fig3", "Fig. 3: the margin hidden in the loss", rho_drawing, EXPECTED),
+            "ρ̂ (eq. 7) in training, the mean over the batches of each epoch. ",
+        ),
+        ("errors", "Error by epoch", error_drawing, LOSSES, "In the epochs that were evaluated. "),
+        ("symmetry", "Super-symmetry", symmetry_drawing, EXPECTED, "Distance of the classifier's weight to super-symmetry. "),
+        (
+            *("gradients", "Gradients of the losses with a hard maximum", share_drawing, HARD_MAX),
+            "Logits of the first batch of each epoch. ",
+        ),
     )
-    for i, (title, curves) in enumerate(settings_of([line.entry for line in lines]).items()):
-        for name, heading, function, caption in kinds:
+    for i, (title, (curves, left_out)) in enumerate(settings_of([line.entry for line in lines]).items()):
+        for name, heading, function, losses, caption in kinds:
             if (drawn := function(curves)) is not None:
-                seeds = "Mean over seeds, the span of all seeds as a band."
-                result.append(Drawing(f"{name}-{i + 1}" if i else name, f"{heading} ({title})", drawn[0], caption + seeds, drawn[1]))
+                caption += "Mean over seeds, the span of all seeds as a band."
+                if missing := list(of_losses(left_out, losses)):
+                    caption += f" One method of each loss is shown; left out: {join(missing)}."
+                result.append(Drawing(f"{name}-{i + 1}" if i else name, f"{heading} ({title})", drawn[0], caption, drawn[1]))
     return result
 
 
@@ -611,12 +693,13 @@ class Section(NamedTuple):
 
 
 def section_of(name: str, lines: list[Line]) -> Section:
-    columns = list(dict.fromkeys(line.cell.column or "" for line in lines))
-    places = {(line.cell.row, line.cell.column or ""): line for line in lines}
+    columns = list(dict.fromkeys(column_text(line.cell) for line in lines))
+    places = {(line.cell.row, column_text(line.cell)): line for line in lines}
     matrix = [(row, [places.get((row, column)) for column in columns]) for row in dict.fromkeys(line.cell.row for line in lines)]
     notes = dict.fromkeys(f"{line.cell.row}: {line.cell.note}." for line in lines if line.cell.note)
     title, corner = (TABLES[name].title, TABLES[name].columns) if name in TABLES else (name, "")
-    return Section(title, lines, corner, columns, matrix if len(columns) > 1 else [], [*table_sentences(lines), *notes])
+    headings = [column or f"no {corner}" for column in columns]
+    return Section(title, lines, corner, headings, matrix if len(columns) > 1 else [], [*table_sentences(lines), *notes])
 
 
 def results_csv(lines: Sequence[Line], scale: Scale) -> str:
@@ -673,15 +756,15 @@ def write(out: Path, entries: Sequence[Entry], scale: Scale, command: str, conso
     for line in lines:
         tables.setdefault(line.cell.table, []).append(line)
     sections = [section_of(name, group) for name, group in tables.items()]
-    reduced = any(name not in MACHINE for name, _, _ in deviations(entries))
-    drawings, runs = drawings_of(lines, reduced), runs_of(entries)
+    note = NOTE + INSIDE * any(line.inside is not None for line in lines)
+    drawings, runs = drawings_of(lines, not full_size(entries)), runs_of(entries)
     content = {
         "headline": headline(entries, scale),
         "sections": sections,
         "columns": COLUMNS,
-        "note": NOTE,
+        "note": note,
         "lines": lines,
-        "assumptions": list(dict.fromkeys(sentence for entry in entries for sentence in assumptions(entry.cell))),
+        "assumptions": list(dict.fromkeys(sentence for entry in entries for sentence in assumptions(entry.cell, scale))),
         "deviations": deviation_sentences(entries),
         "hardware": hardware(runs),
         "software": software(runs),
@@ -704,7 +787,7 @@ def write(out: Path, entries: Sequence[Entry], scale: Scale, command: str, conso
             console.print(f"\n{drawing.title}", style="bold", highlight=False, markup=False)
         for sentence in drawing.sentences:
             console.print(sentence, highlight=False, markup=False)
-    console.print(NOTE, style="dim")
+    console.print(note, style="dim")
     console.print(f"{out / 'report.html'}  the same with figures; report.md and report.csv beside it", markup=False, highlight=False)
 
 

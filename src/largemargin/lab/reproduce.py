@@ -5,7 +5,7 @@ import fnmatch
 import json
 import shlex
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +57,12 @@ class Reproduction:
             for cell in self.chosen()
         ]
 
+    def baselines(self, digests: dict[str, str]) -> list[tuple[Cell, list[Recipe]]]:
+        """The baselines of the target that are not among its chosen cells."""
+        chosen = self.chosen()
+        left = [cell for cell in paper.cells(self.target) if cell.baseline and cell not in chosen and not cell.lacks(self.of_scale)]
+        return dataclasses.replace(self, cells=tuple(cell.name for cell in left)).plan(digests) if left else []
+
     def command(self, out: Path) -> str:
         """The command that computes this."""
         words = ["largemargin", "reproduce", self.target]
@@ -69,14 +75,22 @@ class Reproduction:
 
 
 def choose(target: str, patterns: Sequence[str], scale: Scale) -> list[Cell]:
-    """The cells of a target whose names match any pattern; without a pattern, all that have the scale."""
+    """The cells of a target whose names match any pattern, or all, without those that lack the scale; a cell that is named stays."""
     cells = paper.cells(target)
-    if not patterns:
-        return [cell for cell in cells if not cell.lacks(scale)]
     for pattern in patterns:
         if not fnmatch.filter([cell.name for cell in cells], pattern):
             raise LabError(f"--cells {pattern}: {target} has no such cell; its cells are {' '.join(cell.name for cell in cells)}")
-    return [cell for cell in cells if any(fnmatch.fnmatchcase(cell.name, pattern) for pattern in patterns)]
+    matching = [cell for cell in cells if matches(cell, patterns)]
+    having = [cell for cell in matching if cell.name in patterns or not cell.lacks(scale)]
+    if not having:
+        raise LabError(
+            f"--scale {scale.name}: no cell of --cells {' '.join(patterns)} has it, {matching[0].lacks(scale)}; use --scale full"
+        )
+    return having
+
+
+def matches(cell: Cell, patterns: Sequence[str]) -> bool:
+    return not patterns or any(fnmatch.fnmatchcase(cell.name, pattern) for pattern in patterns)
 
 
 def runs_of(plan: Sequence[tuple[Cell, list[Recipe]]]) -> list[Recipe]:
@@ -85,12 +99,21 @@ def runs_of(plan: Sequence[tuple[Cell, list[Recipe]]]) -> list[Recipe]:
     return sorted(unique.values(), key=lambda recipe: recipe.seed)
 
 
-def entries_of(plan: Iterable[tuple[Cell, list[Recipe]]], out: Path) -> list[Entry]:
-    """The cells with the records of their finished runs."""
-    return [
-        Entry(cell, recipes, [record for recipe in recipes if (record := result_of(recipe, out / "runs")) is not None])
-        for cell, recipes in plan
-    ]
+def entries_of(reproduction: Reproduction, digests: dict[str, str], out: Path) -> list[Entry]:
+    """The cells with the records of their finished runs, and before them the baselines that other cells of the folder have left there."""
+
+    def entry(cell: Cell, recipes: list[Recipe]) -> Entry:
+        return Entry(cell, recipes, [record for recipe in recipes if (record := result_of(recipe, out / "runs")) is not None])
+
+    chosen = [entry(*planned) for planned in reproduction.plan(digests)]
+    settings = {setting_of(of_cell.cell) for of_cell in chosen}
+    left = [entry(*planned) for planned in reproduction.baselines(digests)]
+    return [of_cell for of_cell in left if of_cell.records and setting_of(of_cell.cell) in settings] + chosen
+
+
+def setting_of(cell: Cell) -> tuple[str, str]:
+    """A baseline is that of the cells of its table where this is equal; Table 1 has one for all."""
+    return cell.table, "" if cell.table == "table1" else cell.column
 
 
 def reproduce(reproduction: Reproduction, out: Path, jobs: int, executor: str, console: Console) -> None:
@@ -122,7 +145,7 @@ def reproduce(reproduction: Reproduction, out: Path, jobs: int, executor: str, c
         raise LabError(
             f"interrupted; {done} of {len(recipes)} runs are done and kept in {out}. The same command goes on from here."
         ) from None
-    entries = entries_of(plan, out)
+    entries = entries_of(reproduction, digests, out)
     if any(entry.records for entry in entries):
         from . import paper_report  # matplotlib is slow to import: not before the runs
 
@@ -147,11 +170,11 @@ def check_folder(out: Path) -> None:
         raise LabError(f"--out {out} holds files that are not of a reproduction; choose a new or empty folder")
 
 
-def check_device(device: str) -> None:
+def check_device(device: str, option: str = "--recipe.device") -> None:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch raises either for a device it was not built for
-        raise LabError(f"--recipe.device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise LabError(f"{option} {device} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def reopen(out: Path) -> tuple[list[Entry], Scale, str]:
@@ -163,10 +186,10 @@ def reopen(out: Path) -> tuple[list[Entry], Scale, str]:
         values = {name.name: marker[name.name] for name in dataclasses.fields(Reproduction)}
         values |= {"cells": tuple(values["cells"]), "seeds": None if values["seeds"] is None else tuple(values["seeds"])}
         reproduction = Reproduction(**values)
-        plan, command = reproduction.plan(marker["digests"]), str(marker["command"])
+        entries, command = entries_of(reproduction, marker["digests"], out), str(marker["command"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LabError(f"{out} is not the folder of a reproduction: it has no readable {MARKER}") from error
-    return entries_of(plan, out), reproduction.of_scale, command
+    return entries, reproduction.of_scale, command
 
 
 # without training
@@ -187,10 +210,9 @@ def printed(number: Number | None) -> str:
 def say_what_is_left_out(reproduction: Reproduction, console: Console) -> None:
     scale = reproduction.of_scale
     console.print(f"scale {scale.name}: {scale.description}", markup=False, highlight=False)
-    if not reproduction.cells:
-        for cell in paper.cells(reproduction.target):
-            if reason := cell.lacks(scale):
-                console.print(f"{cell.name} is left out: {reason}", markup=False, highlight=False, soft_wrap=True)
+    for cell in paper.cells(reproduction.target):
+        if matches(cell, reproduction.cells) and (reason := cell.lacks(scale)):
+            console.print(f"{cell.name} is left out: {reason}", markup=False, highlight=False, soft_wrap=True)
     for name, value in reproduction.overrides.items():
         console.print(f"differs from the recipe of the cells: {name} {value}", markup=False, highlight=False)
 

@@ -1,7 +1,10 @@
 """``largemargin train``: one recipe into one folder."""
 
+import contextlib
 import dataclasses
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,11 @@ from rich.console import Console
 from . import data
 from .checkpoint import check_same
 from .errors import LabError
+from .executors.locks import Lock
+from .files import UNFINISHED
 from .models import weights_digest
 from .recipe import Recipe
-from .train import WEIGHTS, train
+from .train import WEIGHTS, Stopped, train
 
 
 def train_one(recipe: Recipe, out: Path, console: Console, tensorboard: bool = False, keep_checkpoint: bool = False) -> dict[str, Any]:
@@ -22,7 +27,8 @@ def train_one(recipe: Recipe, out: Path, console: Console, tensorboard: bool = F
     recipe = dataclasses.replace(recipe, data_digest=images.digest(), weights_digest=weights)
     done = finished(recipe, out)
     if done is not None:
-        console.print(f"{out} holds this run, finished: test error {done['test']['error']:.2f}%", markup=False, highlight=False)
+        split = "test" if done["test"] else "validation"
+        console.print(f"{out} holds this run, finished: {split} error {done[split]['error']:.2f}%", markup=False, highlight=False)
         return done
     console.print(f"{recipe.loss_label}: {recipe.epochs} epochs of {recipe.network} on {recipe.data}, into {out}", markup=False)
 
@@ -30,7 +36,14 @@ def train_one(recipe: Recipe, out: Path, console: Console, tensorboard: bool = F
         measured = ", ".join(f"{name} {value:.3f}" for name, value in row.items() if name != "epoch" and value is not None)
         console.print(f"epoch {row['epoch']}/{recipe.epochs}: {measured}", highlight=False, soft_wrap=True)
 
-    record = train(recipe, images, out, say, tensorboard=tensorboard, keep_weights=True, keep_checkpoint=keep_checkpoint)
+    try:
+        with alone_in(out):
+            record = train(recipe, images, out, say, tensorboard=tensorboard, keep_weights=True, keep_checkpoint=keep_checkpoint)
+    except Stopped:
+        console.print(f"told to stop; {out} holds a checkpoint, and the same command goes on from there", markup=False, highlight=False)
+        raise
+    except OSError as error:
+        raise LabError(f"--out {out} cannot be written: {error.strerror or error}; make room, or choose another folder") from error
     split = "test" if record["test"] else "validation"
     console.print(
         f"{split} error {record[split]['error']:.2f}% after {recipe.epochs} epochs, {record['images_per_second']:.0f} images a second; "
@@ -42,14 +55,33 @@ def train_one(recipe: Recipe, out: Path, console: Console, tensorboard: bool = F
     return record
 
 
+@contextlib.contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Keep other commands out of the folder meanwhile; leave no empty one behind. The first of several processes does it for all."""
+    if int(os.environ.get("RANK", 0)):
+        yield
+        return
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    lock = Lock.take(out)
+    if lock is None:
+        raise LabError(f"--out {out}: another process is training there; wait for it, or choose another folder")
+    try:
+        with lock:
+            yield
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
 def finished(recipe: Recipe, out: Path) -> dict[str, Any] | None:
     """The record of the run in ``out``, if it is done; refuses a folder of something else."""
-    if not out.exists() or not any(out.iterdir()):
-        return None
     try:
-        there = json.loads((out / "recipe.json").read_text())
+        if not out.exists() or all(path.name.endswith((UNFINISHED, "lock")) for path in out.iterdir()):  # killed at its first file, say
+            return None
+        there = Recipe(**json.loads((out / "recipe.json").read_text()))
         record: dict[str, Any] | None = json.loads((out / "result.json").read_text()) if (out / "result.json").is_file() else None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise LabError(f"--out {out} holds files that are not of a run; choose a new or empty folder") from error
-    check_same(out, Recipe(**there).to_dict(), recipe)
+    check_same(out, there.to_dict(), recipe)
     return record

@@ -104,7 +104,8 @@ class Run:
     def __init__(self, recipe: Recipe, data: ImageSet | FileSet, folder: Path, accelerator: "Accelerator", told: threading.Event) -> None:
         self.recipe, self.folder, self.accelerator, self.told = recipe, folder, accelerator, told
         self.rank, self.world, self.main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-        self.device = accelerator.device if self.world > 1 else torch.device(recipe.device)
+        # the accelerator's own is cpu:0 among several processes, where no checkpoint can be loaded to
+        self.device = accelerator.device if self.world > 1 and recipe.device != "cpu" else torch.device(recipe.device)
         self.feed: Feed = feed_of(recipe, data, self.device, self.rank, self.world)
         check_image(recipe.network, self.feed.image_size)
         self.num_train = len(self.feed.rows.training)
@@ -166,7 +167,7 @@ class Run:
             images, target, mine = batch.images, batch.target, len(batch.target)
             if not mine:  # the last batch had no row for this process, which takes part with one that counts 0
                 images, target = images.new_zeros(1, *images.shape[1:]), target.new_zeros(1)
-            step: Step = self.wrapped(images, target)
+            step: Step = self.wrapped(images, target, mine)
             first = progress.step == 0 and step.logits.requires_grad
             if first:
                 step.logits.retain_grad()
@@ -178,7 +179,7 @@ class Run:
                 nn.utils.clip_grad_norm_(self.method.parameters(), recipe.clip_norm)
             self.optimizer.step()
             if first:
-                progress.gradient_share = self._sum((step.logits.grad != 0).double().mean().cpu() / self.world).item()  # type: ignore[union-attr]
+                progress.gradient_share = self._sum((step.logits.grad != 0).double().mean().cpu() * (mine / batch.size)).item()  # type: ignore[union-attr]
             self._count(step, target, mine, batch.size)
             progress.step += 1
             if self.world == 1 or progress.step % 10 == 0:
@@ -191,7 +192,7 @@ class Run:
     def _count(self, step: Step, target: Tensor, mine: int, size: int) -> None:
         """Add a batch to what is measured of the epoch; on the device, which need not wait."""
         stats = row_stats(step.plain, target)
-        errors = step.plain.argmax(-1) != target
+        errors = (step.plain.argmax(-1) != target) | step.plain.isnan().any(-1)
         sums = torch.stack([step.loss.detach() * mine, errors.sum(), stats.rho.sum(), (stats.log_odds + stats.rho).sum()]).double()
         self.counted.append((sums if mine else torch.zeros_like(sums), size))
 
@@ -213,6 +214,9 @@ class Run:
     def evaluate(self) -> tuple[Evaluation, float]:
         """What is measured on the held-out split, and the method's own loss there."""
         self.method.eval()
+        if self.world > 1:  # what batch norm has seen differs: the first process has it as checkpoints do
+            for buffer in self.method.buffers():
+                torch.distributed.broadcast(buffer, 0)
         logits, targets, own = [], [], torch.zeros(1, dtype=torch.float64)
         for images, target in self.feed.held_out():
             step: Step = self.method(images, target)
@@ -335,7 +339,18 @@ def start(recipe: Recipe) -> "Accelerator":
     """Set the machine as the recipe says; the processes of the run."""
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=recipe.device == "cpu", device_placement=False)
+    try:
+        torch.empty(0, device=recipe.device if recipe.processes == 1 else "cpu")  # each of several has a device of its own
+    except (RuntimeError, AssertionError) as error:  # torch raises both
+        raise LabError(f"--device {recipe.device} cannot be used here: {str(error).splitlines()[0]}; give cpu, or mend it") from error
+    if recipe.compile and recipe.compile not in torch.compiler.list_backends(exclude_tags=()):
+        raise LabError(
+            f"--compile {recipe.compile} is no backend of torch.compile here; it has {', '.join(torch.compiler.list_backends())}"
+        )
+    if recipe.nesterov and not recipe.momentum:
+        raise LabError("--nesterov true needs a --momentum above 0; give one, or leave nesterov out")
+    # the precision is the recipe's, whatever the launcher was configured for
+    accelerator = Accelerator(cpu=recipe.device == "cpu", device_placement=False, mixed_precision="no")
     if accelerator.num_processes != recipe.processes:
         raise LabError(f"this run is of {recipe.processes} processes, and {accelerator.num_processes} were started; start it as before")
     torch.set_num_threads(recipe.threads)

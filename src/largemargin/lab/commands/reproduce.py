@@ -1,13 +1,16 @@
 """``largemargin reproduce``: the tables and figures of the paper."""
 
+import dataclasses
+import re
 from typing import Any
 
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 
+from ..errors import LabError
 from ..paper import SCALES, TARGETS
-from ..recipe import SYMBOLS
+from ..recipe import NETWORKS, SYMBOLS, Recipe
 from .options import add_recipe_fields, given_fields, new_parser, path_of, plain
 
 HELP = "compute a table or a figure of the paper"
@@ -44,25 +47,58 @@ def parser() -> ArgumentParser:
         metavar="DIR",
         help="runs and report are kept here; default: runs/paper, runs/figures for fig1 fig2 fig4",
     )
+    reproduce.add_argument("--device", type=str, default=None, help="cpu, cuda, cuda:1, mps, ...; the same as --recipe.device")
     reproduce.add_argument("--executor", choices=["local", "ray"], default="local", metavar="WHERE", help="local or ray")
     add_recipe_fields(reproduce, "recipe.", leave_out=OF_CELLS)
     return reproduce
 
 
+def of_runs(options: Any) -> list[str]:
+    """The options given that only a target with runs has."""
+    usual = parser().get_defaults()
+    names = [name for name in vars(options) if name not in ("target", "out", "recipe") and options[name] != usual[name]]
+    return [f"--{name.replace('_', '-')}" for name in names] + [f"--recipe.{name}" for name in given_fields(options.recipe)]
+
+
 def run(options: Any, console: Console) -> None:
     if options.target in FIGURES:
+        if ignored := of_runs(options):
+            raise LabError(f"{ignored[0]} is nothing that {options.target} has: it is computed at once, without runs; leave it out")
         from ..figures import reproduce as draw
 
         draw(options.target, path_of(options.out or "runs/figures"), console)
         return
-    from ..reproduce import Reproduction, dry_run, list_cells, reproduce
+    network = options.recipe.network
+    if network is not None and network not in NETWORKS[:-1] and not (network.startswith("timm:") and network != "timm:"):
+        raise LabError(f"--recipe.network {network} is no network; choose one of {', '.join(NETWORKS)}")
+    if options.device is not None and options.recipe.device is not None:
+        raise LabError(f"--device {options.device} and --recipe.device {options.recipe.device} are the same option; give one")
+    try:
+        run_cells(options, console)
+    except LabError as error:
+        error.args = (named_here(str(error)),)  # the same error, so that an interrupt stays one
+        raise
 
+
+def named_here(message: str) -> str:
+    """What is said of a field of a recipe, by the name that its option has here."""
+    names = "|".join(field.name for field in dataclasses.fields(Recipe) if field.name not in (*OF_CELLS, "device"))
+    return re.sub(rf"(?<![\w.-])--({names})(?![\w-])", r"--recipe.\1", message)
+
+
+def run_cells(options: Any, console: Console) -> None:
+    from ..reproduce import Reproduction, check_device, dry_run, list_cells, reproduce
+
+    given = given_fields(options.recipe)
+    if options.device is not None:
+        check_device(options.device, "--device")
+        given["device"] = options.device
     reproduction = Reproduction(
         options.target,
         tuple(options.cells or ()),
         None if options.seeds is None else tuple(dict.fromkeys(plain(options.seeds))),
         options.scale,
-        given_fields(options.recipe),
+        given,
         options.data_root,
     )
     if options.list:

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from jsonargparse import ArgumentParser
+from jsonargparse.typing import NonNegativeInt
 from rich.console import Console
 
 from ..recipe import LOSSES, Recipe, suited_to
@@ -17,7 +18,7 @@ def parser() -> ArgumentParser:
     train.add_argument("--config", action="config", help="a YAML file with any of these options")
     add_recipe_fields(train, leave_out=("loss", "seed"))
     train.add_argument("--loss", choices=list(LOSSES), default="large_margin", metavar="LOSS", help=" ".join(LOSSES))
-    train.add_argument("--seed", type=int, default=0, help="of initial weights, order, augmentation, subset and noise")
+    train.add_argument("--seed", type=NonNegativeInt, default=0, help="of initial weights, order, augmentation, subset and noise")
     train.add_argument("--out", type=str, default="runs/train", metavar="DIR", help="the folder of this run")
     train.add_argument("--tensorboard", action="store_true", help="write TensorBoard's event files into DIR/events")
     train.add_argument("--keep-checkpoint", action="store_true", help="leave the last checkpoint when the run is done")
