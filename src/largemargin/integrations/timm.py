@@ -1,0 +1,34 @@
+"""The loss for timm's train script, chosen by its arguments as the script chooses its own."""
+
+from typing import Any
+
+from largemargin.losses import LargeMarginCrossEntropyLoss
+
+_OTHER_LOSSES = {"jsd_loss": "--jsd-loss", "bce_loss": "--bce-loss"}
+
+
+def train_loss(args: Any, **options: Any) -> LargeMarginCrossEntropyLoss:
+    """What to assign to ``train_loss_fn`` in timm's ``train.py``; ``validate_loss_fn`` stays ``nn.CrossEntropyLoss()``.
+
+    Label smoothing goes into the loss, except with mixup or cutmix: timm smooths their targets already, and twice would be too much.
+
+    Args:
+        args: the script's arguments; ``smoothing``, ``mixup``, ``cutmix``, ``cutmix_minmax``, ``jsd_loss`` and ``bce_loss`` are read.
+        options: of :class:`.LargeMarginCrossEntropyLoss`, without ``label_smoothing``: ``lam``, ``divergence``, ``hard_bias`` ...
+
+    Raises:
+        ValueError: the arguments ask for another loss.
+
+    Example:
+        >>> from argparse import Namespace
+        >>> from largemargin.integrations.timm import train_loss
+        >>> train_loss(Namespace(smoothing=0.1, mixup=0.0, cutmix=0.0, cutmix_minmax=None)).label_smoothing
+        0.1
+        >>> train_loss(Namespace(smoothing=0.1, mixup=0.2, cutmix=0.0, cutmix_minmax=None), lam=1.0).label_smoothing
+        0.0
+    """
+    for name, flag in _OTHER_LOSSES.items():
+        if getattr(args, name, False):
+            raise ValueError(f"args.{name} must be off, got {getattr(args, name)!r}: it is a loss of its own; leave {flag} out")
+    mixes = getattr(args, "mixup", 0) > 0 or getattr(args, "cutmix", 0) > 0 or getattr(args, "cutmix_minmax", None) is not None
+    return LargeMarginCrossEntropyLoss(label_smoothing=0.0 if mixes else getattr(args, "smoothing", 0.0), **options)

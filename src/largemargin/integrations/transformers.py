@@ -1,0 +1,225 @@
+"""The large margin under the Trainer of Hugging Face transformers: from logits, or fused with the head of a language model.
+
+The Trainer divides by the labels of all micro-batches of a step, ``num_items_in_batch``: here the losses of the rows are added and divided
+by that number, so that accumulated micro-batches are one large batch. What it counts are labels that are not -100, the ``ignore_index``.
+
+The fused head needs three hooks. One on the model sees whether labels came; one on the head then gives it no rows, so that it makes no
+logits; and one ties the features to the head's empty output, from which ``model.loss_function`` takes them. Everything else is the
+model's own forward pass. Where a hook does not run, logits are made and the loss is the same.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from largemargin import LargeMarginCrossEntropyLoss, large_margin_cross_entropy, linear_large_margin_cross_entropy
+
+_IGNORED = -100
+
+
+def _checked(settings: dict[str, Any]) -> dict[str, Any]:
+    for name in ("ignore_index", "reduction"):
+        if name in settings:
+            raise TypeError(
+                f"{name} must not be given, got {settings[name]!r}: the Trainer counts labels that are not {_IGNORED}, and divides"
+            )
+    LargeMarginCrossEntropyLoss(**settings)
+    return settings
+
+
+def _loss(rows: tuple[Tensor, ...], labels: Tensor, num_items: Tensor | float | None, settings: dict[str, Any]) -> Tensor:
+    """Of logits (..., C), or of features (..., D) with the weight and bias of a classifier; divided by ``num_items``, else the mean."""
+    input, *layer = rows
+    settings = {**settings, "reduction": "mean" if num_items is None else "sum"}
+    if isinstance(settings.get("weight"), Tensor):
+        settings["weight"] = settings["weight"].to(input.device)
+    input = input.flatten(0, -2)
+    labels = labels.to(input.device)
+    labels = labels.reshape(input.shape) if labels.is_floating_point() else labels.flatten()
+    if layer:
+        loss = linear_large_margin_cross_entropy(input, layer[0], labels, linear_bias=layer[1], **settings)
+    else:
+        loss = large_margin_cross_entropy(input, labels, **settings)
+    if num_items is None:
+        return loss
+    return loss / (num_items.to(loss.device) if isinstance(num_items, Tensor) else num_items)
+
+
+def _shifted(labels: Tensor, ignore_index: int = _IGNORED) -> Tensor:
+    """What follows each position, which is what it predicts; nothing follows the last."""
+    return nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+
+
+class LargeMarginLoss:
+    r"""The loss of a model's outputs for ``Trainer(compute_loss_func=...)``.
+
+    It takes logits (N, C) with labels (N,), as of sequences and images, logits (N, L, C) with labels (N, L), as of tokens, and
+    probabilities of the shape of the logits. Labels of -100 are left out. With ``num_items_in_batch`` the losses of the rows, times
+    ``weight`` if any, are added and divided by it; without it is the mean.
+
+    Args:
+        lam: the paper's lambda, at least 0.
+        causal: whether position i predicts label i + 1, as in causal language models.
+        settings: ``weight``, ``divergence``, ``hard_bias``, ``label_smoothing``, ``backend`` of
+            :class:`~largemargin.LargeMarginCrossEntropyLoss`.
+
+    Returns:
+        When called with ``(outputs, labels, num_items_in_batch=None)``: a scalar. ``outputs`` are logits, or have them under ``"logits"``
+        or first.
+
+    Raises:
+        TypeError, ValueError: as :class:`~largemargin.LargeMarginCrossEntropyLoss`; TypeError for ``ignore_index`` and ``reduction``, which
+            are the Trainer's; ValueError for labels that are missing or do not fit the logits.
+
+    Example:
+        >>> import torch
+        >>> from largemargin.integrations.transformers import LargeMarginLoss
+        >>> loss = LargeMarginLoss(lam=0.3)  # Trainer(model, args, compute_loss_func=loss, ...)
+        >>> outputs = {"logits": torch.tensor([[3.0, 1.0, 0.0], [3.0, 1.0, 0.0]])}
+        >>> loss(outputs, torch.tensor([0, -100]), num_items_in_batch=2)
+        tensor(0.1023)
+
+    Source: Kobayashi, BMVC 2019, eqs. (8) and (11); the signature is that of the Trainer.
+    """
+
+    def __init__(self, *, lam: float = 0.3, causal: bool = False, **settings: Any) -> None:
+        self.causal = causal
+        self.settings = _checked({"lam": lam, **settings})
+
+    def __call__(self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | float | None = None) -> Tensor:
+        """The loss of one (micro-)batch."""
+        if labels is None:
+            raise ValueError("labels must be a torch.Tensor, got None; give the data set a column 'labels'")
+        logits: Tensor = outputs if isinstance(outputs, Tensor) else outputs["logits" if isinstance(outputs, Mapping) else 0]
+        probabilities = labels.is_floating_point()
+        if labels.shape != (logits.shape if probabilities else logits.shape[:-1]):
+            raise ValueError(
+                f"labels must have the shape of the logits {tuple(logits.shape)} without the classes, got {tuple(labels.shape)}; "
+                "logits are (N, C) or (N, L, C) here, the classes last"
+            )
+        if self.causal:
+            if probabilities:
+                raise ValueError("labels must be class indices with causal=True, got probabilities; leave causal out if they are shifted")
+            labels = _shifted(labels)
+        if probabilities and num_items_in_batch is not None:
+            num_items_in_batch = num_items_in_batch / logits.shape[-1]  # the Trainer has counted every entry
+        return _loss((logits,), labels, num_items_in_batch, self.settings)
+
+    def __repr__(self) -> str:
+        settings = {"causal": self.causal, **self.settings}
+        return f"LargeMarginLoss({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
+
+
+class _CausalLoss:
+    """What ``model.loss_function`` becomes: of logits, or of the features that an empty tensor of logits carries."""
+
+    def __init__(self, when: str, settings: dict[str, Any]) -> None:
+        self.when, self.settings = when, settings
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor | None = None,
+        vocab_size: int | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        ignore_index: int = _IGNORED,
+        shift_labels: Tensor | None = None,
+        **others: Any,
+    ) -> Tensor:
+        if shift_labels is None:
+            assert labels is not None
+            shift_labels = _shifted(labels, ignore_index)
+        rows = getattr(logits, "_made_of", (logits,))
+        if rows[0].shape[:-1] != shift_labels.shape:
+            raise ValueError(
+                f"labels must fit the logits {tuple(rows[0].shape)}, got {tuple(shift_labels.shape)}; if without rows, this model "
+                "changes them between head and loss (soft-capping, a scale, a cast) and cannot be fused: "
+                "use Trainer(compute_loss_func=LargeMarginLoss(causal=True))"
+            )
+        return _loss(rows, shift_labels, num_items_in_batch, {**self.settings, "ignore_index": ignore_index})
+
+
+def _without_adapter(model: Any) -> Any:
+    """The language model itself, which PEFT wraps."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _ask_head(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    inner = _without_adapter(model)
+    labelled = kwargs.get("labels") is not None
+    fused = labelled and (model.training or inner.loss_function.when == "always") and not torch.compiler.is_compiling()
+    inner.get_output_embeddings()._leave_out_logits = fused
+
+
+def _release_head(model: Any, args: tuple[Any, ...], outputs: Any) -> None:
+    _without_adapter(model).get_output_embeddings()._leave_out_logits = False
+
+
+def _no_rows(head: Any, args: tuple[Any, ...]) -> tuple[Tensor] | None:
+    if not getattr(head, "_leave_out_logits", False):
+        return None
+    features = args[0]
+    empty = features[..., :0, :]
+    empty._features = features
+    return (empty,)
+
+
+def _tie_features(head: Any, args: tuple[Any, ...], logits: Tensor) -> None:
+    if hasattr(args[0], "_features"):
+        logits._made_of = args[0]._features, head.weight, head.bias  # type: ignore[attr-defined]
+
+
+def fuse_large_margin_loss(model: Any, *, lam: float = 0.3, when: Literal["training", "always"] = "training", **settings: Any) -> Any:
+    r"""Make the large margin the loss of a causal language model, fused with its head: the logits N x vocabulary are never held.
+
+    ``model(input_ids, labels=labels).loss`` is then the large-margin loss of the next tokens, by
+    :func:`~largemargin.linear_large_margin_cross_entropy`, under any training loop: the Trainer (without ``compute_loss_func``) with
+    gradient accumulation, checkpointing of activations, tied embeddings, data parallelism. Equal to the loss of the logits up to rounding.
+    Where it is fused, ``outputs.logits`` is empty, (N, 0, C). Without labels, as in generation, in compiled code, and with ``labels`` given
+    by position, logits are made as ever, and with labels the loss is that of the logits.
+
+    Args:
+        model: a causal language model of transformers whose forward calls ``self.loss_function``, or a PEFT model of one; it is changed.
+        lam: the paper's lambda, at least 0.
+        when: ``"training"`` makes logits in evaluation mode, which metrics may want; ``"always"`` leaves them out there too.
+        settings: ``weight``, ``divergence``, ``hard_bias``, ``label_smoothing``, ``backend`` of
+            :class:`~largemargin.LargeMarginCrossEntropyLoss`.
+
+    Returns:
+        The same model. Called again, only the settings change.
+
+    Raises:
+        TypeError, ValueError: as :class:`~largemargin.LargeMarginCrossEntropyLoss`; TypeError for ``ignore_index`` and ``reduction``, which
+            are the Trainer's; ValueError for a model without ``loss_function``, one that has an encoder too, or a head that is no
+            ``nn.Linear``. In the first step ValueError for a model that changes its logits between head and loss.
+
+    Example:
+        >>> from largemargin.integrations.transformers import fuse_large_margin_loss
+        >>> model = AutoModelForCausalLM.from_pretrained(folder)  # doctest: +SKIP
+        >>> Trainer(fuse_large_margin_loss(model, lam=0.3), args, train_dataset=tokens).train()  # doctest: +SKIP
+
+    Source: Kobayashi, BMVC 2019, eqs. (8) and (11).
+    """
+    if when not in ("training", "always"):
+        raise ValueError(f"when must be one of 'training', 'always'; got {when!r}, not a valid value for when")
+    inner = _without_adapter(model)
+    if not hasattr(inner, "loss_function") or not hasattr(inner, "get_output_embeddings"):
+        raise ValueError(
+            f"model must be a language model of transformers with loss_function, got {type(inner).__name__}; update transformers"
+        )
+    head = inner.get_output_embeddings()
+    if inner.config.is_encoder_decoder or not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        raise ValueError(
+            f"model must be a causal language model whose head is an nn.Linear, got {type(inner).__name__} with {type(head).__name__}; "
+            "use Trainer(compute_loss_func=LargeMarginLoss(...))"
+        )
+    fused_before = isinstance(inner.loss_function, _CausalLoss)
+    inner.loss_function = _CausalLoss(when, _checked({"lam": lam, **settings}))
+    if not fused_before:
+        model.register_forward_pre_hook(_ask_head, with_kwargs=True)
+        model.register_forward_hook(_release_head, always_call=True)
+        head.register_forward_pre_hook(_no_rows)
+        head.register_forward_hook(_tie_features)
+    return model

@@ -1,0 +1,257 @@
+"""The adapters for the Trainer of transformers: accumulation is a large batch, and the fused head is the unfused loss without logits."""
+
+import contextlib
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from largemargin import large_margin_cross_entropy
+from largemargin.integrations.transformers import LargeMarginLoss, fuse_large_margin_loss
+from largemargin.lab._torchvision import import_torchvision
+from measure import peak_bytes
+
+with contextlib.suppress(ImportError):
+    import_torchvision()  # which transformers imports where it is installed
+transformers = pytest.importorskip("transformers")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers"),
+    pytest.mark.filterwarnings("ignore:.*loss_type=None.*"),
+]
+
+VOCABULARY = 256
+TEXT = torch.tensor(list((Path(__file__).parent.parent / "README.md").read_bytes()[:4096]))
+
+
+def language_model(vocabulary: int = VOCABULARY, tied: bool = True, family: str = "gpt2") -> torch.nn.Module:
+    torch.manual_seed(0)
+    tokens = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "tie_word_embeddings": tied}
+    if family == "gpt2":
+        dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=2, n_embd=32, n_head=2, n_positions=64, **tokens, **dropout))
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    if family == "gemma2":
+        return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(head_dim=16, **sizes, **tokens))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **tokens))
+
+
+def texts(num_rows: int, length: int = 16) -> list[dict[str, torch.Tensor]]:
+    """Rows of text whose labels are kept more or less, so that micro-batches have unlike numbers of them."""
+    rows = TEXT[: num_rows * length].view(num_rows, length)
+    labels = rows.clone()
+    for i, row in enumerate(labels):
+        row[: (7 * i) % length] = -100
+    return [{"input_ids": row, "labels": label} for row, label in zip(rows, labels, strict=True)]
+
+
+def trained(model, data, folder, *, batch_size, accumulation, loss=None, steps=3, **options) -> torch.nn.Module:
+    args = transformers.TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        max_steps=steps,
+        learning_rate=0.3,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="steps",
+        logging_steps=1,
+        disable_tqdm=True,
+        seed=0,
+        **options,
+    )
+    trainer = transformers.Trainer(model, args, train_dataset=data, compute_loss_func=loss)
+    trainer.train()
+    model.losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return model
+
+
+def assert_same_weights(model, other, **tolerance) -> None:
+    for (name, weight), same in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(weight, same, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def model_of(kind: str) -> tuple[torch.nn.Module, list[dict[str, torch.Tensor]], object]:
+    """A model, data and loss for each shape of labels."""
+    torch.manual_seed(0)
+    if kind in ("causal", "fused"):
+        model = language_model()
+        return (model, texts(24), LargeMarginLoss(causal=True)) if kind == "causal" else (fuse_large_margin_loss(model), texts(24), None)
+    config = transformers.BertConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, num_labels=5,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, max_position_embeddings=32,
+    )  # fmt: skip
+    data = texts(24)
+    if kind == "tokens":
+        for row in data:
+            row["labels"] = torch.where(row["labels"] < 0, -100, row["labels"] % 5)
+        return transformers.BertForTokenClassification(config), data, LargeMarginLoss()
+    for i, row in enumerate(data):
+        row["labels"] = torch.tensor(i % 5) if kind == "sequences" else torch.softmax(torch.randn(5), 0)
+    return transformers.BertForSequenceClassification(config), data, LargeMarginLoss()
+
+
+@pytest.mark.parametrize("kind", ["sequences", "probabilities", "tokens", "causal", "fused"])
+def test_accumulated_micro_batches_are_one_large_batch(kind, tmp_path):
+    model, data, loss = model_of(kind)
+    start = copy.deepcopy(model)
+    whole = trained(copy.deepcopy(model), data, tmp_path, batch_size=8, accumulation=1, loss=loss)
+    parts = trained(model, data, tmp_path, batch_size=2, accumulation=4, loss=loss)
+    assert_same_weights(parts, whole, rtol=1e-4, atol=1e-5)
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-3)
+    moved = max((a - b).abs().max().item() for a, b in zip(start.parameters(), whole.parameters(), strict=True))
+    assert moved > 1e-3  # a hundred times the tolerance
+
+
+def test_a_mean_over_each_micro_batch_would_not_be(tmp_path):
+    # the law above can fail: labels are unevenly spread
+    model, data, loss = model_of("causal")
+    whole = trained(copy.deepcopy(model), data, tmp_path, batch_size=8, accumulation=1, loss=loss)
+    parts = trained(
+        model, data, tmp_path, batch_size=2, accumulation=4, loss=lambda outputs, labels, num_items_in_batch=None: loss(outputs, labels) / 4
+    )
+    with pytest.raises(AssertionError):
+        assert_same_weights(parts, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_loss_of_logits_is_that_of_the_library(rng):
+    logits, labels = torch.randn(2, 6, 5, generator=rng), torch.tensor([[0, 1, -100, 2, 3, 4], [-100, 4, 3, -100, 1, 0]])
+    weight = torch.rand(5, generator=rng)
+    tokens = large_margin_cross_entropy(logits.flatten(0, 1), labels.flatten(), weight, lam=0.5, hard_bias=1.0)
+    loss = LargeMarginLoss(lam=0.5, hard_bias=1.0, weight=weight)
+    torch.testing.assert_close(loss({"logits": logits}, labels), tokens)
+    torch.testing.assert_close(loss((logits,), labels), tokens)
+    torch.testing.assert_close(loss(logits, labels), tokens)
+    following = large_margin_cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    torch.testing.assert_close(LargeMarginLoss(causal=True)(logits, labels, torch.tensor(7.0)), following / 7)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: LargeMarginLoss(lam=-1.0), ValueError, "lam"),
+        (lambda: LargeMarginLoss(ignore_index=0), TypeError, "ignore_index"),
+        (lambda: LargeMarginLoss(reduction="sum"), TypeError, "reduction"),
+        (lambda: LargeMarginLoss()(torch.zeros(2, 3), None), ValueError, "labels must be a torch.Tensor"),
+        (lambda: LargeMarginLoss()(torch.zeros(2, 3), torch.zeros(3).long()), ValueError, r"labels must have the shape.*\(2, 3\).*\(3,\)"),
+        (lambda: LargeMarginLoss(causal=True)(torch.zeros(2, 3), torch.zeros(2, 3)), ValueError, "class indices"),
+        (lambda: fuse_large_margin_loss(language_model(), when="never"), ValueError, "when must be one of"),
+        (lambda: fuse_large_margin_loss(language_model(), lam=-1.0), ValueError, "lam"),
+        (lambda: fuse_large_margin_loss(torch.nn.Linear(2, 2)), ValueError, "loss_function"),
+    ],
+)
+def test_mistakes_are_named(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("num_items", [None, 100])
+def test_fused_loss_and_gradients_are_those_of_the_logits(family, tied, num_items):
+    model = language_model(tied=tied, family=family).double()
+    plain = copy.deepcopy(model)
+    fuse_large_margin_loss(model, lam=0.5, label_smoothing=0.1)
+    batch = {name: torch.stack([row[name] for row in texts(4)]) for name in ("input_ids", "labels")}
+    outputs = model(**batch, **({} if num_items is None else {"num_items_in_batch": num_items}))
+    outputs.loss.backward()
+    logits = plain(batch["input_ids"]).logits
+    expected = LargeMarginLoss(lam=0.5, label_smoothing=0.1, causal=True)(logits, batch["labels"], num_items)
+    expected.backward()
+    assert outputs.logits.numel() == 0
+    torch.testing.assert_close(outputs.loss, expected, rtol=1e-10, atol=0)
+    for weight, same in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(weight.grad, same.grad, rtol=1e-8, atol=1e-12)
+
+
+def test_a_head_with_a_bias_and_checkpointing():
+    model = language_model(tied=False)
+    model.lm_head = torch.nn.Linear(32, VOCABULARY)
+    plain = copy.deepcopy(model)
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # its name from version 5.23 on
+    batch = torch.stack([row["input_ids"] for row in texts(4)])
+    fuse_large_margin_loss(model).train()(batch, labels=batch).loss.backward()
+    LargeMarginLoss(causal=True)(plain(batch), batch).backward()
+    for weight, same in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(weight.grad, same.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_training_fused_is_training_unfused(tmp_path):
+    data, options = texts(64), {"batch_size": 4, "accumulation": 2, "steps": 8}
+    model = language_model()
+    unfused = trained(copy.deepcopy(model), data, tmp_path, loss=LargeMarginLoss(causal=True), **options)
+    fused = trained(fuse_large_margin_loss(model), data, tmp_path, **options)
+    assert fused.losses == pytest.approx(unfused.losses, rel=1e-4)
+    assert fused.losses[-1] < fused.losses[0] - 0.5
+    assert_same_weights(fused, unfused, rtol=1e-3, atol=1e-4)
+
+
+def test_fused_holds_no_logits():
+    vocabulary, tokens = 20_000, torch.randint(20_000, (32, 64), generator=torch.Generator().manual_seed(0))
+    logits = 4 * tokens.numel() * vocabulary
+    model = language_model(vocabulary)
+    plain = copy.deepcopy(model)
+    fuse_large_margin_loss(model)
+
+    def step(of: torch.nn.Module) -> None:
+        loss = of(tokens, labels=tokens).loss if of is model else LargeMarginLoss(causal=True)(of(tokens), tokens)
+        loss.backward()
+        of.zero_grad()
+
+    for of in (model, plain):
+        step(of)
+    fused, unfused = peak_bytes(lambda: step(model)), peak_bytes(lambda: step(plain))
+    assert unfused > 2 * logits  # and their gradient
+    assert fused < 0.6 * logits  # a tile of them
+
+
+def test_logits_are_there_where_they_are_wanted():
+    model = fuse_large_margin_loss(language_model())
+    tokens = TEXT[:32].view(2, 16)
+    assert model.train()(tokens, labels=tokens).logits.shape == (2, 0, VOCABULARY)
+    assert model(tokens).logits.shape == (2, 16, VOCABULARY)
+    evaluated = model.eval()(tokens, labels=tokens)
+    assert evaluated.logits.shape == (2, 16, VOCABULARY)
+    assert model.generate(tokens, max_new_tokens=2, do_sample=False).shape == (2, 18)
+    assert fuse_large_margin_loss(model, when="always") is model
+    always = model(tokens, labels=tokens)
+    assert always.logits.shape == (2, 0, VOCABULARY)
+    torch.testing.assert_close(always.loss, evaluated.loss)
+
+
+def test_an_error_in_between_leaves_the_model_as_it_was():
+    model = fuse_large_margin_loss(language_model()).train()
+    with pytest.raises(IndexError):
+        model(torch.full((1, 4), VOCABULARY), labels=torch.zeros(1, 4).long())
+    assert model(TEXT[:8].view(1, 8)).logits.shape == (1, 8, VOCABULARY)
+
+
+def test_a_model_that_caps_its_logits_is_refused():
+    model = fuse_large_margin_loss(language_model(family="gemma2"))
+    with pytest.raises(ValueError, match="soft-capping"):
+        model.train()(TEXT[:8].view(1, 8), labels=TEXT[:8].view(1, 8))
+
+
+def test_evaluation_of_the_trainer(tmp_path):
+    model = fuse_large_margin_loss(language_model())
+    args = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", per_device_eval_batch_size=4, disable_tqdm=True)
+    found = {}
+
+    def shapes(prediction):
+        found["logits"] = prediction.predictions.shape
+        return {}
+
+    trainer = transformers.Trainer(model, args, eval_dataset=texts(4), compute_metrics=shapes)
+    loss = trainer.evaluate()["eval_loss"]
+    batch = {name: torch.stack([row[name] for row in texts(4)]) for name in ("input_ids", "labels")}
+    logits = model(batch["input_ids"]).logits
+    kept = (batch["labels"] >= 0).sum()  # GPT2's are counted before the shift by some versions
+    shifted = (batch["labels"][:, 1:] >= 0).sum()
+    sums = LargeMarginLoss(causal=True)(logits, batch["labels"], 1).item()
+    assert found["logits"] == (4, 16, VOCABULARY)
+    assert any(loss == pytest.approx(sums / count.item(), rel=1e-5) for count in (kept, shifted))
