@@ -1,0 +1,70 @@
+"""The examples: each runs, and what it finds is what it is there to show."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "examples"
+needs_digits = pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="needs scikit-learn, which is not installed")
+
+
+def run(name):
+    """What main() of an example returns."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main()
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+def test_every_example_says_how_to_run_it(path):
+    text = path.read_text()
+    assert f"examples/{path.name}" in text.split('"""')[1]
+    assert 'if __name__ == "__main__":' in text
+
+
+@needs_digits
+def test_image_classification():
+    found = run("image_classification")
+    softmax, large_margin = found["softmax"], found["large margin"]
+    assert min(softmax["accuracy"], large_margin["accuracy"]) > 0.94
+    assert large_margin["rho_hat"] > 2 * softmax["rho_hat"]  # Fig. 3 of the paper
+    assert 0 < large_margin["margin"] < softmax["margin"]
+
+
+@needs_digits
+@pytest.mark.slow
+def test_segmentation():
+    for figures in run("segmentation").values():
+        assert figures["error"] < 5 and figures["overlap"] > 80
+
+
+@needs_digits
+def test_mixup():
+    found = run("mixup")
+    assert found["by probabilities"] == pytest.approx(found["by two calls"], rel=1e-5)
+    assert found["plain error"] < 7 and found["mixup error"] < 7
+
+
+@pytest.mark.slow
+def test_language_model():
+    found = run("language_model")
+    assert found["linear loss"] == pytest.approx(found["plain loss"], rel=1e-4)
+    assert found["linear MB"] < found["plain MB"] / 3
+    assert found["nll"] < found["nll of frequencies"] - 0.5
+
+
+@needs_digits
+def test_long_tail():
+    found = run("long_tail")
+    assert found["large margin"]["error"] < found["softmax"]["error"] < 30
+    for plain, adjusted in [("softmax", "softmax, adjusted"), ("large margin", "large margin, adjusted")]:
+        assert found[adjusted]["tail error"] < found[plain]["tail error"]
+
+
+@needs_digits
+def test_own_loss():
+    found = run("own_loss")
+    assert len(found) == 5 and all(figures["error"] < 8 and figures["margin"] > 0 for figures in found.values())
+    assert found["focal"]["margin"] < found["softmax"]["margin"]  # it stops pushing rows that are right
