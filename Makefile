@@ -47,8 +47,9 @@ bench: $(READY) ## time, memory and accuracy beside torch's cross-entropy: resul
 	$(BIN)/python benchmarks/check_ratio.py --commit
 	$(BIN)/python benchmarks/report.py
 
-docs: $(READY) ## run every code block of the README and docs/
-	$(BIN)/python -m pytest -q tests/test_docs.py
+docs: $(READY) ## run every code block of the README and docs/, and build the site: build/site/index.html
+	$(BIN)/python -m pytest -q tests/test_docs.py tests/test_site.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean: ## remove what the other targets made, but for runs/
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

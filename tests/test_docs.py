@@ -2,6 +2,7 @@
 
 import math
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,16 +11,66 @@ import pytest
 import torch
 
 import largemargin
+from largemargin.lab import cli
+from largemargin.lab._torchvision import import_torchvision
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+FRAMEWORKS = {"transformers", "accelerate", "lightning", "skorch", "sklearn", "timm", "torchmetrics"}
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT))
 
 
 def python_blocks(page):
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.name)
+def commands_on(page):
+    """What follows ``largemargin`` in the commands of a page, in blocks and in the text; not where words are to be filled in."""
+    text = page.read_text().replace("\\\n", "")
+    blocks = re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    inline = re.findall(r"`(largemargin [^`]*)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+    inline = [" ".join(code.split()) for code in inline if not re.search(r"\.\.\.|[A-Z]{3}|--help", code)]
+    lines = [line for block in blocks for line in block.splitlines()] + inline
+    return [match[1] for line in lines if (match := re.match(r"(?:torchrun .* -m )?largemargin (.*)", line))]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands_on(page)], ids=name_of)
+def test_every_command_is_understood(page):
+    parser = cli.build_parser()
+    for command in commands_on(page):
+        words = shlex.split(command, comments=True)
+        assert words[0] in cli.COMMANDS
+        if len(words) > 2 or command.startswith("reproduce "):  # shorter ones are names of commands
+            parser.parse_args(words)
+
+
+def missing(error):
+    """The framework that an import did not find, or None."""
+    names = (getattr(each, "name", None) or "" for each in (error, error.__cause__))
+    return next((name for name in names if name.partition(".")[0] in FRAMEWORKS), None)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the frameworks
+def test_the_integrations_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    import_torchvision()  # which some of them import
+    namespace, not_here = {}, []
+    for block in python_blocks(DOCS / "integrations.md"):
+        try:
+            exec(compile(block, "docs/integrations.md", "exec"), namespace)
+        except ImportError as error:
+            if missing(error) is None:
+                raise
+            not_here.append(missing(error))
+    if not_here:
+        pytest.skip(f"without {', '.join(not_here)}; the other blocks have run")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page) and page.name != "integrations.md"], ids=name_of)
 def test_every_python_block_runs(page):
     blocks = python_blocks(page)
     if any("distributed" in block for block in blocks):  # a process group is a matter of the whole process
@@ -36,9 +87,9 @@ def test_the_readme_mentions_the_commands_that_exist():
         assert set(re.findall(r"\bmake ([a-z-]+)\b(?=[`) ]| *#)", page.read_text())) <= targets, page
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_to_files_lead_somewhere(page):
-    for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
+    for link in re.findall(r"\]\(([^)#]+)", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)):
         assert (page.parent / link).exists(), link
 
 
@@ -85,3 +136,25 @@ def test_the_losses_of_a_line_are_those_of_their_papers(rng):
         torch.testing.assert_close(
             page[name](logits.tanh() if name == "ldam" else logits, target, *arguments), value, rtol=1e-12, atol=1e-12
         )
+
+
+SECTIONS = ["Formula", "Shapes", "Gradient", "Pitfalls", "Source"]
+
+
+@pytest.mark.parametrize("page", sorted([*DOCS.glob("loss/*.md"), *DOCS.glob("head/*.md")]), ids=name_of)
+def test_every_loss_has_its_formula_shapes_gradient_pitfalls_and_source(page):
+    sections = re.findall(r"^## (.*)$", page.read_text(), re.MULTILINE)
+    assert [section for section in sections if section in SECTIONS] == SECTIONS
+    assert python_blocks(page)
+
+
+def test_every_example_is_listed():
+    listed = re.findall(r"\]\(\.\./examples/(\w+)\.py\)", (DOCS / "examples.md").read_text())
+    assert sorted(listed) == sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
+
+
+def test_the_tests_that_pages_name_are_there():
+    for page in PAGES:
+        for file, name in re.findall(r"`(test_\w+)(?:\.(test_\w+))?`", page.read_text()):
+            text = (ROOT / "tests" / f"{file}.py").read_text()
+            assert not name or re.search(rf"^def {name}\(", text, re.MULTILINE), f"{page}: {file}.{name}"
