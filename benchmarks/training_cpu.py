@@ -145,7 +145,7 @@ def main() -> None:
         for name, row in results[part].items():
             print(f"{part}: {name}: {row['images per second']} images/s, {row['times the script']} times")
     if not chosen.quick:
-        write("training_cpu", {"machine": machine(), **results})
+        write("training_cpu", {"claim": __doc__.splitlines()[0], "machine": machine(), **results}, chosen.out)
 
 
 if __name__ == "__main__":
