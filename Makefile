@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench docs clean
+.PHONY: help setup demo test test-all lint format bench docs wheels clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,12 +44,16 @@ bench: $(READY) ## time, memory and accuracy beside torch's cross-entropy: resul
 	$(BIN)/python benchmarks/accuracy.py
 	$(BIN)/python benchmarks/linear_cpu.py
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/training_cpu.py
 	$(BIN)/python benchmarks/check_ratio.py --commit
 	$(BIN)/python benchmarks/report.py
 
 docs: $(READY) ## run every code block of the README and docs/, and build the site: build/site/index.html
 	$(BIN)/python -m pytest -q tests/test_docs.py tests/test_site.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+wheels: ## dist/: the source distribution and both wheels, each installed into a clean environment and used
+	.ci/check-wheel dist
 
 clean: ## remove what the other targets made, but for runs/
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -166,8 +166,8 @@ def main() -> None:
         linear_page(linear),
         "## Training the 13-layer network on the CPU",
         f"{training['claim']} {machine(training)}.",
-        "Batches of 128 random images of CIFAR's size; every contestant in turns in one process: medians, and the median over rounds of the\n"
-        f"ratio to {training['compared with']}, the faster of its settings. The loss of the script is the formula under autograd.",
+        "Batches of 128 random images of CIFAR's size; every contestant in turns in one process: medians, and the median over rounds\n"
+        f"of the ratio to {training['compared with']}, the faster of its settings. The loss of the script is the formula under autograd.",
         training_page(training),
         "## Accuracy",
         f"{accuracy['claim']} {machine(accuracy)}.",

@@ -1,11 +1,17 @@
 """The command that says who computes."""
 
+import importlib.util
+import os
+import platform
 import subprocess
 import sys
+from importlib import metadata
+from pathlib import Path
 
 import pytest
+import torch
 
-from largemargin import doctor
+from largemargin import __version__, doctor
 from largemargin._backends import cpu, ladder
 
 
@@ -30,15 +36,89 @@ def test_doctor_fails_when_a_kernel_is_wrong(monkeypatch):
     assert not fine and any("WRONG: off by 1000000.0 roundings" in line for line in lines)
 
 
+def test_doctor_says_what_a_report_of_a_bug_needs(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr(doctor, "commit", lambda: "0123456789abcdef")
+    said = dict(line.split(maxsplit=1) for line in doctor.report()[0] if not line.startswith(("backend", "data")))
+    assert said["largemargin"] == f"{__version__}, commit 0123456789"
+    assert said["Python"] == platform.python_version()
+    assert said["torch"].startswith(f"{torch.__version__}, built ")
+    assert said["threads"] == f"{torch.get_num_threads()} on {os.cpu_count()} processors, OMP_NUM_THREADS=2"
+    assert platform.machine() in said["processor"] and "GPU" in said
+
+
+def test_an_installed_package_has_no_commit(monkeypatch):
+    monkeypatch.setattr(doctor, "commit", lambda: "unknown")
+    assert doctor.report()[0][0].split() == ["largemargin", __version__]
+
+
+def test_doctor_tells_versions_without_importing_what_has_them(monkeypatch):
+    versions = {"timm": "1.0.20", "lightning": "2.5.0"}
+
+    def version(name):
+        if name not in versions:
+            raise metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert doctor.versions_beside() == "lightning 2.5.0, timm 1.0.20"
+    versions.clear()
+    assert doctor.versions_beside() == "none"
+
+
+def test_doctor_lists_gpus_with_their_memory(monkeypatch):
+    class Properties:
+        name, total_memory = "NVIDIA H100 80GB HBM3", 79 * 2**30
+
+    class Device:
+        get_device_properties = staticmethod(lambda index: Properties)
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Device)
+    assert doctor.gpus() == ["NVIDIA H100 80GB HBM3, 79 GiB"] * 2
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps"))
+    assert doctor.gpus() == ["mps"]
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    assert doctor.gpus() == ["none that torch can use"]
+
+
+def test_doctor_lists_the_data_sets_under_data(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert doctor.report()[0][-1] == "data in ./data      none"
+    for folder in ("svhn", "cifar-100-python", "cifar-10-batches-py.part"):
+        Path("data", folder).mkdir(parents=True)
+    assert doctor.report()[0][-1] == "data in ./data      cifar100, svhn"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="the folders' names are torchvision's")
+def test_the_folders_are_those_that_the_lab_reads():
+    from largemargin.lab.data.archives import ARCHIVED, archives_of
+    from largemargin.lab.data.folders import STREAMED
+
+    assert tuple(doctor.DATA_FOLDERS) == (*ARCHIVED, *STREAMED)
+    for data in ARCHIVED:
+        assert {name.split("/")[0] for archive in archives_of(data) for name, _ in archive.members} == {doctor.DATA_FOLDERS[data]}
+
+
+def test_doctor_hides_the_name_of_the_user(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.setattr(ladder, "load", lambda name: f"{tmp_path / 'lib' / name} could not be loaded")
+    said = "\n".join(doctor.report()[0])
+    assert str(tmp_path) not in said and f"no: {Path('~', 'lib', 'cpu')} could not" in said
+
+
 def test_doctor_needs_none_of_the_lab():
     code = """
 import importlib.util, sys
 lab = ("jsonargparse", "rich", "sklearn", "scipy", "matplotlib", "jinja2", "torchvision", "PIL")
 found = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name in lab else found(name, *rest)
+heavy = ("torchvision", "transformers", "lightning", "timm", "skorch", "ray", "accelerate")
 from largemargin.lab.cli import main
 status = main(["doctor"])
-assert not set(lab) & set(sys.modules)
+assert not {*lab, *heavy} & set(sys.modules)
 sys.exit(status)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -1,7 +1,10 @@
-"""``largemargin doctor``: what is here, who computes, and whether they compute rightly. Needs torch alone."""
+"""``largemargin doctor``: what is here, who computes, and whether they compute rightly; to paste into a report. Needs torch alone."""
 
 import importlib.util
+import os
 import platform
+from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -9,11 +12,24 @@ from . import __version__
 from ._backends import ladder
 from .functional import large_margin_cross_entropy
 from .lab import NEEDED
+from .lab.environment import commit, processor
+
+BESIDE = (
+    *("numpy", "triton", "torchvision", "accelerate"),
+    *("transformers", "lightning", "pytorch-lightning", "timm", "skorch", "ray"),
+)
+DATA_FOLDERS = {  # under the data root, as published
+    "cifar10": "cifar-10-batches-py",
+    "cifar100": "cifar-100-python",
+    "svhn": "svhn",
+    "imagenet": "imagenet",
+    "places365": "places365",
+}
 
 
 def worst_error(backend: str) -> float:
     """The largest error of a loss and its gradient against float64, in roundings of float32 of numbers of size 1 to 16."""
-    found = torch.accelerator.current_accelerator()
+    found = torch.accelerator.current_accelerator(check_available=True)
     device = "cpu" if backend == "cpu" or found is None else found.type
     input = torch.randn(64, 1000, generator=torch.Generator().manual_seed(0)).to(device)
     target = torch.arange(64, device=device)
@@ -25,13 +41,59 @@ def worst_error(backend: str) -> float:
     return float((results[0] - results[1]).abs().max()) / torch.finfo(torch.float32).eps
 
 
+def versions_beside() -> str:
+    """The packages that change what happens, with their versions; none is imported."""
+    found = []
+    for name in BESIDE:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found) or "none"
+
+
+def torch_built_for() -> str:
+    """What torch was built for beside the CPU."""
+    if torch.version.hip:
+        return f"for ROCm {torch.version.hip}"
+    return f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+
+
+def gpus() -> list[str]:
+    """The accelerators that torch can use, with their memory where torch tells."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None:
+        return ["none that torch can use"]
+    if found.type not in ("cuda", "xpu"):
+        return [found.type]
+    of_device = torch.get_device_module(found).get_device_properties
+    properties = [of_device(index) for index in range(torch.accelerator.device_count())]
+    return [f"{one.name}, {one.total_memory / 2**30:.0f} GiB" for one in properties]
+
+
+def threads() -> str:
+    """How many threads torch takes, of how many processors, and what was set to change it."""
+    text = f"{torch.get_num_threads()} on {os.cpu_count()} processors"
+    asked = [f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ]
+    return ", ".join([text, *asked])
+
+
 def report() -> tuple[list[str], bool]:
     """The lines to print, and whether all that is here works."""
-    lines = [f"largemargin {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"]
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    lines.append(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {', '.join(gpus) or 'no GPU'}")
+    revision = commit()
+    known = "" if revision == "unknown" else f", commit {revision[:10]}"
+    lines = [
+        f"largemargin         {__version__}{known}",
+        f"Python              {platform.python_version()}",
+        f"system              {platform.platform()}",
+        f"processor           {processor()}, {platform.machine()}",
+        f"torch               {torch.__version__}, built {torch_built_for()}",
+        f"threads             {threads()}",
+        *(f"GPU                 {gpu}" for gpu in gpus()),
+        f"beside it           {versions_beside()}",
+    ]
     fine = True
-    lines.append("backend reference   plain torch, on every device")
+    lines.append("backend reference   plain torch, on every device: takes what the others do not")
     for name in ("cpu", "triton"):
         module = ladder.load(name)
         if isinstance(module, str):
@@ -44,11 +106,21 @@ def report() -> tuple[list[str], bool]:
             lines.append(f"backend {name:11} {module.describe()}; FAILS: {type(failure).__name__}: {failure}")
             continue
         works = error < 64
+        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in module.DTYPES)
         fine = fine and works
-        lines.append(f"backend {name:11} {module.describe()}; {'right' if works else 'WRONG'}: off by {error:.1f} roundings at most")
+        lines.append(
+            f"backend {name:11} {module.describe()}, takes {dtypes}; {'right' if works else 'WRONG'}: off by {error:.1f} roundings at most"
+        )
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     lines.append("lab                 " + ('no: pip install "largemargin[lab]"' if missing else "installed"))
-    return lines, fine
+    here = [name for name, folder in DATA_FOLDERS.items() if Path("data", folder).is_dir()]
+    lines.append(f"data in ./data      {', '.join(here) or 'none'}")
+    return [without_home(line) for line in lines], fine
+
+
+def without_home(line: str) -> str:
+    """The line with ``~`` for the home folder, which has the user's name."""
+    return line.replace(os.path.join(os.path.expanduser("~"), ""), os.path.join("~", ""))
 
 
 def main() -> int:
@@ -56,3 +128,7 @@ def main() -> int:
     lines, fine = report()
     print("\n".join(lines))
     return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
