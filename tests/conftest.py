@@ -1,6 +1,7 @@
 """How the suite runs: the Hypothesis profile, one thread a worker, the helper modules on the path."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ from hypothesis import settings
 
 if not (torch.cuda.is_available() or torch.xpu.is_available()):
     os.environ["TRITON_INTERPRET"] = "1"  # Triton kernels run on the CPU; read when the kernels are first imported
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a job of the background, and all that it starts: tests of Ctrl-C need it back
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 sys.path.insert(0, str(Path(__file__).parent))  # oracle, strategies and measure: import-mode=importlib puts no folder on the path
 

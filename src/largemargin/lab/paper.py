@@ -43,7 +43,7 @@ SCALES = {
     "reduced": Scale(
         "reduced",
         {"train_fraction": 0.2, "epochs": 15, "width": 0.25, "precision": "bfloat16", "channels_last": True, "evaluate_every": 5},
-        "Smaller than the paper: a fifth of the training set (10,000 images of CIFAR), 15 epochs in place of 50, bfloat16, and the "
+        "Smaller than the paper: a fifth of the training set (10,000 images of CIFAR), 15 epochs in place of 50, and the "
         "13-layer network with a quarter of its channels (other networks are whole), so its errors compare with each other, not with the "
         "paper's.",
     ),
