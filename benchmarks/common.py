@@ -17,6 +17,7 @@ from torch import Tensor
 
 import largemargin
 from largemargin import large_margin_cross_entropy
+from largemargin.lab.environment import processor
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "bench"
@@ -103,12 +104,8 @@ def peak_bytes(step: Callable[[], object]) -> int:
 
 
 def machine() -> dict[str, object]:
-    model = "unknown"
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
     found = {
-        "processor": model,
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -2,7 +2,7 @@
 
     python tests/interrupted.py kill|stop|full FOLDER [SEED]
 
-``kill``: SIGKILL at 20 points inside steps, writes and evaluations; ``stop``: SIGTERM at random moments; ``full``: a disk that refuses a
+``kill``: SIGKILL at 20 points inside steps, writes and evaluations; ``stop``: SIGTERM at eight of them; ``full``: a disk that refuses a
 checkpoint. The undisturbed run goes into FOLDER/whole, the other into FOLDER/broken; what happened is printed as JSON.
 """
 
@@ -13,7 +13,6 @@ import random
 import resource
 import signal
 import sys
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -34,6 +33,7 @@ RECIPE = Recipe(
     **LOSSES["center_large_margin"],
 )
 PLACES = ("step", "evaluation", "half a checkpoint", "before the replacement", "after the replacement", "metrics.csv")
+STOPPED_AT = ("step", "evaluation", "step", "before the replacement", "step", "metrics.csv", "step", "after the replacement")
 
 
 def digits():
@@ -47,15 +47,15 @@ def digits():
     )
 
 
-def kill_at(place, count):
-    """Let this process be killed where it comes to ``place`` for the ``count``-th time."""
+def end_at(place, count, sent=signal.SIGKILL):
+    """Let this process be sent a signal where it comes to ``place`` for the ``count``-th time."""
     seen = 0
 
     def here():
         nonlocal seen
         seen += 1
         if seen == count:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), sent)
 
     def before(function):
         return lambda *args, **kwargs: (here(), function(*args, **kwargs))[1]
@@ -124,9 +124,9 @@ def main(how, folder, seed=0):
         train.CHECKPOINT_SECONDS = every  # seconds; 0 is after every step
         train.train(RECIPE, images, folder / where, keep_checkpoint=True)
 
-    def killed(place, count):
-        kill_at(place, count)
-        go("broken")
+    def ending(place, count, sent, every=0.0):
+        end_at(place, count, sent)
+        go("broken", every)
 
     def without_room():
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
@@ -139,14 +139,13 @@ def main(how, folder, seed=0):
         if how == "kill" and turn < 20:
             place = PLACES[turn % len(PLACES)]
             count = 1 if place in ("evaluation", "metrics.csv") else draw.randint(1, 6)  # those come once an epoch
-            happened.append([place, count, ended(child(lambda place=place, count=count: killed(place, count)))])
+            happened.append([place, count, ended(child(lambda place=place, count=count: ending(place, count, signal.SIGKILL)))])
         elif how == "stop" and turn < 8:
-            pid = child(lambda: go("broken", every=60.0))
-            time.sleep(draw.uniform(0.0, 0.4))
-            os.kill(pid, signal.SIGTERM)  # there until it is waited for, though it may have ended
-            happened.append(["SIGTERM", 0, ended(pid)])
+            place = STOPPED_AT[turn % len(STOPPED_AT)]
+            count = draw.randint(1, 20) if place == "step" else 1  # of 112
+            happened.append([place, count, ended(child(lambda place=place, count=count: ending(place, count, signal.SIGTERM, every=60.0)))])
         elif how == "full" and turn == 0:
-            happened.append(["step", 9, ended(child(lambda: killed("step", 9)))])
+            happened.append(["step", 9, ended(child(lambda: ending("step", 9, signal.SIGKILL)))])
         elif how == "full" and turn < 3:
             happened.append(["no room", 0, ended(child(without_room))])
         else:

@@ -438,12 +438,8 @@ def test_a_comparison_passes_through_json_and_those_of_one_lam_still_open(tmp_pa
     assert [recipe.lam for recipe in compare.reopen(tmp_path).recipes()] == [None, 0.5]
 
 
-def test_the_commands_and_the_file_on_the_page_are_understood(tmp_path):
+def test_the_file_on_the_page_is_understood(tmp_path):
     page = (Path(__file__).parent.parent / "docs" / "compare.md").read_text()
-    commands = re.findall(r"^(?:torchrun .* -m )?largemargin (\w+ .*)$", page.replace("\\\n", ""), re.MULTILINE)
-    assert len(commands) >= 5
-    for command in commands:
-        cli.build_parser().parse_args(command.split())
     (tmp_path / "options.yaml").write_text(re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1])
     cli.build_parser().parse_args(["compare", "--config", str(tmp_path / "options.yaml")])
 

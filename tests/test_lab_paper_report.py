@@ -17,8 +17,10 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 from scipy import stats
 
-from largemargin.lab import paper, paper_report
-from largemargin.lab.paper_report import Line, lines_of, movement, write
+from largemargin.lab import paper, paper_figures, paper_lines, paper_report
+from largemargin.lab.paper_figures import movement
+from largemargin.lab.paper_lines import Line, lines_of
+from largemargin.lab.paper_report import write
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FULL, REDUCED = paper.SCALES["full"], paper.SCALES["reduced"]
@@ -97,6 +99,14 @@ def out(reduced, tmp_path_factory):
     return folder
 
 
+def test_the_same_runs_give_the_same_files(out, reduced, tmp_path):
+    entries = [*reduced, *entries_of(cells("table3b"), REDUCED, TABLE_2)]
+    write(tmp_path, entries, REDUCED, "largemargin reproduce table2", Console(width=200, file=io.StringIO()))
+    written = sorted(path.name for path in tmp_path.iterdir())
+    assert any(name.endswith(".svg") for name in written)
+    assert [(tmp_path / name).read_bytes() for name in written] == [(out / name).read_bytes() for name in written]
+
+
 def test_the_interval_is_scipys_of_the_paired_test(reduced):
     full = entries_of(paper.cells("table2"), FULL, TABLE_2, device="cuda")
     line = line_of(full, "ours λ=0.3", FULL)
@@ -129,21 +139,21 @@ def test_table_1_has_differences():
 
 def test_every_method_has_a_curve_where_they_are_few():
     errors = {cell.row: (28.0, 29.0) for table in ("table2", "study") for cell in paper.cells(table)}
-    for _, (shown, left_out) in paper_report.settings_of(entries_of(paper.cells("study"), REDUCED, errors)).items():
+    for _, (shown, left_out) in paper_figures.settings_of(entries_of(paper.cells("study"), REDUCED, errors)).items():
         assert list(shown) == ["softmax", "label smoothing ε=0.1", "large margin λ=0.3", "large margin λ=1"] and not left_out
         assert all(len(records) == 2 for records in shown.values())
     lines = lines_of(entries_of(paper.cells("table2"), FULL, errors), FULL)
-    ((shown, left_out),) = paper_report.settings_of([line.entry for line in lines]).values()
+    ((shown, left_out),) = paper_figures.settings_of([line.entry for line in lines]).values()
     assert list(shown) == ["softmax", "label smoothing ε=0.1", "large margin λ=0.3", "super symmetric"]
     assert sorted(left_out) == [f"label smoothing ε={value}" for value in (0.01, 0.05, 0.3)]
-    drawings = {drawing.name: drawing for drawing in paper_report.drawings_of(lines, False)}
+    drawings = {drawing.name: drawing for drawing in paper_figures.drawings_of(lines, False)}
     for name in ("fig3", "errors", "symmetry"):
         assert all(label in drawings[name].caption for label in left_out)
 
 
 def test_fig_3_is_held_against_its_own_losses_only():
     runs = {cell.row: cell.recipes((0,), REDUCED)[0] for cell in paper.cells("study") if cell.column == "clean"}
-    _, sentences = paper_report.rho_drawing({row: [record(runs[row], 28.0)] for row in ("ours λ=0.3", "ours λ=1")})
+    _, sentences = paper_figures.rho_drawing({row: [record(runs[row], 28.0)] for row in ("ours λ=0.3", "ours λ=1")})
     assert "agrees with the paper" in sentences[0] and "paper" not in sentences[1]
     for sentence in sentences:
         assert len(set(re.findall(r"epoch \d+", sentence))) == len(re.findall(r"epoch \d+", sentence))
@@ -159,7 +169,7 @@ def test_fig_3_is_held_against_its_own_losses_only():
     ],
 )
 def test_a_column_is_told_in_words(table, texts):
-    assert {paper_report.column_text(cell) for cell in paper.cells(table)} == texts
+    assert {paper_lines.column_text(cell) for cell in paper.cells(table)} == texts
 
 
 def test_a_partial_cell_says_how_much_there_is_of_it(reduced):
@@ -210,7 +220,7 @@ def test_a_curve_falls_and_then_rises_where_its_minimum_is_below_both_ends(curve
     ],
 )
 def test_how_a_curve_moves(curve, moves):
-    assert movement(curve, paper_report.TURN * BOUND) == moves
+    assert movement(curve, paper_figures.TURN * BOUND) == moves
 
 
 def test_fig_3_is_judged_by_its_curves(out, reduced):
@@ -221,14 +231,14 @@ def test_fig_3_is_judged_by_its_curves(out, reduced):
     curves = {"softmax": [record(entry.recipes[0], 28.0) for entry in reduced[:1]]}
     for row in curves["softmax"][0]["epochs"]:
         row["train_rho"] = row["epoch"] / 5
-    _, sentences = paper_report.rho_drawing(curves)
+    _, sentences = paper_figures.rho_drawing(curves)
     assert "rises" in sentences[0] and "does not agree" in sentences[0]
 
 
 @pytest.mark.parametrize("changes", [{"label_noise": 0.3}, {"data": "cifar10"}, {"network": "small"}])
 def test_fig_3_is_not_held_against_runs_that_it_is_not_of(reduced, changes):
     entry = reduced[0]
-    _, sentences = paper_report.rho_drawing({"softmax": [record(dataclasses.replace(entry.recipes[0], **changes), 28.0)]})
+    _, sentences = paper_figures.rho_drawing({"softmax": [record(dataclasses.replace(entry.recipes[0], **changes), 28.0)]})
     assert "nats in epoch" in sentences[0] and "paper" not in sentences[0]
 
 
@@ -255,7 +265,7 @@ def test_deviations_name_fields_and_the_batch_of_a_process(reduced):
 def test_a_command_makes_exactly_its_cell(target):
     fixed = {"learning_rate": 0.05, "decay_all": False, "compile": "a b"}
     for entry in entries_of(cells(target), REDUCED, {}, **fixed):
-        words = shlex.split(paper_report.command_of(entry, REDUCED))
+        words = shlex.split(paper_lines.command_of(entry, REDUCED))
         assert words[:5] == ["largemargin", "reproduce", entry.cell.table, "--cells", entry.cell.name]
         assert words[words.index("--seeds") + 1 : words.index("--scale") + 2] == ["0", "1", "2", "--scale", "reduced"]
         overrides = {word: words[i + 1] for i, word in enumerate(words) if word.startswith("--recipe.")}
@@ -281,7 +291,7 @@ def test_the_tables_of_the_markdown_are_whole(out):
     for start, kind in enumerate(kinds):
         if kind == "tr_open":
             widths.add(sum(k in ("td_open", "th_open") for k in kinds[start : kinds.index("tr_close", start)]))
-    assert widths == {len(paper_report.COLUMNS), 6}
+    assert widths == {len(paper_lines.COLUMNS), 6}
     assert kinds.count("tr_open") == (1 + len(cells("table2"))) + (1 + 4) + (1 + 20)
     for picture in re.findall(r"\]\((.*?\.svg)\)", (out / "report.md").read_text()):
         assert (out / picture).read_text().startswith("<svg")
@@ -307,10 +317,10 @@ def test_losses_with_a_hard_maximum_are_told_by_their_training_error():
         "softmax": [record(recipes["softmax"], 28.0)],
         "hinge": [record(recipes["hinge"], 98.9, train_error=98.5, share=0.02)],
     }
-    _, sentences = paper_report.share_drawing(curves)
+    _, sentences = paper_figures.share_drawing(curves)
     assert "100%" in sentences[0] and sentences[0].endswith(": trained.")
     assert "on average 2%" in sentences[1] and sentences[1].endswith("98.50% (chance 99.00%): not trained.")
-    assert paper_report.share_drawing({"softmax": curves["softmax"]}) is None
+    assert paper_figures.share_drawing({"softmax": curves["softmax"]}) is None
 
 
 def test_who_ends_nearer_to_super_symmetry_is_measured():
@@ -319,13 +329,13 @@ def test_who_ends_nearer_to_super_symmetry_is_measured():
     def sentences(ours):
         curves = {"softmax": [record(recipe, 28.0, symmetry=0.3) for recipe in recipes["softmax"]]}
         curves["large margin"] = [record(recipe, 27.0, symmetry=value) for recipe, value in zip(recipes["ours λ=0.3"], ours, strict=True)]
-        return paper_report.symmetry_drawing(curves)[1][1]
+        return paper_figures.symmetry_drawing(curves)[1][1]
 
     assert sentences((0.1, 0.11, 0.1)).startswith("large margin ends nearer to super-symmetry")
     assert sentences((0.5, 0.51, 0.5)).startswith("large margin ends farther from super-symmetry")
     assert sentences((0.1, 0.31, 0.5)).startswith("These seeds do not tell")
     one = {label: [record(recipes[row][0], 28.0)] for label, row in (("softmax", "softmax"), ("large margin", "ours λ=0.3"))}
-    assert paper_report.symmetry_drawing(one)[1][1].endswith("one seed is no evidence.")
+    assert paper_figures.symmetry_drawing(one)[1][1].endswith("one seed is no evidence.")
 
 
 def test_the_page_needs_nothing_from_outside_and_closes_its_tags(out):

@@ -7,7 +7,7 @@ import pytest
 from largemargin.lab import cli
 from largemargin.lab.executors.locks import Lock
 from largemargin.lab.files import UNFINISHED
-from largemargin.lab.train import Stopped
+from largemargin.lab.stopping import Stopped
 
 SHORT = ["train", "--data", "digits", "--epochs", "2", "--train-fraction", "0.2"]
 

@@ -348,7 +348,7 @@ def test_a_run_ended_anywhere_ends_bit_for_bit_as_an_undisturbed_one(how, expect
     done = subprocess.run([sys.executable, script, how, tmp_path], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
     happened = json.loads(done.stdout)
-    assert sum(status == expected for _, _, status in happened) >= {"kill": 20, "stop": 3, "full": 2}[how], happened
+    assert sum(status == expected for _, _, status in happened) >= {"kill": 20, "stop": 8, "full": 2}[how], happened
     if how == "full":
         assert "checkpoint.pt cannot be written" in done.stderr
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
 from . import data
+from .environment import check_device
 from .errors import LabError
 from .files import write_json, write_text
 from .models import build, check_image, weights_digest
@@ -63,11 +63,6 @@ class Comparison:
     @property
     def is_folder(self) -> bool:
         return self.data not in data.NAMED
-
-    @property
-    def streamed(self) -> bool:
-        """Whether the images of a folder stay in their files."""
-        return self.overrides.get("augmentation") == "inception"
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> "Comparison":
@@ -357,13 +352,6 @@ def check_folder(out: Path) -> None:
         raise LabError(f"--out {out} holds files that are not of a comparison; choose a new or empty folder") from error
 
 
-def check_device(device: str) -> None:
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either for a device it was not built for
-        raise LabError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
-
-
 def check_network(recipe: Recipe, images: data.ImageSet | data.FileSet) -> None:
     """Refuse a network that does not take these images, or weights that are not its own."""
     in_channels, size = images.train_images.shape[1:3] if isinstance(images, data.ImageSet) else (3, recipe.image_size)
@@ -385,7 +373,7 @@ def compare(comparison: Comparison, out: Path, jobs: int, console: Console, exec
         digest = weights_digest(Path(comparison.overrides["weights"]).expanduser())
         comparison = dataclasses.replace(comparison, overrides=comparison.overrides | {"weights_digest": digest})
     # bad data and weights stop here, before anything is written
-    images = data.load(comparison.data, comparison.data_root, comparison.image_size, streamed=comparison.streamed)
+    images = data.load(comparison.data, comparison.data_root, comparison.image_size, streamed=comparison.example.streamed)
     comparison = dataclasses.replace(comparison, data_digest=images.digest())
     check_network(comparison.example, images)
     if (out / MARKER).is_file() and reopen(out) != comparison:

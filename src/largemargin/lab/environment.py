@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__
+from .errors import LabError
 from .recipe import Recipe
 
 
@@ -21,6 +22,14 @@ def environment(recipe: Recipe) -> dict[str, str | int]:
         "processes": recipe.processes,
         "batch_of_a_process": -(-recipe.batch_size // recipe.processes),
     }
+
+
+def check_device(device: str, option: str = "--device") -> None:
+    """Raises LabError if torch has no such device here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a device it was not built for
+        raise LabError(f"{option} {device} cannot be used here: {str(error).splitlines()[0]}; give cpu, or mend it") from error
 
 
 def processor() -> str:

@@ -86,31 +86,31 @@ class Recipe:
     )
     final_factor: float = 1e-3  # the last learning rate over the first; log and cosine
     milestones: tuple[int, ...] = ()  # epochs (from 0) at which the learning rate is multiplied by step_factor
-    step_factor: float = 0.1
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 1e-4
+    step_factor: float = 0.1  # at each milestone
+    momentum: float = 0.9  # of SGD
+    nesterov: bool = False  # whether the momentum is Nesterov's
+    weight_decay: float = 1e-4  # times half the squared weights, added to the loss
     decay_all: bool = True  # also biases and what normalisation learns
     clip_norm: float | None = None  # of the gradient of all parameters
     evaluate_every: int = 1  # epochs; the last is always evaluated
     # the loss: what LOSSES names of it
-    lam: float | None = None
-    hard_bias: float | None = None
-    label_smoothing: float | None = None
+    lam: float | None = None  # the paper's lambda, eq. (11)
+    hard_bias: float | None = None  # b of eq. (15): the head start of the other classes over the target
+    label_smoothing: float | None = None  # epsilon of eq. (13)
     divergence: str | None = None  # symmetric (8), kl_qu or kl_uq (10); None: symmetric
-    margin: float | None = None
-    angular_multiplier: int | None = None
-    alpha: float | None = None
-    likelihood: float | None = None
-    scale: float | None = None
-    center: float | None = None
-    symmetry: float | None = None
+    margin: float | None = None  # rho of the hinges and the softplus; of cosface a cosine, of arcface radians
+    angular_multiplier: int | None = None  # m of lsoftmax: 1 to 4
+    alpha: float | None = None  # of gaussian_mixture: its margin; of noisy_softmax: alpha squared, of the noise
+    likelihood: float | None = None  # the weight of gaussian_mixture's likelihood term
+    scale: float | None = None  # s of cosface and arcface: the length of the features
+    center: float | None = None  # the weight of the center loss
+    symmetry: float | None = None  # the weight of the distance from the super-symmetric classifier at the end of the run
     # the machine, where it changes the digits
     device: str = "cpu"
     threads: int = 1  # of a run on the CPU
     processes: int = 1  # that share each batch, as torchrun starts them
-    precision: str = "float32"
-    channels_last: bool = False
+    precision: str = "float32"  # of the network: float32, tf32 (of matrix products on a GPU) or bfloat16 (by autocast)
+    channels_last: bool = False  # how images lie in memory
     compile: str = ""  # a backend of torch.compile, inductor say
 
     def __post_init__(self) -> None:
@@ -126,6 +126,11 @@ class Recipe:
         what = {name: value for name, value in self.to_dict().items() if name not in PLACES and value is not None}
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
         return f"{self.loss}-noise{self.label_noise:g}-seed{self.seed}-{digest}"
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the images of a folder stay in their files, from which each epoch reads them anew."""
+        return self.augmentation == "inception"
 
     @property
     def loss_label(self) -> str:

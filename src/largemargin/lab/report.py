@@ -4,10 +4,8 @@ import io
 import math
 import statistics
 from collections.abc import Sequence
-from importlib.resources import files
 from typing import Any
 
-import jinja2
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -28,6 +26,7 @@ from .compare import (
     mean_or_nan,
 )
 from .evaluate import MARGIN_EDGES
+from .pages import page
 from .recipe import Recipe
 
 # a palette that colour-blind readers can tell apart (Okabe and Ito); the baseline is grey
@@ -53,9 +52,6 @@ Records = Sequence[dict[str, Any]]
 
 def render(comparison: Comparison, records: Records, rows: Sequence[Row], choices: Sequence[Choice] = ()) -> str:
     """The page, as HTML that needs nothing from outside."""
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        files("largemargin.lab").joinpath("templates/report.html.j2").read_text()
-    )
     noises = list(dict.fromkeys(row.label_noise for row in rows))
     sections = []
     for noise in noises:
@@ -82,7 +78,8 @@ def render(comparison: Comparison, records: Records, rows: Sequence[Row], choice
         legend = [(label_of(group), color_of(list(groups))[loss]) for loss, group in groups.items()]
         sections.append({"noise": noise, "legend": legend, "rows": [(row, cells(row)) for row in group], "figures": figures})
     first = records[0]
-    return template.render(
+    return page(
+        "report.html.j2",
         headline=headline(rows),
         overview=overview(rows),
         sections=sections,
@@ -166,7 +163,8 @@ def label_of(group: Records) -> str:
 
 def svg(figure: Figure, background: str = "none") -> str:
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight", facecolor=background)
+    with matplotlib.rc_context(STYLE):  # what of it is read on writing: text stays text, and names do not change from one time to the next
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight", facecolor=background)
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 

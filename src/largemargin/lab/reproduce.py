@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import data, paper
+from .environment import check_device
 from .errors import LabError
 from .files import write_json
 from .methods import Method, parameter_groups
@@ -119,7 +120,7 @@ def setting_of(cell: Cell) -> tuple[str, str]:
 def reproduce(reproduction: Reproduction, out: Path, jobs: int, executor: str, console: Console) -> None:
     """Do what is left of the runs, and write the report into ``out``."""
     plan = reproduction.plan()
-    check_device(plan[0][1][0].device)
+    check_device(plan[0][1][0].device, "--recipe.device")
     check_folder(out)
     digests = {name: digest_of(name, reproduction.data_root, plan) for name in dict.fromkeys(cell.settings["data"] for cell, _ in plan)}
     plan = reproduction.plan(digests)
@@ -168,13 +169,6 @@ def check_folder(out: Path) -> None:
         raise LabError(f"--out {out} cannot be used: {error.strerror or error}; choose another folder") from error
     if foreign:
         raise LabError(f"--out {out} holds files that are not of a reproduction; choose a new or empty folder")
-
-
-def check_device(device: str, option: str = "--recipe.device") -> None:
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either for a device it was not built for
-        raise LabError(f"{option} {device} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def reopen(out: Path) -> tuple[list[Entry], Scale, str]:
@@ -238,7 +232,7 @@ SIZES = {
 def dry_run(reproduction: Reproduction, console: Console) -> None:
     """Print every run and about how long it takes here; writes nothing, and needs no data."""
     plan = reproduction.plan()
-    check_device(plan[0][1][0].device)
+    check_device(plan[0][1][0].device, "--recipe.device")
     say_what_is_left_out(reproduction, console)
     measured: dict[tuple[Any, ...], float] = {}
     seconds: dict[str, float] = {}

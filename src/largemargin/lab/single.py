@@ -17,12 +17,13 @@ from .executors.locks import Lock
 from .files import UNFINISHED
 from .models import weights_digest
 from .recipe import Recipe
-from .train import WEIGHTS, Stopped, train
+from .stopping import Stopped
+from .train import WEIGHTS, train
 
 
 def train_one(recipe: Recipe, out: Path, console: Console, tensorboard: bool = False, keep_checkpoint: bool = False) -> dict[str, Any]:
     """Train by the recipe into the folder ``out``, and say what came of it; a finished run is not repeated."""
-    images = data.load(recipe.data, recipe.data_root, recipe.image_size, streamed=recipe.augmentation == "inception")
+    images = data.load(recipe.data, recipe.data_root, recipe.image_size, streamed=recipe.streamed)
     weights = weights_digest(Path(recipe.weights)) if recipe.weights else ""
     recipe = dataclasses.replace(recipe, data_digest=images.digest(), weights_digest=weights)
     done = finished(recipe, out)

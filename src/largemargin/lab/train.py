@@ -1,16 +1,13 @@
 """The training loop: one recipe, one run."""
 
-import contextlib
 import csv
 import dataclasses
 import io
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +18,7 @@ from .. import row_stats
 from . import checkpoint
 from .data import FileSet, ImageSet, feed_of, save_rows
 from .data.feeds import Feed, samples_of_an_epoch
-from .environment import environment
+from .environment import check_device, environment
 from .errors import LabError
 from .evaluate import Evaluation, evaluate
 from .files import remove_unfinished, write_atomically, write_json, write_text
@@ -29,13 +26,13 @@ from .methods import Method, Step, parameter_groups
 from .models import build, check_image
 from .recipe import Recipe
 from .seeds import seeded
+from .stopping import Stopped, told_to_stop
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 CHECKPOINT_SECONDS = 30.0  # an interrupted run loses at most this much
 CURVE_POINTS = 300  # the curve over training batches is averaged down to this many points
-STOPPED = 143  # the exit status of a run that was told to stop, as of a process ended by SIGTERM
 WEIGHTS = "network.safetensors"
 
 
@@ -66,36 +63,6 @@ class Progress:
     rows: list[dict[str, Any]] = field(default_factory=list)  # of the epochs done
     training_seconds: float = 0.0
     seconds: float = 0.0
-
-
-class Stopped(SystemExit):
-    """The run was told to stop, and has written a checkpoint."""
-
-    def __init__(self) -> None:
-        super().__init__(STOPPED)
-
-
-@contextlib.contextmanager
-def told_to_stop() -> Iterator[threading.Event]:
-    """An event that is set by SIGTERM, and by the first Ctrl-C where nobody else listens for it."""
-    told = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield told
-        return
-
-    def tell(number: int, frame: FrameType | None) -> None:
-        told.set()
-        signal.signal(number, before[signal.Signals(number)])  # the second time is meant
-
-    listened = [signal.SIGTERM] + [signal.SIGINT] * (signal.getsignal(signal.SIGINT) is signal.default_int_handler)
-    before = {number: signal.getsignal(number) for number in listened}
-    for number in listened:
-        signal.signal(number, tell)
-    try:
-        yield told
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Run:
@@ -339,10 +306,7 @@ def start(recipe: Recipe) -> "Accelerator":
     """Set the machine as the recipe says; the processes of the run."""
     from accelerate import Accelerator
 
-    try:
-        torch.empty(0, device=recipe.device if recipe.processes == 1 else "cpu")  # each of several has a device of its own
-    except (RuntimeError, AssertionError) as error:  # torch raises both
-        raise LabError(f"--device {recipe.device} cannot be used here: {str(error).splitlines()[0]}; give cpu, or mend it") from error
+    check_device(recipe.device if recipe.processes == 1 else "cpu")  # each of several has a device of its own
     if recipe.compile and recipe.compile not in torch.compiler.list_backends(exclude_tags=()):
         raise LabError(
             f"--compile {recipe.compile} is no backend of torch.compile here; it has {', '.join(torch.compiler.list_backends())}"

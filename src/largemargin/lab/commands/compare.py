@@ -9,7 +9,17 @@ from rich.console import Console
 
 from ..errors import LabError
 from ..recipe import LOSSES, NETWORKS
-from .options import NonNegativeNumber, Pixels, PositiveShare, add_recipe_fields, given_fields, new_parser, path_of, plain
+from .options import (
+    NonNegativeNumber,
+    Pixels,
+    PositiveShare,
+    add_recipe_fields,
+    check_network_name,
+    given_fields,
+    new_parser,
+    path_of,
+    plain,
+)
 
 HELP = "train the same network under several losses and seeds, and compare"
 # the fields of a recipe that have an option of their own here
@@ -93,9 +103,7 @@ def run(options: Any, console: Console) -> None:
     for name in ("data", "data_root", "network", "validation_fraction", "out", "jobs", "device", "executor"):
         if options[name] is None:
             raise LabError(f"--{name.replace('_', '-')} needs a value, got none")
-    name = options.network
-    if name not in NETWORKS[:-1] and not (name.startswith("timm:") and name != "timm:"):
-        raise LabError(f"--network {name} is no network; choose one of {', '.join(NETWORKS)}")
+    check_network_name(options.network, "--network")
     if not isinstance(options.recipe, Namespace):
         raise LabError(f"recipe: in the --config file needs fields with their values, got {options.recipe!r}")
     names = ("data", "data_root", "image_size", "network", "validation_fraction", "epochs", "train_fraction", "device")

@@ -16,7 +16,7 @@ from jsonargparse.typing import ClosedUnitInterval as Share
 from jsonargparse.typing import NonNegativeInt, PositiveInt, restricted_number_type
 
 from ..errors import LabError
-from ..recipe import AUGMENTATIONS, PRECISIONS, SCHEDULES, Recipe
+from ..recipe import AUGMENTATIONS, NETWORKS, PRECISIONS, SCHEDULES, Recipe
 
 PositiveShare = restricted_number_type("PositiveShare", float, [(">", 0), ("<=", 1)])
 NonNegativeNumber = restricted_number_type("NonNegativeNumber", float, [(">=", 0), ("<", math.inf)])
@@ -72,6 +72,12 @@ def add_recipe_fields(parser: ArgumentParser, prefix: str = "", leave_out: Seque
             kind = CHECKED.get(field.name, hints[field.name]) | None
             name = f"--{prefix}{field.name}" if prefix else f"--{field.name.replace('_', '-')}"
             parser.add_argument(name, type=kind, default=None, help=comments()[field.name], metavar="VALUE")
+
+
+def check_network_name(name: str, option: str) -> None:
+    """Raises LabError if it is not one of NETWORKS; whether timm has it is seen when it is built."""
+    if name not in NETWORKS[:-1] and not (name.startswith("timm:") and name != "timm:"):
+        raise LabError(f"{option} {name} is no network; choose one of {', '.join(NETWORKS)}")
 
 
 def given_fields(options: Any) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from ..errors import LabError
 from ..paper import SCALES, TARGETS
-from ..recipe import NETWORKS, SYMBOLS, Recipe
-from .options import add_recipe_fields, given_fields, new_parser, path_of, plain
+from ..recipe import SYMBOLS, Recipe
+from .options import add_recipe_fields, check_network_name, given_fields, new_parser, path_of, plain
 
 HELP = "compute a table or a figure of the paper"
 FIGURES = ("fig1", "fig2", "fig4")  # computed at once, without runs
@@ -68,9 +68,8 @@ def run(options: Any, console: Console) -> None:
 
         draw(options.target, path_of(options.out or "runs/figures"), console)
         return
-    network = options.recipe.network
-    if network is not None and network not in NETWORKS[:-1] and not (network.startswith("timm:") and network != "timm:"):
-        raise LabError(f"--recipe.network {network} is no network; choose one of {', '.join(NETWORKS)}")
+    if options.recipe.network is not None:
+        check_network_name(options.recipe.network, "--recipe.network")
     if options.device is not None and options.recipe.device is not None:
         raise LabError(f"--device {options.device} and --recipe.device {options.recipe.device} are the same option; give one")
     try:
@@ -87,7 +86,8 @@ def named_here(message: str) -> str:
 
 
 def run_cells(options: Any, console: Console) -> None:
-    from ..reproduce import Reproduction, check_device, dry_run, list_cells, reproduce
+    from ..environment import check_device
+    from ..reproduce import Reproduction, dry_run, list_cells, reproduce
 
     given = given_fields(options.recipe)
     if options.device is not None:

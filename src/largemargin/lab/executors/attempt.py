@@ -47,15 +47,14 @@ class DataSets:
     def of(self, recipe: Recipe, runs: Path) -> Any:
         from .. import data  # imports torch
 
-        streamed = recipe.augmentation == "inception"
-        key = (recipe.data, recipe.data_root, recipe.image_size, recipe.data_digest, streamed)
+        key = (recipe.data, recipe.data_root, recipe.image_size, recipe.data_digest, recipe.streamed)
         if key not in self._loaded:
             decoded = decoded_images(recipe, runs)
             found: Any
             if decoded.is_file():
                 found = data.ImageSet.saved(decoded)
             else:
-                found = data.load(recipe.data, recipe.data_root, recipe.image_size, streamed)
+                found = data.load(recipe.data, recipe.data_root, recipe.image_size, recipe.streamed)
             if recipe.data_digest and (digest := found.digest()) != recipe.data_digest:
                 raise LabError(
                     f"--data {recipe.data} has the digest {digest}, the run was planned for {recipe.data_digest}: the data changed or "
