@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -43,9 +42,7 @@ def test_when_a_rank_is_killed_the_others_end_and_it_is_named():
     assert named, said
     victim = int(named[1])
     os.kill(victim, signal.SIGKILL)
-    killed = time.monotonic()
-    output, _ = process.communicate(timeout=60)
-    assert time.monotonic() - killed < 30
+    output, _ = process.communicate(timeout=60)  # they do not wait for its answer until gloo gives up, after half an hour
     assert process.returncode != 0
     root_cause = output[output.index("Root Cause") :]
     assert re.search(r"rank +: 1 ", root_cause) and f"Signal 9 (SIGKILL) received by PID {victim}" in root_cause
