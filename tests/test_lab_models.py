@@ -351,6 +351,14 @@ def test_weights_digest(tmp_path):
         weights_digest(tmp_path / "none.pt")
 
 
+def test_weights_may_lie_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    saved = state(seeded("small", seed=0))
+    path = save(saved, tmp_path / "w.pt")
+    assert weights_digest("~/w.pt") == weights_digest(path)
+    assert same(saved, state(seeded("small", seed=1, weights="~/w.pt")))
+
+
 # the ways an engine runs them
 
 

@@ -370,7 +370,7 @@ def compare(comparison: Comparison, out: Path, jobs: int, console: Console, exec
     if comparison.is_folder and Path(comparison.data).expanduser().resolve() in out.resolve().parents:
         raise LabError(f"--out {out} is inside --data {comparison.data}: its runs would be taken for a class; choose a folder outside")
     if "weights" in comparison.overrides:
-        digest = weights_digest(Path(comparison.overrides["weights"]).expanduser())
+        digest = weights_digest(comparison.overrides["weights"])
         comparison = dataclasses.replace(comparison, overrides=comparison.overrides | {"weights_digest": digest})
     # bad data and weights stop here, before anything is written
     images = data.load(comparison.data, comparison.data_root, comparison.image_size, streamed=comparison.example.streamed)

@@ -24,7 +24,7 @@ from .train import WEIGHTS, train
 def train_one(recipe: Recipe, out: Path, console: Console, tensorboard: bool = False, keep_checkpoint: bool = False) -> dict[str, Any]:
     """Train by the recipe into the folder ``out``, and say what came of it; a finished run is not repeated."""
     images = data.load(recipe.data, recipe.data_root, recipe.image_size, streamed=recipe.streamed)
-    weights = weights_digest(Path(recipe.weights)) if recipe.weights else ""
+    weights = weights_digest(recipe.weights) if recipe.weights else ""
     recipe = dataclasses.replace(recipe, data_digest=images.digest(), weights_digest=weights)
     done = finished(recipe, out)
     if done is not None:

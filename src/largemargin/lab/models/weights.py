@@ -14,7 +14,7 @@ from .network import Network
 def weights_digest(path: str | Path) -> str:
     """Twelve hexadecimal digits of the file's SHA-256."""
     try:
-        with open(path, "rb") as file:
+        with open(Path(path).expanduser(), "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:12]
     except OSError as error:
         raise LabError(f"--weights {path} cannot be read: {error.strerror or error}; give a .safetensors, .pt or .pth file") from error
@@ -45,7 +45,7 @@ def load_weights(network: Network, path: str | Path) -> None:
 
 
 def _read(path: str | Path) -> dict[str, Tensor]:
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise LabError(f"--weights {path} is not a file; give a .safetensors, .pt or .pth file")
     loaded: Any
