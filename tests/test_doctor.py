@@ -15,6 +15,30 @@ from largemargin import __version__, doctor
 from largemargin._backends import cpu, ladder
 
 
+@pytest.fixture(autouse=True)
+def nothing_beside(request, monkeypatch):
+    """Importing all that is beside torch takes seconds: only the tests of that do it."""
+    if "packages" not in request.fixturenames:
+        monkeypatch.setattr(doctor, "BESIDE", ())
+
+
+@pytest.fixture
+def packages(monkeypatch, tmp_path):
+    """A function that installs a package with the given code, and has doctor look at it and its like alone."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(doctor, "BESIDE", ())
+
+    def install(name, code):
+        module = name.replace("-", "_")
+        (tmp_path / f"{module}-1.0.dist-info").mkdir()
+        (tmp_path / f"{module}-1.0.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (tmp_path / f"{module}.py").write_text(code)
+        doctor.BESIDE += (name,)
+
+    return install
+
+
 def test_doctor_names_every_backend_and_checks_it(capsys):
     assert doctor.main() == 0
     said = capsys.readouterr().out
@@ -52,7 +76,40 @@ def test_an_installed_package_has_no_commit(monkeypatch):
     assert doctor.report()[0][0].split() == ["largemargin", __version__]
 
 
-def test_doctor_tells_versions_without_importing_what_has_them(monkeypatch):
+def broken() -> list[str]:
+    lines, fine = doctor.report()
+    assert fine
+    return [line.removeprefix("cannot be imported").strip() for line in lines if line.startswith("cannot be imported")]
+
+
+def test_doctor_sees_a_torchvision_of_another_torch_and_whom_it_takes_along(packages):
+    packages("torchvision", "raise RuntimeError('operator torchvision::nms does not exist')")
+    packages("pytorch-lightning", "import torchvision")
+    packages("ray", "")
+    assert broken() == [
+        "torchvision, pytorch-lightning: RuntimeError: operator torchvision::nms does not exist; torchvision belongs to another torch: "
+        "install both from the same index, at versions made for each other"
+    ]
+
+
+def test_doctor_sees_any_package_that_cannot_be_imported(packages):
+    packages("accelerate", "")
+    packages("timm", "print('hello')\nraise ImportError('cannot import name x')")
+    packages("skorch", "import os\nos.abort()")
+    assert broken() == [
+        "timm: ImportError: cannot import name x; the likely fix: pip install --force-reinstall timm",
+        "skorch: the import ends Python; the likely fix: pip install --force-reinstall skorch",
+    ]
+
+
+def test_doctor_is_silent_about_what_can_be_imported_or_is_not_there(packages):
+    packages("ray", "import warnings\nwarnings.warn('old')")
+    doctor.BESIDE += ("no-such-package",)
+    assert broken() == []
+
+
+def test_doctor_tells_versions_without_importing_what_has_them(packages, monkeypatch):
+    monkeypatch.setattr(doctor, "BESIDE", ("numpy", "lightning", "timm"))
     versions = {"timm": "1.0.20", "lightning": "2.5.0"}
 
     def version(name):
@@ -61,9 +118,9 @@ def test_doctor_tells_versions_without_importing_what_has_them(monkeypatch):
         return versions[name]
 
     monkeypatch.setattr(metadata, "version", version)
-    assert doctor.versions_beside() == "lightning 2.5.0, timm 1.0.20"
+    assert doctor.versions_beside() == {"lightning": "2.5.0", "timm": "1.0.20"}
     versions.clear()
-    assert doctor.versions_beside() == "none"
+    assert doctor.versions_beside() == {}
 
 
 def test_doctor_lists_gpus_with_their_memory(monkeypatch):
@@ -116,11 +173,13 @@ lab = ("jsonargparse", "rich", "sklearn", "scipy", "matplotlib", "jinja2", "torc
 found = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name in lab else found(name, *rest)
 heavy = ("torchvision", "transformers", "lightning", "timm", "skorch", "ray", "accelerate")
+from largemargin import doctor
 from largemargin.lab.cli import main
+doctor.BESIDE = ("torchvision",)
 status = main(["doctor"])
 assert not {*lab, *heavy} & set(sys.modules)
 sys.exit(status)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "backend cpu" in done.stdout and 'no: pip install "largemargin[lab]"' in done.stdout
+    assert "backend cpu" in done.stdout and "no: pip install 'largemargin[lab]'" in done.stdout

@@ -114,3 +114,11 @@ def test_version_is_the_installed_one():
     from importlib.metadata import version
 
     assert largemargin.__version__ == version("largemargin")
+
+
+def test_the_changelog_begins_with_this_version():
+    newest = re.search(r"^## (.*)$", (Path(__file__).parents[1] / "CHANGELOG.md").read_text(), re.MULTILINE)[1]
+    if ".dev" in largemargin.__version__:
+        assert newest == "Unreleased"
+    else:
+        assert re.fullmatch(rf"{re.escape(largemargin.__version__)} - \d{{4}}-\d\d-\d\d", newest)

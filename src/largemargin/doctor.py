@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import platform
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -26,6 +28,20 @@ DATA_FOLDERS = {  # under the data root, as published
     "places365": "places365",
 }
 
+# in a process of its own, which an import may end: a line for each package, and why it cannot be imported
+IMPORT = """
+import importlib, sys
+out, sys.stdout = sys.stdout, sys.stderr
+for name in sys.argv[1:]:
+    print(name, "the import ends Python", sep="\\t", file=out, flush=True)
+    reason = ""
+    try:
+        importlib.import_module(name.replace("-", "_"))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    print(name, reason, sep="\\t", file=out, flush=True)
+"""
+
 
 def worst_error(backend: str) -> float:
     """The largest error of a loss and its gradient against float64, in roundings of float32 of numbers of size 1 to 16."""
@@ -41,15 +57,29 @@ def worst_error(backend: str) -> float:
     return float((results[0] - results[1]).abs().max()) / torch.finfo(torch.float32).eps
 
 
-def versions_beside() -> str:
+def versions_beside() -> dict[str, str]:
     """The packages that change what happens, with their versions; none is imported."""
-    found = []
+    found = {}
     for name in BESIDE:
         try:
-            found.append(f"{name} {metadata.version(name)}")
+            found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return ", ".join(found) or "none"
+    return found
+
+
+def broken(names: list[str]) -> list[str]:
+    """A line for each reason why some of these cannot be imported."""
+    tried = subprocess.run([sys.executable, "-P", "-W", "ignore", "-c", IMPORT, *names], capture_output=True, text=True, errors="replace")
+    reasons = dict(line.split("\t", 1) for line in tried.stdout.splitlines() if "\t" in line)
+    lines = []
+    for reason in dict.fromkeys(filter(None, reasons.values())):
+        those = [name for name in names if reasons.get(name) == reason]
+        fix = f"the likely fix: pip install --force-reinstall {' '.join(those)}"
+        if "torchvision" in those:
+            fix = "torchvision belongs to another torch: install both from the same index, at versions made for each other"
+        lines.append(f"cannot be imported  {', '.join(those)}: {reason}; {fix}")
+    return lines
 
 
 def torch_built_for() -> str:
@@ -81,6 +111,7 @@ def threads() -> str:
 def report() -> tuple[list[str], bool]:
     """The lines to print, and whether all that is here works."""
     revision = commit()
+    beside = versions_beside()
     known = "" if revision == "unknown" else f", commit {revision[:10]}"
     lines = [
         f"largemargin         {__version__}{known}",
@@ -90,7 +121,8 @@ def report() -> tuple[list[str], bool]:
         f"torch               {torch.__version__}, built {torch_built_for()}",
         f"threads             {threads()}",
         *(f"GPU                 {gpu}" for gpu in gpus()),
-        f"beside it           {versions_beside()}",
+        f"beside it           {', '.join(f'{name} {version}' for name, version in beside.items()) or 'none'}",
+        *broken(list(beside)),
     ]
     fine = True
     lines.append("backend reference   plain torch, on every device: takes what the others do not")
@@ -112,7 +144,9 @@ def report() -> tuple[list[str], bool]:
             f"backend {name:11} {module.describe()}, takes {dtypes}; {'right' if works else 'WRONG'}: off by {error:.1f} roundings at most"
         )
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    lines.append("lab                 " + ('no: pip install "largemargin[lab]"' if missing else "installed"))
+    lines.append(
+        "lab                 " + ("no: pip install 'largemargin[lab]', or pip install -e '.[lab]' in a clone" if missing else "installed")
+    )
     here = [name for name, folder in DATA_FOLDERS.items() if Path("data", folder).is_dir()]
     lines.append(f"data in ./data      {', '.join(here) or 'none'}")
     return [without_home(line) for line in lines], fine
