@@ -7,7 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from largemargin import crammer_singer_hinge, hard_margin_softplus, large_margin_cross_entropy, multiclass_hinge
+from largemargin import (
+    LargeMarginCrossEntropyLoss,
+    MulticlassHingeLoss,
+    crammer_singer_hinge,
+    hard_margin_softplus,
+    large_margin_cross_entropy,
+    multiclass_hinge,
+)
 from measure import call_or_error
 
 Call = dict[str, object]
@@ -222,3 +229,9 @@ def test_hinges_check_their_margin(margin, hinge):
 def test_hinges_have_no_such_option(option, hinge):
     with pytest.raises(TypeError, match=option):
         hinge(**CALLS["(N, C)"](), **{option: 0.1})
+
+
+@pytest.mark.parametrize(("loss", "meant"), [(LargeMarginCrossEntropyLoss, "lam"), (MulticlassHingeLoss, "margin")])
+def test_a_number_in_the_place_of_the_weight_is_named(loss, meant):
+    with pytest.raises(TypeError, match=rf"weight must be .* got 0.3 \(float\).* {meant}=0.3"):
+        loss(0.3)

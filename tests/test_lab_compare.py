@@ -212,12 +212,15 @@ def test_an_image_folder_is_compared(tmp_path):
         "--seeds",
         "0",
         "--losses",
-        "softmax",
         "modified",
+        "large_margin",
     ]
     done = run_cli(*command, "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     assert "n/a" in done.stdout  # one seed
+    report = (tmp_path / "out" / "report.html").read_text()
+    for sentence in ("With two classes the large-margin regulariser is 0", "softmax is not among the losses"):
+        assert sentence in done.stdout and sentence in report
     records = [json.loads(path.read_text()) for path in (tmp_path / "out" / "runs").glob("*/result.json")]
     assert [record["num_train"] for record in records] == [32, 32] and records[0]["classes"] == ["dark", "light"]
     assert not list((tmp_path / "out").rglob("*.pt"))  # the decoded images are gone with the runs that needed them
@@ -350,7 +353,8 @@ assert "torch" not in sys.modules
 def test_without_the_extra_the_install_line_is_printed(monkeypatch, capsys):
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "jsonargparse" else object())
     assert cli.main(["compare"]) == 2
-    assert 'pip install "largemargin[lab]"' in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "pip install 'largemargin[lab]'" in said and "pip install -e '.[lab]'" in said
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_kept(tmp_path):
@@ -455,3 +459,9 @@ def test_each_run_keeps_its_weights_and_events_where_that_is_asked(tmp_path):
     assert (run / "network.safetensors").is_file() and list((run / "events").rglob("events.out.tfevents.*"))
     text = (tmp_path / "out" / "report.html").read_text()
     assert "mobilenet" in text
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_rho_is_no_margin_of_a_cosine(loss):
+    label = Recipe(loss, 0, **LOSSES[loss]).loss_label
+    assert ("m=" in label) == (loss in ("lsoftmax", "cosface", "arcface")) and not ("s=" in label and "ρ" in label)

@@ -252,7 +252,7 @@ build(Recipe("softmax", 0, network="timm:resnet10t"), 1, 2)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stderr.splitlines()[-1].endswith(
-        "LabError: --network timm:resnet10t needs timm, which is not installed: pip install 'largemargin[timm]'"
+        "needs timm, which is not installed; install it with: pip install 'largemargin[timm]', or pip install -e '.[timm]' in a clone"
     )
 
 

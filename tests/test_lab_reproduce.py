@@ -287,3 +287,9 @@ def test_a_folder_of_something_else_cannot_be_reopened(tmp_path, text):
 def test_the_report_of_a_folder_of_neither_kind_says_so(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path)]) == 2
     assert "not the folder of a comparison or a reproduction" in words_of(capsys.readouterr().err)
+
+
+def test_without_a_target_its_names_are_printed(capsys):
+    assert cli.main(["reproduce"]) == 2
+    said = words_of(capsys.readouterr().err)
+    assert said.startswith("largemargin: TARGET is missing") and all(f" {name}" in said for name in ("fig1", "table2", "study"))

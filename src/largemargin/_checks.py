@@ -28,6 +28,12 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {describe(value)}; wrap it in torch.as_tensor")
 
 
+def check_given_first(weight: object, meant: str) -> None:
+    """The first argument of a loss is the weight, as torch's, and not what a user may mean."""
+    if weight is not None and not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a torch.Tensor or None, got {describe(weight)}; all else is by name: {meant}={weight!r}")
+
+
 def check_word(name: str, value: object, allowed: Collection[object]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}, not a valid value for {name}")

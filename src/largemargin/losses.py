@@ -44,6 +44,7 @@ class LargeMarginCrossEntropyLoss(nn.CrossEntropyLoss):
         F.checked_options(lam, divergence, hard_bias, label_smoothing, ignore_index, reduction)
         _checks.check_integer("ignore_index", ignore_index)
         _checks.check_word("backend", backend, BACKENDS)
+        _checks.check_given_first(weight, "lam")
         super().__init__(weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
         self.lam = lam
         self.divergence: Divergence = divergence
@@ -197,6 +198,7 @@ class _HingeLoss(nn.Module):
         self, weight: Tensor | None = None, *, margin: float = 1.0, ignore_index: int = -100, reduction: Reduction = "mean"
     ) -> None:
         super().__init__()
+        _checks.check_given_first(weight, "margin")
         _checks.check_number("margin", margin)
         _checks.check_integer("ignore_index", ignore_index)
         _checks.check_word("reduction", reduction, REDUCTIONS)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from .. import __version__
 from . import NEEDED
-from .errors import LabError
+from .errors import LabError, how_to_install
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         print(
-            f'largemargin: the command line needs {", ".join(missing)}; install it with: pip install "largemargin[lab]" '
+            f"largemargin: the command line needs {', '.join(missing)}; install it with: {how_to_install('lab')} "
             "(largemargin doctor works without)",
             file=sys.stderr,
         )

@@ -255,6 +255,17 @@ def cells(row: Row) -> tuple[str, ...]:
     return (row.label, error, difference, verdict, f"{row.margin:.2f}", f"{row.rho:.2f}", f"{row.ece:.2f}", f"{row.nll:.3f}")
 
 
+def remarks(records: Sequence[dict[str, Any]]) -> list[str]:
+    """What explains a table that says less than was hoped for."""
+    losses = dict.fromkeys(record["recipe"]["loss"] for record in records)
+    sentences = []
+    if BASELINE not in losses:
+        sentences.append(f"{BASELINE} is not among the losses, so there is nothing to measure differences from; add it to --losses.")
+    if len(records[0]["classes"]) == 2 and any("lam" in LOSSES[loss] for loss in losses):
+        sentences.append("With two classes the large-margin regulariser is 0: lam changes nothing.")
+    return sentences
+
+
 CHOICE_COLUMNS = ("loss", "label noise", "lam", "validation error %", "")
 
 
@@ -432,6 +443,8 @@ def print_and_write(comparison: Comparison, out: Path, console: Console, choices
         raise LabError(f"{out}: no run of its last comparison is finished yet; give that command again")
     rows = summarise(records)
     print_tables(rows, console)
+    for sentence in remarks(records):
+        console.print(sentence, highlight=False, markup=False)
     try:
         write_text(out / "results.csv", results_csv(records))
         if validating:

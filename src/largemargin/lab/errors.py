@@ -3,3 +3,7 @@
 
 class LabError(Exception):
     """Something the user can mend; the command line prints its message as one line and stops."""
+
+
+def how_to_install(extra: str) -> str:
+    return f"pip install 'largemargin[{extra}]', or pip install -e '.[{extra}]' in a clone"

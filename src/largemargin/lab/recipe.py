@@ -135,7 +135,8 @@ class Recipe:
     @property
     def loss_label(self) -> str:
         """The loss and its settings, as a row of a table is called."""
-        settings = [f"{SYMBOLS[name]}={getattr(self, name):g}" for name in LOSSES[self.loss]]
+        symbols = SYMBOLS | ({"margin": "m"} if self.loss in ("cosface", "arcface") else {})
+        settings = [f"{symbols[name]}={getattr(self, name):g}" for name in LOSSES[self.loss]]
         settings += [{"kl_qu": "D(q‖u)", "kl_uq": "D(u‖q)"}[self.divergence]] if self.divergence in ("kl_qu", "kl_uq") else []
         return " ".join([self.loss.replace("_", " "), *settings])
 

@@ -24,6 +24,7 @@ from .compare import (
     choice_cells,
     choice_note,
     mean_or_nan,
+    remarks,
 )
 from .evaluate import MARGIN_EDGES
 from .pages import page
@@ -80,7 +81,7 @@ def render(comparison: Comparison, records: Records, rows: Sequence[Row], choice
     first = records[0]
     return page(
         "report.html.j2",
-        headline=headline(rows),
+        headline=[*headline(rows), *remarks(records)],
         overview=overview(rows),
         sections=sections,
         columns=COLUMNS,

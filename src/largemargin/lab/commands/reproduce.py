@@ -24,7 +24,7 @@ def parser() -> ArgumentParser:
         "Compute a table or a figure of the paper and write it beside the paper's numbers. The cells of a table are runs; finished runs "
         "are kept, and shared by all tables of the same folder."
     )
-    reproduce.add_argument("target", choices=[*FIGURES, *TARGETS], metavar="TARGET", help=" ".join([*FIGURES, *TARGETS]))
+    reproduce.add_argument("target", nargs="?", choices=[*FIGURES, *TARGETS], metavar="TARGET", help=" ".join([*FIGURES, *TARGETS]))
     reproduce.add_argument("--cells", nargs="+", type=str, default=None, metavar="NAME", help="only these: names of --list, or patterns")
     reproduce.add_argument(
         "--seeds", nargs="+", type=NonNegativeInt, default=None, metavar="SEED", help="default: 0 1 2, and 0 for ImageNet and Places-365"
@@ -61,6 +61,8 @@ def of_runs(options: Any) -> list[str]:
 
 
 def run(options: Any, console: Console) -> None:
+    if options.target is None:
+        raise LabError(f"TARGET is missing: say which of {' '.join([*FIGURES, *TARGETS])}, as in largemargin reproduce table2 --list")
     if options.target in FIGURES:
         if ignored := of_runs(options):
             raise LabError(f"{ignored[0]} is nothing that {options.target} has: it is computed at once, without runs; leave it out")

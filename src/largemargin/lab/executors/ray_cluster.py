@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import LabError
+from ..errors import LabError, how_to_install
 from ..files import write_atomically
 from ..queue import GRACE_SECONDS, Plan, interrupted_by_sigterm
 from ..recipe import Recipe
@@ -76,7 +76,7 @@ def _imported() -> Any:
     try:
         import ray
     except ImportError as error:
-        raise LabError('--executor ray needs Ray, which is not installed; install it with: pip install "largemargin[ray]"') from error
+        raise LabError(f"--executor ray needs Ray, which is not installed; install it with: {how_to_install('ray')}") from error
     return ray
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .._torchvision import import_torchvision
-from ..errors import LabError
+from ..errors import LabError, how_to_install
 from .network import Network
 
 
@@ -109,7 +109,7 @@ def _import_timm(name: str) -> Any:
         import_torchvision()  # timm imports it, and it may not import by itself
         import timm
     except ImportError as error:
-        raise LabError(f"--network timm:{name} needs timm, which is not installed: pip install 'largemargin[timm]'") from error
+        raise LabError(f"--network timm:{name} needs timm, which is not installed; install it with: {how_to_install('timm')}") from error
     models = timm.list_models()
     if name not in models and name not in timm.list_pretrained():
         close = difflib.get_close_matches(name.partition(".")[0], models)
