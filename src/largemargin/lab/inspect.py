@@ -99,16 +99,7 @@ def _read_npz(path: Path) -> Labelled:
                     found = ", ".join(file.files) or "none"
                     raise LabError(f"{path} has no array {name} (it has: {found}); write it with numpy.savez(path, logits=..., labels=...)")
                 arrays[name] = _array(path, name, file)
-    except (
-        ValueError,
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        NotImplementedError,
-        RuntimeError,
-        SyntaxError,
-        tokenize.TokenError,
-    ) as error:
+    except BROKEN as error:
         raise LabError(f"{path} is damaged ({error}); write it anew with numpy.savez(path, logits=logits, labels=labels)") from error
     logits, labels = arrays["logits"], arrays["labels"]
     for name, array, kinds, fix in (
