@@ -15,6 +15,7 @@ from ._backends import ladder
 from .functional import large_margin_cross_entropy
 from .lab import NEEDED
 from .lab.environment import commit, processor
+from .lab.errors import how_to_install
 
 BESIDE = (
     *("numpy", "triton", "torchvision", "accelerate"),
@@ -144,9 +145,7 @@ def report() -> tuple[list[str], bool]:
             f"backend {name:11} {module.describe()}, takes {dtypes}; {'right' if works else 'WRONG'}: off by {error:.1f} roundings at most"
         )
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    lines.append(
-        "lab                 " + ("no: pip install 'largemargin[lab]', or pip install -e '.[lab]' in a clone" if missing else "installed")
-    )
+    lines.append("lab                 " + (f"no: {how_to_install('lab')}" if missing else "installed"))
     here = [name for name, folder in DATA_FOLDERS.items() if Path("data", folder).is_dir()]
     lines.append(f"data in ./data      {', '.join(here) or 'none'}")
     return [without_home(line) for line in lines], fine
