@@ -252,6 +252,12 @@ def test_a_reduced_study_says_so_at_the_top_and_a_full_one_does_not(out, tmp_pat
     assert "not comparable" in " ".join(changed)
 
 
+def test_the_top_says_what_differs_from_the_scale_that_it_describes(reduced):
+    assert not [sentence for sentence in paper_report.headline(reduced, REDUCED) if "Other than" in sentence]
+    longer = paper_report.headline(entries_of(cells("table2"), REDUCED, TABLE_2, epochs=50, threads=2), REDUCED)
+    assert [sentence for sentence in longer if "Other than" in sentence] == ["Other than at this scale: epochs 50, in place of 15."]
+
+
 def test_deviations_name_fields_and_the_batch_of_a_process(reduced):
     sentences = " ".join(paper_report.deviation_sentences(reduced))
     assert "All cells: trained for 15 epochs (epochs 15; paper 50)." in sentences

@@ -26,6 +26,7 @@ from .paper_lines import (
     Line,
     column_text,
     deviations,
+    differing,
     diverged,
     full_size,
     join,
@@ -104,6 +105,10 @@ def headline(entries: Sequence[Entry], scale: Scale) -> list[str]:
         + (f", {lost} of them diverged" if lost else "")
         + (f"; n = {len(seeds)} seed{'s' * (len(seeds) != 1)} ({', '.join(map(str, seeds))})." if seeds else "."),
         f"Scale {scale.name}: {scale.description.rstrip('.')}.",
+        *(
+            f"Other than at this scale: {name} {ours}, in place of {usual}."
+            for name, usual, ours in sorted(changed(entries, scale), key=str)
+        ),
     ]
     if not full_size(entries):
         sentences.append(
@@ -111,6 +116,12 @@ def headline(entries: Sequence[Entry], scale: Scale) -> list[str]:
             "Only the order of the methods and the sign of their differences can be compared."
         )
     return sentences
+
+
+def changed(entries: Sequence[Entry], scale: Scale) -> set[tuple[str, Any, Any]]:
+    """Fields that the command gave, but for those of the machine: (field, at this scale, in the runs)."""
+    pairs = [(entry.cell.recipes([0], scale)[0], recipe) for entry in entries for recipe in entry.recipes]
+    return {(name, *values) for pair in pairs for name, values in differing(*pair).items() if name not in MACHINE}
 
 
 def table_sentences(lines: Sequence[Line]) -> list[str]:
