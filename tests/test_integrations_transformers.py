@@ -2,6 +2,9 @@
 
 import contextlib
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,6 +74,10 @@ def trained(model, data, folder, *, batch_size, accumulation, loss=None, steps=3
     return model
 
 
+def batch_of(num_rows: int) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([row[name] for row in texts(num_rows)]) for name in ("input_ids", "labels")}
+
+
 def assert_same_weights(model, other, **tolerance) -> None:
     for (name, weight), same in zip(model.named_parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(weight, same, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
@@ -131,6 +138,27 @@ def test_loss_of_logits_is_that_of_the_library(rng):
     torch.testing.assert_close(LargeMarginLoss(causal=True)(logits, labels, torch.tensor(7.0)), following / 7)
 
 
+@pytest.mark.parametrize("labels", ["classes", "probabilities"])
+def test_the_number_of_items_is_what_the_trainer_counted(labels, rng):
+    logits, classes = torch.randn(4, 5, generator=rng), torch.tensor([0, 1, 2, 3])
+    given, counted = (classes, 4) if labels == "classes" else (torch.nn.functional.one_hot(classes, 5).float(), 20)
+    mean = large_margin_cross_entropy(logits, classes)
+    torch.testing.assert_close(LargeMarginLoss()(logits, given, counted), mean)
+    torch.testing.assert_close(LargeMarginLoss()(logits, given, torch.tensor(2.5 * counted)), mean / 2.5)
+    torch.testing.assert_close(LargeMarginLoss()(logits, given, 0.3 * counted), mean / 0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_labels_of_any_integers(dtype):
+    tokens = TEXT[:32].view(2, 16)
+    model = fuse_large_margin_loss(language_model()).train()
+    logits = model(tokens).logits
+    torch.testing.assert_close(LargeMarginLoss()(logits, tokens.to(dtype)), LargeMarginLoss()(logits, tokens), rtol=0, atol=0)
+    expected = LargeMarginLoss(causal=True)(logits, tokens)
+    torch.testing.assert_close(LargeMarginLoss(causal=True)(logits, tokens.to(dtype)), expected, rtol=0, atol=0)
+    torch.testing.assert_close(model(tokens, labels=tokens.to(dtype)).loss, expected)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
@@ -142,12 +170,53 @@ def test_loss_of_logits_is_that_of_the_library(rng):
         (lambda: LargeMarginLoss(causal=True)(torch.zeros(2, 3), torch.zeros(2, 3)), ValueError, "class indices"),
         (lambda: fuse_large_margin_loss(language_model(), when="never"), ValueError, "when must be one of"),
         (lambda: fuse_large_margin_loss(language_model(), lam=-1.0), ValueError, "lam"),
-        (lambda: fuse_large_margin_loss(torch.nn.Linear(2, 2)), ValueError, "loss_function"),
+        (lambda: fuse_large_margin_loss(torch.nn.Linear(2, 2)), ValueError, "got Linear, which has no loss_function"),
+        (
+            lambda: fuse_large_margin_loss(language_model()).loss_function(torch.zeros(2, 3, 4), torch.zeros(2, 5).long()),
+            ValueError,
+            r"labels must have the shape of the tokens \(2, 3\), got \(2, 5\)",
+        ),
     ],
 )
 def test_mistakes_are_named(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+class ScaledHead(torch.nn.Linear):
+    def forward(self, features):
+        return 2 * super().forward(features)
+
+
+def other_model(kind: str) -> torch.nn.Module:
+    """One whose loss or head is another than that of the fused loss."""
+    tokens = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if kind == "masked":
+        return transformers.ModernBertForMaskedLM(transformers.ModernBertConfig(**sizes, **tokens, cls_token_id=0, sep_token_id=0))
+    if kind == "two heads":
+        return transformers.GPT2DoubleHeadsModel(transformers.GPT2Config(n_layer=1, n_embd=32, n_head=2, **tokens))
+    if kind == "encoder":
+        return transformers.T5ForConditionalGeneration(
+            transformers.T5Config(d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2, **tokens)
+        )
+    model = language_model()
+    model.lm_head = ScaledHead(32, VOCABULARY)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("masked", "ModernBertForMaskedLM, whose loss is ForMaskedLMLoss"),
+        ("two heads", "GPT2DoubleHeadsModel, whose forward does not call self.loss_function"),
+        ("encoder", "T5ForConditionalGeneration, which has an encoder.*decoder_input_ids"),
+        ("head", "GPT2LMHeadModel, whose head is a ScaledHead"),
+    ],
+)
+def test_a_model_with_another_loss_or_head_is_refused(kind, words):
+    with pytest.raises(ValueError, match=words):
+        fuse_large_margin_loss(other_model(kind))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -157,7 +226,7 @@ def test_fused_loss_and_gradients_are_those_of_the_logits(family, tied, num_item
     model = language_model(tied=tied, family=family).double()
     plain = copy.deepcopy(model)
     fuse_large_margin_loss(model, lam=0.5, label_smoothing=0.1)
-    batch = {name: torch.stack([row[name] for row in texts(4)]) for name in ("input_ids", "labels")}
+    batch = batch_of(4)
     outputs = model(**batch, **({} if num_items is None else {"num_items_in_batch": num_items}))
     outputs.loss.backward()
     logits = plain(batch["input_ids"]).logits
@@ -167,6 +236,39 @@ def test_fused_loss_and_gradients_are_those_of_the_logits(family, tied, num_item
     torch.testing.assert_close(outputs.loss, expected, rtol=1e-10, atol=0)
     for weight, same in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(weight.grad, same.grad, rtol=1e-8, atol=1e-12)
+
+
+def test_labels_shifted_by_the_caller_and_another_ignored_label():
+    model = fuse_large_margin_loss(language_model(family="llama")).train()
+    tokens, following = TEXT[:32].view(2, 16), TEXT[1:33].view(2, 16)
+    logits = model(tokens).logits
+    torch.testing.assert_close(model(tokens, labels=tokens, shift_labels=following).loss, LargeMarginLoss()(logits, following))
+    masked = torch.where(tokens == tokens[0, 3], -100, tokens)
+    ignoring = model.loss_function(logits=logits, labels=tokens, vocab_size=VOCABULARY, ignore_index=int(tokens[0, 3]))
+    torch.testing.assert_close(ignoring, LargeMarginLoss(causal=True)(logits, masked))
+
+
+def test_under_autocast_the_head_multiplies_in_its_dtype():
+    model = fuse_large_margin_loss(language_model(tied=False, family="llama")).train()
+    tokens = TEXT[:32].view(2, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        features, loss = model.model(tokens).last_hidden_state, model(tokens, labels=tokens).loss
+    logits = features.bfloat16().float() @ model.lm_head.weight.bfloat16().float().t()
+    torch.testing.assert_close(loss, LargeMarginLoss(causal=True)(logits, tokens), rtol=1e-6, atol=0)
+    loss.backward()
+    fused = {name: weight.grad for name, weight in model.named_parameters()}
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        unfused = LargeMarginLoss(causal=True)(model(tokens), tokens)
+    unfused.backward()
+    for name, weight in model.named_parameters():
+        assert fused[name].dtype == torch.float32
+        assert (fused[name] - weight.grad).norm() < 0.02 * weight.grad.norm(), name  # five roundings of bfloat16
+    model.double()
+    with torch.autocast("cpu", torch.bfloat16):
+        double = model(tokens, labels=tokens).loss
+    torch.testing.assert_close(double, model(tokens, labels=tokens).loss, rtol=1e-10, atol=0)  # autocast leaves it alone
+    assert model.to("meta")(tokens.to("meta"), labels=tokens.to("meta")).loss.shape == ()  # which has no autocast
 
 
 def test_a_head_with_a_bias_and_checkpointing():
@@ -213,6 +315,7 @@ def test_fused_holds_no_logits():
 def test_logits_are_there_where_they_are_wanted():
     model = fuse_large_margin_loss(language_model())
     tokens = TEXT[:32].view(2, 16)
+    assert model.lm_head(torch.zeros(1, 4, 32)).shape == (1, 4, VOCABULARY)
     assert model.train()(tokens, labels=tokens).logits.shape == (2, 0, VOCABULARY)
     assert model(tokens).logits.shape == (2, 16, VOCABULARY)
     evaluated = model.eval()(tokens, labels=tokens)
@@ -222,12 +325,53 @@ def test_logits_are_there_where_they_are_wanted():
     always = model(tokens, labels=tokens)
     assert always.logits.shape == (2, 0, VOCABULARY)
     torch.testing.assert_close(always.loss, evaluated.loss)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(tokens, labels=tokens).loss, evaluated.loss)
+
+
+def test_compiled_code_makes_logits():
+    model = fuse_large_margin_loss(language_model(family="llama")).train()
+    tokens = TEXT[:32].view(2, 16)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)(tokens, labels=tokens)
+    assert compiled.logits.shape == (2, 16, VOCABULARY)
+    torch.testing.assert_close(compiled.loss, model(tokens, labels=tokens).loss)
+
+
+class Adapter(torch.nn.Module):
+    """As PEFT's: the forward pass of what it wraps, past its hooks."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def get_base_model(self) -> torch.nn.Module:
+        return self.model
+
+    def forward(self, *args, **kwargs):
+        return self.model.forward(*args, **kwargs)
+
+
+def test_fusing_again_is_fusing_what_the_model_has_become():
+    tokens = TEXT[:32].view(2, 16) % 80
+    model = language_model().train()
+    assert fuse_large_margin_loss(Adapter(model))(tokens, labels=tokens).logits.shape == (2, 0, VOCABULARY)
+    assert fuse_large_margin_loss(model)(tokens, labels=tokens).logits.shape == (2, 0, VOCABULARY)
+    model.resize_token_embeddings(80)
+    logits = model(tokens).logits
+    copied = copy.deepcopy(model)
+    for wrapped in (model, Adapter(model), Adapter(copied), copied):
+        again = fuse_large_margin_loss(wrapped, lam=1.0)(tokens, labels=tokens)
+        assert again.logits.shape == (2, 0, 80)
+        torch.testing.assert_close(again.loss, LargeMarginLoss(lam=1.0, causal=True)(logits, tokens))
+        assert wrapped(tokens).logits.shape == (2, 16, 80)
+    assert fuse_large_margin_loss(Adapter(model))(tokens, labels=tokens).logits.shape == (2, 0, 80)  # the copy's hooks are its own
 
 
 def test_an_error_in_between_leaves_the_model_as_it_was():
     model = fuse_large_margin_loss(language_model()).train()
     with pytest.raises(IndexError):
         model(torch.full((1, 4), VOCABULARY), labels=torch.zeros(1, 4).long())
+    assert model.lm_head(torch.zeros(1, 4, 32)).shape == (1, 4, VOCABULARY)
     assert model(TEXT[:8].view(1, 8)).logits.shape == (1, 8, VOCABULARY)
 
 
@@ -235,6 +379,74 @@ def test_a_model_that_caps_its_logits_is_refused():
     model = fuse_large_margin_loss(language_model(family="gemma2"))
     with pytest.raises(ValueError, match="soft-capping"):
         model.train()(TEXT[:8].view(1, 8), labels=TEXT[:8].view(1, 8))
+
+
+def test_a_model_that_masks_logits_in_place_is_refused():
+    def mask(head, args, logits):
+        logits[:, :, [3, 4]] = -100.0
+
+    model = fuse_large_margin_loss(language_model())
+    model.lm_head.register_forward_hook(mask)
+    with pytest.raises(ValueError, match="masked tokens"):
+        model.train()(TEXT[:8].view(1, 8), labels=TEXT[:8].view(1, 8))
+
+
+@pytest.mark.parametrize("options", [{"label_smoothing_factor": 0.1}, {"loss": LargeMarginLoss(causal=True)}])
+def test_labels_that_the_trainer_holds_back_are_missed(options, tmp_path):
+    with pytest.raises(ValueError, match=r"labels must be given.*compute_loss_func and for label_smoothing_factor"):
+        trained(fuse_large_margin_loss(language_model()), texts(4), tmp_path, batch_size=2, accumulation=1, **options)
+
+
+ON_RANKS = """
+import contextlib, copy
+import pytest, torch
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from largemargin.integrations.transformers import fuse_large_margin_loss
+from largemargin.lab._torchvision import import_torchvision
+with contextlib.suppress(ImportError):
+    import_torchvision()
+import transformers
+
+distributed.init_process_group("gloo")
+mesh = distributed.init_device_mesh("cpu", (2,))
+tokens = torch.arange(64).view(4, 16) * 7 % 64
+mine = tokens.chunk(2)[distributed.get_rank()]
+sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+torch.manual_seed(0)
+whole = fuse_large_margin_loss(transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes))).train()
+parts = [copy.deepcopy(whole) for _ in range(3)]
+whole(tokens, labels=tokens).loss.backward()
+for model, reshard in zip(parts, (None, False, True)):
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    if reshard is not None:
+        fully_shard(model.lm_head, mesh=mesh, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh)
+    if reshard:
+        with pytest.raises(ValueError, match="weight of the head must be whole.*DTensor.*fully_shard"):
+            model(mine, labels=mine)
+        continue
+    outputs = model(mine, labels=mine)
+    assert outputs.logits.numel() == 0
+    outputs.loss.backward()
+    for weight, same in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(weight.grad.full_tensor(), same.grad)
+sharded = copy.deepcopy(whole)
+parallelize_module(sharded.lm_head, mesh, ColwiseParallel())
+with pytest.raises(ValueError, match="it cannot be tensor parallel"):
+    sharded(mine, labels=mine)
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.xdist_group("ranks")
+def test_two_shards_of_a_model_have_the_gradients_of_the_whole(tmp_path):
+    (tmp_path / "on_ranks.py").write_text(ON_RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "on_ranks.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_evaluation_of_the_trainer(tmp_path):
@@ -248,7 +460,7 @@ def test_evaluation_of_the_trainer(tmp_path):
 
     trainer = transformers.Trainer(model, args, eval_dataset=texts(4), compute_metrics=shapes)
     loss = trainer.evaluate()["eval_loss"]
-    batch = {name: torch.stack([row[name] for row in texts(4)]) for name in ("input_ids", "labels")}
+    batch = batch_of(4)
     logits = model(batch["input_ids"]).logits
     kept = (batch["labels"] >= 0).sum()  # GPT2's are counted before the shift by some versions
     shifted = (batch["labels"][:, 1:] >= 0).sum()

@@ -5,16 +5,18 @@ by that number, so that accumulated micro-batches are one large batch. What it c
 
 The fused head needs three hooks. One on the model sees whether labels came; one on the head then gives it no rows, so that it makes no
 logits; and one ties the features to the head's empty output, from which ``model.loss_function`` takes them. Everything else is the
-model's own forward pass. Where a hook does not run, logits are made and the loss is the same.
+model's own forward pass. Where a hook does not run, logits are made and the loss is the same. Under autocast features and head are
+multiplied in its dtype, as its logits would be.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from largemargin import LargeMarginCrossEntropyLoss, large_margin_cross_entropy, linear_large_margin_cross_entropy
+from largemargin import LargeMarginCrossEntropyLoss, dtensors, large_margin_cross_entropy, linear_large_margin_cross_entropy
 
 _IGNORED = -100
 
@@ -29,27 +31,39 @@ def _checked(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _loss(rows: tuple[Tensor, ...], labels: Tensor, num_items: Tensor | float | None, settings: dict[str, Any]) -> Tensor:
-    """Of logits (..., C), or of features (..., D) with the weight and bias of a classifier; divided by ``num_items``, else the mean."""
-    input, *layer = rows
+def _loss(
+    input: Tensor, labels: Tensor, num_items: Tensor | float | None, settings: dict[str, Any], head: nn.Linear | None = None
+) -> Tensor:
+    """Of logits (..., C), or of features (..., D) with the ``head`` that makes logits of them; divided by ``num_items``, else the mean."""
     settings = {**settings, "reduction": "mean" if num_items is None else "sum"}
     if isinstance(settings.get("weight"), Tensor):
         settings["weight"] = settings["weight"].to(input.device)
     input = input.flatten(0, -2)
     labels = labels.to(input.device)
-    labels = labels.reshape(input.shape) if labels.is_floating_point() else labels.flatten()
-    if layer:
-        loss = linear_large_margin_cross_entropy(input, layer[0], labels, linear_bias=layer[1], **settings)
-    else:
+    labels = labels.reshape(input.shape) if labels.is_floating_point() else labels.flatten().long()
+    if head is None:
         loss = large_margin_cross_entropy(input, labels, **settings)
+    else:
+        features, weight, bias = _as_multiplied(input, head)
+        loss = linear_large_margin_cross_entropy(features, weight, labels, linear_bias=bias, **settings)
     if num_items is None:
         return loss
     return loss / (num_items.to(loss.device) if isinstance(num_items, Tensor) else num_items)
 
 
+def _as_multiplied(features: Tensor, head: nn.Linear) -> list[Any]:
+    """Features, weight and bias in the dtype of their product, which autocast lowers."""
+    layer = [features, head.weight, head.bias]
+    device = features.device.type
+    lowered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # meta tensors have none, and raise an error
+    if not lowered or features.dtype == torch.float64:  # which autocast leaves alone
+        return layer
+    return [None if tensor is None else tensor.to(torch.get_autocast_dtype(device)) for tensor in layer]
+
+
 def _shifted(labels: Tensor, ignore_index: int = _IGNORED) -> Tensor:
     """What follows each position, which is what it predicts; nothing follows the last."""
-    return nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    return nn.functional.pad(labels[..., 1:].long(), (0, 1), value=ignore_index)
 
 
 class LargeMarginLoss:
@@ -57,7 +71,8 @@ class LargeMarginLoss:
 
     It takes logits (N, C) with labels (N,), as of sequences and images, logits (N, L, C) with labels (N, L), as of tokens, and
     probabilities of the shape of the logits. Labels of -100 are left out. With ``num_items_in_batch`` the losses of the rows, times
-    ``weight`` if any, are added and divided by it; without it is the mean.
+    ``weight`` if any, are added and divided by it; without it is the mean. Rows of several labels (``multi_label_classification``) are
+    no probabilities, and are not told from them. The Trainer's ``label_smoothing_factor`` has no effect: give ``label_smoothing`` here.
 
     Args:
         lam: the paper's lambda, at least 0.
@@ -105,7 +120,7 @@ class LargeMarginLoss:
             labels = _shifted(labels)
         if probabilities and num_items_in_batch is not None:
             num_items_in_batch = num_items_in_batch / logits.shape[-1]  # the Trainer has counted every entry
-        return _loss((logits,), labels, num_items_in_batch, self.settings)
+        return _loss(logits, labels, num_items_in_batch, self.settings)
 
     def __repr__(self) -> str:
         settings = {"causal": self.causal, **self.settings}
@@ -115,8 +130,8 @@ class LargeMarginLoss:
 class _CausalLoss:
     """What ``model.loss_function`` becomes: of logits, or of the features that an empty tensor of logits carries."""
 
-    def __init__(self, when: str, settings: dict[str, Any]) -> None:
-        self.when, self.settings = when, settings
+    def __init__(self, when: str, settings: dict[str, Any], hooks: list[Any]) -> None:
+        self.when, self.settings, self.hooks = when, settings, hooks
 
     def __call__(
         self,
@@ -131,14 +146,35 @@ class _CausalLoss:
         if shift_labels is None:
             assert labels is not None
             shift_labels = _shifted(labels, ignore_index)
-        rows = getattr(logits, "_made_of", (logits,))
-        if rows[0].shape[:-1] != shift_labels.shape:
+        input, head, version = getattr(logits, "_made_of", (logits, None, None))
+        lost = head is None and input.numel() == 0 and shift_labels.numel() > 0
+        edited = head is not None and version != _version(logits)
+        if lost or edited:
             raise ValueError(
-                f"labels must fit the logits {tuple(rows[0].shape)}, got {tuple(shift_labels.shape)}; if without rows, this model "
-                "changes them between head and loss (soft-capping, a scale, a cast) and cannot be fused: "
-                "use Trainer(compute_loss_func=LargeMarginLoss(causal=True))"
+                "model must give its loss the logits that its head made, got others: it changes them in between (soft-capping, a scale, "
+                "a cast, masked tokens) and cannot be fused; use Trainer(compute_loss_func=LargeMarginLoss(causal=True))"
             )
-        return _loss(rows, shift_labels, num_items_in_batch, {**self.settings, "ignore_index": ignore_index})
+        if input.shape[:-1] != shift_labels.shape:
+            raise ValueError(
+                f"labels must have the shape of the tokens {tuple(input.shape[:-1])}, got {tuple(shift_labels.shape)}; "
+                f"give one for each token, {ignore_index} where there is none"
+            )
+        if head is not None:
+            _check_whole(head)
+        return _loss(input, shift_labels, num_items_in_batch, {**self.settings, "ignore_index": ignore_index}, head)
+
+
+def _version(logits: Tensor) -> int:
+    """It grows with each change in place; in inference mode nothing counts them."""
+    return 0 if logits.is_inference() else logits._version
+
+
+def _check_whole(head: nn.Linear) -> None:
+    if dtensors.is_dtensor(head.weight):
+        raise ValueError(
+            f"the weight of the head must be whole until the model has its loss, got a DTensor {tuple(head.weight.shape)}; with "
+            "fully_shard leave the head in the unit of the model, or give it reshard_after_forward=False; it cannot be tensor parallel"
+        )
 
 
 def _without_adapter(model: Any) -> Any:
@@ -149,6 +185,11 @@ def _without_adapter(model: Any) -> Any:
 def _ask_head(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     inner = _without_adapter(model)
     labelled = kwargs.get("labels") is not None
+    if not labelled and kwargs.get("num_items_in_batch") is not None:
+        raise ValueError(
+            "labels must be given to a fused model by name, got None with num_items_in_batch; the Trainer holds them back for "
+            "compute_loss_func and for label_smoothing_factor: give it neither, and label_smoothing to fuse_large_margin_loss"
+        )
     fused = labelled and (model.training or inner.loss_function.when == "always") and not torch.compiler.is_compiling()
     inner.get_output_embeddings()._leave_out_logits = fused
 
@@ -160,6 +201,7 @@ def _release_head(model: Any, args: tuple[Any, ...], outputs: Any) -> None:
 def _no_rows(head: Any, args: tuple[Any, ...]) -> tuple[Tensor] | None:
     if not getattr(head, "_leave_out_logits", False):
         return None
+    _check_whole(head)
     features = args[0]
     empty = features[..., :0, :]
     empty._features = features
@@ -168,7 +210,26 @@ def _no_rows(head: Any, args: tuple[Any, ...]) -> tuple[Tensor] | None:
 
 def _tie_features(head: Any, args: tuple[Any, ...], logits: Tensor) -> None:
     if hasattr(args[0], "_features"):
-        logits._made_of = args[0]._features, head.weight, head.bias  # type: ignore[attr-defined]
+        logits._made_of = args[0]._features, head, _version(logits)  # type: ignore[attr-defined]
+
+
+def _refusal(model: Any) -> str | None:
+    """Why ``model`` cannot be fused."""
+    loss = getattr(model, "loss_function", None)
+    if loss is None:
+        return "which has no loss_function"
+    if model.config.is_encoder_decoder:
+        return "which has an encoder too, and without labels needs decoder_input_ids in its batches"
+    name = getattr(loss, "__name__", type(loss).__name__)
+    if name not in ("ForCausalLMLoss", _CausalLoss.__name__):
+        return f"whose loss is {name}"
+    forwards = [inspect.unwrap(vars(base)["forward"]) for base in type(model).__mro__ if "forward" in vars(base)]
+    if not any("loss_function" in forward.__code__.co_names for forward in forwards):
+        return "whose forward does not call self.loss_function"
+    head = model.get_output_embeddings()
+    if getattr(type(head), "forward", None) is not nn.Linear.forward:
+        return f"whose head is a {type(head).__name__}"
+    return None
 
 
 def fuse_large_margin_loss(model: Any, *, lam: float = 0.3, when: Literal["training", "always"] = "training", **settings: Any) -> Any:
@@ -180,6 +241,9 @@ def fuse_large_margin_loss(model: Any, *, lam: float = 0.3, when: Literal["train
     Where it is fused, ``outputs.logits`` is empty, (N, 0, C). Without labels, as in generation, in compiled code, and with ``labels`` given
     by position, logits are made as ever, and with labels the loss is that of the logits.
 
+    Under ``fully_shard`` the head is in the unit of the model, or in one with ``reshard_after_forward=False``: the loss comes after the
+    head's own forward pass.
+
     Args:
         model: a causal language model of transformers whose forward calls ``self.loss_function``, or a PEFT model of one; it is changed.
         lam: the paper's lambda, at least 0.
@@ -188,12 +252,15 @@ def fuse_large_margin_loss(model: Any, *, lam: float = 0.3, when: Literal["train
             :class:`~largemargin.LargeMarginCrossEntropyLoss`.
 
     Returns:
-        The same model. Called again, only the settings change.
+        The same model. Called again, it has the new settings, and is fused as it is then: after ``resize_token_embeddings``, or wrapped
+        by PEFT, which both leave the hooks behind.
 
     Raises:
         TypeError, ValueError: as :class:`~largemargin.LargeMarginCrossEntropyLoss`; TypeError for ``ignore_index`` and ``reduction``, which
-            are the Trainer's; ValueError for a model without ``loss_function``, one that has an encoder too, or a head that is no
-            ``nn.Linear``. In the first step ValueError for a model that changes its logits between head and loss.
+            are the Trainer's; ValueError for a model whose loss is not that of a causal language model, one whose forward does not call
+            ``loss_function``, one that has an encoder too, or a head that is no ``nn.Linear``. In the first step ValueError for a model
+            that changes its logits between head and loss, for a head that is sharded away before the loss, and where the Trainer holds the
+            labels back (``label_smoothing_factor``, ``compute_loss_func``).
 
     Example:
         >>> from largemargin.integrations.transformers import fuse_large_margin_loss
@@ -204,22 +271,23 @@ def fuse_large_margin_loss(model: Any, *, lam: float = 0.3, when: Literal["train
     """
     if when not in ("training", "always"):
         raise ValueError(f"when must be one of 'training', 'always'; got {when!r}, not a valid value for when")
+    settings = _checked({"lam": lam, **settings})
     inner = _without_adapter(model)
-    if not hasattr(inner, "loss_function") or not hasattr(inner, "get_output_embeddings"):
+    refusal = _refusal(inner)
+    if refusal is not None:
         raise ValueError(
-            f"model must be a language model of transformers with loss_function, got {type(inner).__name__}; update transformers"
-        )
-    head = inner.get_output_embeddings()
-    if inner.config.is_encoder_decoder or not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        raise ValueError(
-            f"model must be a causal language model whose head is an nn.Linear, got {type(inner).__name__} with {type(head).__name__}; "
+            f"model must be a causal language model of transformers whose head is an nn.Linear, got {type(inner).__name__}, {refusal}; "
             "use Trainer(compute_loss_func=LargeMarginLoss(...))"
         )
-    fused_before = isinstance(inner.loss_function, _CausalLoss)
-    inner.loss_function = _CausalLoss(when, _checked({"lam": lam, **settings}))
-    if not fused_before:
-        model.register_forward_pre_hook(_ask_head, with_kwargs=True)
-        model.register_forward_hook(_release_head, always_call=True)
-        head.register_forward_pre_hook(_no_rows)
-        head.register_forward_hook(_tie_features)
+    if isinstance(inner.loss_function, _CausalLoss):
+        for hook in inner.loss_function.hooks:
+            hook.remove()
+    head = inner.get_output_embeddings()
+    hooks = [
+        model.register_forward_pre_hook(_ask_head, with_kwargs=True),
+        model.register_forward_hook(_release_head, always_call=True),
+        head.register_forward_pre_hook(_no_rows),
+        head.register_forward_hook(_tie_features),
+    ]
+    inner.loss_function = _CausalLoss(when, settings, hooks)
     return model
