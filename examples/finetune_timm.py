@@ -1,9 +1,12 @@
 """Fine-tune a network of timm from a local file of weights, with softmax and with the large margin, on a folder of images.
 
 Nothing is downloaded: the folder is made of scikit-learn's handwritten digits, and the weights come from training on the digits 0 to 4.
-With a folder and a file of your own only the last command is needed. Under a minute on two cores:
+With a folder and a file of your own only the last command is needed. It takes some 35 seconds of processor time:
 
     python examples/finetune_timm.py
+
+The network learns from 40 images a class: of the others it gets some 7% wrong. Between the losses three seeds on so small a task tell
+no difference in error, and the table says so.
 """
 
 import subprocess
@@ -14,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 from sklearn.datasets import load_digits
 
-NETWORK = "timm:test_byobnet"  # a tiny one, made for tests
+NETWORK = "timm:test_resnet"  # a tiny one, made for tests
 
 
 def make_folder(folder: Path, classes: range, num_train: int, num_test: int) -> None:
@@ -36,14 +39,15 @@ def largemargin(*arguments: object) -> None:
 def main(work: Path) -> None:
     """Make the weights and the folder, and compare."""
     make_folder(work / "first", range(5), num_train=120, num_test=20)
-    make_folder(work / "images", range(5, 10), num_train=20, num_test=80)
+    make_folder(work / "images", range(5, 10), num_train=40, num_test=80)
 
-    training = ["--batch-size", 32, "--learning-rate", 0.05, "--flip", "false", "--epochs", 8]  # a mirrored digit is another sign
+    # a mirrored digit is another sign, and all digits are in the middle already
+    training = ["--batch-size", 32, "--learning-rate", 0.05, "--flip", "false", "--crop-padding", 0, "--epochs", 8]
     largemargin("train", "--data", work / "first", "--network", NETWORK, "--loss", "softmax", *training, "--out", work / "pretrained")
 
     fine_tuning = ["--recipe.weights", work / "pretrained" / "network.safetensors", "--recipe.learning_rate", 0.05]
-    fine_tuning += ["--recipe.batch_size", 16, "--recipe.flip", "false", "--epochs", 8]
-    losses = ["--losses", "softmax", "large_margin", "--seeds", 0, 1]
+    fine_tuning += ["--recipe.batch_size", 16, "--recipe.flip", "false", "--recipe.crop_padding", 0, "--epochs", 8]
+    losses = ["--losses", "softmax", "large_margin", "--seeds", 0, 1, 2]
     largemargin("compare", "--data", work / "images", "--network", NETWORK, *losses, *fine_tuning, "--out", work / "compared")
 
 

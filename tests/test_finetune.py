@@ -21,8 +21,10 @@ def test_it_fine_tunes_from_the_weights_it_made(tmp_path):
     assert sorted((record["recipe"]["loss"], record["recipe"]["seed"]) for record in records) == [
         ("large_margin", 0),
         ("large_margin", 1),
+        ("large_margin", 2),
         ("softmax", 0),
         ("softmax", 1),
+        ("softmax", 2),
     ]
     assert len({record["recipe"]["weights_digest"] for record in records} - {""}) == 1
-    assert all(record["test"]["error"] < 70 for record in records)  # of five classes, 80 is chance
+    assert all(record["test"]["error"] < 20 for record in records)  # of five classes, 80 is chance

@@ -73,6 +73,20 @@ def test_with_two_classes_the_decision_function_is_one_number():
     np.testing.assert_allclose(1 / (1 + np.exp(-decision)), net.predict_proba(X[two])[:, 1], atol=1e-6)
 
 
+def test_of_a_module_with_several_outputs_the_first_are_the_logits():
+    class Tapped(nn.Linear):
+        def forward(self, X):
+            return super().forward(X), X
+
+    class Classifier(LargeMarginClassifier):
+        def get_loss(self, y_pred, y_true, *args, **kwargs):
+            return super().get_loss(y_pred[0], y_true, *args, **kwargs)
+
+    net = Classifier(Tapped(64, 10), max_epochs=1, train_split=None, verbose=0).fit(X[:100], Y[:100])
+    logits = torch.tensor(net.decision_function(X[:10]))
+    np.testing.assert_allclose(logits.softmax(1), net.predict_proba(X[:10]), atol=1e-6)
+
+
 def test_options_of_the_loss_survive_clone_and_pickle():
     net = classifier(criterion__lam=0.7, criterion__divergence="kl_qu")
     for same in (clone(net), clone(net).set_params(criterion__lam=0.7)):

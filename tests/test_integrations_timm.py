@@ -110,6 +110,22 @@ def test_another_loss_is_refused(name):
         train_loss(arguments(**{name: True}))
 
 
+@pytest.mark.parametrize("loss", [name for name in getattr(timm.loss, "LOSS_TYPES", ["ce", "bce"]) if name != "ce"])
+def test_another_loss_of_newer_scripts_is_refused(loss):
+    with pytest.raises(ValueError, match=f"args.loss must be 'ce', got '{loss}'"):
+        train_loss(arguments(loss=loss))
+
+
+def test_several_labels_at_once_are_refused():
+    with pytest.raises(ValueError, match=r"args\.task must not be 'multilabel'"):
+        train_loss(arguments(task="multilabel"))
+
+
+@pytest.mark.parametrize("loss", [None, "ce"])
+def test_newer_scripts_that_ask_for_cross_entropy_get_ours(loss):
+    assert train_loss(arguments(loss=loss, task="classification", smoothing=0.1)).label_smoothing == 0.1
+
+
 def test_timms_training_task_takes_the_loss(batch):
     task_module = pytest.importorskip("timm.task")
     images, labels = batch

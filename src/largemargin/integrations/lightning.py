@@ -5,7 +5,7 @@ else the one that is installed.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from largemargin import LargeMarginCrossEntropyLoss
+from largemargin import LargeMarginCrossEntropyLoss, _checks
 from largemargin.metrics import MarginMetrics
 
 _NAMES = ("lightning.pytorch", "pytorch_lightning")
+_STEPS = {"train": "training_step", "val": "validation_step"}
 
 
 def _package() -> Any:
@@ -33,8 +34,11 @@ _Callback: Any = _package().Callback
 class LargeMarginClassifier(_Module):  # type: ignore[misc]  # found at run time
     r"""A classifier trained with :class:`~largemargin.LargeMarginCrossEntropyLoss`, for Lightning's Trainer.
 
-    Batches are pairs of input and target. It logs ``train_loss`` and ``val_loss``, and its steps return logits and target as
-    :class:`MarginLogger` wants them.
+    Batches are pairs of input and target; for prediction the input alone will do. It logs ``train_loss``, ``val_loss`` and ``test_loss``,
+    those of all labels of an epoch at once, and its steps return logits and target as :class:`MarginLogger` wants them.
+
+    Checkpoints keep ``lam`` and ``settings``; what else it was made of is given again:
+    ``LargeMarginClassifier.load_from_checkpoint(path, network=network)``.
 
     Args:
         network: takes the input of a batch and gives logits (N, C) or (N, C, d1, ..., dk).
@@ -44,7 +48,7 @@ class LargeMarginClassifier(_Module):  # type: ignore[misc]  # found at run time
         settings: of :class:`~largemargin.LargeMarginCrossEntropyLoss`.
 
     Returns:
-        When called with an input: logits.
+        When called with an input: logits. ``Trainer.predict`` gives those of each batch.
 
     Raises:
         TypeError, ValueError: as :class:`~largemargin.LargeMarginCrossEntropyLoss`.
@@ -71,6 +75,10 @@ class LargeMarginClassifier(_Module):  # type: ignore[misc]  # found at run time
         super().__init__()
         self.network = network
         self.criterion = LargeMarginCrossEntropyLoss(lam=lam, **settings)
+        _checks.check_word("reduction", self.criterion.reduction, ("mean", "sum"))
+        given = {"lam": lam, **settings}
+        # a scalar of numpy, as a sweep over lam gives, would not be loaded with weights_only
+        self.save_hyperparameters({name: value.item() if type(value).__module__ == "numpy" else value for name, value in given.items()})
         self.optimizer, self.scheduler = optimizer, scheduler
 
     def forward(self, input: Tensor) -> Tensor:
@@ -86,6 +94,14 @@ class LargeMarginClassifier(_Module):  # type: ignore[misc]  # found at run time
         """The loss of a batch, with logits and target."""
         return self._step("val", batch)
 
+    def test_step(self, batch: Sequence[Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """The loss of a batch, with logits and target."""
+        return self._step("test", batch)
+
+    def predict_step(self, batch: Tensor | Sequence[Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """The logits of a batch: an input, or a sequence that begins with it."""
+        return self.forward(batch if isinstance(batch, Tensor) else batch[0])
+
     def configure_optimizers(self) -> Any:
         """The optimiser, with its schedule if there is one."""
         optimizer = self.optimizer(self.parameters())
@@ -95,8 +111,39 @@ class LargeMarginClassifier(_Module):  # type: ignore[misc]  # found at run time
         input, target = batch
         logits = self(input)
         loss = self.criterion(logits, target)
-        self.log(f"{stage}_loss", loss, on_step=False, on_epoch=True, batch_size=len(target), sync_dist=True)
+        counted = self._denominator(logits, target)
+        logged = torch.where(counted > 0, loss, 0.0)  # the mean over no labels is NaN, which 0 times is still NaN
+        self.log(
+            f"{stage}_loss",
+            logged,
+            on_step=False,
+            on_epoch=True,
+            reduce_fx=self.criterion.reduction,
+            batch_size=counted,
+            sync_dist=True,
+        )
         return {"loss": loss, "logits": logits.detach(), "target": target}
+
+    def _denominator(self, logits: Tensor, target: Tensor) -> Tensor:
+        """What the mean of the loss divides by: the summed weights of the labels that are kept, or the number of rows of probabilities.
+
+        A float: Lightning's mean over ranks would cut off an integer.
+        """
+        dtype = torch.float32 if logits.device.type == "mps" else torch.float64  # no float64 there
+        if _checks.is_probabilities(logits, target):
+            return torch.ones_like(target[:, 0], dtype=dtype).sum()
+        kept, weight = target != self.criterion.ignore_index, self.criterion.weight
+        rows = kept if weight is None else kept * weight[target.long().clamp(0, len(weight) - 1)]
+        return rows.sum(dtype=dtype)
+
+
+def _check_words(name: str, given: Sequence[str], known: Collection[str]) -> tuple[str, ...]:
+    if isinstance(given, str):
+        raise TypeError(f"{name} must be a tuple of names, got {given!r}; give ({given!r},)")
+    for word in given:
+        if word not in known:
+            raise ValueError(f"{name} must be among {', '.join(map(repr, known))}; got {word!r}")
+    return tuple(given)
 
 
 class MarginLogger(_Callback):  # type: ignore[misc]
@@ -104,15 +151,18 @@ class MarginLogger(_Callback):  # type: ignore[misc]
 
     The figures are means over the rows of all batches on all ranks, whatever the sizes of batches and of steps. In training they are of
     the logits that the loss saw, before the step that followed. They are logged as ``train_margin``, ``val_margin`` and so on, or
-    ``val_margin_0``, ``val_margin_1`` where there are several loaders of validation, and can be monitored.
+    ``val_margin_0``, ``val_margin_1`` where there are several loaders of validation, and can be monitored. A step that Lightning skips,
+    as ``training_step`` returned ``None``, is not counted. An epoch resumed in its middle counts what follows the checkpoint.
 
     Args:
         figures: which of those of :class:`~largemargin.metrics.MarginMetrics` are logged.
+        stages: ``"train"``, ``"val"`` or both. A probability has no margin: with mixup leave ``"train"`` out.
         settings: ``num_bins``, ``top_k``, ``ignore_index`` of :class:`~largemargin.metrics.MarginMetrics`.
 
     Raises:
-        TypeError, ValueError: as :class:`~largemargin.metrics.MarginMetrics`; ValueError for unknown ``figures``, and in the first step
-            where ``training_step`` or ``validation_step`` does not return a dict with ``"logits"`` (N, C, ...) and ``"target"`` (N, ...).
+        TypeError, ValueError: as :class:`~largemargin.metrics.MarginMetrics`; for ``figures`` or ``stages`` that are unknown or no tuple;
+            ValueError in the first step where ``training_step`` or ``validation_step`` does not return a dict with ``"logits"``
+            (N, C, ...) and class indices ``"target"`` (N, ...).
 
     Example:
         >>> from largemargin.integrations.lightning import MarginLogger
@@ -122,22 +172,25 @@ class MarginLogger(_Callback):  # type: ignore[misc]
     Source: Kobayashi, BMVC 2019, eq. (7) and Fig. 3.
     """
 
-    def __init__(self, *, figures: Sequence[str] = ("margin", "rho_hat"), **settings: Any) -> None:
+    def __init__(
+        self, *, figures: Sequence[str] = ("margin", "rho_hat"), stages: Sequence[str] = ("train", "val"), **settings: Any
+    ) -> None:
         super().__init__()
-        known = MarginMetrics(**settings).compute()
-        for name in figures:
-            if name not in known:
-                raise ValueError(f"figures must be among {', '.join(map(repr, known))}; got {name!r}")
-        self.figures, self.settings = tuple(figures), settings
+        self.figures = _check_words("figures", figures, MarginMetrics(**settings).compute())
+        self.stages = _check_words("stages", stages, tuple(_STEPS))
+        self.settings = settings
         self._counted: dict[str, list[MarginMetrics]] = {}
 
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Start to count."""
-        self._start("train", 1, pl_module)
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Forget what a run that broke off has counted."""
+        self._counted.clear()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count a batch."""
-        self._count("train", outputs, 0)
+        if "train" not in self._counted:  # on_train_epoch_start is left out where an epoch is resumed in its middle
+            self._start("train", 1, pl_module)
+        if outputs or not pl_module.automatic_optimization:  # else training_step returned None
+            self._count("train", outputs, 0)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the epoch."""
@@ -145,7 +198,7 @@ class MarginLogger(_Callback):  # type: ignore[misc]
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Start to count."""
-        self._start("val", len(trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches), pl_module)
+        self._start("val", len(trainer.num_val_batches), pl_module)
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -162,14 +215,19 @@ class MarginLogger(_Callback):  # type: ignore[misc]
         self._counted[stage] = [MarginMetrics(device=device, **self.settings) for _ in range(num_loaders)]
 
     def _count(self, stage: str, outputs: Any, loader: int) -> None:
+        if stage not in self.stages:
+            return
+        (other,) = _STEPS.keys() - {stage}
+        way_out = f"or leave it out: MarginLogger(stages=({other!r},))"
         if not isinstance(outputs, dict) or not {"logits", "target"} <= outputs.keys():
-            step = {"train": "training_step", "val": "validation_step"}[stage]
             came = sorted(outputs) if isinstance(outputs, dict) else type(outputs).__name__
-            raise ValueError(f"{step} must return a dict with 'logits' and 'target', got {came}; return {{'loss': ..., 'logits': ...}}")
+            raise ValueError(f"{_STEPS[stage]} must return a dict with 'logits' and 'target', got {came}; {way_out}")
+        if _checks.is_probabilities(outputs["logits"], outputs["target"]):
+            raise ValueError(f"{_STEPS[stage]} must return class indices as 'target', got probabilities, as of mixup; {way_out}")
         self._counted[stage][loader].update(outputs["logits"], outputs["target"])
 
     def _log(self, stage: str, pl_module: Any) -> None:
-        counted = self._counted.pop(stage)
+        counted = self._counted.pop(stage, []) if stage in self.stages else []
         for loader, metrics in enumerate(counted):
             found = metrics.reduce().compute()
             suffix = f"_{loader}" if len(counted) > 1 else ""

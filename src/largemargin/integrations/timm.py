@@ -13,7 +13,8 @@ def train_loss(args: Any, **options: Any) -> LargeMarginCrossEntropyLoss:
     Label smoothing goes into the loss, except with mixup or cutmix: timm smooths their targets already, and twice would be too much.
 
     Args:
-        args: the script's arguments; ``smoothing``, ``mixup``, ``cutmix``, ``cutmix_minmax``, ``jsd_loss`` and ``bce_loss`` are read.
+        args: the script's arguments; ``smoothing``, ``mixup``, ``cutmix``, ``cutmix_minmax``, ``jsd_loss``, ``bce_loss``, ``loss`` and
+            ``task`` are read, of which older scripts do not have the last two.
         options: of :class:`.LargeMarginCrossEntropyLoss`, without ``label_smoothing``: ``lam``, ``divergence``, ``hard_bias`` ...
 
     Raises:
@@ -30,5 +31,9 @@ def train_loss(args: Any, **options: Any) -> LargeMarginCrossEntropyLoss:
     for name, flag in _OTHER_LOSSES.items():
         if getattr(args, name, False):
             raise ValueError(f"args.{name} must be off, got {getattr(args, name)!r}: it is a loss of its own; leave {flag} out")
+    if getattr(args, "loss", None) not in (None, "ce"):
+        raise ValueError(f"args.loss must be 'ce', got {args.loss!r}: it is a loss of its own; leave --loss out")
+    if getattr(args, "task", None) == "multilabel":
+        raise ValueError("args.task must not be 'multilabel': its classes are not exclusive, the loss is a softmax; leave --task out")
     mixes = getattr(args, "mixup", 0) > 0 or getattr(args, "cutmix", 0) > 0 or getattr(args, "cutmix_minmax", None) is not None
     return LargeMarginCrossEntropyLoss(label_smoothing=0.0 if mixes else getattr(args, "smoothing", 0.0), **options)
