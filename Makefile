@@ -56,4 +56,4 @@ wheels: ## dist/: the source distribution and both wheels, each installed into a
 	.ci/check-wheel dist
 
 clean: ## remove what the other targets made, but for runs/
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

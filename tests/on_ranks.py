@@ -103,10 +103,13 @@ def by_kernels(group: dist.ProcessGroup, sizes: tuple[int, ...], inner: tuple[in
     return loss
 
 
-def equals_whole_as_dtensor(group: dist.ProcessGroup, mesh_shape: tuple[int, ...], places: tuple[str, ...], options: dict) -> Tensor:
+def equals_whole_as_dtensor(
+    group: dist.ProcessGroup, mesh_shape: tuple[int, ...], places: tuple[str, ...], dtype: torch.dtype, options: dict
+) -> Tensor:
     """The loss of a DTensor is that of its full tensor, whichever way it is sharded: over "rows", "classes", "inner", or not."""
     mesh = init_device_mesh("cpu", mesh_shape)
     rows = Rows(10, 5, (3,))
+    rows.target = rows.target.masked_fill(rows.target == -100, options.get("ignore_index", -100)).to(dtype)
     of = {"rows": Shard(0), "classes": Shard(1), "inner": Shard(-1), "": Replicate(), "sum": Replicate()}
     logits = distribute_tensor(rows.logits, mesh, [of[place] for place in places]).requires_grad_()
     computed = logits * 1
@@ -623,7 +626,7 @@ def arcface() -> torch.nn.Module:
 
 
 def center() -> torch.nn.Module:
-    return heads.CenterLoss(4, 6, as_parameter=True, dtype=torch.float64)
+    return heads.CenterLoss(6, 4, as_parameter=True, dtype=torch.float64)
 
 
 def cosface_in_the_sharded_loss(group: dist.ProcessGroup) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from largemargin import __version__, doctor
+from largemargin import __version__
 from largemargin._backends import cpu, ladder
+from largemargin.lab import doctor
 
 
 @pytest.fixture(autouse=True)
@@ -173,7 +174,7 @@ lab = ("jsonargparse", "rich", "sklearn", "scipy", "matplotlib", "jinja2", "torc
 found = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name in lab else found(name, *rest)
 heavy = ("torchvision", "transformers", "lightning", "timm", "skorch", "ray", "accelerate")
-from largemargin import doctor
+from largemargin.lab import doctor
 from largemargin.lab.cli import main
 doctor.BESIDE = ("torchvision",)
 status = main(["doctor"])

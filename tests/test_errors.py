@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from largemargin import (
     LargeMarginCrossEntropyLoss,
+    LinearLargeMarginCrossEntropyLoss,
     MulticlassHingeLoss,
     crammer_singer_hinge,
     hard_margin_softplus,
@@ -231,7 +232,14 @@ def test_hinges_have_no_such_option(option, hinge):
         hinge(**CALLS["(N, C)"](), **{option: 0.1})
 
 
-@pytest.mark.parametrize(("loss", "meant"), [(LargeMarginCrossEntropyLoss, "lam"), (MulticlassHingeLoss, "margin")])
-def test_a_number_in_the_place_of_the_weight_is_named(loss, meant):
+@pytest.mark.parametrize(
+    ("loss", "before", "meant"),
+    [
+        (LargeMarginCrossEntropyLoss, (), "lam"),
+        (LinearLargeMarginCrossEntropyLoss, (3, 4, True), "lam"),
+        (MulticlassHingeLoss, (), "margin"),
+    ],
+)
+def test_a_number_in_the_place_of_the_weight_is_named(loss, before, meant):
     with pytest.raises(TypeError, match=rf"weight must be .* got 0.3 \(float\).* {meant}=0.3"):
-        loss(0.3)
+        loss(*before, 0.3)

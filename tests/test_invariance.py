@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from largemargin import large_margin_cross_entropy
+from largemargin._reduce import row_weights
 from measure import assert_within, same_bits
 
 
@@ -150,6 +151,12 @@ def test_case_13_uint8_targets_with_a_void_label(void, rng):
     target[0, 0] = void
     expected = large_margin_cross_entropy(input, target, ignore_index=void)
     assert same_bits(large_margin_cross_entropy(input, target.to(torch.uint8), ignore_index=void), expected)
+
+
+@pytest.mark.parametrize("weight", [None, torch.arange(200.0)], ids=["alone", "weighted"])
+def test_case_13_uint8_targets_count_as_often(weight):
+    target = torch.tensor([3, 156, 7, 199])  # in uint8 156 is -100
+    assert same_bits(row_weights(target.to(torch.uint8), weight, -100), row_weights(target, weight, -100))
 
 
 # sharp case 14

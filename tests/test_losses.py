@@ -15,6 +15,7 @@ from largemargin import (
     HardMarginSoftplusLoss,
     LargeMarginCrossEntropyLoss,
     LargeMarginInSoftmaxLoss,
+    LinearLargeMarginCrossEntropyLoss,
     MulticlassHingeLoss,
     crammer_singer_hinge,
     hard_margin_softplus,
@@ -132,6 +133,32 @@ def test_repr_is_the_call_that_makes_it(module, options, batch):
     again = eval(repr(loss), vars(largemargin) | {module.__name__: module})
     assert repr(again) == repr(loss)
     assert same_bits(again(*batch), loss(*batch))
+
+
+def linear(**options) -> LinearLargeMarginCrossEntropyLoss:
+    torch.manual_seed(0)
+    return LinearLargeMarginCrossEntropyLoss(5, 5, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        *((make, SOFTMAX_OPTIONS[i]) for make in (LargeMarginCrossEntropyLoss, linear) for i in (1, 2)),
+        (LargeMarginInSoftmaxLoss, {"reg_lambda": 0.5, "deg_logit": True, "ignore_index": 2, "reduction": "sum"}),
+        *(
+            (module, option)
+            for module in (MulticlassHingeLoss, CrammerSingerHingeLoss, HardMarginSoftplusLoss)
+            for option in HINGE_OPTIONS[1:]
+        ),
+    ],
+)
+def test_a_setting_changed_later_is_that_of_a_new_module(make, settings, batch):
+    changed, new = make(), make(**settings)
+    assert repr(changed) != repr(new) and not torch.equal(changed(*batch), new(*batch))
+    for name, value in settings.items():
+        assert hasattr(changed, name)
+        setattr(changed, name, value)
+    assert repr(changed) == repr(new) and same_bits(changed(*batch), new(*batch))
 
 
 @each_module

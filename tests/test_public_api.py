@@ -80,17 +80,6 @@ def test_signature_is_a_superset_of_torchs():
     assert list(ours)[:3] == list(inspect.signature(F.cross_entropy).parameters)[:3]
 
 
-def test_words_of_the_types_are_the_words_accepted():
-    from typing import get_args
-
-    from largemargin import _reduce, functional
-    from largemargin._backends import ladder
-
-    assert get_args(functional.Divergence) == functional.DIVERGENCES
-    assert get_args(_reduce.Reduction) == _reduce.REDUCTIONS
-    assert (None, *get_args(ladder.Backend)) == ladder.BACKENDS
-
-
 def in_a_fresh_interpreter(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 

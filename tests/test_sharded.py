@@ -61,8 +61,11 @@ def test_lower_precision_is_within_roundings_of_float64(ranks, sizes, dtype):
     ids=str,
 )
 def test_dtensor_logits_take_their_classes_from_where_they_are(ranks, mesh, places):
-    for reduction, options in itertools.product(("none", "sum", "mean"), ({}, {"weighted": True, "label_smoothing": 0.1})):
-        assert_same_everywhere(ranks.run(4, on_ranks.equals_whole_as_dtensor, mesh, places, {**options, "reduction": reduction}))
+    labels = ((torch.int64, {}), (torch.uint8, {"ignore_index": 255}))
+    losses = ({}, {"weighted": True, "label_smoothing": 0.1})
+    for reduction, (dtype, ignoring), options in itertools.product(("none", "sum", "mean"), labels, losses):
+        settings = {**options, **ignoring, "reduction": reduction}
+        assert_same_everywhere(ranks.run(4, on_ranks.equals_whole_as_dtensor, mesh, places, dtype, settings))
 
 
 def test_a_classifier_under_tensor_parallelism(ranks):

@@ -51,10 +51,10 @@ def check_number(name: str, value: object, *, low: float = -sys.float_info.max) 
         raise ValueError(f"{name} must be finite{f' and at least {low:g}' if low > -1 else ''}, got {value!r}")
 
 
-def check_positive(name: str, value: object) -> None:
+def check_positive(name: str, value: object, hint: str = "") -> None:
     check_number(name, value)
     if not value > 0:  # type: ignore[operator]  # a number it is
-        raise ValueError(f"{name} must be above 0, got {value!r}")
+        raise ValueError(f"{name} must be above 0, got {value!r}{hint and f'; {hint}'}")
 
 
 def check_at_least_1(name: str, value: object) -> None:

@@ -37,7 +37,9 @@ def reduce_rows(losses: Tensor, index: Tensor, weight: Tensor | None, reduction:
 
 def row_weights(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
     """How often each row counts, in float64: ``w_y``, and 0 where it is ignored; their sum is what ``mean`` divides by."""
+    target = target.long()  # uint8 would be a mask as an index, and has 156 for -100
+    dtype = torch.float32 if target.device.type == "mps" else torch.float64  # no float64 there
     kept = target != ignore_index
     if weight is None or not weight.numel():
-        return kept.double()
-    return torch.where(kept, weight.double()[target.clamp(0, len(weight) - 1)], 0.0)
+        return kept.to(dtype)
+    return torch.where(kept, weight.to(dtype)[target.clamp(0, len(weight) - 1)], 0.0)

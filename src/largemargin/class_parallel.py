@@ -79,10 +79,8 @@ class ClassParallelLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("in_features", in_features), ("num_classes", num_classes)):
-            _checks.check_integer(name, value)
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        _checks.check_at_least_1("in_features", in_features)
+        _checks.check_at_least_1("num_classes", num_classes)
         shards.check_group(group)
         self.in_features, self.num_classes = in_features, num_classes
         start, stop = self._bounds(dist.get_rank(group), dist.get_world_size(group))

@@ -115,6 +115,24 @@ class LargeMarginInSoftmaxLoss(LargeMarginCrossEntropyLoss):
             reduction = nn.CrossEntropyLoss(size_average=size_average, reduce=reduce).reduction  # type: ignore[assignment]
         super().__init__(weight, lam=reg_lambda, hard_bias=float(deg_logit or 0.0), ignore_index=ignore_index, reduction=reduction)
 
+    @property
+    def reg_lambda(self) -> float:
+        """The author's name of ``lam``."""
+        return self.lam
+
+    @reg_lambda.setter
+    def reg_lambda(self, value: float) -> None:
+        self.lam = value
+
+    @property
+    def deg_logit(self) -> float | bool | None:
+        """The author's name of ``hard_bias``."""
+        return self.hard_bias
+
+    @deg_logit.setter
+    def deg_logit(self, value: float | bool | None) -> None:
+        self.hard_bias = float(value or 0.0)
+
     def extra_repr(self) -> str:
         return f"reg_lambda={self.lam}, deg_logit={self.hard_bias}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
 
@@ -161,7 +179,8 @@ class LinearLargeMarginCrossEntropyLoss(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        options = LargeMarginCrossEntropyLoss(  # which checks them
+        LargeMarginCrossEntropyLoss(  # which checks them
+            weight,
             lam=lam,
             divergence=divergence,
             hard_bias=hard_bias,
@@ -172,17 +191,33 @@ class LinearLargeMarginCrossEntropyLoss(nn.Module):
         )
         self.linear = nn.Linear(in_features, num_classes, bias, device=device, dtype=dtype)
         self.register_buffer("weight", weight)
-        names = ("lam", "divergence", "hard_bias", "label_smoothing", "ignore_index", "reduction", "backend")
-        self._options: dict[str, Any] = {name: getattr(options, name) for name in names}
+        self.lam = lam
+        self.divergence: Divergence = divergence
+        self.hard_bias = hard_bias
+        self.label_smoothing = label_smoothing
+        self.ignore_index = ignore_index
+        self.reduction: Reduction = reduction
+        self.backend: Backend | None = backend
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "lam": self.lam,
+            "divergence": self.divergence,
+            "hard_bias": self.hard_bias,
+            "label_smoothing": self.label_smoothing,
+            "ignore_index": self.ignore_index,
+            "reduction": self.reduction,
+            "backend": self.backend,
+        }
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of features ``input`` (..., D) and class indices ``target`` (...)."""
         return linear_large_margin_cross_entropy(
-            input, self.linear.weight, target, linear_bias=self.linear.bias, weight=self.weight, **self._options
+            input, self.linear.weight, target, linear_bias=self.linear.bias, weight=self.weight, **self._options()
         )
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self._options.items())
+        return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
 
     if TYPE_CHECKING:
 

@@ -43,12 +43,6 @@ def _reduced(values: Tensor, rows: Rows, reduction: Reduction) -> Tensor:
     return reduce_rows(values, rows.class_index.to(values.device), None, reduction)
 
 
-def _check_count(name: str, value: object) -> None:
-    _checks.check_integer(name, value)
-    if value < 1:  # type: ignore[operator]
-        raise ValueError(f"{name} must be at least 1, got {value}")
-
-
 @torch.no_grad()
 def margin(input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: Reduction = "mean") -> Tensor:
     r"""The classification margin: by how much the target's logit leads the largest other.
@@ -315,7 +309,7 @@ def topk_error(input: Tensor, target: Tensor, k: int = 5, *, ignore_index: int =
 
     Source: the top-5 errors of Kobayashi, *Large Margin In Softmax Cross-Entropy Loss*, BMVC 2019, Table 4, are in percent.
     """
-    _check_count("k", k)
+    _checks.check_at_least_1("k", k)
     rows, stats = _measure(input, target, ignore_index)
     return _reduced(_outside_top(rows, stats, k).to(stats.log_odds.dtype), rows, reduction)
 
@@ -395,7 +389,7 @@ def ece(input: Tensor, target: Tensor, *, num_bins: int = 15, ignore_index: int 
 
     Source: Guo, Pleiss, Sun and Weinberger, *On Calibration of Modern Neural Networks*, ICML 2017, eq. (3).
     """
-    _check_count("num_bins", num_bins)
+    _checks.check_at_least_1("num_bins", num_bins)
     rows, stats = _measure(input, target, ignore_index)
     of_bins, _, rows_of_cells = _calibration_sums(rows, stats, num_bins)
     return _with_nan(_equal_width(of_bins, rows_of_cells.sum()), rows, stats)
@@ -431,7 +425,7 @@ def adaptive_ece(input: Tensor, target: Tensor, *, num_bins: int = 15, ignore_in
 
     Source: Nguyen and O'Connor, *Posterior calibration and exploratory analysis for natural language processing models*, EMNLP 2015.
     """
-    _check_count("num_bins", num_bins)
+    _checks.check_at_least_1("num_bins", num_bins)
     rows, stats = _measure(input, target, ignore_index)
     _, of_cells, rows_of_cells = _calibration_sums(rows, stats, 1)
     return _with_nan(_equal_mass(of_cells, rows_of_cells, num_bins), rows, stats)
@@ -448,6 +442,9 @@ def super_symmetry(weight: Tensor) -> Tensor:
 
     It is the spread of the C - 1 eigenvalues of G: 0 for the form, sqrt(1 - 1 / (C - 1)) where the rows lie on a line. The form needs
     D >= C - 1 features; with fewer it is at least sqrt(1 - D / (C - 1)). Scale, rotation and a common shift of the rows do not matter.
+
+    It is the sine of the angle between G and the form, and :func:`.super_symmetry_penalty` p is one less the cosine: this is
+    :math:`\sqrt{p (2 - p)}`.
 
     Args:
         weight: the classifier's, shape ``(C, D)`` with C >= 2, floating; what an ``nn.Linear`` has.
@@ -548,8 +545,8 @@ class MarginMetrics:
     """
 
     def __init__(self, *, num_bins: int = 15, top_k: int = 5, ignore_index: int = -100, device: torch.device | str | None = "cpu") -> None:
-        _check_count("num_bins", num_bins)
-        _check_count("top_k", top_k)
+        _checks.check_at_least_1("num_bins", num_bins)
+        _checks.check_at_least_1("top_k", top_k)
         _checks.check_integer("ignore_index", ignore_index)
         self.num_bins, self.top_k, self.ignore_index = num_bins, top_k, ignore_index
         self._totals = _zeros(num_bins, device)

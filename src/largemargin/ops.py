@@ -1,4 +1,4 @@
-"""``row_stats``: the one differentiable operation, and the ladder that picks who computes it.
+"""``row_stats``: the one differentiable operation.
 
 The reference's autograd functions save only their inputs. Their backward is plain torch on those inputs, so that it can be
 differentiated again, batched by ``vmap`` and traced by ``torch.compile`` like any other code. A kernel's cannot: where one of these is

@@ -163,16 +163,22 @@ def _row(logits: Tensor, target: Tensor, whole: Record | None = None) -> _Row:
     return _Row(others, absent, exp_z / sum_exp, z - sum_exp_z / sum_exp, num_nontargets.clamp(min=1), alone)
 
 
+def without_spread(grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The gradients of the first four fields of RowStats, with that of spread = e - a in those of e and a (None and absent ones are 0)."""
+    g_l, g_e, g_a, g_rho, g_spread = (*grads, *[None] * 5)[:5]
+    if g_spread is not None:
+        g_e = g_spread if g_e is None else g_e + g_spread
+        g_a = -g_spread if g_a is None else g_a - g_spread
+    return g_l, g_e, g_a, g_rho
+
+
 def row_stats_vjp(logits: Tensor, target: Tensor, grads: Sequence[Tensor | None], whole: Record | None = None) -> Tensor:
     """The gradient with respect to the logits, given those with respect to the first fields of RowStats (None and absent ones are 0).
 
     ``whole`` is the record of all non-targets of a row that is split; then rho has no gradient here.
     One line per element: ``q_c (g_e (log q_c - e) - g_l) + g_a (1/K - q_c) + g_rho (q_c - [c = c*])`` off the target, ``g_l`` on it.
     """
-    g_l, g_e, g_a, g_rho, g_spread = (None if g is None else g.unsqueeze(-1) for g in (*grads, *[None] * 5)[:5])
-    if g_spread is not None:  # spread = e - a
-        g_e = g_spread if g_e is None else g_e + g_spread
-        g_a = -g_spread if g_a is None else g_a - g_spread
+    g_l, g_e, g_a, g_rho = (None if g is None else g.unsqueeze(-1) for g in without_spread(grads))
     row = _row(logits.to(accumulation_dtype(logits.dtype)), target, whole)
 
     grad = torch.zeros_like(row.q) if g_e is None else g_e * row.log_q_minus_e

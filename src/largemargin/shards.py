@@ -31,6 +31,7 @@ from .rowstats import (
     nontargets,
     record,
     row_stats_vjp,
+    without_spread,
 )
 
 
@@ -232,9 +233,9 @@ Grads = list[Tensor | None]  # with respect to the fields that `finished` return
 
 
 def of_three(grads: Grads, like: Part) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of log_odds, neg_entropy and mean_log_q, with that of their difference spread in the last two."""
-    g_l, g_e, g_a, _, g_spread = (torch.zeros_like(like.max) if grad is None else grad for grad in grads[:5])
-    return g_l, g_e + g_spread, g_a - g_spread
+    """Those of log_odds, neg_entropy and mean_log_q, with that of spread in the last two; zeros where there is none."""
+    g_l, g_e, g_a = (torch.zeros_like(like.max) if grad is None else grad for grad in without_spread(grads)[:3])
+    return g_l, g_e, g_a
 
 
 class SplitStats(NamedTuple):

@@ -14,7 +14,7 @@ import warnings
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from .. import _checks
 from . import cpu
 
 Backend = Literal["reference", "cpu", "triton"]
-BACKENDS = (None, "reference", "cpu", "triton")
+BACKENDS = (None, *get_args(Backend))
 
 _OF_DEVICE = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}
 

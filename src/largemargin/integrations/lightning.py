@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from largemargin import LargeMarginCrossEntropyLoss, _checks
+from largemargin._reduce import row_weights
 from largemargin.metrics import MarginMetrics
 
 _NAMES = ("lightning.pytorch", "pytorch_lightning")
@@ -129,12 +130,10 @@ class LargeMarginClassifier(_Module):  # type: ignore[misc]  # found at run time
 
         A float: Lightning's mean over ranks would cut off an integer.
         """
-        dtype = torch.float32 if logits.device.type == "mps" else torch.float64  # no float64 there
+        labels, weight = target, self.criterion.weight
         if _checks.is_probabilities(logits, target):
-            return torch.ones_like(target[:, 0], dtype=dtype).sum()
-        kept, weight = target != self.criterion.ignore_index, self.criterion.weight
-        rows = kept if weight is None else kept * weight[target.long().clamp(0, len(weight) - 1)]
-        return rows.sum(dtype=dtype)
+            labels, weight = torch.zeros_like(target[:, 0], dtype=torch.int64), None  # every row counts once
+        return row_weights(labels, weight, self.criterion.ignore_index).sum()
 
 
 def _check_words(name: str, given: Sequence[str], known: Collection[str]) -> tuple[str, ...]:
@@ -218,7 +217,7 @@ class MarginLogger(_Callback):  # type: ignore[misc]
         if stage not in self.stages:
             return
         (other,) = _STEPS.keys() - {stage}
-        way_out = f"or leave it out: MarginLogger(stages=({other!r},))"
+        way_out = f"return them, or leave it out: MarginLogger(stages=({other!r},))"
         if not isinstance(outputs, dict) or not {"logits", "target"} <= outputs.keys():
             came = sorted(outputs) if isinstance(outputs, dict) else type(outputs).__name__
             raise ValueError(f"{_STEPS[stage]} must return a dict with 'logits' and 'target', got {came}; {way_out}")

@@ -38,7 +38,7 @@ def run(arguments: "Namespace") -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
     if (sys.argv[1:] if argv is None else list(argv)) == ["doctor"]:  # which needs torch alone
-        from ..doctor import main as doctor
+        from .doctor import main as doctor
 
         return doctor()
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]

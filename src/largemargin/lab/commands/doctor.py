@@ -1,4 +1,4 @@
-"""``largemargin doctor``: as ``python -m largemargin.doctor``, which needs torch alone."""
+"""``largemargin doctor``: as ``python -m largemargin.lab.doctor``, which needs torch alone."""
 
 from typing import Any
 
@@ -15,6 +15,6 @@ def parser() -> ArgumentParser:
 
 
 def run(options: Any, console: Console) -> None:
-    from ...doctor import main
+    from ..doctor import main
 
     raise SystemExit(main())

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 
-from . import __version__
-from ._backends import ladder
-from .functional import large_margin_cross_entropy
-from .lab import NEEDED
-from .lab.environment import commit, processor
-from .lab.errors import how_to_install
+from .. import __version__, large_margin_cross_entropy
+from .._backends import ladder
+from . import NEEDED
+from .environment import commit, processor
+from .errors import how_to_install
 
 BESIDE = (
     *("numpy", "triton", "torchvision", "accelerate"),
