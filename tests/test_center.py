@@ -14,7 +14,7 @@ from measure import assert_within, compiles, peak_bytes, same_bits
 
 def make(dtype: torch.dtype = torch.float64, **options) -> CenterLoss:
     torch.manual_seed(3)
-    return CenterLoss(5, 6, dtype=dtype, **options)
+    return CenterLoss(6, 5, dtype=dtype, **options)
 
 
 def rows(rng: torch.Generator, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -131,7 +131,7 @@ def test_rotations_and_shifts_of_features_and_centers_change_nothing(rng):
 
 
 def test_rows_times_classes_are_never_held():
-    center = CenterLoss(20000, 4)
+    center = CenterLoss(4, 20000)
     x, y = torch.randn(2000, 4), torch.randint(20000, (2000,))
     assert peak_bytes(lambda: center(x, y)) < 2**20  # of the 160 MB that they would take
 
@@ -168,7 +168,7 @@ def test_compiled_code_computes_the_same(as_parameter, rng):
 
 @pytest.mark.parametrize("as_parameter", [False, True])
 def test_state_dict_and_copies(as_parameter, rng):
-    center, other = make(as_parameter=as_parameter), CenterLoss(5, 6, as_parameter=not as_parameter, dtype=torch.float64)
+    center, other = make(as_parameter=as_parameter), CenterLoss(6, 5, as_parameter=not as_parameter, dtype=torch.float64)
     x, y = rows(rng)
     center(x, y)
     assert list(center.state_dict()) == ["centers"]
@@ -189,11 +189,11 @@ def test_joint_training_with_a_softmax_loss(rng):
 def test_errors(rng):
     x, y = rows(rng)
     with pytest.raises(ValueError, match="alpha must be at most 1"):
-        CenterLoss(5, 6, alpha=1.5)
+        CenterLoss(6, 5, alpha=1.5)
     with pytest.raises(ValueError, match="alpha must be finite and at least 0"):
-        CenterLoss(5, 6, alpha=-1.0)
+        CenterLoss(6, 5, alpha=-1.0)
     with pytest.raises(ValueError, match="num_classes must be at least 1"):
-        CenterLoss(0, 6)
+        CenterLoss(6, 0)
     with pytest.raises(ValueError, match="features must be floating with 6 numbers"):
         make()(x[:, :4], y)
     with pytest.raises(IndexError, match=r"holds [5-7]"):

@@ -275,7 +275,7 @@ def test_equals_pytorch_metric_learning(kind, rng):
 @pytest.mark.parametrize(
     ("error", "options", "words"),
     [
-        (ValueError, {"scale": 0.0}, "scale must be positive"),
+        (ValueError, {"scale": 0.0}, "scale must be above 0, got 0.0; the papers have 30 or 64"),
         (ValueError, {"margin": -0.1}, "margin must be finite and at least 0"),
         (ValueError, {"kind": "sphereface"}, "kind must be one of 'cosface'"),
         (ValueError, {"kind": "arcface", "margin": 28.6}, "radians"),
@@ -286,6 +286,14 @@ def test_equals_pytorch_metric_learning(kind, rng):
 def test_wrong_options(error, options, words):
     with pytest.raises(error, match=words):
         CosineLinear(**{"in_features": 6, "num_classes": 5, **options})
+
+
+@each_kind
+def test_the_margin_is_that_of_the_paper_unless_it_is_given(kind):
+    assert CosineLinear(6, 5, kind=kind).margin == MARGINS[kind]
+    head = CosineLinear(6, 5, kind=kind, margin=0.0)
+    features, target = torch.randn(4, 6), torch.arange(4)
+    assert same_bits(head(features, target), head(features)) and head.hard_bias == 0
 
 
 def test_wrong_calls(rng):

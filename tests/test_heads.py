@@ -1,5 +1,7 @@
 """What all heads have in common: they work with every loss, and over ranks."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ import on_ranks
 from largemargin import crammer_singer_hinge, hard_margin_softplus, heads, large_margin_cross_entropy, multiclass_hinge
 
 HEADS = [on_ranks.lsoftmax, on_ranks.gaussian_mixture, on_ranks.super_symmetric, on_ranks.cosface, on_ranks.arcface]
+MODULES = [value for value in map(heads.__dict__.get, heads.__all__) if inspect.isclass(value)]
 each_head = pytest.mark.parametrize("make", HEADS, ids=lambda make: make.__name__)
 
 
@@ -40,6 +43,21 @@ def test_prediction_never_knows_the_label(make, rng):
     assert torch.equal(head.eval()(features, target), head(features))
     others = torch.ones(7, 4, dtype=torch.bool).scatter(1, target.unsqueeze(1), False)
     assert torch.equal(head.train()(features, target)[others], head(features)[others])
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_features_that_do_not_fit_are_named_with_and_without_a_target(module):
+    head, target = module(6, 4), torch.tensor([0, 1, 2])
+    for features in (torch.zeros(3, 5), torch.zeros(3, 6, dtype=torch.int64), torch.tensor(0.0)):
+        for call in ((features, target), *([] if module is heads.CenterLoss else [(features,)])):
+            with pytest.raises(ValueError, match=r"features must be floating with 6 numbers in their last dimension, got .*in_features"):
+                head(*call)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_features_come_before_classes_everywhere(module):
+    assert list(inspect.signature(module).parameters)[:2] == ["in_features", "num_classes"]
+    assert "in_features=6, num_classes=4" in repr(module(6, 4))
 
 
 def test_public_names_are_there():

@@ -318,7 +318,7 @@ def test_an_unwritable_folder_says_so(tmp_path, capsys):
         (["compare", "--recipe.scale", "8"], "cosface, arcface"),
         (["compare", "--image-size", "2"], "image_size"),
         (["compare", "--nosuch"], "--nosuch"),
-        (["compare", "--device", "nosuch"], "--device nosuch"),
+        (["compare", "--device", "nosuch"], "device nosuch"),
         (["compare", "--data", "/nosuch"], "/nosuch"),
         (["compare", "--data", "cifar100", "--data-root", "/nosuch"], "/nosuch"),
         (["report", "/nosuch"], "/nosuch"),
@@ -359,7 +359,7 @@ def test_without_the_extra_the_install_line_is_printed(monkeypatch, capsys):
 
 def test_a_run_that_fails_is_named_and_the_others_are_kept(tmp_path):
     good, bad = Recipe(loss="softmax", seed=0, epochs=1), Recipe(loss="softmax", seed=1, epochs=1, network="nosuch")
-    with pytest.raises(LabError, match=f"1 of 2 runs are not done.*nosuch.*{bad.id}"):
+    with pytest.raises(LabError, match=f"1 of 2 runs could not be done.*nosuch.*{bad.id}"):
         queue.run_all([bad, good], tmp_path, 1, lambda *_: None)
     assert queue.result_of(good, tmp_path) is not None
     assert "Traceback" in (tmp_path / bad.id / "error.txt").read_text()

@@ -228,11 +228,11 @@ def test_check_image():
         ({"network": "timm:resnet50.never"}, "not a model of timm"),
         ({"network": "timm:hf-hub:someone/something"}, "not a model of timm"),
         ({"network": "timm:gemma4_vit_167m_enc"}, "not made for classification"),
-        ({"network": "small", "width": 0.5}, "--width 0.5"),
+        ({"network": "small", "width": 0.5}, "width 0.5"),
         ({"network": "layer13", "width": 0.0}, "above 0"),
-        ({"network": "layer13", "dropout": 0.5}, "--dropout 0.5"),
+        ({"network": "layer13", "dropout": 0.5}, "dropout 0.5"),
         ({"network": "wrn28_10", "dropout": 1.0}, "below 1"),
-        ({"network": "timm:resnet10t", "width": 2.0}, "--width 2"),
+        ({"network": "timm:resnet10t", "width": 2.0}, "width 2"),
     ],
 )
 def test_errors_of_settings(settings, message):
@@ -320,7 +320,7 @@ def test_errors_of_weights(tmp_path):
     def message(path):
         with pytest.raises(LabError) as error:
             network("small", weights=str(path))
-        assert one_line(error) and "--weights" in str(error.value)
+        assert one_line(error) and "weights" in str(error.value)
         return str(error.value)
 
     assert "is not a file" in message(tmp_path / "none.pt")

@@ -89,7 +89,7 @@ def test_a_failed_run_is_tried_again_after_the_others(tmp_path):
 
 
 def test_a_run_that_fails_twice_is_named_and_the_others_are_kept(tmp_path):
-    with pytest.raises(LabError, match=f"1 of 3 runs are not done: ValueError: every time .*{RECIPES[0].id}"):
+    with pytest.raises(LabError, match=f"1 of 3 runs could not be done: ValueError: every time .*{RECIPES[0].id}"):
         run(tmp_path, "fails")
     assert len(attempts(tmp_path, RECIPES[0])) == 2
     assert "Traceback" in (tmp_path / RECIPES[0].id / "error.txt").read_text()
@@ -104,7 +104,7 @@ def test_what_the_user_must_mend_is_not_tried_again(tmp_path):
 
 
 def test_data_other_than_planned_are_refused(tmp_path):
-    with pytest.raises(LabError, match=r"1 of 1 runs.*digest.*planned for 0123456789ab"):
+    with pytest.raises(LabError, match=r"1 of 1 run .*digest.*planned for 0123456789ab"):
         run(tmp_path, "finish", [Recipe(loss="softmax", seed=0, data_digest="0123456789ab")])
 
 
@@ -115,7 +115,7 @@ def test_a_killed_process_is_replaced_and_its_run_done_again(tmp_path):
 
 
 def test_a_run_whose_process_dies_twice_is_given_up(tmp_path):
-    with pytest.raises(LabError, match=r"1 of 1 runs are not done: the process of this run died.*SIGSEGV"):
+    with pytest.raises(LabError, match=r"1 of 1 run could not be done: the process of this run died.*SIGSEGV"):
         run(tmp_path, "segfaults", RECIPES[:1])
     assert len(attempts(tmp_path, RECIPES[0])) == 2
 

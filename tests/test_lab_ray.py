@@ -72,7 +72,7 @@ def test_nodes_without_the_folder_send_their_files(cluster, tmp_path, monkeypatc
 
 
 def test_a_killed_task_is_given_up_after_the_second_time(cluster, tmp_path):
-    with pytest.raises(LabError, match="1 of 1 runs are not done: the task of this run died"):
+    with pytest.raises(LabError, match="1 of 1 run could not be done: the task of this run died"):
         queue.run_all(RECIPES[:1], tmp_path, 1, lambda *_: None, "ray", work="lab_work:is_killed", times=5)
     assert len((tmp_path / f"attempts-{RECIPES[0].id}").read_text().split()) == 2
 
@@ -95,7 +95,7 @@ def test_an_interrupt_cancels_the_tasks_and_leaves_their_checkpoints(cluster, tm
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "said"), [("threads", 64, "64 CPUs"), ("device", "cuda:1", "--device cuda"), ("device", "cuda", "GPU")]
+    ("field", "value", "said"), [("threads", 64, "64 CPUs"), ("device", "cuda:1", "device cuda"), ("device", "cuda", "GPU")]
 )
 def test_what_no_node_can_do_is_refused(cluster, field, value, said, tmp_path):
     with pytest.raises(LabError, match=said):

@@ -1,7 +1,6 @@
 """The reproduction of the paper's tables: what is planned, what is done, what is kept."""
 
 import json
-import re
 import shlex
 
 import pytest
@@ -10,8 +9,9 @@ import torch
 from largemargin.lab import cli, paper, progress, queue, reproduce
 from largemargin.lab.data import ImageSet
 from largemargin.lab.errors import LabError
+from largemargin.lab.executors import attempt
 from largemargin.lab.recipe import Recipe
-from largemargin.lab.reproduce import Reproduction, choose, runs_of
+from largemargin.lab.reproduce import Reproduction, matching_cells, unique_recipes
 from largemargin.lab.train import train
 
 FULL = paper.SCALES["full"]
@@ -102,15 +102,15 @@ def test_a_list_has_the_names_and_the_numbers(capsys):
     assert cli.main(["reproduce", "table4", "--list"]) == 0
     printed = capsys.readouterr().out
     assert all(cell.name in printed for cell in paper.cells("table4"))
-    assert "4.60±0.05" in printed and "collapsed" in printed
+    assert "4.60 ± 0.05" in printed and "collapsed" in printed
 
 
 def test_cells_are_chosen_by_name_and_by_pattern():
-    assert [cell.name for cell in choose("table2", ("table2/softmax",), FULL)] == ["table2/softmax"]
-    assert [cell.column for cell in choose("table1", ("*/0.[12]",), FULL)] == ["0.1", "0.2"] * 3
-    both = choose("table3", ("table3b/softmax/*", "table3a/softmax/*"), FULL)
+    assert [cell.name for cell in matching_cells("table2", ("table2/softmax",), FULL)] == ["table2/softmax"]
+    assert [cell.column for cell in matching_cells("table1", ("*/0.[12]",), FULL)] == ["0.1", "0.2"] * 3
+    both = matching_cells("table3", ("table3b/softmax/*", "table3a/softmax/*"), FULL)
     assert [cell.table for cell in both] == ["table3a"] * 5 + ["table3b"] * 5  # in the order of the paper
-    assert choose("table2", (), FULL) == paper.cells("table2")
+    assert matching_cells("table2", (), FULL) == paper.cells("table2")
 
 
 def test_a_cell_that_is_not_there_is_refused_with_the_names(capsys):
@@ -118,7 +118,7 @@ def test_a_cell_that_is_not_there_is_refused_with_the_names(capsys):
     error = words_of(capsys.readouterr().err)
     assert "--cells table2/sofmax" in error and "table2/softmax" in error
     with pytest.raises(LabError, match="nothing/"):
-        choose("table1", ("table1/*", "nothing/*"), FULL)
+        matching_cells("table1", ("table1/*", "nothing/*"), FULL)
 
 
 def test_the_reduced_scale_leaves_the_large_data_sets_out_and_says_so(capsys, instant):
@@ -145,7 +145,7 @@ def test_the_study_is_reduced_unless_told_otherwise():
 
 
 def test_runs_are_unique_and_seed_by_seed():
-    runs = runs_of([*Reproduction("table2").plan(), *Reproduction("fig3").plan()])
+    runs = unique_recipes([*Reproduction("table2").plan(), *Reproduction("fig3").plan()])
     assert len(runs) == 21 and [run.seed for run in runs] == [0] * 7 + [1] * 7 + [2] * 7
 
 
@@ -154,24 +154,20 @@ def test_cells_cannot_be_bent_into_others(capsys):
     assert "--recipe.lam" in words_of(capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("given", [("network", "bogus"), ("network", "timm:"), ("network", "small", "width", "0.5"), ("dropout", "1")])
-def test_a_field_is_named_as_its_option_is_here(given, tmp_path, capsys):
+@pytest.mark.parametrize("given", [("network", "bogus"), ("network", "timm:"), ("network", "small", "width", "0.5"), ("dropout", "0.5")])
+def test_a_field_is_named_with_the_value_given(given, tmp_path, capsys):
     options = [word if i % 2 else f"--recipe.{word}" for i, word in enumerate(given)]
     assert cli.main(["reproduce", "table2", "--dry-run", *options]) == 2
-    error = words_of(capsys.readouterr().err)
-    assert f"--recipe.{given[-2]} {given[-1]}" in error
-    assert not re.search(r"--(network|width|dropout)", error)
+    assert f"{given[-2]} {given[-1]}" in words_of(capsys.readouterr().err)
 
 
-def test_device_is_an_option_of_its_own_too(tmp_path, capsys, done, written):
+def test_device_is_an_option_of_its_own(tmp_path, capsys, done, written):
     command = ["reproduce", "table2", "--cells", "*/softmax", "--seeds", "0", "--out", str(tmp_path / "out"), *QUICK]
     assert cli.main([*command, "--device", "cpu"]) == 0
-    assert [recipe.device for recipe in done] == ["cpu"] and "--recipe.device cpu" in written[0][2]
+    assert [recipe.device for recipe in done] == ["cpu"] and "--device cpu" in written[0][2]
     capsys.readouterr()
     assert cli.main([*command, "--device", "nonsense"]) == 2
-    assert "--device nonsense" in words_of(capsys.readouterr().err)
-    assert cli.main([*command, "--device", "cpu", "--recipe.device", "cpu"]) == 2
-    assert "give one" in words_of(capsys.readouterr().err)
+    assert "device nonsense" in words_of(capsys.readouterr().err)
     assert cli.main(["reproduce", "fig2", "--device", "cpu"]) == 2
     assert "--device" in words_of(capsys.readouterr().err)
 
@@ -188,8 +184,8 @@ def test_a_device_that_is_not_here_and_a_folder_of_something_else_are_refused(tm
     assert cli.main(["reproduce", "table2", "--out", str(tmp_path)]) == 2
     assert "mine" not in words_of(capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-    assert cli.main(["reproduce", "table2", "--recipe.device", "nonsense", "--out", str(tmp_path / "out")]) == 2
-    assert "--recipe.device nonsense" in words_of(capsys.readouterr().err)
+    assert cli.main(["reproduce", "table2", "--device", "nonsense", "--out", str(tmp_path / "out")]) == 2
+    assert "device nonsense" in words_of(capsys.readouterr().err)
 
 
 def test_a_small_reproduction_is_done_once_and_shared_between_targets(tmp_path, capsys, done, written):
@@ -233,7 +229,7 @@ def test_a_part_of_a_table_finds_the_baseline_that_is_in_its_folder(tmp_path, do
 @pytest.mark.slow
 def test_a_reproduction_goes_through_the_queue_to_its_report(tmp_path, capsys, images):
     out = tmp_path / "out"
-    decoded = queue.decoded_images(Recipe(loss="softmax", seed=0, data_digest=images.digest()), out / "runs")
+    decoded = attempt.decoded_images(Recipe(loss="softmax", seed=0, data_digest=images.digest()), out / "runs")
     images.save(decoded)  # what the processes of the runs read in place of files
     (out / reproduce.MARKER).touch()
     command = ["reproduce", "table2", "--cells", "*/softmax", "*/ours-0.3", "--seeds", "0", "1", "--jobs", "2", "--out", str(out), *QUICK]
@@ -258,7 +254,7 @@ def test_the_command_that_is_kept_computes_the_same(tmp_path, capsys, done, writ
 def test_what_failed_is_said_after_the_report_of_the_rest(tmp_path, capsys, done, written, monkeypatch):
     def run_all(recipes, *rest, run_all=progress.run_all, **named):
         run_all(recipes[:1], *rest, **named)
-        raise LabError("1 of 2 runs are not done: too bad")
+        raise LabError("1 of 2 runs could not be done: too bad")
 
     monkeypatch.setattr(progress, "run_all", run_all)
     command = ["reproduce", "table2", "--cells", "*/softmax", "*/ours-0.3", "--seeds", "0", "--out", str(tmp_path / "out"), *QUICK]

@@ -7,6 +7,7 @@ import pytest
 from largemargin.lab import cli
 from largemargin.lab.executors.locks import Lock
 from largemargin.lab.files import UNFINISHED
+from largemargin.lab.recipe import LOSSES, OF_SOME_LOSSES, has_setting
 from largemargin.lab.stopping import Stopped
 
 SHORT = ["train", "--data", "digits", "--epochs", "2", "--train-fraction", "0.2"]
@@ -54,6 +55,18 @@ def test_a_folder_of_another_run_is_refused(finished, arguments, said, capsys):
     assert before == sorted((path.name, path.read_bytes()) for path in finished.iterdir())
 
 
+@pytest.mark.parametrize("setting", OF_SOME_LOSSES)
+def test_a_setting_of_another_loss_is_refused(setting, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    having = [loss for loss in LOSSES if has_setting(loss, setting)]
+    value = "kl_qu" if setting == "divergence" else "1"
+    for loss in set(LOSSES) - set(having):
+        assert cli.main([*SHORT, "--loss", loss, f"--{setting.replace('_', '-')}", value]) == 2
+        error = " ".join(capsys.readouterr().err.split())
+        assert f"{setting} is a setting of {', '.join(having)}, and not of {loss}" in error
+    assert having and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -61,6 +74,13 @@ def test_a_folder_of_another_run_is_refused(finished, arguments, said, capsys):
         (["--network", "layer14"], "layer13"),
         (["--network", "layer13"], "12 pixels"),  # digits have 8
         (["--momentum", "2"], "momentum"),
+        (["--lam", "-1"], "lam"),
+        (["--lam", "inf"], "lam"),
+        (["--loss", "cosface", "--scale", "0"], "scale"),
+        (["--loss", "lsoftmax", "--angular-multiplier", "0"], "angular_multiplier"),
+        (["--dropout", "1"], "dropout"),
+        (["--weight-decay", "-1"], "weight_decay"),
+        (["--image-size", "64"], "image_size 64"),
         (["--seed", "-1"], "seed"),
         (["--out", "/proc/no/run"], "/proc/no/run"),
         (["--precision", "float8"], "precision"),

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import largemargin
+from largemargin.heads import CosineLinear
 from largemargin.lab import data, evaluate, methods, models, train
 from largemargin.lab.data import feeds
 from largemargin.lab.errors import LabError
@@ -158,6 +159,11 @@ def test_every_word_of_losses_builds_its_loss():
     for word, settings in LOSSES.items():
         loss = methods.build_loss(recipe(loss=word, **settings))(logits, target)
         torch.testing.assert_close(loss, expected[word], msg=word)
+
+
+@pytest.mark.parametrize("kind", ["cosface", "arcface"])
+def test_the_word_of_a_cosine_head_has_the_margin_of_the_head(kind):
+    assert LOSSES[kind]["margin"] == CosineLinear(2, 3, kind=kind).margin
 
 
 def test_a_recipe_id_differs_with_every_field():
@@ -439,10 +445,10 @@ def test_two_processes_of_which_one_is_told_to_stop_go_on_and_end_as_undisturbed
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"device": "cuda:77"}, "--device cuda:77 cannot be used here"),
-        ({"device": "toaster"}, "--device toaster cannot be used here"),
-        ({"compile": "nonsense"}, "--compile nonsense"),
-        ({"nesterov": True, "momentum": 0.0}, "--nesterov"),
+        ({"device": "cuda:77"}, "device cuda:77 cannot be used here"),
+        ({"device": "toaster"}, "device toaster cannot be used here"),
+        ({"compile": "nonsense"}, "compile nonsense"),
+        ({"nesterov": True, "momentum": 0.0}, "nesterov"),
     ],
 )
 def test_what_the_machine_or_the_optimiser_cannot_do_is_refused_in_one_line(changes, said, tmp_path):

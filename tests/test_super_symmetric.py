@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from largemargin import LargeMarginCrossEntropyLoss, divergence, linear_large_margin_cross_entropy, multiclass_hinge, row_stats
+from largemargin import LargeMarginCrossEntropyLoss, divergence, linear_large_margin_cross_entropy, metrics, multiclass_hinge, row_stats
 from largemargin.heads.super_symmetric import SuperSymmetricLinear, super_symmetry_penalty
 from measure import assert_within, compiles, same_bits
 
@@ -201,6 +201,14 @@ def test_penalty_is_one_less_the_cosine_of_the_gram_matrices(size, rng):
     assert_within(super_symmetry_penalty(weight), penalty_of_definition(weight), 1.0, 16)
 
 
+@pytest.mark.parametrize("size", [(2, 1), (3, 2), (5, 6), (5, 3), (10, 1), (10, 128)], ids=str)
+def test_penalty_and_metric_are_of_one_angle(size, rng):
+    weight = torch.randn(size, generator=rng, dtype=torch.float64) + 3
+    penalty = super_symmetry_penalty(weight)
+    # two classes are the form, and of a penalty of some roundings the root is left
+    assert metrics.super_symmetry(weight).item() == pytest.approx((penalty * (2 - penalty)).sqrt().item(), rel=1e-12, abs=1e-7)
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_penalty_is_zero_at_the_form_wherever_it_is_and_however_large(size, rng):
     weight = make(*size).weight
@@ -276,7 +284,7 @@ def test_compiled_penalty_is_the_same(rng):
         ({"in_features": 8}, "in_features must be at least num_classes - 1 = 9, got 8"),
         ({"num_classes": 1}, "num_classes must be at least 2"),
         ({"frame": "free"}, "frame must be one of 'fixed', 'learned'"),
-        ({"scale": 0.0}, "scale must be positive"),
+        ({"scale": 0.0}, "scale must be above 0, got 0.0; it is the squared length"),
     ],
 )
 def test_wrong_options(options, words):

@@ -25,8 +25,8 @@ class CenterLoss(nn.Module):
     first to all, so that only its rows count: use :func:`.gather_rows` first, or ``as_parameter=True``.
 
     Args:
+        in_features: the width D of the features.
         num_classes: C.
-        feature_dim: the width D of the features.
         alpha: the rate of the centers, in [0, 1].
         as_parameter: whether the optimizer moves the centers.
         device, dtype: of the centers.
@@ -34,7 +34,7 @@ class CenterLoss(nn.Module):
     Example:
         >>> import torch
         >>> from largemargin.heads.center import CenterLoss
-        >>> center = CenterLoss(num_classes=100, feature_dim=16)
+        >>> center = CenterLoss(16, 100)
         >>> center(torch.randn(8, 16), torch.arange(8)).shape
         torch.Size([])
 
@@ -45,8 +45,8 @@ class CenterLoss(nn.Module):
 
     def __init__(
         self,
+        in_features: int,
         num_classes: int,
-        feature_dim: int,
         *,
         alpha: float = 0.5,
         as_parameter: bool = False,
@@ -54,14 +54,15 @@ class CenterLoss(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        _checks.check_at_least_1("in_features", in_features)
         _checks.check_at_least_1("num_classes", num_classes)
-        _checks.check_at_least_1("feature_dim", feature_dim)
         _checks.check_number("alpha", alpha, low=0.0)
         if alpha > 1:
             raise ValueError(f"alpha must be at most 1, got {alpha!r}; a center would jump over the mean of its rows")
+        self.in_features, self.num_classes = in_features, num_classes
         self.alpha = alpha
         self.as_parameter = as_parameter
-        centers = torch.empty(num_classes, feature_dim, device=device, dtype=dtype)
+        centers = torch.empty(num_classes, in_features, device=device, dtype=dtype)
         if as_parameter:
             self.centers = nn.Parameter(centers)
         else:
@@ -75,9 +76,9 @@ class CenterLoss(nn.Module):
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
         """The loss, a scalar, of features (..., D) and class indices (...); in training the centers move."""
         _checks.check_tensor("target", target)
-        check_features(features, target, *self.centers.shape[::-1])
+        check_features(features, target, self.in_features, self.num_classes)
         dtype = accumulation_dtype(torch.promote_types(features.dtype, self.centers.dtype))
-        rows, labels = features.reshape(-1, features.shape[-1]).to(dtype), target.reshape(-1).long()
+        rows, labels = features.reshape(-1, features.shape[-1]).to(dtype), target.reshape(-1)
         kept = labels >= 0
         difference = rows_of_target(self.centers, labels).to(dtype) - rows  # (N, D)
         difference = torch.where(kept.unsqueeze(-1), difference, 0.0)
@@ -95,8 +96,7 @@ class CenterLoss(nn.Module):
         self.centers = self.centers.index_add(0, labels, -step.to(self.centers.dtype))
 
     def extra_repr(self) -> str:
-        num_classes, feature_dim = self.centers.shape
-        return f"num_classes={num_classes}, feature_dim={feature_dim}, alpha={self.alpha}, as_parameter={self.as_parameter}"
+        return f"in_features={self.in_features}, num_classes={self.num_classes}, alpha={self.alpha}, as_parameter={self.as_parameter}"
 
     if TYPE_CHECKING:
 

@@ -21,6 +21,7 @@ from ..rowstats import accumulation_dtype
 from ._target import check_features, logit_of_target, rows_of_target, with_logit_of_target
 
 Kind = Literal["cosface", "arcface", "arcface_insightface"]
+MARGINS: dict[Kind, float] = {"cosface": 0.35, "arcface": 0.5, "arcface_insightface": 0.5}  # of their papers
 
 
 class CosineLinear(nn.Module):
@@ -42,7 +43,8 @@ class CosineLinear(nn.Module):
         in_features: the width D of the features.
         num_classes: C.
         scale: s, positive; 30 in AM-Softmax, 64 in CosFace and ArcFace.
-        margin: m, at least 0; of CosFace a cosine (the papers: 0.35), of ArcFace an angle in radians below pi (0.5).
+        margin: m, at least 0; of CosFace a cosine, of ArcFace an angle in radians below pi. ``None`` is that of the paper, 0.35 or 0.5;
+            0 is the plain head.
         kind: ``"cosface"``, ``"arcface"`` or ``"arcface_insightface"``.
         device, dtype: of the classifier.
 
@@ -50,7 +52,7 @@ class CosineLinear(nn.Module):
         >>> import torch
         >>> from largemargin import linear_large_margin_cross_entropy
         >>> from largemargin.heads.cosine import CosineLinear
-        >>> head = CosineLinear(16, 100, scale=30.0, margin=0.35)
+        >>> head = CosineLinear(16, 100)
         >>> x, y = torch.randn(8, 16), torch.arange(8)
         >>> head(x, y).shape
         torch.Size([8, 100])
@@ -65,7 +67,7 @@ class CosineLinear(nn.Module):
         num_classes: int,
         *,
         scale: float = 30.0,
-        margin: float = 0.0,
+        margin: float | None = None,
         kind: Kind = "cosface",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -73,11 +75,10 @@ class CosineLinear(nn.Module):
         super().__init__()
         _checks.check_at_least_1("in_features", in_features)
         _checks.check_at_least_1("num_classes", num_classes)
-        _checks.check_number("scale", scale)
-        if scale <= 0:
-            raise ValueError(f"scale must be positive, got {scale!r}; the papers have 30 or 64")
-        _checks.check_number("margin", margin, low=0.0)
+        _checks.check_positive("scale", scale, "the papers have 30 or 64")
         _checks.check_word("kind", kind, get_args(Kind))
+        margin = MARGINS[kind] if margin is None else margin
+        _checks.check_number("margin", margin, low=0.0)
         if kind != "cosface" and margin >= math.pi:
             raise ValueError(f"margin of kind={kind!r} must be an angle in radians below pi, got {margin!r}; math.radians converts degrees")
         self.in_features, self.num_classes = in_features, num_classes
@@ -107,19 +108,16 @@ class CosineLinear(nn.Module):
 
     def forward(self, features: Tensor, target: Tensor | None = None) -> Tensor:
         """The logits (..., C) of features (..., D); in training those of ``target`` (...) with the margin."""
-        logits = F.linear(self.features(features), self.weights())
-        if target is None:
-            return logits
         check_features(features, target, self.in_features, self.num_classes)
-        if not self.training or self.margin == 0:
+        logits = F.linear(self.features(features), self.weights())
+        if target is None or not self.training or self.margin == 0:
             return logits
-        labels = target.long()
-        return with_logit_of_target(logits, labels, self._logit_with_margin(features, logit_of_target(logits, labels), labels))
+        return with_logit_of_target(logits, target, self._logit_with_margin(features, logit_of_target(logits, target), target))
 
-    def _logit_with_margin(self, features: Tensor, plain: Tensor, labels: Tensor) -> Tensor:
+    def _logit_with_margin(self, features: Tensor, plain: Tensor, target: Tensor) -> Tensor:
         if self.kind == "cosface":
             return plain - self.hard_bias
-        x, w = unit(features), unit(rows_of_target(self.weight, labels))
+        x, w = unit(features), unit(rows_of_target(self.weight, target))
         cos = (x * w).sum(-1)
         sin = torch.linalg.vector_norm(x - w, dim=-1) * torch.linalg.vector_norm(x + w, dim=-1) / 2
         sin = torch.where((x == 0).all(-1) | (w == 0).all(-1), 1.0, sin)  # a zero vector has a cosine of 0

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import _checks
 from ..rowstats import accumulation_dtype
 from ..schedules import Schedule, check_schedule
-from ._target import check_features
+from ._target import check_features, logit_of_target, rows_of_target, with_logit_of_target
 
 Covariance = Literal["identity", "diagonal"]
 MIN_VARIANCE = 1e-4  # the authors' too; without it the log-likelihood has no bound and variances run to 0
@@ -106,8 +106,8 @@ class GaussianMixtureHead(nn.Module):
             if target is None or not self.training:
                 return logits
             alpha = self.alpha() if isinstance(self.alpha, Schedule) else self.alpha
-            margin = (alpha * self._distance_to_target(features, target)).to(logits.dtype)  # (...)
-            return torch.scatter_add(logits, -1, target.clamp(min=0).unsqueeze(-1), -margin.unsqueeze(-1))
+            margin = alpha * self._distance_to_target(features, target)  # (...)
+            return with_logit_of_target(logits, target, logit_of_target(logits, target) - margin)
 
     def likelihood(self, features: Tensor, target: Tensor) -> Tensor:
         r"""The likelihood term of the loss, to be added to it; 0 where all rows are ignored.
@@ -168,11 +168,11 @@ class GaussianMixtureHead(nn.Module):
 
     def _distance_to_target(self, features: Tensor, target: Tensor) -> Tensor:
         """d_y, (...), which is 0 for rows without a class."""
-        dtype, index = self._dtype(features), target.clamp(min=0)
-        difference = features.to(dtype) - F.embedding(index, self.means).to(dtype)  # (..., D)
+        dtype = self._dtype(features)
+        difference = features.to(dtype) - rows_of_target(self.means, target).to(dtype)  # (..., D)
         squares = torch.where((target >= 0).unsqueeze(-1), difference, 0.0).square()
         if self.log_variances is not None:
-            squares = squares * torch.exp(-F.embedding(index, self._log_covariance(dtype)))
+            squares = squares * torch.exp(-rows_of_target(self._log_covariance(dtype), target))
         return 0.5 * squares.sum(-1) / self._divisor
 
     def extra_repr(self) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import _checks
 from ..rowstats import accumulation_dtype
 from ..schedules import Schedule, check_schedule
-from ._target import check_features
+from ._target import check_features, logit_of_target, rows_of_target, with_logit_of_target
 
 
 class LSoftmaxLinear(nn.Module):
@@ -83,17 +83,15 @@ class LSoftmaxLinear(nn.Module):
         logits = F.linear(features, self.weight)
         if target is None or not self.training:
             return logits
-        index = target.clamp(min=0)
-        margin = self._margin(features, index)  # (...)
+        margin = self._margin(features, target)  # (...)
         if self.schedule is not None:
             margin = margin / (1 + self.schedule())
-        margin = torch.where(target >= 0, margin, 0.0).to(logits.dtype)
-        return torch.scatter_add(logits, -1, index.unsqueeze(-1), margin.unsqueeze(-1))
+        return with_logit_of_target(logits, target, logit_of_target(logits, target) + margin)
 
-    def _margin(self, features: Tensor, index: Tensor) -> Tensor:
+    def _margin(self, features: Tensor, target: Tensor) -> Tensor:
         r""":math:`\|w_y\| \|x\| (\psi - \cos \theta_y)`, never positive."""
         dtype = accumulation_dtype(torch.promote_types(features.dtype, self.weight.dtype))
-        x, w = features.to(dtype), F.embedding(index, self.weight).to(dtype)  # (..., D)
+        x, w = features.to(dtype), rows_of_target(self.weight, target).to(dtype)  # (..., D)
         norms: Tensor = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(w, dim=-1)
         present = norms >= torch.finfo(dtype).tiny
         cos = torch.where(present, (x * w).sum(-1), 0.0) / norms.clamp(min=torch.finfo(dtype).tiny)  # 0 where there is no angle

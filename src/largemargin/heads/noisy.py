@@ -66,19 +66,16 @@ class NoisySoftmaxLinear(nn.Module):
 
     def forward(self, features: Tensor, target: Tensor | None = None) -> Tensor:
         """The logits (..., C) of features (..., D); in training those of ``target`` (...) with noise."""
-        logits = F.linear(features, self.weight, self.bias)
-        if target is None:
-            return logits
         check_features(features, target, self.in_features, self.num_classes)
-        if not self.training or self.alpha_squared == 0:
+        logits = F.linear(features, self.weight, self.bias)
+        if target is None or not self.training or self.alpha_squared == 0:
             return logits
-        labels = target.long()
         dtype = accumulation_dtype(logits.dtype)
-        x, w = features.to(dtype), rows_of_target(self.weight, labels).to(dtype)
+        x, w = features.to(dtype), rows_of_target(self.weight, target).to(dtype)
         # |w| |x| (1 - cos)
         distance = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(w, dim=-1) - (x * w).sum(-1)
         noise = math.sqrt(self.alpha_squared) * torch.randn_like(distance).abs()
-        return with_logit_of_target(logits, labels, logit_of_target(logits, labels) - noise * distance)
+        return with_logit_of_target(logits, target, logit_of_target(logits, target) - noise * distance)
 
     def extra_repr(self) -> str:
         return (

@@ -80,9 +80,7 @@ class SuperSymmetricLinear(nn.Module):
                 "has no room in fewer dimensions; widen the features, or use super_symmetry_penalty on a free classifier"
             )
         _checks.check_word("frame", frame, get_args(Frame))
-        _checks.check_number("scale", scale)
-        if scale <= 0:
-            raise ValueError(f"scale must be positive, got {scale!r}; it is the squared length of every class")
+        _checks.check_positive("scale", scale, "it is the squared length of every class")
         self.in_features, self.num_classes = in_features, num_classes
         self.initial_scale = scale
         self.frame_is_learned = frame == "learned"
@@ -112,10 +110,8 @@ class SuperSymmetricLinear(nn.Module):
 
     def forward(self, features: Tensor, target: Tensor | None = None) -> Tensor:
         """The logits (..., C) of features (..., D), the same with and without ``target``."""
-        weight = self.weight
-        if target is not None:
-            check_features(features, target, self.in_features, self.num_classes)
-        return F.linear(features, weight)
+        check_features(features, target, self.in_features, self.num_classes)
+        return F.linear(features, self.weight)
 
     def extra_repr(self) -> str:
         frame = "learned" if self.frame_is_learned else "fixed"
@@ -146,6 +142,9 @@ def super_symmetry_penalty(weight: Tensor) -> Tensor:
     :math:`1 - 1/\sqrt{C-1}`, all classes on one line. Free of the scale, so its factor in the loss means the same at any time of training;
     let it grow from 0, and the constraint is enforced gradually, as the paper suggests. Where D < C - 1 the least value is
     :math:`1 - \sqrt{D/(C-1)}`. Computed in at least float32, in C x C memory.
+
+    It is one less the cosine of the angle between G and the ideal; :func:`.metrics.super_symmetry`, the relative distance to the nearest
+    ideal, is the sine: :math:`\sqrt{p (2 - p)}` for a penalty p.
 
     Args:
         weight: the classifier, shape ``(C, D)``, C at least 2, floating.

@@ -19,25 +19,15 @@ from rich.table import Table
 from . import data
 from .environment import check_device
 from .errors import LabError
+from .executors.attempt import decoded_images
 from .files import write_json, write_text
 from .models import build, check_image, weights_digest
 from .progress import run_with_progress
-from .queue import decoded_images, result_of
-from .recipe import LOSSES, SYMBOLS, Recipe, suited_to
+from .queue import result_of
+from .recipe import BASELINE, LOSSES, OF_SOME_LOSSES, SYMBOLS, Recipe, check_settings, has_setting, suited_to
+from .words import counted
 
-BASELINE = "softmax"
 MARKER = "compare.json"  # tells a folder of ours from one that is not
-
-
-# the fields of a recipe that belong to some losses only
-OF_SOME_LOSSES = ("divergence", *dict.fromkeys(name for settings in LOSSES.values() for name in settings))
-
-
-def has_setting(loss: str, name: str) -> bool:
-    """Whether a field of OF_SOME_LOSSES is a setting of this loss."""
-    return name in LOSSES[loss] or (name == "divergence" and "lam" in LOSSES[loss])
-
-
 Chosen = Mapping[tuple[str, float], float]  # the lam of a loss at a share of label noise
 
 
@@ -48,13 +38,13 @@ class Comparison:
     data: str = "digits"
     data_root: str = "data"
     data_digest: str = ""
-    image_size: int = 32
+    image_size: int | None = None  # of an image folder; None: what suits it
     network: str = "small"
     losses: tuple[str, ...] = ("softmax", "label_smoothing", "large_margin")
     lam: tuple[float, ...] = (0.3,)  # of several one is chosen for each loss and share of noise, on a part of the training set
     validation_fraction: float = 0.2  # that part; nothing is held out where there is one lam
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    epochs: int | None = None  # None: 30 for digits, 50 elsewhere
+    epochs: int | None = None  # None: what suits the data
     label_noise: tuple[float, ...] = (0.0,)
     train_fraction: float = 1.0
     device: str = "cpu"
@@ -123,14 +113,6 @@ class Comparison:
         return Recipe(loss=loss, seed=seed, **values | more)
 
 
-def check_overrides(comparison: Comparison) -> None:
-    """Refuse what would change nothing."""
-    for name in comparison.overrides:
-        if name in OF_SOME_LOSSES and not any(has_setting(loss, name) for loss in comparison.losses):
-            having = ", ".join(loss for loss in LOSSES if has_setting(loss, name))
-            raise LabError(f"--recipe.{name} is a setting of {having}, and of none of --losses {' '.join(comparison.losses)}; leave it out")
-
-
 @dataclass(frozen=True)
 class Choice:
     """What the validating runs of a loss at a share of label noise said of each lam."""
@@ -166,6 +148,10 @@ class Difference:
     mean: float
     low: float  # the ends of the 95% Student-t interval over seeds
     high: float
+
+    @property
+    def text(self) -> str:
+        return f"{self.mean:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
 
     @property
     def verdict(self) -> str:
@@ -243,15 +229,18 @@ NOTE = (
 )
 
 
+def spread(mean: float, std: float | None) -> str:
+    return f"{mean:.2f}" + ("" if std is None else f" ± {std:.2f}")
+
+
 def cells(row: Row) -> tuple[str, ...]:
     """The cells of a row as text, under COLUMNS."""
-    error = f"{row.error:.2f}" + (f" ± {row.error_std:.2f}" if row.error_std is not None else "")
     difference, verdict = "n/a", "n/a"
     if row.loss == BASELINE:
         difference, verdict = "–", "–"
     elif row.difference is not None:
-        d = row.difference
-        difference, verdict = f"{d.mean:+.2f} [{d.low:+.2f}, {d.high:+.2f}]", d.verdict
+        difference, verdict = row.difference.text, row.difference.verdict
+    error = spread(row.error, row.error_std)
     return (row.label, error, difference, verdict, f"{row.margin:.2f}", f"{row.rho:.2f}", f"{row.ece:.2f}", f"{row.nll:.3f}")
 
 
@@ -282,10 +271,10 @@ def choice_cells(choices: Sequence[Choice]) -> list[tuple[str, ...]]:
     lines: list[tuple[str, ...]] = []
     for choice in choices:
         for lam, errors in choice.errors.items():
-            std = f" ± {statistics.stdev(errors):.2f}" if len(errors) > 1 else ""
+            error = spread(statistics.fmean(errors), statistics.stdev(errors) if len(errors) > 1 else None)
             name = choice.loss.replace("_", " ")
             mark = "chosen" if lam == choice.lam else ""
-            lines.append((name, f"{choice.label_noise:g}", f"{lam:g}", f"{statistics.fmean(errors):.2f}{std}", mark))
+            lines.append((name, f"{choice.label_noise:g}", f"{lam:g}", error, mark))
     return lines
 
 
@@ -308,7 +297,7 @@ def print_tables(rows: Sequence[Row], console: Console) -> None:
     for noise in dict.fromkeys(row.label_noise for row in rows):
         group = [row for row in rows if row.label_noise == noise]
         seeds = sorted({row.n for row in group})
-        title = f"{'-'.join(map(str, seeds))} seed{'s' if seeds != [1] else ''}" + ("; some runs are missing" if len(seeds) > 1 else "")
+        title = counted(seeds[0], "seed") if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds; some runs are missing"
         console.print(f"\nlabel noise {noise:g}, {title}", style="bold", highlight=False)
         unbounded = console.options.update(width=10_000)
         layouts = ([table(group, range(8))], [table(group, (0, 1, 2, 3)), table(group, (0, 4, 5, 6, 7))])
@@ -347,7 +336,7 @@ def results_csv(records: Sequence[dict[str, Any]], split: str = "test") -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*names, *(f"{split}_{name}" for name in measured), "seconds"])
     for record in records:
-        values = [record["recipe"][name] for name in names] + [record[split][name] for name in measured] + [round(record["seconds"], 2)]
+        values = [record["recipe"].get(name) for name in names] + [record[split][name] for name in measured] + [round(record["seconds"], 2)]
         writer.writerow(["" if value is None else value for value in values])
     return text.getvalue()
 
@@ -375,7 +364,7 @@ def compare(comparison: Comparison, out: Path, jobs: int, console: Console, exec
 
     ``options`` are those of :func:`~largemargin.lab.train.train`.
     """
-    check_overrides(comparison)
+    check_settings(comparison.losses, [*comparison.overrides, *(["lam"] if comparison.lam != Comparison.lam else [])])
     check_device(comparison.device)
     check_folder(out)
     if comparison.is_folder and Path(comparison.data).expanduser().resolve() in out.resolve().parents:
@@ -384,7 +373,7 @@ def compare(comparison: Comparison, out: Path, jobs: int, console: Console, exec
         digest = weights_digest(comparison.overrides["weights"])
         comparison = dataclasses.replace(comparison, overrides=comparison.overrides | {"weights_digest": digest})
     # bad data and weights stop here, before anything is written
-    images = data.load(comparison.data, comparison.data_root, comparison.image_size, streamed=comparison.example.streamed)
+    images = data.load(comparison.data, comparison.data_root, comparison.example.image_size, streamed=comparison.example.streamed)
     comparison = dataclasses.replace(comparison, data_digest=images.digest())
     check_network(comparison.example, images)
     if (out / MARKER).is_file() and reopen(out) != comparison:
@@ -408,7 +397,7 @@ def compare(comparison: Comparison, out: Path, jobs: int, console: Console, exec
     def stage(recipes: list[Recipe], what: str) -> list[dict[str, Any]]:
         done = sum(result_of(recipe, runs) is not None for recipe in recipes)
         console.print(
-            f"{len(recipes)} {what} of {recipes[0].epochs} epochs on {comparison.data}, {jobs} at a time, into {out}"
+            f"{counted(len(recipes), what)} of {counted(recipes[0].epochs, 'epoch')} on {comparison.data}, {jobs} at a time, into {out}"
             + (f"; {done} already done" if done else ""),
             markup=False,
         )
@@ -417,12 +406,12 @@ def compare(comparison: Comparison, out: Path, jobs: int, console: Console, exec
         except KeyboardInterrupt:
             done = sum(result_of(recipe, runs) is not None for recipe in recipes)
             raise LabError(
-                f"interrupted; {done} of {len(recipes)} {what} are done and kept in {out}. The same command goes on from here."
+                f"interrupted; {done} of {counted(len(recipes), what)} are done and kept in {out}. The same command goes on from here."
             ) from None
 
-    choices = choose(stage(comparison.validating_recipes(), "validating runs")) if comparison.choosing else []
+    choices = choose(stage(comparison.validating_recipes(), "validating run")) if comparison.choosing else []
     print_choices(comparison, choices, console)
-    stage(comparison.recipes(chosen_of(choices)), "runs")
+    stage(comparison.recipes(chosen_of(choices)), "run")
     decoded.unlink(missing_ok=True)
     rows = print_and_write(comparison, out, console, choices_too=False)
     console.print(

@@ -24,12 +24,12 @@ def environment(recipe: Recipe) -> dict[str, str | int]:
     }
 
 
-def check_device(device: str, option: str = "--device") -> None:
+def check_device(device: str) -> None:
     """Raises LabError if torch has no such device here."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch raises either for a device it was not built for
-        raise LabError(f"{option} {device} cannot be used here: {str(error).splitlines()[0]}; give cpu, or mend it") from error
+        raise LabError(f"device {device} cannot be used here: {str(error).splitlines()[0]}; give cpu, or mend it") from error
 
 
 def processor() -> str:

@@ -17,7 +17,7 @@ from ..heads import (
     super_symmetry_penalty,
 )
 from ..schedules import AnnealedLambda, GradualWeight, SteppedAlpha
-from .recipe import LOSSES, Recipe
+from .recipe import Recipe
 
 MODULES = {
     "multiclass_hinge": MulticlassHingeLoss,
@@ -28,10 +28,9 @@ MODULES = {
 
 def build_loss(recipe: Recipe) -> nn.Module:
     """The loss of logits. The baselines are torch's own."""
-    settings = {name: getattr(recipe, name) for name in LOSSES[recipe.loss]}
     if recipe.loss in MODULES:
-        return MODULES[recipe.loss](**settings)
-    of_logits = {name: value for name, value in settings.items() if name in ("lam", "hard_bias", "label_smoothing")}
+        return MODULES[recipe.loss](**recipe.settings)
+    of_logits = {name: value for name, value in recipe.settings.items() if name in ("lam", "hard_bias", "label_smoothing")}
     if recipe.divergence is not None and "lam" in of_logits:
         of_logits["divergence"] = recipe.divergence
     if of_logits.keys() <= {"label_smoothing"}:
@@ -41,19 +40,20 @@ def build_loss(recipe: Recipe) -> nn.Module:
 
 def build_head(recipe: Recipe, in_features: int, num_classes: int, num_steps: int) -> nn.Module:
     """The classifier, with its schedule for so many training steps."""
+    settings = recipe.settings
     match recipe.loss:
         case "lsoftmax":
             schedule = AnnealedLambda.for_steps(num_steps)
-            return LSoftmaxLinear(in_features, num_classes, int(recipe.angular_multiplier or 1), schedule=schedule)
+            return LSoftmaxLinear(in_features, num_classes, settings["angular_multiplier"], schedule=schedule)
         case "gaussian_mixture":
-            alpha = SteppedAlpha.for_steps(num_steps, maximum=recipe.alpha or 0.0)
-            return GaussianMixtureHead(in_features, num_classes, alpha=alpha, likelihood_weight=recipe.likelihood or 0.0)
+            alpha = SteppedAlpha.for_steps(num_steps, maximum=settings["alpha"])
+            return GaussianMixtureHead(in_features, num_classes, alpha=alpha, likelihood_weight=settings["likelihood"])
         case "noisy_softmax":
-            return NoisySoftmaxLinear(in_features, num_classes, alpha_squared=recipe.alpha or 0.0)
+            return NoisySoftmaxLinear(in_features, num_classes, alpha_squared=settings["alpha_squared"])
         case "super_symmetric":
             return SuperSymmetricLinear(in_features, num_classes, frame="learned", learn_scale=True)
         case "cosface" | "arcface":
-            return CosineLinear(in_features, num_classes, scale=recipe.scale or 1.0, margin=recipe.margin or 0.0, kind=recipe.loss)
+            return CosineLinear(in_features, num_classes, **settings, kind=recipe.loss)
     return nn.Linear(in_features, num_classes)
 
 
@@ -77,7 +77,7 @@ class Method(nn.Module):
         head = build_head(recipe, old.in_features, old.out_features, num_steps)
         network.classifier = old if isinstance(head, nn.Linear) else head  # the same first weights for all that have them
         self.network = network
-        self.center = CenterLoss(old.out_features, old.in_features) if recipe.center is not None else None
+        self.center = CenterLoss(old.in_features, old.out_features) if recipe.center is not None else None
         self.center_weight = recipe.center or 0.0
         self.symmetry = GradualWeight(num_steps, 0.0, recipe.symmetry) if recipe.symmetry is not None else None
         self.in_bfloat16 = recipe.precision == "bfloat16"

@@ -12,11 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .compare import BASELINE, paired_difference
+from .compare import paired_difference
 from .paper import Entry
-from .paper_lines import Line, diverged, join, moments, recipe_of, runs_of, setting, split_of
-from .recipe import LOSSES, Recipe
+from .paper_lines import Line, diverged, join, moments, recipe_of, setting, split_of, unique_records
+from .recipe import BASELINE, LOSSES, Recipe
 from .report import STYLE, axes, color_of
+from .words import counted
 
 HARD_MAX = ("crammer_singer_hinge", "hard_margin_softplus")
 TURN = 0.02  # of log(C - 1): a smaller fall or rise of rho-hat is not called one
@@ -49,7 +50,7 @@ def settings_of(entries: Sequence[Entry]) -> dict[str, tuple[Curves, Curves]]:
     All are shown where they are at most MOST_CURVES; else one of each loss, with the paper's own numbers, or the first there is.
     """
     groups: dict[Any, dict[Recipe, dict[str, Any]]] = {}
-    for record in runs_of(entries):
+    for record in unique_records(entries):
         if not diverged(record):
             recipe = recipe_of(record)
             groups.setdefault(setting(recipe), {})[recipe] = record
@@ -150,7 +151,7 @@ def rho_drawing(curves: Curves) -> tuple[Figure, list[str]] | None:
         curve = [statistics.fmean(of_epoch) for of_epoch in values]
         expected = EXPECTED[records[0]["recipe"]["loss"]]
         if len(curve) < 3:
-            sentences.append(f"{label}: {len(curve)} epoch{'s' * (len(curve) != 1)}, too few to tell how ρ̂ moves.")
+            sentences.append(f"{label}: {counted(len(curve), 'epoch')}, too few to tell how ρ̂ moves.")
             continue
         moves = movement(curve, TURN * bound)
         lowest = curve.index(min(curve))
@@ -188,7 +189,7 @@ def symmetry_drawing(curves: Curves) -> tuple[Figure, list[str]] | None:
     ax.set_ylabel("distance to super-symmetry")
     last = {label: last_by_seed(records, "asymmetry") for label, records in shown.items()}
     ends = [f"{statistics.fmean(values.values()):.4g} for {label}" for label, values in last.items() if values]
-    sentences = [f"In the last epoch the distance to super-symmetry is {join(ends)}."] if ends else []
+    sentences = [f"In the last epoch the distance to super-symmetry (heads.super_symmetry_penalty) is {join(ends)}."] if ends else []
     for label, values in last.items():
         pairs = values.keys() & last.get(BASELINE, {}).keys()
         if label == BASELINE or not pairs:

@@ -3,16 +3,16 @@
 import json
 import shlex
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .compare import BASELINE, Difference, paired_difference
+from .compare import Difference, paired_difference, spread
 from .paper import SCALES, Cell, Entry, Number, Scale
-from .recipe import SYMBOLS, Recipe
+from .recipe import BASELINE, OF_SOME_LOSSES, Recipe
 
-LOSS_FIELDS = {"loss", "divergence", *SYMBOLS}
-PLACES = {"data_root", "weights", "data_digest", "weights_digest"}  # where the files are, and what was found there
+LOSS_FIELDS = {"loss", *OF_SOME_LOSSES}
+FILES = {"data_root", "weights", "data_digest", "weights_digest"}  # where the files are, and what was found there
 MACHINE = {"device", "threads", "processes", "precision", "channels_last", "compile", "evaluate_every"}  # leave the level of an error alone
 
 
@@ -41,13 +41,13 @@ def best_error(record: dict[str, Any]) -> float:
 
 def setting(recipe: Recipe) -> tuple[tuple[str, Any], ...]:
     """Everything of a recipe but its loss, its seed, and where its files are: losses are compared where this is equal."""
-    return tuple((name, value) for name, value in vars(recipe).items() if name not in LOSS_FIELDS | PLACES | {"seed"})
+    return tuple((name, value) for name, value in vars(recipe).items() if name not in LOSS_FIELDS | FILES | {"seed"})
 
 
 def differing(recipe: Recipe, other: Recipe) -> dict[str, tuple[Any, Any]]:
     """Field by field where two recipes differ, beside seed and places."""
     pairs = zip(vars(recipe).items(), vars(other).values(), strict=True)
-    return {name: (a, b) for (name, a), b in pairs if name not in PLACES | {"seed"} and a != b}
+    return {name: (a, b) for (name, a), b in pairs if name not in FILES | {"seed"} and a != b}
 
 
 def recipes_of(entry: Entry) -> list[Recipe]:
@@ -94,7 +94,7 @@ class Line:
     @property
     def minus_baseline(self) -> str:
         if self.difference is not None:
-            return f"{self.difference.mean:+.2f} [{self.difference.low:+.2f}, {self.difference.high:+.2f}]"
+            return self.difference.text
         return f"{next(iter(self.pairs.values())):+.2f} (one seed)" if self.pairs else "–"
 
     @property
@@ -156,10 +156,6 @@ def moments(values: Iterable[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def spread(mean: float, std: float | None) -> str:
-    return f"{mean:.2f}" + ("" if std is None else f" ± {std:.2f}")
-
-
 def number_text(number: Number | None) -> str:
     return "–" if number is None else spread(number.mean, number.std)
 
@@ -207,10 +203,17 @@ def command_of(entry: Entry, scale: Scale) -> str:
     seeds = [recipe.seed for recipe in entry.recipes]
     words = ["largemargin", "reproduce", entry.cell.table, "--cells", entry.cell.name, "--seeds", *map(str, seeds), "--scale", scale.name]
     planned = entry.cell.recipes(seeds[:1], scale)[0]
-    for name, (_, value) in differing(planned, entry.recipes[0]).items():
-        if name != "processes":
-            words += [f"--recipe.{name}", value if isinstance(value, str) else json.dumps(value)]
+    changes = {name: value for name, (_, value) in differing(planned, entry.recipes[0]).items() if name != "processes"}
+    words += recipe_options(changes)
     return shlex.join([*words, "--data-root", "DATA"])
+
+
+def recipe_options(fields: Mapping[str, Any]) -> list[str]:
+    """The options of ``largemargin reproduce`` that give these fields."""
+    words = []
+    for name, value in fields.items():
+        words += ["--device" if name == "device" else f"--recipe.{name}", value if isinstance(value, str) else json.dumps(value)]
+    return words
 
 
 def join(words: Sequence[str]) -> str:
@@ -234,6 +237,6 @@ def full_size(entries: Sequence[Entry]) -> bool:
     return all(name in MACHINE for name, _, _ in deviations(entries))
 
 
-def runs_of(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+def unique_records(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     """Every run once; a cell may stand in more than one table."""
     return list({recipe_of(record).id: record for entry in entries for record in entry.records}.values())

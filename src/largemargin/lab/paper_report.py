@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from .compare import BASELINE
 from .errors import LabError
 from .files import write_text
 from .pages import page
@@ -34,10 +33,12 @@ from .paper_lines import (
     moments,
     recipe_of,
     recipes_of,
-    runs_of,
     setting,
+    unique_records,
 )
+from .recipe import BASELINE
 from .report import software, svg
+from .words import counted
 
 NOTE = (
     "Errors are top-1 in percent at the last epoch, mean ± std (n-1) over seeds. A difference is paired by seed, with its 95% Student-t "
@@ -96,18 +97,18 @@ def headline(entries: Sequence[Entry], scale: Scale) -> list[str]:
     names = dict.fromkeys(entry.cell.table for entry in entries)
     tables = [TABLES[name].title.partition(":")[0] if name in TABLES else name for name in names]
     planned = {recipe.id for entry in entries for recipe in entry.recipes}
-    runs = runs_of(entries)
+    runs = unique_records(entries)
     seeds = sorted({record["recipe"]["seed"] for record in runs})
     lost = sum(map(diverged, runs))
-    done = f"{len(runs)} of {len(planned)} runs done" if len(runs) < len(planned) else f"{len(runs)} runs"
+    done = f"{len(runs)} of {counted(len(planned), 'run')} done" if len(runs) < len(planned) else counted(len(runs), "run")
     sentences = [
-        f"{join(tables)}: {len(entries)} cell{'s' * (len(entries) != 1)}, {done}"
+        f"{join(tables)}: {counted(len(entries), 'cell')}, {done}"
         + (f", {lost} of them diverged" if lost else "")
-        + (f"; n = {len(seeds)} seed{'s' * (len(seeds) != 1)} ({', '.join(map(str, seeds))})." if seeds else "."),
+        + (f"; n = {counted(len(seeds), 'seed')} ({', '.join(map(str, seeds))})." if seeds else "."),
         f"Scale {scale.name}: {scale.description.rstrip('.')}.",
         *(
             f"Other than at this scale: {name} {ours}, in place of {usual}."
-            for name, usual, ours in sorted(changed(entries, scale), key=str)
+            for name, usual, ours in sorted(other_than_at_scale(entries, scale), key=str)
         ),
     ]
     if not full_size(entries):
@@ -118,7 +119,7 @@ def headline(entries: Sequence[Entry], scale: Scale) -> list[str]:
     return sentences
 
 
-def changed(entries: Sequence[Entry], scale: Scale) -> set[tuple[str, Any, Any]]:
+def other_than_at_scale(entries: Sequence[Entry], scale: Scale) -> set[tuple[str, Any, Any]]:
     """Fields that the command gave, but for those of the machine: (field, at this scale, in the runs)."""
     pairs = [(entry.cell.recipes([0], scale)[0], recipe) for entry in entries for recipe in entry.recipes]
     return {(name, *values) for pair in pairs for name, values in differing(*pair).items() if name not in MACHINE}
@@ -130,7 +131,7 @@ def table_sentences(lines: Sequence[Line]) -> list[str]:
     sentences = []
     if told:
         counts = [f"{told.count(word)} {word}" for word in ("better", "worse", "not told apart") if word in told]
-        sentences.append(f"Against {BASELINE}, of {len(told)} cell{'s' * (len(told) != 1)}: {', '.join(counts)}.")
+        sentences.append(f"Against {BASELINE}, of {counted(len(told), 'cell')}: {', '.join(counts)}.")
     signs = [statistics.fmean(line.pairs.values()) * line.paper_difference > 0 for line in lines if line.pairs and line.paper_difference]
     if signs:
         sentences.append(f"The sign of the mean difference is the paper's in {sum(signs)} of {len(signs)}.")
@@ -155,11 +156,11 @@ def hardware(records: Sequence[dict[str, Any]]) -> list[str]:
     for record in records:
         recipe, machine = recipe_of(record), record["environment"]
         threads = machine.get("threads", recipe.threads)
-        text = f"{machine['processor']}, device {recipe.device}, {threads} thread{'s' * (threads != 1)}"
+        text = f"{machine['processor']}, device {recipe.device}, {counted(threads, 'thread')}"
         text += f", {recipe.processes} processes" if recipe.processes > 1 else ""
         text += f", {recipe.precision}" if recipe.precision != "float32" else ""
         counts[text] = counts.get(text, 0) + 1
-    return [f"{text} ({count} run{'s' * (count != 1)})" for text, count in counts.items()]
+    return [f"{text} ({counted(count, 'run')})" for text, count in counts.items()]
 
 
 def duration(seconds: float) -> str:
@@ -244,7 +245,7 @@ def write(out: Path, entries: Sequence[Entry], scale: Scale, command: str, conso
         tables.setdefault(line.cell.table, []).append(line)
     sections = [section_of(name, group) for name, group in tables.items()]
     note = NOTE + INSIDE * any(line.inside is not None for line in lines)
-    drawings, runs = drawings_of(lines, not full_size(entries)), runs_of(entries)
+    drawings, runs = drawings_of(lines, not full_size(entries)), unique_records(entries)
     content = {
         "headline": headline(entries, scale),
         "sections": sections,

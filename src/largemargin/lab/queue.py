@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from .errors import LabError
-from .executors.attempt import Job, Outcome, decoded_images
+from .executors import EXECUTORS
+from .executors.attempt import Job, Outcome
 from .recipe import Recipe
+from .words import counted
 
-__all__ = ["EXECUTORS", "Plan", "decoded_images", "result_of", "run_all", "threads_note"]
-
-EXECUTORS = ("local", "ray")
 ATTEMPTS = 2
 GRACE_SECONDS = 20.0  # for the checkpoints of interrupted runs
 HELD_SECONDS = 2.0  # between two looks at a run that another process does
@@ -111,7 +110,9 @@ def run_all(
         reason = plan.reasons.get(failed[0].id, "it left no record")
         if (text := runs / failed[0].id / "error.txt").is_file():
             reason += f" (whole text: {text})"
-        raise LabError(f"{len(failed)} of {len(recipes)} runs are not done: {reason}. The others are kept; the same command goes on.")
+        raise LabError(
+            f"{len(failed)} of {counted(len(recipes), 'run')} could not be done: {reason}. The others are kept; the same command goes on."
+        )
     return [record for recipe in recipes if (record := result_of(recipe, runs)) is not None]
 
 
@@ -122,7 +123,7 @@ def threads_note(recipes: Sequence[Recipe], jobs: int) -> str | None:
     jobs = min(jobs, len(recipes))
     if jobs * threads <= cores:
         return None
-    return f"{jobs} runs at a time of {threads} thread{'s'[: threads > 1]} share {cores} core{'s'[: cores > 1]}: fewer --jobs may be faster"
+    return f"{counted(jobs, 'run')} at a time of {counted(threads, 'thread')} share {counted(cores, 'core')}: fewer --jobs may be faster"
 
 
 @contextlib.contextmanager

@@ -6,9 +6,13 @@ This module is read by the command line before anything heavy is imported, so it
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .errors import LabError
+
+BASELINE = "softmax"
 # what the words of --losses mean; a setting left out is one the loss does not have
 LOSSES: dict[str, dict[str, Any]] = {
     "softmax": {},  # eq. (2)
@@ -22,7 +26,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     # with a classifier of their own
     "lsoftmax": {"angular_multiplier": 4},  # Liu et al., 2016, annealed over the run
     "gaussian_mixture": {"alpha": 0.3, "likelihood": 0.1},  # Wan et al., 2018; alpha is the last of three steps
-    "noisy_softmax": {"alpha": 0.1},  # Chen et al., 2017; alpha squared
+    "noisy_softmax": {"alpha_squared": 0.1},  # Chen et al., 2017
     "super_symmetric": {},  # Otsu, 1982; Sec. 3
     "cosface": {"scale": 30.0, "margin": 0.35},  # Wang et al., 2018
     "arcface": {"scale": 30.0, "margin": 0.5},  # Deng et al., 2019
@@ -38,12 +42,13 @@ SYMBOLS = {
     "margin": "ρ",
     "angular_multiplier": "m",
     "alpha": "α",
+    "alpha_squared": "α²",
     "likelihood": "λ_lkd",
     "scale": "s",
     "center": "center",
     "symmetry": "symmetry",
 }
-
+OF_SOME_LOSSES = ("divergence", *SYMBOLS)  # the fields of a recipe that are settings of some losses only
 
 PLACES = ("data", "data_root", "weights")  # fields that say where, not what
 # the names of --network; the last stands for any of timm's
@@ -100,7 +105,8 @@ class Recipe:
     divergence: str | None = None  # symmetric (8), kl_qu or kl_uq (10); None: symmetric
     margin: float | None = None  # rho of the hinges and the softplus; of cosface a cosine, of arcface radians
     angular_multiplier: int | None = None  # m of lsoftmax: 1 to 4
-    alpha: float | None = None  # of gaussian_mixture: its margin; of noisy_softmax: alpha squared, of the noise
+    alpha: float | None = None  # of gaussian_mixture: its margin
+    alpha_squared: float | None = None  # of noisy_softmax: of the noise
     likelihood: float | None = None  # the weight of gaussian_mixture's likelihood term
     scale: float | None = None  # s of cosface and arcface: the length of the features
     center: float | None = None  # the weight of the center loss
@@ -133,19 +139,36 @@ class Recipe:
         return self.augmentation == "inception"
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """Those that LOSSES names of its loss."""
+        return {name: getattr(self, name) for name in LOSSES[self.loss]}
+
+    @property
     def loss_label(self) -> str:
         """The loss and its settings, as a row of a table is called."""
         symbols = SYMBOLS | ({"margin": "m"} if self.loss in ("cosface", "arcface") else {})
-        settings = [f"{symbols[name]}={getattr(self, name):g}" for name in LOSSES[self.loss]]
+        settings = [f"{symbols[name]}={value:g}" for name, value in self.settings.items()]
         settings += [{"kl_qu": "D(q‖u)", "kl_uq": "D(u‖q)"}[self.divergence]] if self.divergence in ("kl_qu", "kl_uq") else []
         return " ".join([self.loss.replace("_", " "), *settings])
 
 
-NAMED_DATA = ("digits", "cifar10", "cifar100", "svhn", "imagenet", "places365")  # --data; anything else is the path of an image folder
+def has_setting(loss: str, name: str) -> bool:
+    """Whether a field of OF_SOME_LOSSES is a setting of this loss."""
+    return name in LOSSES[loss] or (name == "divergence" and "lam" in LOSSES[loss])
 
 
-def suited_to(data: str, image_size: int = 32) -> dict[str, Any]:
-    """The fields in which a data set asks for other than the defaults."""
+def check_settings(losses: Sequence[str], given: Iterable[str]) -> None:
+    """Raises LabError for a setting that none of these losses has: it would change nothing, or another loss."""
+    for name in given:
+        if name in OF_SOME_LOSSES and not any(has_setting(loss, name) for loss in losses):
+            having = ", ".join(loss for loss in LOSSES if has_setting(loss, name))
+            raise LabError(f"{name} is a setting of {having}, and not of {', '.join(losses)}; leave it out")
+
+
+def suited_to(data: str, image_size: int | None = None) -> dict[str, Any]:
+    """The fields in which a data set asks for other than the defaults; ``image_size`` where it is not that of the files."""
+    if data in ("digits", "cifar10", "cifar100", "svhn") and image_size is not None:
+        raise LabError(f"image_size {image_size} is nothing that {data} has: its images are used as they are; leave it out")
     match data:
         case "digits":
             return {}
@@ -154,7 +177,7 @@ def suited_to(data: str, image_size: int = 32) -> dict[str, Any]:
         case "svhn":
             return {"epochs": 50}  # a mirrored digit is another
         case "imagenet" | "places365":
-            return {"epochs": 120, "batch_size": 256, "schedule": "steps", "milestones": (30, 60, 90), "augmentation": "inception"} | {
-                "image_size": 224
-            }
-    return {"epochs": 50, "image_size": image_size, "crop_padding": image_size // 8, "flip": True}
+            schedule = {"epochs": 120, "batch_size": 256, "schedule": "steps", "milestones": (30, 60, 90)}
+            return {**schedule, "augmentation": "inception", "image_size": image_size or 224}
+    pixels = image_size or 32
+    return {"epochs": 50, "image_size": pixels, "crop_padding": pixels // 8, "flip": True}

@@ -12,11 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .compare import (
-    BASELINE,
     CHOICE_COLUMNS,
     COLUMNS,
     NOTE,
-    OF_SOME_LOSSES,
     Choice,
     Comparison,
     Row,
@@ -28,7 +26,7 @@ from .compare import (
 )
 from .evaluate import MARGIN_EDGES
 from .pages import page
-from .recipe import Recipe
+from .recipe import BASELINE, OF_SOME_LOSSES, Recipe
 
 # a palette that colour-blind readers can tell apart (Okabe and Ito); the baseline is grey
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f5f00")
@@ -94,6 +92,7 @@ def render(comparison: Comparison, records: Records, rows: Sequence[Row], choice
         first=first,
         recipe=Recipe(**first["recipe"]),
         schedule=schedule(Recipe(**first["recipe"])),
+        augmentation=augmentation(Recipe(**first["recipe"])),
         software=software(records),
         num_runs=len(records),
         seconds=sum(record["seconds"] for record in records),
@@ -104,7 +103,8 @@ def render(comparison: Comparison, records: Records, rows: Sequence[Row], choice
 def changed(recipe: Recipe) -> list[str]:
     """The fields of the recipe that are not the defaults and that the page does not tell elsewhere."""
     told = {*OF_SOME_LOSSES, "loss", "seed", "data", "data_root", "data_digest", "network", "train_fraction", "label_noise"}
-    told |= {"epochs", "device", "validation_fraction", "batch_size", "momentum", "weight_decay", "learning_rate", "crop_padding", "flip"}
+    told |= {"epochs", "device", "validation_fraction", "batch_size", "momentum", "weight_decay", "learning_rate"}
+    told |= {"augmentation", "crop_padding", "crop_fill", "flip"}
     default, values = Recipe(loss="softmax", seed=0).to_dict(), recipe.to_dict()
     return [f"{name} = {value}" for name, value in values.items() if name not in told and value != default[name]]
 
@@ -118,6 +118,15 @@ def schedule(recipe: Recipe) -> str:
         case "cosine":
             return f"{start} falling as half a cosine to {end} over {recipe.epochs} epochs"
     return f"{start}, times {recipe.step_factor:g} at epochs {', '.join(map(str, recipe.milestones)) or 'none'}, {recipe.epochs} epochs"
+
+
+def augmentation(recipe: Recipe) -> str:
+    """What is done to a training image, in words."""
+    if recipe.augmentation == "inception":
+        return "random resized crops, mirrored half the time, colours and PCA lighting changed"
+    fill = "its reflection" if recipe.crop_fill == "reflect" else "the mean of the channel"
+    moved = f"moved by up to {recipe.crop_padding} pixels with {fill} at the border"
+    return ", ".join([moved] * (recipe.crop_padding > 0) + ["mirrored half the time"] * recipe.flip) or "none"
 
 
 def software(records: Records) -> list[str]:
@@ -259,7 +268,6 @@ def rho_curves(records: Records) -> str:
                 curves[0]["batch"],
                 [mean_or_nan(v) for v in zip(*(c["rho"] for c in curves), strict=True)],
                 color=colors[loss],
-                label=label_of(group),
                 linewidth=1.3,
             )
         bound = math.log(len(records[0]["classes"]) - 1)

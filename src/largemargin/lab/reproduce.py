@@ -21,10 +21,12 @@ from .errors import LabError
 from .files import write_json
 from .methods import Method, parameter_groups
 from .models import build
-from .paper import Cell, Entry, Number, Scale
+from .paper import Cell, Entry, Scale
+from .paper_lines import number_text, recipe_options
 from .progress import run_with_progress
 from .queue import result_of
 from .recipe import Recipe
+from .words import counted
 
 MARKER = "reproduce.json"  # tells a folder of ours from one that is not
 PROBE_SECONDS = 3.0  # of one measured step in a dry run, about
@@ -47,7 +49,7 @@ class Reproduction:
 
     def chosen(self) -> list[Cell]:
         """The cells, in the order of the paper."""
-        return choose(self.target, self.cells, self.of_scale)
+        return matching_cells(self.target, self.cells, self.of_scale)
 
     def plan(self, digests: dict[str, str] | None = None) -> list[tuple[Cell, list[Recipe]]]:
         """The runs of every cell; ``digests`` are of the data sets, which their names stand for where none is known."""
@@ -70,12 +72,10 @@ class Reproduction:
         words += ["--cells", *self.cells] if self.cells else []
         words += ["--seeds", *map(str, self.seeds)] if self.seeds is not None else []
         words += ["--scale", self.of_scale.name, "--data-root", self.data_root, "--out", str(out)]
-        for name, value in self.overrides.items():
-            words += [f"--recipe.{name}", value if isinstance(value, str) else json.dumps(value)]
-        return shlex.join(words)
+        return shlex.join(words + recipe_options(self.overrides))
 
 
-def choose(target: str, patterns: Sequence[str], scale: Scale) -> list[Cell]:
+def matching_cells(target: str, patterns: Sequence[str], scale: Scale) -> list[Cell]:
     """The cells of a target whose names match any pattern, or all, without those that lack the scale; a cell that is named stays."""
     cells = paper.cells(target)
     for pattern in patterns:
@@ -94,7 +94,7 @@ def matches(cell: Cell, patterns: Sequence[str]) -> bool:
     return not patterns or any(fnmatch.fnmatchcase(cell.name, pattern) for pattern in patterns)
 
 
-def runs_of(plan: Sequence[tuple[Cell, list[Recipe]]]) -> list[Recipe]:
+def unique_recipes(plan: Sequence[tuple[Cell, list[Recipe]]]) -> list[Recipe]:
     """Each run once, seed by seed, so that pairs are finished together."""
     unique = {recipe.id: recipe for _, recipes in plan for recipe in recipes}
     return sorted(unique.values(), key=lambda recipe: recipe.seed)
@@ -107,24 +107,24 @@ def entries_of(reproduction: Reproduction, digests: dict[str, str], out: Path) -
         return Entry(cell, recipes, [record for recipe in recipes if (record := result_of(recipe, out / "runs")) is not None])
 
     chosen = [entry(*planned) for planned in reproduction.plan(digests)]
-    settings = {setting_of(of_cell.cell) for of_cell in chosen}
+    settings = {baseline_key(of_cell.cell) for of_cell in chosen}
     left = [entry(*planned) for planned in reproduction.baselines(digests)]
-    return [of_cell for of_cell in left if of_cell.records and setting_of(of_cell.cell) in settings] + chosen
+    return [of_cell for of_cell in left if of_cell.records and baseline_key(of_cell.cell) in settings] + chosen
 
 
-def setting_of(cell: Cell) -> tuple[str, str]:
-    """A baseline is that of the cells of its table where this is equal; Table 1 has one for all."""
+def baseline_key(cell: Cell) -> tuple[str, str]:
+    """Cells with the same key have the same baseline; Table 1 has one for all."""
     return cell.table, "" if cell.table == "table1" else cell.column
 
 
 def reproduce(reproduction: Reproduction, out: Path, jobs: int, executor: str, console: Console) -> None:
     """Do what is left of the runs, and write the report into ``out``."""
     plan = reproduction.plan()
-    check_device(plan[0][1][0].device, "--recipe.device")
+    check_device(plan[0][1][0].device)
     check_folder(out)
     digests = {name: digest_of(name, reproduction.data_root, plan) for name in dict.fromkeys(cell.settings["data"] for cell, _ in plan)}
     plan = reproduction.plan(digests)
-    recipes, runs, command = runs_of(plan), out / "runs", reproduction.command(out)
+    recipes, runs, command = unique_recipes(plan), out / "runs", reproduction.command(out)
     try:
         write_json(out / MARKER, {"largemargin": "reproduce", **vars(reproduction), "digests": digests, "command": command})
     except OSError as error:
@@ -132,7 +132,8 @@ def reproduce(reproduction: Reproduction, out: Path, jobs: int, executor: str, c
     say_what_is_left_out(reproduction, console)
     done = sum(result_of(recipe, runs) is not None for recipe in recipes)
     console.print(
-        f"{len(plan)} cells, {len(recipes)} runs, {jobs} at a time, into {out}" + (f"; {done} already done" if done else ""),
+        f"{counted(len(plan), 'cell')}, {counted(len(recipes), 'run')}, {jobs} at a time, into {out}"
+        + (f"; {done} already done" if done else ""),
         markup=False,
         highlight=False,
     )
@@ -144,7 +145,7 @@ def reproduce(reproduction: Reproduction, out: Path, jobs: int, executor: str, c
     except KeyboardInterrupt:
         done = sum(result_of(recipe, runs) is not None for recipe in recipes)
         raise LabError(
-            f"interrupted; {done} of {len(recipes)} runs are done and kept in {out}. The same command goes on from here."
+            f"interrupted; {done} of {counted(len(recipes), 'run')} are done and kept in {out}. The same command goes on from here."
         ) from None
     entries = entries_of(reproduction, digests, out)
     if any(entry.records for entry in entries):
@@ -192,13 +193,9 @@ def reopen(out: Path) -> tuple[list[Entry], Scale, str]:
 def list_cells(reproduction: Reproduction, console: Console) -> None:
     """Print the names of the cells with what was printed in them."""
     table = Table("cell", "paper %", "port %", "", box=box.SIMPLE_HEAD, pad_edge=False)
-    for cell in choose(reproduction.target, reproduction.cells, paper.SCALES["full"]):
-        table.add_row(cell.name, printed(cell.paper), printed(cell.port), cell.note)
+    for cell in matching_cells(reproduction.target, reproduction.cells, paper.SCALES["full"]):
+        table.add_row(cell.name, number_text(cell.paper), number_text(cell.port), cell.note)
     console.print(table, highlight=False)
-
-
-def printed(number: Number | None) -> str:
-    return "-" if number is None else f"{number.mean:.2f}" + ("" if number.std is None else f"±{number.std:.2f}")
 
 
 def say_what_is_left_out(reproduction: Reproduction, console: Console) -> None:
@@ -232,7 +229,7 @@ SIZES = {
 def dry_run(reproduction: Reproduction, console: Console) -> None:
     """Print every run and about how long it takes here; writes nothing, and needs no data."""
     plan = reproduction.plan()
-    check_device(plan[0][1][0].device, "--recipe.device")
+    check_device(plan[0][1][0].device)
     say_what_is_left_out(reproduction, console)
     measured: dict[tuple[Any, ...], float] = {}
     seconds: dict[str, float] = {}
@@ -252,7 +249,7 @@ def dry_run(reproduction: Reproduction, console: Console) -> None:
     console.print(table, highlight=False)
     total, device = hours(sum(seconds.values())), plan[0][1][0].device
     console.print(
-        f"{len(seconds)} run{'s'[: len(seconds) != 1]}, about {total} one after another: an estimate from two optimiser steps of each "
+        f"{counted(len(seconds), 'run')}, about {total} one after another: an estimate from two optimiser steps of each "
         f"network on {device} with made-up images, without the reading of data; runs that are finished count too. Nothing was written.",
         highlight=False,
         soft_wrap=True,

@@ -308,11 +308,9 @@ def start(recipe: Recipe) -> "Accelerator":
 
     check_device(recipe.device if recipe.processes == 1 else "cpu")  # each of several has a device of its own
     if recipe.compile and recipe.compile not in torch.compiler.list_backends(exclude_tags=()):
-        raise LabError(
-            f"--compile {recipe.compile} is no backend of torch.compile here; it has {', '.join(torch.compiler.list_backends())}"
-        )
+        raise LabError(f"compile {recipe.compile} is no backend of torch.compile here; it has {', '.join(torch.compiler.list_backends())}")
     if recipe.nesterov and not recipe.momentum:
-        raise LabError("--nesterov true needs a --momentum above 0; give one, or leave nesterov out")
+        raise LabError("nesterov true needs a momentum above 0; give one, or leave nesterov out")
     # the precision is the recipe's, whatever the launcher was configured for
     accelerator = Accelerator(cpu=recipe.device == "cpu", device_placement=False, mixed_precision="no")
     if accelerator.num_processes != recipe.processes:

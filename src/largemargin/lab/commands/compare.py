@@ -8,6 +8,7 @@ from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
 from rich.console import Console
 
 from ..errors import LabError
+from ..executors import EXECUTORS
 from ..recipe import LOSSES, NETWORKS
 from .options import (
     NonNegativeNumber,
@@ -37,7 +38,11 @@ def parser() -> ArgumentParser:
     )
     compare.add_argument("--data-root", type=str, default="data", metavar="DIR", help="where the files of the named data sets are")
     compare.add_argument(
-        "--image-size", type=Pixels, default=32, metavar="PIXELS", help="images of a folder are resized and cropped to this"
+        "--image-size",
+        type=Pixels,
+        default=None,
+        metavar="PIXELS",
+        help="images of a folder are resized and cropped to this; default: 32, 224 for imagenet and places365",
     )
     compare.add_argument("--network", type=str, default="small", metavar="NAME", help=" ".join(NETWORKS))
     compare.add_argument(
@@ -82,7 +87,7 @@ def parser() -> ArgumentParser:
     )
     compare.add_argument("--device", type=str, default="cpu", help="cpu, cuda, cuda:1, mps, ...")
     compare.add_argument("--jobs", type=PositiveInt, default=2, metavar="N", help="runs at a time, each a process; with ray, for each GPU")
-    compare.add_argument("--executor", choices=["local", "ray"], default="local", metavar="WHERE", help="local or ray")
+    compare.add_argument("--executor", choices=EXECUTORS, default="local", metavar="WHERE", help="local or ray")
     compare.add_argument("--tensorboard", action="store_true", help="write TensorBoard's event files into the folder of each run")
     compare.add_argument("--keep-weights", action="store_true", help="leave the trained network in the folder of each run")
     compare.add_argument(
@@ -103,7 +108,7 @@ def run(options: Any, console: Console) -> None:
     for name in ("data", "data_root", "network", "validation_fraction", "out", "jobs", "device", "executor"):
         if options[name] is None:
             raise LabError(f"--{name.replace('_', '-')} needs a value, got none")
-    check_network_name(options.network, "--network")
+    check_network_name(options.network)
     if not isinstance(options.recipe, Namespace):
         raise LabError(f"recipe: in the --config file needs fields with their values, got {options.recipe!r}")
     names = ("data", "data_root", "image_size", "network", "validation_fraction", "epochs", "train_fraction", "device")

@@ -21,6 +21,9 @@ from ..recipe import AUGMENTATIONS, NETWORKS, PRECISIONS, SCHEDULES, Recipe
 PositiveShare = restricted_number_type("PositiveShare", float, [(">", 0), ("<=", 1)])
 NonNegativeNumber = restricted_number_type("NonNegativeNumber", float, [(">=", 0), ("<", math.inf)])
 PositiveNumber = restricted_number_type("PositiveNumber", float, [(">", 0), ("<", math.inf)])
+FiniteNumber = restricted_number_type("FiniteNumber", float, [(">", -math.inf), ("<", math.inf)])
+ShareBelow1 = restricted_number_type("ShareBelow1", float, [(">=", 0), ("<", 1)])
+Multiplier = restricted_number_type("Multiplier", int, [(">=", 1), ("<=", 4)])
 Pixels = restricted_number_type("Pixels", int, [(">=", 8), ("<=", 1024)])
 
 
@@ -41,12 +44,12 @@ CHECKED: dict[str, Any] = {
     "image_size": Pixels,
     "train_fraction": PositiveShare,
     "label_noise": Share,
-    "validation_fraction": Share,
+    "validation_fraction": ShareBelow1,
     "augmentation": typing.Literal[AUGMENTATIONS],
     "crop_padding": NonNegativeInt,
     "crop_fill": typing.Literal["mean", "reflect"],
     "width": PositiveNumber,
-    "dropout": Share,
+    "dropout": ShareBelow1,
     "epochs": PositiveInt,
     "batch_size": PositiveInt,
     "learning_rate": PositiveNumber,
@@ -57,7 +60,18 @@ CHECKED: dict[str, Any] = {
     "weight_decay": NonNegativeNumber,
     "clip_norm": PositiveNumber,
     "evaluate_every": PositiveInt,
+    "lam": NonNegativeNumber,
+    "hard_bias": FiniteNumber,
+    "label_smoothing": Share,
     "divergence": typing.Literal["symmetric", "kl_qu", "kl_uq"],
+    "margin": FiniteNumber,
+    "angular_multiplier": Multiplier,
+    "alpha": NonNegativeNumber,
+    "alpha_squared": NonNegativeNumber,
+    "likelihood": NonNegativeNumber,
+    "scale": PositiveNumber,
+    "center": NonNegativeNumber,
+    "symmetry": NonNegativeNumber,
     "threads": PositiveInt,
     "precision": typing.Literal[PRECISIONS],
 }
@@ -69,15 +83,15 @@ def add_recipe_fields(parser: ArgumentParser, prefix: str = "", leave_out: Seque
     hints = typing.get_type_hints(Recipe)
     for field in dataclasses.fields(Recipe):
         if field.name not in (*leave_out, *COMPUTED):
-            kind = CHECKED.get(field.name, hints[field.name]) | None
+            kind = CHECKED.get(field.name, hints[field.name])
             name = f"--{prefix}{field.name}" if prefix else f"--{field.name.replace('_', '-')}"
             parser.add_argument(name, type=kind, default=None, help=comments()[field.name], metavar="VALUE")
 
 
-def check_network_name(name: str, option: str) -> None:
+def check_network_name(name: str) -> None:
     """Raises LabError if it is not one of NETWORKS; whether timm has it is seen when it is built."""
     if name not in NETWORKS[:-1] and not (name.startswith("timm:") and name != "timm:"):
-        raise LabError(f"{option} {name} is no network; choose one of {', '.join(NETWORKS)}")
+        raise LabError(f"network {name} is none; choose one of {', '.join(NETWORKS)}")
 
 
 def given_fields(options: Any) -> dict[str, Any]:

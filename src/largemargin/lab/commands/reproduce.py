@@ -1,7 +1,5 @@
 """``largemargin reproduce``: the tables and figures of the paper."""
 
-import dataclasses
-import re
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -9,14 +7,15 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 
 from ..errors import LabError
+from ..executors import EXECUTORS
 from ..paper import SCALES, TARGETS
-from ..recipe import SYMBOLS, Recipe
+from ..recipe import OF_SOME_LOSSES
 from .options import add_recipe_fields, check_network_name, given_fields, new_parser, path_of, plain
 
 HELP = "compute a table or a figure of the paper"
 FIGURES = ("fig1", "fig2", "fig4")  # computed at once, without runs
 # what the cells are made of
-OF_CELLS = ("loss", "seed", "data", "data_root", "train_fraction", "label_noise", "validation_fraction", "weights", "divergence", *SYMBOLS)
+OF_CELLS = ("loss", "seed", "data", "data_root", "train_fraction", "label_noise", "validation_fraction", "weights", *OF_SOME_LOSSES)
 
 
 def parser() -> ArgumentParser:
@@ -47,9 +46,9 @@ def parser() -> ArgumentParser:
         metavar="DIR",
         help="runs and report are kept here; default: runs/paper, runs/figures for fig1 fig2 fig4",
     )
-    reproduce.add_argument("--device", type=str, default=None, help="cpu, cuda, cuda:1, mps, ...; the same as --recipe.device")
-    reproduce.add_argument("--executor", choices=["local", "ray"], default="local", metavar="WHERE", help="local or ray")
-    add_recipe_fields(reproduce, "recipe.", leave_out=OF_CELLS)
+    reproduce.add_argument("--device", type=str, default=None, help="cpu, cuda, cuda:1, mps, ...; default: cpu")
+    reproduce.add_argument("--executor", choices=EXECUTORS, default="local", metavar="WHERE", help="local or ray")
+    add_recipe_fields(reproduce, "recipe.", leave_out=(*OF_CELLS, "device"))
     return reproduce
 
 
@@ -71,30 +70,10 @@ def run(options: Any, console: Console) -> None:
         draw(options.target, path_of(options.out or "runs/figures"), console)
         return
     if options.recipe.network is not None:
-        check_network_name(options.recipe.network, "--recipe.network")
-    if options.device is not None and options.recipe.device is not None:
-        raise LabError(f"--device {options.device} and --recipe.device {options.recipe.device} are the same option; give one")
-    try:
-        run_cells(options, console)
-    except LabError as error:
-        error.args = (named_here(str(error)),)  # the same error, so that an interrupt stays one
-        raise
-
-
-def named_here(message: str) -> str:
-    """What is said of a field of a recipe, by the name that its option has here."""
-    names = "|".join(field.name for field in dataclasses.fields(Recipe) if field.name not in (*OF_CELLS, "device"))
-    return re.sub(rf"(?<![\w.-])--({names})(?![\w-])", r"--recipe.\1", message)
-
-
-def run_cells(options: Any, console: Console) -> None:
-    from ..environment import check_device
+        check_network_name(options.recipe.network)
     from ..reproduce import Reproduction, dry_run, list_cells, reproduce
 
-    given = given_fields(options.recipe)
-    if options.device is not None:
-        check_device(options.device, "--device")
-        given["device"] = options.device
+    given = given_fields(options.recipe) | ({} if options.device is None else {"device": options.device})
     reproduction = Reproduction(
         options.target,
         tuple(options.cells or ()),

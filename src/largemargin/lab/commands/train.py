@@ -7,7 +7,7 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt
 from rich.console import Console
 
-from ..recipe import LOSSES, Recipe, suited_to
+from ..recipe import LOSSES, Recipe, check_settings, suited_to
 from .options import add_recipe_fields, given_fields, new_parser, path_of
 
 HELP = "train one network with one loss; under torchrun or accelerate launch, in several processes"
@@ -27,7 +27,8 @@ def parser() -> ArgumentParser:
 
 def run(options: Any, console: Console) -> None:
     given = {**given_fields(options), "processes": int(os.environ.get("WORLD_SIZE", 1))}
-    recipe = Recipe(**{**suited_to(given.get("data", "digits"), given.get("image_size", 32)), **LOSSES[given["loss"]], **given})
+    check_settings([given["loss"]], given)
+    recipe = Recipe(**{**suited_to(given.get("data", "digits"), given.get("image_size")), **LOSSES[given["loss"]], **given})
     main = int(os.environ.get("RANK", 0)) == 0
     from ..single import train_one
 

@@ -6,7 +6,6 @@ import torch
 
 from ..recipe import Recipe
 from .archives import ARCHIVED, archived
-from .crops import augment
 from .degrade import Rows, choose_rows, load_rows, pollute_labels, save_rows, subsample
 from .feeds import Batch, Feed, InMemory
 from .folders import STREAMED, FileSet, image_folder, listed_folder, streamed_set
@@ -22,7 +21,6 @@ __all__ = [
     "InMemory",
     "Rows",
     "Streamed",
-    "augment",
     "channel_moments",
     "choose_rows",
     "digits",

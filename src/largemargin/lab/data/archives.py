@@ -52,18 +52,16 @@ def archived(data: str, root: Path) -> ImageSet:
     again = f"largemargin data fetch {data} --data-root {root}"
     states = {name: state for archive in archives_of(data) for name, state in state_of(archive, root).items()}
     if set(states.values()) == {"missing"}:
-        raise LabError(f"--data {data}: no {root / next(iter(states))}; point --data-root at its files, or get them: {again}")
+        raise LabError(f"data {data}: no {root / next(iter(states))}; point --data-root at its files, or get them: {again}")
     wrong = next((name for name, state in states.items() if state != "ok"), None)
     if wrong is not None:
-        raise LabError(
-            f"--data {data}: {root / wrong} is missing or differs from its published md5 ({states[wrong]}); get it again: {again}"
-        )
+        raise LabError(f"data {data}: {root / wrong} is missing or differs from its published md5 ({states[wrong]}); get it again: {again}")
     try:
         train, test, classes = _cifar(data, root) if data != "svhn" else _svhn(root)
         parts = [_checked(images, labels, len(classes)) for images, labels in (train, test)]
     except Exception as error:  # pickle and scipy raise many types for a broken file
         reason = str(error) or type(error).__name__
-        raise LabError(f"--data {data}: its files under {root} are not what {data} is: {reason}; get them again: {again}") from error
+        raise LabError(f"data {data}: its files under {root} are not what {data} is: {reason}; get them again: {again}") from error
     return ImageSet(*parts[0], *parts[1], classes)
 
 

@@ -40,7 +40,7 @@ def pad(images: Tensor, padding: int, fill: Tensor | None) -> Tensor:
         padded[:, :, *inner] = images
         return padded
     if padding >= min(height, width):
-        raise LabError(f"--crop_padding {padding} with --crop_fill reflect needs larger images than {height}x{width}; give less, or mean")
+        raise LabError(f"crop_padding {padding} with crop_fill reflect needs larger images than {height}x{width}; give less, or mean")
     padded[:, :, *inner] = images
     rows, left, right = inner[0], padding, padding + width
     padded[:, :, rows, :left] = padded[:, :, rows, left + 1 : 2 * padding + 1].flip(3)
@@ -62,8 +62,3 @@ def apply_moves(images: Tensor, moves: Moves, crop_padding: int, fill: Tensor | 
         images = rows_of_bytes.index_select(0, start.flatten().to(images.device)).view(n, channels, height, width)
     mirrored = moves.mirrored.nonzero().squeeze(1).to(images.device)
     return images.index_copy(0, mirrored, images.index_select(0, mirrored).flip(3)) if len(mirrored) else images
-
-
-def augment(images: Tensor, crop_padding: int, flip: bool, fill: Tensor | None, generator: torch.Generator) -> Tensor:
-    """Each image moved by up to ``crop_padding`` pixels, ``fill`` (channels,) or its reflection at the border, mirrored half the time."""
-    return apply_moves(images, draw_moves(len(images), crop_padding, flip, generator), crop_padding, fill)

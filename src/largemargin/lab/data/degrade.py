@@ -47,7 +47,7 @@ def choose_rows(recipe: Recipe, labels: Tensor, num_classes: int) -> Rows:
         held_out[subsample(len(chosen), recipe.validation_fraction, seeded(recipe.seed, "validation"))] = True
         if held_out.all():
             raise LabError(
-                f"--validation_fraction {recipe.validation_fraction:g} of {len(chosen)} samples leaves none to train on; give less"
+                f"validation_fraction {recipe.validation_fraction:g} of {len(chosen)} samples leaves none to train on; give less"
             )
     return Rows(chosen[~held_out], believed[~held_out], chosen[held_out], believed[held_out])
 

@@ -70,8 +70,8 @@ class InMemory:
     def __init__(self, recipe: Recipe, data: ImageSet, device: torch.device, rank: int = 0, world: int = 1) -> None:
         if recipe.augmentation != "shift":
             raise LabError(
-                f"--augmentation {recipe.augmentation} is for image folders, imagenet and places365; "
-                f"{recipe.data} is augmented by shift (--crop_padding, --flip)"
+                f"augmentation {recipe.augmentation} is for image folders, imagenet and places365; "
+                f"{recipe.data} is augmented by shift (crop_padding, flip)"
             )
         self.recipe, self.device, self.rank, self.world = recipe, device, rank, world
         self.classes, self.in_channels = data.classes, data.train_images.shape[1]

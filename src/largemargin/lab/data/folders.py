@@ -60,7 +60,7 @@ def listed_folder(folder: Path) -> FileSet:
     """The same folder with its images left in their files."""
     if not folder.is_dir():
         raise LabError(
-            f"--data {folder}: no such folder; give digits, cifar10, cifar100, svhn, imagenet, places365 or a folder with one "
+            f"data {folder}: no such folder; give digits, cifar10, cifar100, svhn, imagenet, places365 or a folder with one "
             "sub-folder of images a class"
         )
     held_out = next((name for name in ("test", "val") if (folder / name).is_dir()), None)
@@ -68,7 +68,7 @@ def listed_folder(folder: Path) -> FileSet:
         return _split_folder(folder, held_out, _classes_of)
     parts = sorted(entry.name for entry in folder.iterdir() if entry.name.lower() in SPLIT_NAMES)
     if parts:
-        raise LabError(f"--data {folder}: {', '.join(parts)} looks like a part of a split; name the parts train/ and test/ (or val/)")
+        raise LabError(f"data {folder}: {', '.join(parts)} looks like a part of a split; name the parts train/ and test/ (or val/)")
     classes, files = _list_images(folder, "", _classes_of)
     train, test = _hold_out_a_fifth(folder, files, classes)
     return _file_set(folder, classes, train, test)
@@ -80,7 +80,7 @@ def streamed_set(name: str, root: Path) -> FileSet:
     missing = [part for part in ("train", "val") if not (folder / part).is_dir()]
     if missing:
         raise LabError(
-            f"--data {name}: no folder {folder / missing[0]}; unpack its images as {folder}/train/CLASS/*.jpg, {folder}/val/CLASS/*.jpg, "
+            f"data {name}: no folder {folder / missing[0]}; unpack its images as {folder}/train/CLASS/*.jpg, {folder}/val/CLASS/*.jpg, "
             "or point --data-root at the parent (largemargin data list names its archives)"
         )
     return _split_folder(folder, "val", _nested_classes_of if name == "places365" else _classes_of)
@@ -92,7 +92,7 @@ def _split_folder(folder: Path, held_out: str, classes_of: Any) -> FileSet:
     if test_classes != classes:
         differing = sorted(set(classes) ^ set(test_classes))
         rest = f" and {len(differing) - 10} more" if len(differing) > 10 else ""
-        raise LabError(f"--data {folder}: the classes of {held_out}/ differ from those of train/: {', '.join(differing[:10])}{rest}")
+        raise LabError(f"data {folder}: the classes of {held_out}/ differ from those of train/: {', '.join(differing[:10])}{rest}")
     return _file_set(folder, classes, train, test)
 
 
@@ -128,13 +128,13 @@ def _list_images(folder: Path, part: str, classes_of: Any) -> tuple[tuple[str, .
     whole = folder / part
     classes: tuple[str, ...] = classes_of(whole)
     if len(classes) < 2:
-        raise LabError(f"--data {whole}: found {len(classes)} sub-folders, need at least 2: one for each class, with its images inside")
+        raise LabError(f"data {whole}: found {len(classes)} sub-folders, need at least 2: one for each class, with its images inside")
     labelled = []
     for label, name in enumerate(classes):
         images = _images_under(whole / name)
         if not images:
             extensions = " ".join(import_torchvision().datasets.folder.IMG_EXTENSIONS)
-            raise LabError(f"--data {whole}: the class folder {name} holds no image ({extensions})")
+            raise LabError(f"data {whole}: the class folder {name} holds no image ({extensions})")
         labelled += [(os.path.join(part, name, image), label) for image in images]
     return classes, labelled
 
@@ -147,7 +147,7 @@ def _hold_out_a_fifth(folder: Path, files: Labelled, classes: tuple[str, ...]) -
     smallest = min(counts, key=counts.__getitem__)
     if counts[smallest] < 2 or math.ceil(len(files) / 5) < len(classes):
         raise LabError(
-            f"--data {folder}: too few images to hold out a fifth of every class ({classes[smallest]} has {counts[smallest]}); "
+            f"data {folder}: too few images to hold out a fifth of every class ({classes[smallest]} has {counts[smallest]}); "
             "add images, or make train/ and test/ folders"
         )
     train, test = train_test_split(files, test_size=0.2, stratify=labels, random_state=SPLIT_SEED)

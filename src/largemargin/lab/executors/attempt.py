@@ -57,7 +57,7 @@ class DataSets:
                 found = data.load(recipe.data, recipe.data_root, recipe.image_size, recipe.streamed)
             if recipe.data_digest and (digest := found.digest()) != recipe.data_digest:
                 raise LabError(
-                    f"--data {recipe.data} has the digest {digest}, the run was planned for {recipe.data_digest}: the data changed or "
+                    f"data {recipe.data} has the digest {digest}, the run was planned for {recipe.data_digest}: the data changed or "
                     "differ on this machine; restore them, or start the comparison anew"
                 )
             self._loaded[key] = found

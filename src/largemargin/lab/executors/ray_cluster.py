@@ -113,7 +113,7 @@ def _resources(ray: Any, recipe: Recipe, jobs: int) -> dict[str, Any]:
     """What a task asks of a node; a task that no node can ever do would wait for ever."""
     kind, _, index = recipe.device.partition(":")
     if index:
-        raise LabError(f"--device {recipe.device}: with --executor ray the cluster chooses the GPU; give --device {kind}")
+        raise LabError(f"device {recipe.device}: with --executor ray the cluster chooses the GPU; give {kind}")
     gpus = int(1e4 / jobs) / 1e4 if kind == "cuda" else 0  # ray counts in ten-thousandths
     if not any(
         node["Alive"] and node["Resources"].get("CPU", 0) >= recipe.threads and node["Resources"].get("GPU", 0) >= gpus

@@ -47,11 +47,11 @@ def build(recipe: Recipe, in_channels: int, num_classes: int) -> Network:
     reads = ("dropout",) if name.startswith(TIMM) else _named(name).settings
     for setting, unset in (("width", 1.0), ("dropout", 0.0)):
         if getattr(recipe, setting) != unset and setting not in reads:
-            raise LabError(f"--{setting} {getattr(recipe, setting):g} is nothing that --network {name} has; leave it out")
+            raise LabError(f"{setting} {getattr(recipe, setting):g} is nothing that the network {name} has; leave it out")
     if not recipe.width > 0:
-        raise LabError(f"--width {recipe.width:g} must be above 0; 1 is the full network")
+        raise LabError(f"width {recipe.width:g} must be above 0; 1 is the full network")
     if not 0 <= recipe.dropout < 1:
-        raise LabError(f"--dropout {recipe.dropout:g} must be from 0 to below 1; it is the share of features set to zero")
+        raise LabError(f"dropout {recipe.dropout:g} must be from 0 to below 1; it is the share of features set to zero")
     settings = {setting: getattr(recipe, setting) for setting in reads}
     if name.startswith(TIMM):
         network = timm_network(name.removeprefix(TIMM), in_channels, num_classes, **settings)
@@ -76,13 +76,11 @@ def check_image(name: str, image_size: int) -> None:
         return
     only = timm_image_size(name.removeprefix(TIMM)) if name.startswith(TIMM) else None
     taken = f"only images of {only} pixels" if only else f"images from {smallest_image(name)} pixels"
-    raise LabError(f"--network {name} takes {taken}, and these have {image_size}; choose another network or other images")
+    raise LabError(f"network {name} takes {taken}, and these have {image_size}; choose another network or other images")
 
 
 def _named(name: str) -> Named:
     if name not in NETWORKS:
         close = difflib.get_close_matches(name, NETWORKS, n=1)
-        raise LabError(
-            f"--network {name} is not one of {', '.join(NETWORKS)}, {TIMM}NAME" + (f"; did you mean {close[0]}?" if close else "")
-        )
+        raise LabError(f"network {name} is not one of {', '.join(NETWORKS)}, {TIMM}NAME" + (f"; did you mean {close[0]}?" if close else ""))
     return NETWORKS[name]

@@ -27,9 +27,7 @@ def timm_network(name: str, in_channels: int, num_classes: int, dropout: float =
     try:
         model = timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels, drop_rate=dropout)
     except TypeError as error:  # an encoder without a classifier
-        raise LabError(
-            f"--network timm:{name} is not made for classification: {str(error).splitlines()[0]}; choose another model"
-        ) from error
+        raise LabError(f"network timm:{name} is not made for classification: {str(error).splitlines()[0]}; choose another model") from error
     paths = model.pretrained_cfg.get("classifier") or ()
     paths = (paths,) if isinstance(paths, str) else tuple(paths)
     try:
@@ -45,7 +43,7 @@ def timm_network(name: str, in_channels: int, num_classes: int, dropout: float =
         model.reset_classifier(0)
         features = _try(model, in_channels, model.pretrained_cfg["input_size"][-1])
     except Exception as error:  # whatever that model raises
-        raise LabError(f"--network timm:{name} cannot be taken apart into features and a classifier; choose another model") from error
+        raise LabError(f"network timm:{name} cannot be taken apart into features and a classifier; choose another model") from error
     return Network(model, nn.Linear(features.shape[1], num_classes), paths)
 
 
@@ -109,12 +107,12 @@ def _import_timm(name: str) -> Any:
         import_torchvision()  # timm imports it, and it may not import by itself
         import timm
     except ImportError as error:
-        raise LabError(f"--network timm:{name} needs timm, which is not installed; install it with: {how_to_install('timm')}") from error
+        raise LabError(f"network timm:{name} needs timm, which is not installed; install it with: {how_to_install('timm')}") from error
     models = timm.list_models()
     if name not in models and name not in timm.list_pretrained():
         close = difflib.get_close_matches(name.partition(".")[0], models)
         raise LabError(
-            f"--network timm:{name} is not a model of timm {timm.__version__}"
+            f"network timm:{name} is not a model of timm {timm.__version__}"
             + (f"; close to it: {', '.join(close)}" if close else "; timm.list_models() names them")
         )
     return timm

@@ -17,7 +17,7 @@ def weights_digest(path: str | Path) -> str:
         with open(Path(path).expanduser(), "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:12]
     except OSError as error:
-        raise LabError(f"--weights {path} cannot be read: {error.strerror or error}; give a .safetensors, .pt or .pth file") from error
+        raise LabError(f"weights {path} cannot be read: {error.strerror or error}; give a .safetensors, .pt or .pth file") from error
 
 
 def load_weights(network: Network, path: str | Path) -> None:
@@ -40,14 +40,14 @@ def load_weights(network: Network, path: str | Path) -> None:
         f"{what} {_first(keys)}" for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)) if keys
     ]
     if wrong:
-        raise LabError(f"--weights {path} does not fit --network: {'; '.join(wrong)}; give the file of the same network")
+        raise LabError(f"weights {path} does not fit the network: {'; '.join(wrong)}; give the file of the same network")
     network.load_state_dict(state)
 
 
 def _read(path: str | Path) -> dict[str, Tensor]:
     path = Path(path).expanduser()
     if not path.is_file():
-        raise LabError(f"--weights {path} is not a file; give a .safetensors, .pt or .pth file")
+        raise LabError(f"weights {path} is not a file; give a .safetensors, .pt or .pth file")
     loaded: Any
     try:
         if path.suffix == ".safetensors":
@@ -57,18 +57,18 @@ def _read(path: str | Path) -> dict[str, Tensor]:
         elif path.suffix in (".pt", ".pth"):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
         else:
-            raise LabError(f"--weights {path} ends in {path.suffix or 'nothing'}; give a .safetensors, .pt or .pth file")
+            raise LabError(f"weights {path} ends in {path.suffix or 'nothing'}; give a .safetensors, .pt or .pth file")
     except LabError:
         raise
     except ImportError as error:
-        raise LabError(f"--weights {path} needs safetensors, which is not installed: pip install safetensors") from error
+        raise LabError(f"weights {path} needs safetensors, which is not installed: pip install safetensors") from error
     except Exception as error:  # a broken pickle raises anything
-        raise LabError(f"--weights {path} cannot be read as a file of weights: it is broken or holds more than tensors") from error
+        raise LabError(f"weights {path} cannot be read as a file of weights: it is broken or holds more than tensors") from error
     for key in ("state_dict", "model", "network"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
     if not isinstance(loaded, dict) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise LabError(f"--weights {path} holds no state dict; save network.state_dict() in it")
+        raise LabError(f"weights {path} holds no state dict; save network.state_dict() in it")
     return {str(key): value for key, value in loaded.items()}
 
 
