@@ -5,6 +5,7 @@ import copy
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from measure import peak_bytes
 with contextlib.suppress(ImportError):
     import_torchvision()  # which transformers imports where it is installed
 transformers = pytest.importorskip("transformers")
+hooks = pytest.importorskip("accelerate.hooks")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
@@ -211,7 +213,7 @@ def other_model(kind: str) -> torch.nn.Module:
         ("masked", "ModernBertForMaskedLM, whose loss is ForMaskedLMLoss"),
         ("two heads", "GPT2DoubleHeadsModel, whose forward does not call self.loss_function"),
         ("encoder", "T5ForConditionalGeneration, which has an encoder.*decoder_input_ids"),
-        ("head", "GPT2LMHeadModel, whose head is a ScaledHead"),
+        ("head", r"GPT2LMHeadModel, whose head is a .*transformers\.ScaledHead"),
     ],
 )
 def test_a_model_with_another_loss_or_head_is_refused(kind, words):
@@ -329,16 +331,62 @@ def test_logits_are_there_where_they_are_wanted():
         torch.testing.assert_close(model(tokens, labels=tokens).loss, evaluated.loss)
 
 
-def test_compiled_code_makes_logits():
+@pytest.mark.parametrize("what", ["model", "forward"])  # the hooks of a model are compiled, or run before and after the compiled code
+def test_compiled_code_makes_logits(what):
+    model = fuse_large_margin_loss(language_model(family="llama")).train()
+    plain, compiled = copy.deepcopy(model), model
+    if what == "model":
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    else:
+        model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+    tokens = TEXT[:32].view(2, 16)
+    expected = LargeMarginLoss(causal=True)(plain(tokens), tokens)
+    expected.backward()
+    for again in (False, True):
+        model.zero_grad()
+        with torch._dynamo.config.patch(error_on_recompile=again):
+            outputs = compiled(tokens, labels=tokens)
+        outputs.loss.backward()
+        assert outputs.logits.shape == (2, 16, VOCABULARY)
+        torch.testing.assert_close(outputs.loss, expected)
+        for weight, same in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(weight.grad, same.grad)
+
+
+def test_labels_by_position_make_logits():
     model = fuse_large_margin_loss(language_model(family="llama")).train()
     tokens = TEXT[:32].view(2, 16)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)(tokens, labels=tokens)
-    assert compiled.logits.shape == (2, 16, VOCABULARY)
-    torch.testing.assert_close(compiled.loss, model(tokens, labels=tokens).loss)
+    outputs = model(tokens, None, None, None, None, tokens, num_items_in_batch=30)
+    assert outputs.logits.shape == (2, 16, VOCABULARY)
+    torch.testing.assert_close(outputs.loss, LargeMarginLoss(causal=True)(outputs, tokens, 30))
+
+
+def test_the_loss_is_on_the_device_of_the_head():
+    model = language_model(tied=False, family="llama").train()
+    # as device_map puts it on another GPU than the body
+    hooks.add_hook_to_module(model.lm_head, hooks.AlignDevicesHook(execution_device="meta"))
+    tokens = TEXT[:32].view(2, 16)
+    weight = torch.ones(VOCABULARY)
+    assert model(tokens, labels=tokens).loss.device.type == "meta"
+    outputs = fuse_large_margin_loss(model, weight=weight)(tokens, labels=tokens, num_items_in_batch=torch.tensor(30))
+    assert outputs.logits.shape == (2, 0, VOCABULARY)
+    assert outputs.loss.device.type == "meta"
+
+
+@pytest.mark.parametrize("more", [False, True])  # hooks of accelerate on the same module
+def test_a_head_that_accelerate_offloads_is_refused(more):
+    model = fuse_large_margin_loss(language_model(tied=False, family="llama")).train()
+    hooks.add_hook_to_module(model.lm_head, hooks.AlignDevicesHook(execution_device="cpu", offload=True))
+    if more:
+        hooks.add_hook_to_module(model.lm_head, hooks.ModelHook(), append=True)
+    tokens = TEXT[:32].view(2, 16)
+    assert model(tokens).logits.shape == (2, 16, VOCABULARY)
+    with pytest.raises(ValueError, match=r"weight of the head must stay.*offloads.*device_map"):
+        model(tokens, labels=tokens)
 
 
 class Adapter(torch.nn.Module):
-    """As PEFT's: the forward pass of what it wraps, past its hooks."""
+    """As PEFT's: the hooks of what it wraps run."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
@@ -348,23 +396,40 @@ class Adapter(torch.nn.Module):
         return self.model
 
     def forward(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+
+class OlderAdapter(Adapter):
+    """As older PEFT's: the forward pass of what it wraps, past its hooks."""
+
+    def forward(self, *args, **kwargs):
         return self.model.forward(*args, **kwargs)
 
 
-def test_fusing_again_is_fusing_what_the_model_has_become():
+def test_a_model_that_is_wrapped_stays_fused_where_its_hooks_run():
+    tokens = TEXT[:32].view(2, 16)
+    model = fuse_large_margin_loss(language_model()).train()
+    fused, unfused = (adapter(model)(tokens, labels=tokens) for adapter in (Adapter, OlderAdapter))
+    assert fused.logits.shape == (2, 0, VOCABULARY)
+    assert unfused.logits.shape == (2, 16, VOCABULARY)
+    torch.testing.assert_close(fused.loss, unfused.loss)
+
+
+@pytest.mark.parametrize("adapter", [Adapter, OlderAdapter])
+def test_fusing_again_is_fusing_what_the_model_has_become(adapter):
     tokens = TEXT[:32].view(2, 16) % 80
     model = language_model().train()
-    assert fuse_large_margin_loss(Adapter(model))(tokens, labels=tokens).logits.shape == (2, 0, VOCABULARY)
+    assert fuse_large_margin_loss(adapter(model))(tokens, labels=tokens).logits.shape == (2, 0, VOCABULARY)
     assert fuse_large_margin_loss(model)(tokens, labels=tokens).logits.shape == (2, 0, VOCABULARY)
     model.resize_token_embeddings(80)
     logits = model(tokens).logits
     copied = copy.deepcopy(model)
-    for wrapped in (model, Adapter(model), Adapter(copied), copied):
+    for wrapped in (model, adapter(model), adapter(copied), copied):
         again = fuse_large_margin_loss(wrapped, lam=1.0)(tokens, labels=tokens)
         assert again.logits.shape == (2, 0, 80)
         torch.testing.assert_close(again.loss, LargeMarginLoss(lam=1.0, causal=True)(logits, tokens))
         assert wrapped(tokens).logits.shape == (2, 16, 80)
-    assert fuse_large_margin_loss(Adapter(model))(tokens, labels=tokens).logits.shape == (2, 0, 80)  # the copy's hooks are its own
+    assert fuse_large_margin_loss(adapter(model))(tokens, labels=tokens).logits.shape == (2, 0, 80)  # the copy's hooks are its own
 
 
 def test_an_error_in_between_leaves_the_model_as_it_was():
@@ -381,14 +446,61 @@ def test_a_model_that_caps_its_logits_is_refused():
         model.train()(TEXT[:8].view(1, 8), labels=TEXT[:8].view(1, 8))
 
 
-def test_a_model_that_masks_logits_in_place_is_refused():
-    def mask(head, args, logits):
-        logits[:, :, [3, 4]] = -100.0
+def mask(head, args, logits):
+    logits[:, :, [3, 4]] = -100.0
 
-    model = fuse_large_margin_loss(language_model())
-    model.lm_head.register_forward_hook(mask)
-    with pytest.raises(ValueError, match="masked tokens"):
-        model.train()(TEXT[:8].view(1, 8), labels=TEXT[:8].view(1, 8))
+
+def scale(head, args, logits):
+    return 5 * logits
+
+
+def observe(head, args, logits):
+    assert logits.shape == (1, 0, VOCABULARY)
+
+
+@pytest.mark.parametrize("fused_first", [True, False])
+@pytest.mark.parametrize("hook", [mask, scale, observe])
+def test_a_hook_that_changes_logits_is_refused(hook, fused_first):
+    model, tokens = language_model().train(), TEXT[:8].view(1, 8)
+    steps = [fuse_large_margin_loss, lambda model: model.lm_head.register_forward_hook(hook)]
+    for step in steps if fused_first else reversed(steps):
+        step(model)
+    refused = pytest.raises(ValueError, match=r"a scale.*masked tokens")
+    with contextlib.nullcontext() if hook is observe else refused:
+        model(tokens, labels=tokens)
+
+
+def softmax_loss_of_its_own(self, input_ids, labels=None, **others):
+    """As Liger's kernel: neither head nor loss_function is called."""
+    logits = self.model(input_ids).last_hidden_state @ self.lm_head.weight.t()
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    return transformers.modeling_outputs.CausalLMOutputWithPast(loss=loss)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("adapter", [lambda model: model, Adapter, OlderAdapter])
+def test_a_forward_pass_with_a_loss_of_its_own_is_refused(adapter, training):
+    inner, tokens = language_model(family="llama"), TEXT[:32].view(2, 16)
+    model = fuse_large_margin_loss(adapter(inner)).train(training)
+    inner.forward = types.MethodType(softmax_loss_of_its_own, inner)
+    with pytest.raises(ValueError, match=r"must call self\.loss_function.*use_liger_kernel"):
+        model(tokens, labels=tokens)
+    del inner.forward
+    model(tokens, labels=tokens)
+
+
+def test_replicas_in_threads_do_not_disturb_each_other():
+    # of nn.DataParallel: shallow copies of one model, which share its hooks
+    model, tokens = language_model().train(), TEXT[:32].view(2, 16)
+
+    def begin_another(model, args, outputs):
+        with pytest.raises(IndexError):
+            replica(torch.full((1, 4), VOCABULARY), labels=torch.zeros(1, 4).long())
+
+    model.register_forward_hook(begin_another)
+    fuse_large_margin_loss(model)
+    replica = model._replicate_for_data_parallel()
+    assert model(tokens, labels=tokens).logits.shape == (2, 0, VOCABULARY)
 
 
 @pytest.mark.parametrize("options", [{"label_smoothing_factor": 0.1}, {"loss": LargeMarginLoss(causal=True)}])

@@ -9,6 +9,7 @@ model's own forward pass. Where a hook does not run, logits are made and the los
 multiplied in its dtype, as its logits would be.
 """
 
+import copy
 import inspect
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -35,6 +36,8 @@ def _loss(
     input: Tensor, labels: Tensor, num_items: Tensor | float | None, settings: dict[str, Any], head: nn.Linear | None = None
 ) -> Tensor:
     """Of logits (..., C), or of features (..., D) with the ``head`` that makes logits of them; divided by ``num_items``, else the mean."""
+    if head is not None:
+        input = input.to(head.weight.device)  # device_map may put it on another GPU than the body
     settings = {**settings, "reduction": "mean" if num_items is None else "sum"}
     if isinstance(settings.get("weight"), Tensor):
         settings["weight"] = settings["weight"].to(input.device)
@@ -132,6 +135,7 @@ class _CausalLoss:
 
     def __init__(self, when: str, settings: dict[str, Any], hooks: list[Any]) -> None:
         self.when, self.settings, self.hooks = when, settings, hooks
+        self.awaited = False  # whether the forward pass under way has labels, and has not come here yet
 
     def __call__(
         self,
@@ -143,6 +147,7 @@ class _CausalLoss:
         shift_labels: Tensor | None = None,
         **others: Any,
     ) -> Tensor:
+        self.awaited = False
         if shift_labels is None:
             assert labels is not None
             shift_labels = _shifted(labels, ignore_index)
@@ -175,6 +180,12 @@ def _check_whole(head: nn.Linear) -> None:
             f"the weight of the head must be whole until the model has its loss, got a DTensor {tuple(head.weight.shape)}; with "
             "fully_shard leave the head in the unit of the model, or give it reshard_after_forward=False; it cannot be tensor parallel"
         )
+    hook = getattr(head, "_hf_hook", None)  # of accelerate: one, or a sequence of them
+    if any(getattr(each, "offload", False) for each in getattr(hook, "hooks", [hook])):
+        raise ValueError(
+            "the weight of the head must stay where it is until the model has its loss, got one that accelerate offloads after the head's "
+            "forward pass; give the head a GPU in device_map, or use LargeMarginLoss(causal=True)"
+        )
 
 
 def _without_adapter(model: Any) -> Any:
@@ -185,21 +196,31 @@ def _without_adapter(model: Any) -> Any:
 def _ask_head(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     inner = _without_adapter(model)
     labelled = kwargs.get("labels") is not None
-    if not labelled and kwargs.get("num_items_in_batch") is not None:
+    if not labelled and not args and kwargs.get("num_items_in_batch") is not None:  # among args there may be labels
         raise ValueError(
             "labels must be given to a fused model by name, got None with num_items_in_batch; the Trainer holds them back for "
             "compute_loss_func and for label_smoothing_factor: give it neither, and label_smoothing to fuse_large_margin_loss"
         )
-    fused = labelled and (model.training or inner.loss_function.when == "always") and not torch.compiler.is_compiling()
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        inner.loss_function = copy.copy(inner.loss_function)  # replicas of nn.DataParallel share one, and run in threads
+    inner.loss_function.awaited = labelled
+    fused = labelled and (model.training or inner.loss_function.when == "always") and not compiling
     inner.get_output_embeddings()._leave_out_logits = fused
 
 
 def _release_head(model: Any, args: tuple[Any, ...], outputs: Any) -> None:
-    _without_adapter(model).get_output_embeddings()._leave_out_logits = False
+    inner = _without_adapter(model)
+    inner.get_output_embeddings()._leave_out_logits = False
+    if inner.loss_function.awaited and outputs is not None:  # None where the forward pass raised an error
+        raise ValueError(
+            "model must call self.loss_function in its forward pass where labels come, got one that did not: use_liger_kernel replaces "
+            'the forward pass; leave it out, or give liger_kernel_config={"fused_linear_cross_entropy": False}'
+        )
 
 
 def _no_rows(head: Any, args: tuple[Any, ...]) -> tuple[Tensor] | None:
-    if not getattr(head, "_leave_out_logits", False):
+    if torch.compiler.is_compiling() or not getattr(head, "_leave_out_logits", False):
         return None
     _check_whole(head)
     features = args[0]
@@ -228,7 +249,7 @@ def _refusal(model: Any) -> str | None:
         return "whose forward does not call self.loss_function"
     head = model.get_output_embeddings()
     if getattr(type(head), "forward", None) is not nn.Linear.forward:
-        return f"whose head is a {type(head).__name__}"
+        return f"whose head is a {type(head).__module__}.{type(head).__qualname__}"  # those of LoRA are named Linear too
     return None
 
 
@@ -236,10 +257,10 @@ def fuse_large_margin_loss(model: Any, *, lam: float = 0.3, when: Literal["train
     r"""Make the large margin the loss of a causal language model, fused with its head: the logits N x vocabulary are never held.
 
     ``model(input_ids, labels=labels).loss`` is then the large-margin loss of the next tokens, by
-    :func:`~largemargin.linear_large_margin_cross_entropy`, under any training loop: the Trainer (without ``compute_loss_func``) with
-    gradient accumulation, checkpointing of activations, tied embeddings, data parallelism. Equal to the loss of the logits up to rounding.
-    Where it is fused, ``outputs.logits`` is empty, (N, 0, C). Without labels, as in generation, in compiled code, and with ``labels`` given
-    by position, logits are made as ever, and with labels the loss is that of the logits.
+    :func:`~largemargin.linear_large_margin_cross_entropy`, under the Trainer (without ``compute_loss_func``) or any loop that does not read
+    the logits of a training step, with gradient accumulation, checkpointing of activations, tied embeddings, data parallelism. Equal to the
+    loss of the logits up to rounding. Where it is fused, ``outputs.logits`` is empty, (N, 0, C). Without labels, as in generation, in
+    compiled code, and with ``labels`` given by position, logits are made as ever, and with labels the loss is that of the logits.
 
     Under ``fully_shard`` the head is in the unit of the model, or in one with ``reshard_after_forward=False``: the loss comes after the
     head's own forward pass.
@@ -253,14 +274,15 @@ def fuse_large_margin_loss(model: Any, *, lam: float = 0.3, when: Literal["train
 
     Returns:
         The same model. Called again, it has the new settings, and is fused as it is then: after ``resize_token_embeddings``, or wrapped
-        by PEFT, which both leave the hooks behind.
+        by an older PEFT, which both leave the hooks behind.
 
     Raises:
         TypeError, ValueError: as :class:`~largemargin.LargeMarginCrossEntropyLoss`; TypeError for ``ignore_index`` and ``reduction``, which
             are the Trainer's; ValueError for a model whose loss is not that of a causal language model, one whose forward does not call
             ``loss_function``, one that has an encoder too, or a head that is no ``nn.Linear``. In the first step ValueError for a model
-            that changes its logits between head and loss, for a head that is sharded away before the loss, and where the Trainer holds the
-            labels back (``label_smoothing_factor``, ``compute_loss_func``).
+            that changes its logits between head and loss, for a head that is sharded or offloaded before the loss, for a forward pass that
+            leaves out ``loss_function`` after all (``use_liger_kernel``), and where the Trainer holds the labels back
+            (``label_smoothing_factor``, ``compute_loss_func``).
 
     Example:
         >>> from largemargin.integrations.transformers import fuse_large_margin_loss
@@ -287,7 +309,7 @@ def fuse_large_margin_loss(model: Any, *, lam: float = 0.3, when: Literal["train
         model.register_forward_pre_hook(_ask_head, with_kwargs=True),
         model.register_forward_hook(_release_head, always_call=True),
         head.register_forward_pre_hook(_no_rows),
-        head.register_forward_hook(_tie_features),
+        head.register_forward_hook(_tie_features, prepend=True),  # other hooks then change what is tied, which is seen
     ]
     inner.loss_function = _CausalLoss(when, settings, hooks)
     return model
