@@ -24,7 +24,7 @@ from .files import write_json, write_text
 from .models import build, check_image, weights_digest
 from .progress import run_with_progress
 from .queue import result_of
-from .recipe import BASELINE, LOSSES, OF_SOME_LOSSES, SYMBOLS, Recipe, check_settings, has_setting, suited_to
+from .recipe import BASELINE, LOSSES, OF_SOME_LOSSES, SYMBOLS, Recipe, check_image_size, check_settings, has_setting, suited_to
 from .words import counted
 
 MARKER = "compare.json"  # tells a folder of ours from one that is not
@@ -365,6 +365,7 @@ def compare(comparison: Comparison, out: Path, jobs: int, console: Console, exec
     ``options`` are those of :func:`~largemargin.lab.train.train`.
     """
     check_settings(comparison.losses, [*comparison.overrides, *(["lam"] if comparison.lam != Comparison.lam else [])])
+    check_image_size(comparison.data, comparison.image_size)
     check_device(comparison.device)
     check_folder(out)
     if comparison.is_folder and Path(comparison.data).expanduser().resolve() in out.resolve().parents:

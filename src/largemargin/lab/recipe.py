@@ -165,10 +165,14 @@ def check_settings(losses: Sequence[str], given: Iterable[str]) -> None:
             raise LabError(f"{name} is a setting of {having}, and not of {', '.join(losses)}; leave it out")
 
 
-def suited_to(data: str, image_size: int | None = None) -> dict[str, Any]:
-    """The fields in which a data set asks for other than the defaults; ``image_size`` where it is not that of the files."""
+def check_image_size(data: str, image_size: int | None) -> None:
+    """Raises LabError for one that would change nothing."""
     if data in ("digits", "cifar10", "cifar100", "svhn") and image_size is not None:
         raise LabError(f"image_size {image_size} is nothing that {data} has: its images are used as they are; leave it out")
+
+
+def suited_to(data: str, image_size: int | None = None) -> dict[str, Any]:
+    """The fields in which a data set asks for other than the defaults; ``image_size`` is of image folders, None: 32 or what is usual."""
     match data:
         case "digits":
             return {}

@@ -7,7 +7,7 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt
 from rich.console import Console
 
-from ..recipe import LOSSES, Recipe, check_settings, suited_to
+from ..recipe import LOSSES, Recipe, check_image_size, check_settings, suited_to
 from .options import add_recipe_fields, given_fields, new_parser, path_of
 
 HELP = "train one network with one loss; under torchrun or accelerate launch, in several processes"
@@ -28,6 +28,7 @@ def parser() -> ArgumentParser:
 def run(options: Any, console: Console) -> None:
     given = {**given_fields(options), "processes": int(os.environ.get("WORLD_SIZE", 1))}
     check_settings([given["loss"]], given)
+    check_image_size(given.get("data", "digits"), given.get("image_size"))
     recipe = Recipe(**{**suited_to(given.get("data", "digits"), given.get("image_size")), **LOSSES[given["loss"]], **given})
     main = int(os.environ.get("RANK", 0)) == 0
     from ..single import train_one
