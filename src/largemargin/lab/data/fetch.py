@@ -106,11 +106,17 @@ def _store(chunks: Iterable[bytes], source: str, archive: Archive, file: Path, p
 
 
 def _put_in_place(archive: Archive, file: Path, unpacked: Path, root: Path) -> None:
-    """Unpack beside the data root's files, check every member, then move."""
+    """Unpack beside the data root's files, check every member, then move. Of an archive only the files that it is known for are written."""
     if archive.is_tar:
+        known = {name for name, _ in archive.members}
         try:
             with tarfile.open(file) as tar:
-                tar.extractall(unpacked, filter="data")
+                for entry in tar:
+                    if entry.isfile() and entry.name in known:
+                        content = tar.extractfile(entry)
+                        assert content is not None
+                        (unpacked / entry.name).parent.mkdir(parents=True, exist_ok=True)
+                        (unpacked / entry.name).write_bytes(content.read())
         except (tarfile.TarError, OSError, EOFError) as error:
             raise LabError(f"{archive.name} cannot be unpacked: {error}") from error
     else:
