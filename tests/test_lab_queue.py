@@ -233,3 +233,9 @@ def test_an_unknown_executor_is_refused(tmp_path):
 
 def test_a_job_is_frozen(tmp_path):
     assert Job(tmp_path, "a:b").options == {}
+
+
+def test_without_ray_the_install_line_is_printed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(LabError, match=r"pip install 'largemargin\[ray\]'"):
+        queue.run_all(RECIPES, tmp_path, 1, lambda *_: None, "ray")

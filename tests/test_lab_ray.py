@@ -1,7 +1,6 @@
 """The queue on a Ray cluster of two nodes, started here."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -101,9 +100,3 @@ def test_what_no_node_can_do_is_refused(cluster, field, value, said, tmp_path):
     with pytest.raises(LabError, match=said):
         queue.run_all([Recipe(loss="softmax", seed=0, **{field: value})], tmp_path, 1, lambda *_: None, "ray")
     assert not list(tmp_path.rglob("lock"))
-
-
-def test_without_ray_the_install_line_is_printed(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(LabError, match=r'pip install "largemargin\[ray\]"'):
-        queue.run_all(RECIPES, tmp_path, 1, lambda *_: None, "ray")
