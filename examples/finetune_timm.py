@@ -1,7 +1,7 @@
 """Fine-tune a network of timm from a local file of weights, with softmax and with the large margin, on a folder of images.
 
 Nothing is downloaded: the folder is made of scikit-learn's handwritten digits, and the weights come from training on the digits 0 to 4.
-With a folder and a file of your own only the last command is needed. It takes some 35 seconds of processor time:
+With a folder and a file of your own only the last command is needed. It takes about half a minute of processor time:
 
     python examples/finetune_timm.py
 

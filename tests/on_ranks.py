@@ -241,22 +241,22 @@ def refuses(group: dist.ProcessGroup) -> None:
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     logits, target = torch.randn(4, 3), torch.arange(4)
 
-    def refused(error: type[Exception], words: str, logits: Tensor = logits, target: Tensor = target, **options: object) -> None:
+    def assert_refused(error: type[Exception], words: str, logits: Tensor = logits, target: Tensor = target, **options: object) -> None:
         with pytest.raises(error, match=words):
             sharded_large_margin_cross_entropy(logits, target, group=group, **options)
 
-    refused(
+    assert_refused(
         ValueError, f"class_start is .* but shards of \\[{', '.join(['3'] * world)}\\] classes start at", class_start=7 if rank else None
     )
-    refused(ValueError, "num_classes is .* but their shards have", num_classes=11 if rank else None)
-    refused(ValueError, "class_start is \\[0, 0\\].*start at \\[0, 3\\]", class_start=0, num_classes=6)
-    refused(ValueError, "target must be the same on all ranks", target=target + rank)
-    refused(IndexError, "\\[0, 6\\)", target=target + 5)
-    refused(RuntimeError, "one entry for each of the 6 classes", weight=torch.ones(3))
-    refused(ValueError, "weight.detach", weight=torch.ones(6, requires_grad=True), label_smoothing=0.1)
-    refused(RuntimeError, "class indices", target=torch.rand(4, 3))
-    refused(ValueError, "the same rows on all ranks of the group, got \\[4, 3\\]", logits=logits[rank:], target=target[rank:])
-    refused(ValueError, "lam", lam=-1.0)
+    assert_refused(ValueError, "num_classes is .* but their shards have", num_classes=11 if rank else None)
+    assert_refused(ValueError, "class_start is \\[0, 0\\].*start at \\[0, 3\\]", class_start=0, num_classes=6)
+    assert_refused(ValueError, "target must be the same on all ranks", target=target + rank)
+    assert_refused(IndexError, "\\[0, 6\\)", target=target + 5)
+    assert_refused(RuntimeError, "one entry for each of the 6 classes", weight=torch.ones(3))
+    assert_refused(ValueError, "weight.detach", weight=torch.ones(6, requires_grad=True), label_smoothing=0.1)
+    assert_refused(RuntimeError, "class indices", target=torch.rand(4, 3))
+    assert_refused(ValueError, "the same rows on all ranks of the group, got \\[4, 3\\]", logits=logits[rank:], target=target[rank:])
+    assert_refused(ValueError, "lam", lam=-1.0)
     features, classifier = torch.randn(4, 2, requires_grad=rank == 0), torch.randn(3, 2)
     with pytest.raises(ValueError, match="all ranks of the group have to need it"):
         sharded_linear_large_margin_cross_entropy(features, classifier, target, group=group, reduction="none")
@@ -436,6 +436,10 @@ def memory(group: dist.ProcessGroup) -> None:
 
         gradients = sum(leaf.nbytes for leaf in leaves if leaf.requires_grad)
         assert peak_bytes(step) < gradients + 4 * 20_000 + 200_000  # the logits would take 6,400,000
+
+
+def fails_on_the_second(group: dist.ProcessGroup) -> None:
+    assert dist.get_rank(group) != 1, "as it should"
 
 
 def loses_a_rank(group: dist.ProcessGroup) -> str:

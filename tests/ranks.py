@@ -37,7 +37,10 @@ class Ranks:
         self.pipes: list[Any] = []
 
     def run(self, size: int, function: Callable[..., Any], *arguments: Any, may_die: tuple[int, ...] = ()) -> list[Any]:
-        """What ``function(group, *arguments)`` returns on the first ``size`` ranks; ``"died"`` on those that may and did."""
+        """What ``function(group, *arguments)`` returns on the first ``size`` ranks; ``"died"`` on those that may and did.
+
+        An assertion that fails there fails here.
+        """
         if not self.processes:
             self._start()
         for pipe in self.pipes[:size]:

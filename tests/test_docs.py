@@ -58,8 +58,11 @@ def missing(error):
 def test_the_integrations_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     import_torchvision()  # which some of them import
+    blocks = python_blocks(DOCS / "integrations.md")
+    modules = {path.stem for path in (ROOT / "src/largemargin/integrations").glob("[a-z]*.py")}
+    assert modules == set(re.findall(r"largemargin\.integrations\.(\w+)", "".join(blocks)))
     namespace, not_here = {}, []
-    for block in python_blocks(DOCS / "integrations.md"):
+    for block in blocks:
         try:
             exec(compile(block, "docs/integrations.md", "exec"), namespace)
         except ImportError as error:

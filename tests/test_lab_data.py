@@ -11,12 +11,7 @@ from PIL import Image
 
 from largemargin.lab import data
 from largemargin.lab._torchvision import import_torchvision
-from largemargin.lab.data import crops
 from largemargin.lab.errors import LabError
-
-
-def augment(images, crop_padding, flip, fill, generator):
-    return crops.apply_moves(images, crops.draw_moves(len(images), crop_padding, flip, generator), crop_padding, fill)
 
 
 def generator(seed=0):
@@ -64,29 +59,6 @@ def test_channel_moments_are_those_of_the_pixels():
     mean, std = data.channel_moments(images)
     torch.testing.assert_close(mean, images.double().mean((0, 2, 3)).float())
     torch.testing.assert_close(std, images.double().std((0, 2, 3), correction=0).float())
-
-
-def test_augment_moves_each_image_as_a_whole():
-    images = torch.randint(1, 256, (64, 2, 6, 5), generator=generator(), dtype=torch.uint8)
-    fill = torch.tensor([7.0, 9.0])
-    moved = augment(images, 2, False, fill, generator(1))
-    offsets = set()
-    for image, result in zip(images, moved, strict=True):
-        padded = fill.to(torch.uint8).view(2, 1, 1).repeat(1, 10, 9)
-        padded[:, 2:8, 2:7] = image
-        found = [(y, x) for y in range(5) for x in range(5) if torch.equal(padded[:, y : y + 6, x : x + 5], result)]
-        assert found, "the result is no crop of the padded image"
-        offsets.add(found[0])
-    assert len(offsets) > 12  # of 25, over 64 draws
-
-
-def test_augment_mirrors_about_half_of_the_images_and_can_be_off():
-    images = torch.randint(0, 256, (400, 1, 4, 4), generator=generator(), dtype=torch.uint8)
-    result = augment(images, 0, True, torch.zeros(1), generator(1))
-    mirrored = torch.tensor([torch.equal(r, i.flip(-1)) for r, i in zip(result, images, strict=True)])
-    same = torch.tensor([torch.equal(r, i) for r, i in zip(result, images, strict=True)])
-    assert (mirrored | same).all() and 150 < mirrored.sum() < 250
-    assert torch.equal(augment(images, 0, False, torch.zeros(1), generator(1)), images)
 
 
 @pytest.fixture

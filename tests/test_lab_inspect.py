@@ -184,7 +184,7 @@ BAD_ARRAYS = {
 }
 
 
-def refused(capsys, path, said):
+def assert_refused(capsys, path, said):
     assert cli.main(["inspect", str(path)]) == 2
     captured = capsys.readouterr()
     assert not captured.out and len(captured.err.splitlines()) == 1
@@ -195,11 +195,11 @@ def refused(capsys, path, said):
 def test_bad_arrays_get_one_line(kind, tmp_path, capsys):
     arrays, said = BAD_ARRAYS[kind]
     np.savez(tmp_path / "bad.npz", **arrays)
-    refused(capsys, tmp_path / "bad.npz", said)
+    assert_refused(capsys, tmp_path / "bad.npz", said)
 
 
 def test_float16_logits_are_checked_too(tmp_path, capsys):
-    refused(capsys, write_npz(tmp_path / "a.npz", with_value(LOGITS, math.inf).astype("float16"), LABELS), "row 1 has inf")
+    assert_refused(capsys, write_npz(tmp_path / "a.npz", with_value(LOGITS, math.inf).astype("float16"), LABELS), "row 1 has inf")
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_float16_logits_are_checked_too(tmp_path, capsys):
 )
 def test_bad_csv_gets_one_line(content, said, tmp_path, capsys):
     (tmp_path / "bad.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
-    refused(capsys, tmp_path / "bad.csv", said)
+    assert_refused(capsys, tmp_path / "bad.csv", said)
 
 
 def test_files_that_are_no_archive_get_one_line(tmp_path, capsys):
@@ -241,10 +241,10 @@ def test_files_that_are_no_archive_get_one_line(tmp_path, capsys):
         (whole[:200] + b"????????" + whole[208:], "is damaged"),  # the checksum tells
     ):
         bad.write_bytes(content)
-        refused(capsys, bad, said)
+        assert_refused(capsys, bad, said)
     np.save(tmp_path / "array.npy", LOGITS)
     bad.write_bytes((tmp_path / "array.npy").read_bytes())
-    refused(capsys, bad, "is not an .npz archive")
+    assert_refused(capsys, bad, "is not an .npz archive")
 
 
 @pytest.mark.parametrize("position", range(0, 400, 7))
@@ -261,14 +261,14 @@ def test_an_archive_of_other_things_gets_one_line(tmp_path, capsys):
     with zipfile.ZipFile(tmp_path / "bad.npz", "w") as archive:
         archive.writestr("logits", "not an array")
         archive.writestr("labels", "not an array")
-    refused(capsys, tmp_path / "bad.npz", "logits is not a numpy array")
+    assert_refused(capsys, tmp_path / "bad.npz", "logits is not a numpy array")
 
 
 def test_paths_that_are_no_file_get_one_line(tmp_path, capsys):
     (tmp_path / "folder.npz").mkdir()
-    refused(capsys, tmp_path / "folder.npz", "is not a file")
-    refused(capsys, tmp_path / "nosuch.csv", "is not there")
-    refused(capsys, tmp_path / "logits.pt", "the name must end in .npz")
+    assert_refused(capsys, tmp_path / "folder.npz", "is not a file")
+    assert_refused(capsys, tmp_path / "nosuch.csv", "is not there")
+    assert_refused(capsys, tmp_path / "logits.pt", "the name must end in .npz")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The queue of runs: failures, deaths, interrupts, and two queues on one folder."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -232,7 +233,8 @@ def test_an_unknown_executor_is_refused(tmp_path):
 
 
 def test_a_job_is_frozen(tmp_path):
-    assert Job(tmp_path, "a:b").options == {}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Job(tmp_path, "a:b").work = "c:d"
 
 
 def test_without_ray_the_install_line_is_printed(tmp_path, monkeypatch):

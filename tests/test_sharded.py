@@ -193,6 +193,15 @@ def test_case_23_a_rank_holds_its_gradients_and_a_tile(ranks):
     ranks.run(2, on_ranks.memory)
 
 
+def test_an_assertion_that_fails_on_a_rank_fails_the_test():
+    ranks = Ranks()
+    try:
+        with pytest.raises(AssertionError, match=r"^rank 1: (?s:.*)AssertionError: as it should"):
+            ranks.run(2, on_ranks.fails_on_the_second)
+    finally:
+        ranks.stop()
+
+
 def test_survivors_of_a_killed_rank_end_soon_and_say_why():
     ranks = Ranks()
     try:

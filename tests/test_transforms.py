@@ -217,7 +217,7 @@ def backward(loss: Tensor, leaf: Tensor) -> Tensor:
 # compilation and export
 
 
-def compiled_equals_eager(run, input: Tensor, *targets: Tensor, backend: str, units: float, **compile_options) -> None:
+def assert_compiled_equals_eager(run, input: Tensor, *targets: Tensor, backend: str, units: float, **compile_options) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, backend=backend, **compile_options)
     for target in targets:
@@ -244,8 +244,8 @@ def test_case_19_compiled_with_a_changing_number_of_rows(options, dynamic, kind,
         targets = [torch.rand(8, 5, generator=rng), torch.rand(3, 5, generator=rng)]
 
     module = LargeMarginCrossEntropyLoss(**options)
-    compiled_equals_eager(module, input, *targets, backend="aot_eager", units=1, dynamic=dynamic)
-    compiled_equals_eager(
+    assert_compiled_equals_eager(module, input, *targets, backend="aot_eager", units=1, dynamic=dynamic)
+    assert_compiled_equals_eager(
         lambda f, y: large_margin_cross_entropy(f, y, **options), input, *targets, backend="aot_eager", units=1, dynamic=dynamic
     )
 
@@ -254,7 +254,7 @@ def test_case_19_compiled_with_a_changing_number_of_rows(options, dynamic, kind,
 @pytest.mark.parametrize("function", [multiclass_hinge, crammer_singer_hinge, hard_margin_softplus], ids=lambda f: f.__name__)
 def test_case_19_compiled_hinges(function, rng):
     input, target = torch.randn(8, 5, generator=rng) * 3, torch.tensor([0, 1, -100, 3, 4, 0, -100, 2])
-    compiled_equals_eager(lambda f, y: function(f, y), input, target, backend="aot_eager", units=1)
+    assert_compiled_equals_eager(lambda f, y: function(f, y), input, target, backend="aot_eager", units=1)
 
 
 @compiles
@@ -288,7 +288,9 @@ def test_case_19_compiled_layer_and_loss(rng):
 def test_case_19_inductor(kind, rng):
     input = torch.randn(8, 5, generator=rng) * 3
     target = torch.tensor([0, 1, -100, 3, 4, 0, -100, 2]) if kind == "indices" else torch.rand(8, 5, generator=rng)
-    compiled_equals_eager(lambda f, y: large_margin_cross_entropy(f, y, label_smoothing=0.1), input, target, backend="inductor", units=4)
+    assert_compiled_equals_eager(
+        lambda f, y: large_margin_cross_entropy(f, y, label_smoothing=0.1), input, target, backend="inductor", units=4
+    )
 
 
 class Criterion(torch.nn.Module):

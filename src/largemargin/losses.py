@@ -200,15 +200,8 @@ class LinearLargeMarginCrossEntropyLoss(nn.Module):
         self.backend: Backend | None = backend
 
     def _options(self) -> dict[str, Any]:
-        return {
-            "lam": self.lam,
-            "divergence": self.divergence,
-            "hard_bias": self.hard_bias,
-            "label_smoothing": self.label_smoothing,
-            "ignore_index": self.ignore_index,
-            "reduction": self.reduction,
-            "backend": self.backend,
-        }
+        names = ("lam", "divergence", "hard_bias", "label_smoothing", "ignore_index", "reduction", "backend")
+        return {name: getattr(self, name) for name in names}
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of features ``input`` (..., D) and class indices ``target`` (...)."""

@@ -22,8 +22,8 @@ from .errors import LabError
 from .executors.attempt import decoded_images
 from .files import write_json, write_text
 from .models import build, check_image, weights_digest
-from .progress import run_with_progress
-from .queue import result_of
+from .progress import interrupted, run_with_progress
+from .queue import num_finished, result_of
 from .recipe import BASELINE, LOSSES, OF_SOME_LOSSES, SYMBOLS, Recipe, check_image_size, check_settings, has_setting, suited_to
 from .words import counted
 
@@ -396,7 +396,7 @@ def compare(comparison: Comparison, out: Path, jobs: int, console: Console, exec
     del images
 
     def stage(recipes: list[Recipe], what: str) -> list[dict[str, Any]]:
-        done = sum(result_of(recipe, runs) is not None for recipe in recipes)
+        done = num_finished(recipes, runs)
         console.print(
             f"{counted(len(recipes), what)} of {counted(recipes[0].epochs, 'epoch')} on {comparison.data}, {jobs} at a time, into {out}"
             + (f"; {done} already done" if done else ""),
@@ -405,10 +405,7 @@ def compare(comparison: Comparison, out: Path, jobs: int, console: Console, exec
         try:
             return run_with_progress(recipes, runs, jobs, console, executor, **options)
         except KeyboardInterrupt:
-            done = sum(result_of(recipe, runs) is not None for recipe in recipes)
-            raise LabError(
-                f"interrupted; {done} of {counted(len(recipes), what)} are done and kept in {out}. The same command goes on from here."
-            ) from None
+            raise interrupted(recipes, runs) from None
 
     choices = choose(stage(comparison.validating_recipes(), "validating run")) if comparison.choosing else []
     print_choices(comparison, choices, console)

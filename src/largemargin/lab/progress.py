@@ -8,8 +8,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .queue import result_of, run_all, threads_note
+from .errors import LabError
+from .queue import num_finished, result_of, run_all, threads_note
 from .recipe import Recipe
+from .words import counted
+
+
+def interrupted(recipes: Sequence[Recipe], runs: Path) -> LabError:
+    """What to say in place of a KeyboardInterrupt."""
+    done = f"{num_finished(recipes, runs)} of {counted(len(recipes), 'run')} are done and kept in {runs.parent}"
+    return LabError(f"interrupted; {done}. The same command goes on from here.")
 
 
 def run_with_progress(

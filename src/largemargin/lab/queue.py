@@ -36,6 +36,11 @@ def result_of(recipe: Recipe, runs: Path) -> dict[str, Any] | None:
     return record
 
 
+def num_finished(recipes: Sequence[Recipe], runs: Path) -> int:
+    """How many of these runs have their record."""
+    return sum(result_of(recipe, runs) is not None for recipe in recipes)
+
+
 class Plan:
     """What is left to do. A run that fails goes to the end of the line, once; one that another process does is asked for again."""
 

@@ -23,8 +23,8 @@ from .methods import Method, parameter_groups
 from .models import build
 from .paper import Cell, Entry, Scale
 from .paper_lines import number_text, recipe_options
-from .progress import run_with_progress
-from .queue import result_of
+from .progress import interrupted, run_with_progress
+from .queue import num_finished, result_of
 from .recipe import Recipe
 from .words import counted
 
@@ -130,7 +130,7 @@ def reproduce(reproduction: Reproduction, out: Path, jobs: int, executor: str, c
     except OSError as error:
         raise LabError(f"--out {out} cannot be written to: {error.strerror or error}; choose another folder") from error
     say_what_is_left_out(reproduction, console)
-    done = sum(result_of(recipe, runs) is not None for recipe in recipes)
+    done = num_finished(recipes, runs)
     console.print(
         f"{counted(len(plan), 'cell')}, {counted(len(recipes), 'run')}, {jobs} at a time, into {out}"
         + (f"; {done} already done" if done else ""),
@@ -143,10 +143,7 @@ def reproduce(reproduction: Reproduction, out: Path, jobs: int, executor: str, c
     except LabError as error:
         failure = error
     except KeyboardInterrupt:
-        done = sum(result_of(recipe, runs) is not None for recipe in recipes)
-        raise LabError(
-            f"interrupted; {done} of {counted(len(recipes), 'run')} are done and kept in {out}. The same command goes on from here."
-        ) from None
+        raise interrupted(recipes, runs) from None
     entries = entries_of(reproduction, digests, out)
     if any(entry.records for entry in entries):
         from . import paper_report  # matplotlib is slow to import: not before the runs
