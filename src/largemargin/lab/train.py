@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import row_stats
 from . import checkpoint
 from .data import FileSet, ImageSet, feed_of, save_rows
 from .data.feeds import Feed, samples_of_an_epoch
@@ -26,6 +25,7 @@ from .methods import Method, Step, parameter_groups
 from .models import build, check_image
 from .recipe import Recipe
 from .seeds import seeded
+from .step import CudaGraph, EagerStep, GraphedStep, TakesSteps
 from .stopping import Stopped, told_to_stop
 
 if TYPE_CHECKING:
@@ -68,7 +68,17 @@ class Progress:
 class Run:
     """One recipe being trained by one process, alone or among several."""
 
-    def __init__(self, recipe: Recipe, data: ImageSet | FileSet, folder: Path, accelerator: "Accelerator", told: threading.Event) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: ImageSet | FileSet,
+        folder: Path,
+        accelerator: "Accelerator",
+        told: threading.Event,
+        *,
+        graph: bool = True,
+        on_message: Callable[[str], object] = lambda _: None,
+    ) -> None:
         self.recipe, self.folder, self.accelerator, self.told = recipe, folder, accelerator, told
         self.rank, self.world, self.main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
         # the accelerator's own is cpu:0 among several processes, where no checkpoint can be loaded to
@@ -83,13 +93,22 @@ class Run:
         self.method = Method(recipe, network, recipe.epochs * self.num_steps).to(self.device)
         if recipe.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # a graph reads the learning rate from the device, and of SGD only the fused form takes it from there without waiting
+        self.fused = True if self.device.type == "cuda" else None
         groups = parameter_groups(recipe, network)
-        self.optimizer = torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.nesterov)
+        self.optimizer = torch.optim.SGD(
+            groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=self.fused
+        )
         if recipe.compile:
             network.features.compile(backend=recipe.compile)
         self.wrapped = accelerator.prepare_model(self.method, device_placement=False) if self.world > 1 else self.method
+        step = EagerStep(self.wrapped, self.optimizer, recipe.clip_norm, self.world)
+        graphed = graph and self.device.type == "cuda" and self.world == 1
+        self.step: TakesSteps = GraphedStep(step, recipe.batch_size, CudaGraph(self.device), on_message) if graphed else step
         self.rates = learning_rates(recipe)
-        self.counted: list[tuple[Tensor, int]] = []  # of batches since the last gathering: sums on this device, and the size of the batch
+        self.counted: list[
+            tuple[Tensor, int]
+        ] = []  # of batches since the last gathering: counts() on the device, and the size of the batch
         self.progress = self._resumed()
         self.started = time.monotonic() - self.progress.seconds
         self.saved = time.monotonic()
@@ -100,6 +119,8 @@ class Run:
             return Progress()
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:  # that of an earlier version may have been written without
+            group["fused"] = self.fused
         torch.set_rng_state(state["random"].cpu())
         return Progress(**state["progress"])
 
@@ -122,32 +143,26 @@ class Run:
         if told:
             raise Stopped
 
+    def _set_learning_rate(self) -> None:
+        """That of the epoch, as a number, or where the optimiser is fused as a tensor that stays the same."""
+        for group in self.optimizer.param_groups:
+            rate = self.rates[self.progress.epoch] * group["factor"]
+            if not self.fused:
+                group["lr"] = rate
+            elif isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = torch.tensor(rate, dtype=torch.float32, device=self.device)
+
     def train_epoch(self) -> None:
         """What is left of an epoch's training."""
         recipe, progress = self.recipe, self.progress
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rates[progress.epoch] * group["factor"]
+        self._set_learning_rate()
         self.wrapped.train()
         began = time.monotonic() - progress.training_seconds
         for batch in self.feed.training(progress.epoch, progress.step):
-            torch.manual_seed(seeded(recipe.seed, "layers", progress.epoch, progress.step, self.rank).initial_seed())  # for dropout, say
-            images, target, mine = batch.images, batch.target, len(batch.target)
-            if not mine:  # the last batch had no row for this process, which takes part with one that counts 0
-                images, target = images.new_zeros(1, *images.shape[1:]), target.new_zeros(1)
-            step: Step = self.wrapped(images, target, mine)
-            first = progress.step == 0 and step.logits.requires_grad
-            if first:
-                step.logits.retain_grad()
-            # processes average their gradients: each counts as much as it has rows
-            share = mine * self.world / batch.size
-            self.optimizer.zero_grad()
-            (step.loss if share == 1 else share * step.loss).backward()
-            if recipe.clip_norm is not None:
-                nn.utils.clip_grad_norm_(self.method.parameters(), recipe.clip_norm)
-            self.optimizer.step()
-            if first:
-                progress.gradient_share = self._sum((step.logits.grad != 0).double().mean().cpu() * (mine / batch.size)).item()  # type: ignore[union-attr]
-            self._count(step, target, mine, batch.size)
+            seed = seeded(recipe.seed, "layers", progress.epoch, progress.step, self.rank).initial_seed()
+            self.counted.append((self.step(batch, seed), batch.size))
             progress.step += 1
             if self.world == 1 or progress.step % 10 == 0:
                 progress.training_seconds = time.monotonic() - began
@@ -155,22 +170,16 @@ class Run:
         self._gather()
         progress.training_seconds = time.monotonic() - began
 
-    @torch.no_grad()
-    def _count(self, step: Step, target: Tensor, mine: int, size: int) -> None:
-        """Add a batch to what is measured of the epoch; on the device, which need not wait."""
-        stats = row_stats(step.plain, target)
-        errors = (step.plain.argmax(-1) != target) | step.plain.isnan().any(-1)
-        sums = torch.stack([step.loss.detach() * mine, errors.sum(), stats.rho.sum(), (stats.log_odds + stats.rho).sum()]).double()
-        self.counted.append((sums if mine else torch.zeros_like(sums), size))
-
     def _gather(self) -> None:
         """Bring what was counted on the devices of all processes into the progress, batch by batch: the same sums wherever it was cut."""
         if not self.counted:
             return
-        sums = self._sum(torch.stack([sums for sums, _ in self.counted])).tolist()
-        for of_batch, (_, size) in zip(sums, self.counted, strict=True):
-            self.progress.totals = [total + value for total, value in zip(self.progress.totals, of_batch, strict=True)]
-            self.progress.rho_of_batches.append(of_batch[2] / size)
+        counted = self._sum(torch.stack([counts for counts, _ in self.counted])).tolist()
+        if self.progress.step == len(counted):  # the first of them is the first of the epoch
+            self.progress.gradient_share = counted[0][4]
+        for (*sums, _), (_, size) in zip(counted, self.counted, strict=True):
+            self.progress.totals = [total + value for total, value in zip(self.progress.totals, sums, strict=True)]
+            self.progress.rho_of_batches.append(sums[2] / size)
         self.counted = []
 
     def _sum(self, values: Tensor) -> Tensor:
@@ -184,16 +193,18 @@ class Run:
         if self.world > 1:  # what batch norm has seen differs: the first process has it as checkpoints do
             for buffer in self.method.buffers():
                 torch.distributed.broadcast(buffer, 0)
-        logits, targets, own = [], [], torch.zeros(1, dtype=torch.float64)
+        logits, targets, losses, sizes = [], [], [], []
         for images, target in self.feed.held_out():
             step: Step = self.method(images, target)
             logits.append(step.plain)
             targets.append(target)
-            own += step.loss.double().cpu() * len(target)
+            losses.append(step.loss)  # read when all are computed: nothing waits for the device
+            sizes.append(len(target))
             if self.world == 1:
                 self.save_if_due()
         whole, target = self._all_of(logits, (len(self.feed.classes),)), self._all_of(targets, ())
-        return evaluate(whole, target), self._sum(own).item() / self.feed.num_held_out
+        own = sum(loss * size for loss, size in zip(torch.stack(losses).tolist(), sizes, strict=True)) if losses else 0.0
+        return evaluate(whole, target), self._sum(torch.tensor([own], dtype=torch.float64)).item() / self.feed.num_held_out
 
     def _all_of(self, parts: list[Tensor], shape: tuple[int, ...]) -> Tensor:
         """The rows of all processes, in order: only the last shares may be short."""
@@ -259,16 +270,19 @@ def train(
     tensorboard: bool = False,
     keep_weights: bool = False,
     keep_checkpoint: bool = False,
+    graph: bool = True,
+    on_message: Callable[[str], object] = lambda _: None,
 ) -> dict[str, Any]:
     """Train by the recipe and write ``result.json`` into ``folder``; goes on from a checkpoint found there.
 
     ``on_epoch`` hears each epoch's measurements, ``on_end`` is shown the network in eval mode and its data. SIGTERM ends the run after a
     checkpoint, by SystemExit. With ``keep_weights`` the trained network is left as ``network.safetensors``, with ``keep_checkpoint`` the
-    last state of the whole run. Returns what is in ``result.json``.
+    last state of the whole run. On a GPU the steps are replayed as a CUDA graph, without ``graph`` they run eagerly; ``on_message`` hears a
+    line for the user where a graph cannot be had. Returns what is in ``result.json``.
     """
     accelerator = start(recipe)
     with told_to_stop() as told:
-        run = Run(recipe, data, folder, accelerator, told)
+        run = Run(recipe, data, folder, accelerator, told, graph=graph, on_message=on_message)
         if run.main:
             remove_unfinished(folder)
             write_json(folder / "recipe.json", recipe.to_dict())
@@ -316,6 +330,9 @@ def start(recipe: Recipe) -> "Accelerator":
     if accelerator.num_processes != recipe.processes:
         raise LabError(f"this run is of {recipe.processes} processes, and {accelerator.num_processes} were started; start it as before")
     torch.set_num_threads(recipe.threads)
+    if recipe.device.startswith("cuda"):
+        torch.cuda.set_device(accelerator.device if recipe.processes > 1 else torch.device(recipe.device))
+        torch.backends.cudnn.benchmark = True  # almost all batches have one shape: its fastest convolutions are looked for once
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = recipe.precision == "tf32"
     return accelerator
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..errors import LabError
 from ..recipe import Recipe
 from ..seeds import seeded
-from .crops import apply_moves, draw_moves
+from .crops import Moves, apply_moves, draw_moves
 from .degrade import Rows, choose_rows
 from .images import ImageSet, channel_moments
 
@@ -93,13 +93,27 @@ class InMemory:
 
     def training(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         recipe, own = self.recipe, own_rows(self.rank, self.world)
-        batches = torch.split(order_of(recipe, len(self.labels), epoch), recipe.batch_size)
-        for step, batch in enumerate(batches[first_step:], first_step):
-            # drawn for all rows, so that each row's move does not depend on how many processes share the batch
-            moves = draw_moves(len(batch), recipe.crop_padding, recipe.flip, seeded(recipe.seed, "augmentation", epoch, step)).of(own)
-            rows = batch[own].to(self.device)
-            images = apply_moves(self.images.index_select(0, rows), moves, recipe.crop_padding, self.fill)
-            yield Batch(self.normalize(images), self.labels[rows], len(batch))
+        if first_step * recipe.batch_size >= samples_of_an_epoch(recipe, len(self.labels)):
+            return  # the epoch was done but for its evaluation
+        for rows, *moves in zip(*(part.split(recipe.batch_size) for part in self.plan(epoch, first_step)), strict=True):
+            mine = rows[own]
+            images = apply_moves(self.images.index_select(0, mine), Moves(*moves).of(own), recipe.crop_padding, self.fill)
+            yield Batch(self.normalize(images), self.labels[mine], len(rows))
+
+    def plan(self, epoch: int, first_step: int = 0) -> Tensor:
+        """The rows of an epoch's batches from ``first_step`` on, in order, and their :class:`Moves`: int64 (4, rows), on the device.
+
+        All are drawn and copied at once: with a copy for each batch the device would wait for the host.
+        """
+        recipe = self.recipe
+        batches = torch.split(order_of(recipe, len(self.labels), epoch), recipe.batch_size)[first_step:]
+        # drawn for all rows of a batch, so that each row's move does not depend on how many processes share the batch
+        moves = [
+            torch.stack(draw_moves(len(batch), recipe.crop_padding, recipe.flip, seeded(recipe.seed, "augmentation", epoch, step)))
+            for step, batch in enumerate(batches, first_step)
+        ]
+        plan = torch.cat([torch.cat(batches).unsqueeze(0), torch.cat(moves, dim=1)])
+        return plan.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else plan.to(self.device)
 
     def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, len(self.held_out_labels), EVALUATED_AT_ONCE):

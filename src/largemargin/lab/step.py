@@ -1,0 +1,147 @@
+"""One optimiser step and what is counted of it. On a GPU a step is replayed as one CUDA graph, so that the host is not the limit.
+
+A step reads nothing back from the device and copies nothing to it: only then can it be captured, and only then does the host run ahead.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .. import row_stats
+from .data import Batch
+from .methods import Step
+
+WARM_UP = 3  # steps before the capture: they compile kernels, choose convolutions and make the optimiser's state
+
+
+class TakesSteps(Protocol):
+    """Does one step on a batch, with the random numbers of ``seed``, and returns what :func:`counts` does."""
+
+    def __call__(self, batch: Batch, seed: int) -> Tensor: ...
+
+
+@torch.no_grad()
+def counts(step: Step, target: Tensor, batch: Batch) -> Tensor:
+    """Sums over this process's rows of loss, errors, rho-hat and margin, and its part of the share of logits that have a gradient: (5,)."""
+    mine = len(batch.target)
+    stats = row_stats(step.plain, target)
+    errors = (step.plain.argmax(-1) != target) | step.plain.isnan().any(-1)
+    sums = torch.stack([step.loss.detach() * mine, errors.sum(), stats.rho.sum(), (stats.log_odds + stats.rho).sum()]).double()
+    gradient = step.logits.grad
+    assert gradient is not None
+    share = (gradient != 0).double().mean() * (mine / batch.size)
+    return torch.cat([sums, share.unsqueeze(0)]) if mine else sums.new_zeros(5)
+
+
+class EagerStep:
+    """Forward, backward and optimiser, one operation after the other."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float | None, world: int = 1) -> None:
+        self.model, self.optimizer, self.clip_norm, self.world = model, optimizer, clip_norm, world
+
+    def __call__(self, batch: Batch, seed: int) -> Tensor:
+        torch.manual_seed(seed)  # for dropout, say
+        return self.run(batch)
+
+    def run(self, batch: Batch) -> Tensor:
+        """The step without its seed: all that a graph can hold."""
+        images, target, mine = batch.images, batch.target, len(batch.target)
+        if not mine:  # the last batch had no row for this process, which takes part with one that counts 0
+            images, target = images.new_zeros(1, *images.shape[1:]), target.new_zeros(1)
+        step: Step = self.model(images, target, mine)
+        step.logits.retain_grad()
+        # processes average their gradients: each counts as much as it has rows
+        share = mine * self.world / batch.size
+        self.optimizer.zero_grad()
+        torch.autograd.backward(step.loss if share == 1 else share * step.loss)
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        self.optimizer.step()
+        return counts(step, target, batch)
+
+
+class CudaGraph:
+    """The work that a function gives to a GPU, recorded once and replayed."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.graph = torch.cuda.CUDAGraph()
+        self.result: Tensor | None = None
+
+    def warm_up(self, function: Callable[[], Tensor]) -> Tensor:
+        """Call it on the stream of the recording, as torch's notes on CUDA graphs ask."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            result = function()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return result
+
+    def record(self, function: Callable[[], Tensor]) -> None:
+        """Record a call; the GPU does nothing yet."""
+        # thread_local: the thread that pins batches of image files may go on meanwhile
+        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+            self.result = function()
+
+    def replay(self) -> Tensor:
+        """Have the GPU do the recorded work again; a copy of its result, which the next replay overwrites."""
+        assert self.result is not None
+        self.graph.replay()
+        return self.result.clone()
+
+
+class GraphedStep:
+    """The same step, replayed from a graph. The first batches of a process, and those of another size, are done eagerly.
+
+    The first batches are the warm-up, so a warm-up leaves no trace. The seed is set before each replay: a graph holds torch's default
+    generator, not the numbers that it drew, so replayed and eager steps draw the same. Where a step cannot be recorded, all are eager, and
+    ``on_message`` hears why.
+    """
+
+    def __init__(self, step: EagerStep, batch_size: int, graph: CudaGraph, on_message: Callable[[str], object]) -> None:
+        self.step, self.batch_size, self.graph, self.on_message = step, batch_size, graph, on_message
+        self.warm_ups = 0
+        self.static: Batch | None = None  # what the recorded step reads
+        self.eager = False
+
+    def __call__(self, batch: Batch, seed: int) -> Tensor:
+        if self.eager or len(batch.target) != self.batch_size:
+            return self.step(batch, seed)
+        if self.warm_ups < WARM_UP:
+            return self._warm_up(batch, seed)
+        if self.static is None and not self._record(batch):
+            return self.step(batch, seed)
+        assert self.static is not None
+        self.static.images.copy_(batch.images)
+        self.static.target.copy_(batch.target)
+        torch.manual_seed(seed)
+        return self.graph.replay()
+
+    def _warm_up(self, batch: Batch, seed: int) -> Tensor:
+        before = dict(self.step.model.named_buffers())
+        counted = self.graph.warm_up(lambda: self.step(batch, seed))
+        self.warm_ups += 1
+        if replaced := replaced_buffers(before, self.step.model):
+            self._give_up(f"the loss replaces its state ({', '.join(replaced)}) instead of writing into it")
+        return counted
+
+    def _record(self, batch: Batch) -> bool:
+        """Whether a step could be recorded."""
+        static = Batch(batch.images.clone(), batch.target.clone(), batch.size)
+        try:
+            self.graph.record(lambda: self.step.run(static))
+        except RuntimeError as error:
+            self._give_up(f"the capture failed ({str(error).strip().splitlines()[0]})")
+            return False
+        self.static = static
+        return True
+
+    def _give_up(self, reason: str) -> None:
+        self.eager = True
+        self.on_message(f"training steps run eagerly, not as a CUDA graph, which takes longer: {reason}")
+
+
+def replaced_buffers(before: dict[str, Tensor], model: nn.Module) -> list[str]:
+    """The names of buffers that are other tensors than ``before``: a graph would go on reading the old ones."""
+    return [name for name, buffer in model.named_buffers() if before.get(name) is not buffer]
