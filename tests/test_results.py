@@ -1,10 +1,12 @@
-"""The tables of docs/reproduce.md are those of the committed records."""
+"""The tables of the pages are those of the committed records, and ``largemargin reproduce`` goes on from them."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 
+from largemargin.lab import cli, reproduce
 from largemargin.lab.compare import paired_difference, spread
 from largemargin.lab.paper_lines import moments
 
@@ -83,6 +85,21 @@ def rows_of_few_images():
             )
         )
     return rows
+
+
+def planned(command, digests, monkeypatch):
+    """The names of the runs that a command of ``largemargin reproduce`` plans."""
+    found = []
+    monkeypatch.setattr(reproduce, "reproduce", lambda reproduction, *_: found.append(reproduction))
+    assert cli.main(shlex.split(command)[1:]) == 0
+    return {recipe.id for recipe in reproduce.unique_recipes(found[0].plan(digests))}
+
+
+@pytest.mark.parametrize("marker", sorted((ROOT / "results").glob("*/reproduce.json")), ids=lambda marker: marker.parent.name)
+def test_reproduce_goes_on_from_the_committed_runs(marker, monkeypatch):
+    content = json.loads(marker.read_text())
+    done = {folder.name for folder in (marker.parent / "runs").iterdir()}
+    assert done and done <= planned(content["command"], content["digests"], monkeypatch)
 
 
 @pytest.mark.parametrize("rows", [rows_of_the_reduced_study, rows_of_50_epochs, rows_of_few_images])
