@@ -178,6 +178,19 @@ def test_a_partial_cell_says_how_much_there_is_of_it(reduced):
     assert (missing.ours, missing.runs, missing.verdict, missing.minus_baseline) == ("–", "0 of 3 runs", "–", "–")
 
 
+@pytest.mark.parametrize("num_seeds", [1, 2])
+def test_a_report_of_one_seed_claims_no_spread(num_seeds, tmp_path):
+    errors = {row: (29.9, 28.1)[:num_seeds] for row in ("softmax", "LSR λ=0.1")} | {"ours λ=0.3": (27.7, 27.0)[:num_seeds]}
+    entries = entries_of([cell for cell in paper.cells("table2") if cell.row in errors], FULL, errors)
+    console = Console(width=200, file=io.StringIO())
+    write(tmp_path, entries, FULL, "largemargin reproduce table2", console)
+    for text in ((tmp_path / "report.md").read_text(), console.file.getvalue()):
+        assert ("no standard deviation and no interval" in text) == (num_seeds == 1)
+        assert ("-2.20 (one seed)" in text) == (num_seeds == 1)
+    pictures = (tmp_path / "report.md").read_text()
+    assert ("One seed." in pictures, "the span of all seeds" in pictures) == (num_seeds == 1, num_seeds == 2)
+
+
 def test_runs_that_diverged_are_counted_and_left_out(reduced):
     line = line_of(reduced, "LSR λ=0.1")
     assert line.ours == "28.50 (1 diverged)"

@@ -1,16 +1,20 @@
-"""The tables of docs/reproduce.md are those of the committed records."""
+"""The tables of the pages are those of the committed records, and ``largemargin reproduce`` goes on from them."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from largemargin.lab import cli, reproduce
 from largemargin.lab.compare import paired_difference, spread
-from largemargin.lab.paper_lines import moments
+from largemargin.lab.paper_lines import lines_of, moments, number_text
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / "results").is_dir(), reason="the source distribution has no records")
-PAGE = (ROOT / "docs" / "reproduce.md").read_text()
+PAGE = ROOT / "docs" / "reproduce.md"
+FULL_SIZE = ROOT / "results" / "cifar100"
 NAMES = {
     ("softmax", None): "softmax",
     ("label_smoothing", None): "label smoothing 0.1",
@@ -19,7 +23,7 @@ NAMES = {
 }
 
 
-def runs(study, label_noise=0.0):
+def runs(study, label_noise=0.0, seeds=(0, 1, 2)):
     """The records of each loss by seed."""
     found = {}
     for path in sorted((ROOT / "results" / study / "runs").glob("*/result.json")):
@@ -27,7 +31,7 @@ def runs(study, label_noise=0.0):
         recipe = record["recipe"]
         if recipe["label_noise"] == label_noise:
             found.setdefault(NAMES[recipe["loss"], recipe["lam"]], {})[recipe["seed"]] = record
-    assert found and all(by_seed.keys() == {0, 1, 2} for by_seed in found.values())
+    assert found and all(by_seed.keys() == set(seeds) for by_seed in found.values())
     return found
 
 
@@ -47,6 +51,52 @@ def text(values, digits=2):
 
 def last(by_seed, name, digits=2):
     return text([record["epochs"][-1][name] for record in by_seed.values()], digits)
+
+
+def full_size():
+    """Each loss with its line of the report and the record of its one run."""
+    entries, scale, _ = reproduce.reopen(FULL_SIZE)
+    lines = {NAMES[line.entry.recipes[0].loss, line.entry.recipes[0].lam]: line for line in lines_of(entries, scale)}
+    return [(name, lines[name], record) for name, of_seed in runs("cifar100", seeds=[0]).items() for record in of_seed.values()]
+
+
+def signed(difference):
+    return "" if difference is None else f"{difference:+.2f}"
+
+
+def rows_of_the_full_size():
+    return [
+        (
+            *(name, line.ours, signed(line.pairs.get(0)), number_text(line.cell.paper), signed(line.paper_difference)),
+            *(
+                number_text(line.cell.port),
+                f"{record['test']['nll']:.2f}",
+                f"{record['test']['ece']:.1f}",
+                f"{record['test']['margin']:.2f}",
+            ),
+        )
+        for name, line, record in full_size()
+    ]
+
+
+def rows_of_training_at_full_size():
+    rows = []
+    for name, _, record in full_size():
+        epochs, rho = record["epochs"], [epoch["train_rho"] for epoch in record["epochs"]]
+        lowest = f"{min(rho):.2f}, {1 + rho.index(min(rho))}"
+        rows.append((name, f"{epochs[-1]['train_error']:.2f}", f"{rho[0]:.2f}", lowest, f"{rho[-1]:.2f}", f"{epochs[-1]['asymmetry']:.3f}"))
+    return rows
+
+
+def rows_of_the_readme():
+    return [
+        (
+            *(name.replace("ours", "large margin"), line.ours, number_text(line.cell.paper), number_text(line.cell.port)),
+            f"{record['test']['nll']:.2f}",
+            f"{record['test']['ece']:.1f}",
+        )
+        for name, line, record in full_size()
+    ]
 
 
 def rows_of_the_reduced_study():
@@ -85,11 +135,42 @@ def rows_of_few_images():
     return rows
 
 
-@pytest.mark.parametrize("rows", [rows_of_the_reduced_study, rows_of_50_epochs, rows_of_few_images])
-def test_every_row_of_the_page_is_that_of_the_records(rows):
+TABLES = {
+    rows_of_the_readme: ROOT / "README.md",
+    rows_of_the_full_size: PAGE,
+    rows_of_training_at_full_size: PAGE,
+    rows_of_the_reduced_study: PAGE,
+    rows_of_50_epochs: PAGE,
+    rows_of_few_images: PAGE,
+}
+
+
+@pytest.mark.parametrize(("rows", "page"), TABLES.items(), ids=[rows.__name__ for rows in TABLES])
+def test_every_row_of_the_page_is_that_of_the_records(rows, page):
     def plain(line):
         return "|".join(cell.strip() for cell in line.split("|"))
 
-    page = {plain(line) for line in PAGE.splitlines()}
+    lines = {plain(line) for line in page.read_text().splitlines()}
     for row in rows():
-        assert plain(f"| {' | '.join(row)} |") in page
+        assert plain(f"| {' | '.join(row)} |") in lines
+
+
+def planned(command, digests, monkeypatch):
+    """The names of the runs that a command of ``largemargin reproduce`` plans."""
+    found = []
+    monkeypatch.setattr(reproduce, "reproduce", lambda reproduction, *_: found.append(reproduction))
+    assert cli.main(shlex.split(command)[1:]) == 0
+    return {recipe.id for recipe in reproduce.unique_recipes(found[0].plan(digests))}
+
+
+@pytest.mark.parametrize("marker", sorted((ROOT / "results").glob("*/reproduce.json")), ids=lambda marker: marker.parent.name)
+def test_reproduce_goes_on_from_the_committed_runs(marker, monkeypatch):
+    content = json.loads(marker.read_text())
+    done = {folder.name for folder in (marker.parent / "runs").iterdir()}
+    assert done and done <= planned(content["command"], content["digests"], monkeypatch)
+
+
+def test_the_command_of_the_full_size_plans_exactly_its_runs(monkeypatch):
+    (command,) = re.findall(r"^largemargin reproduce table2 .*--seeds 0 .*bfloat16.*$", PAGE.read_text(), re.MULTILINE)
+    digests = json.loads((FULL_SIZE / reproduce.MARKER).read_text())["digests"]
+    assert planned(command, digests, monkeypatch) == {folder.name for folder in (FULL_SIZE / "runs").iterdir()}

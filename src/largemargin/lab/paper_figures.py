@@ -143,7 +143,7 @@ def rho_drawing(curves: Curves) -> tuple[Figure, list[str]] | None:
     draw(ax, shown, "train_rho")
     ax.axhline(bound, color="#222222", linewidth=0.9, linestyle=":")
     ax.annotate("log(C − 1)", (0.01, bound), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=9)
-    ax.set_ylim(0, 1.14 * bound or 1.0)  # two classes have a bound of 0
+    ax.set_ylim(0, 1.5 * bound or 1.0)  # the legend stands above the bound, which is 0 of two classes
     ax.set_ylabel("ρ̂ (nats)")
     sentences = []
     for label, records in shown.items():
@@ -294,6 +294,12 @@ def sweep_drawing(lines: Sequence[Line], apart: bool) -> tuple[Figure, list[str]
     return figure, []
 
 
+def over_seeds(curves: Curves) -> str:
+    """What a line of a figure is of."""
+    alone = all(len(records) == 1 for records in curves.values())
+    return "One seed." if alone else "Mean over seeds, the span of all seeds as a band."
+
+
 def drawings_of(lines: Sequence[Line], reduced: bool) -> list[Drawing]:
     """Every figure that the runs allow."""
     result = []
@@ -319,7 +325,7 @@ def drawings_of(lines: Sequence[Line], reduced: bool) -> list[Drawing]:
     for i, (title, (curves, left_out)) in enumerate(settings_of([line.entry for line in lines]).items()):
         for name, heading, function, losses, caption in kinds:
             if (drawn := function(curves)) is not None:
-                caption += "Mean over seeds, the span of all seeds as a band."
+                caption += over_seeds(curves)
                 if missing := list(of_losses(left_out, losses)):
                     caption += f" One method of each loss is shown; left out: {join(missing)}."
                 result.append(Drawing(f"{name}-{i + 1}" if i else name, f"{heading} ({title})", drawn[0], caption, drawn[1]))

@@ -47,6 +47,7 @@ NOTE = (
     "on: it flatters every method, and is given only because the program of the author's port prints such a number; the README of the port "
     "does not say of which epoch its errors are."
 )
+ONE_SEED = "A cell with one seed has no standard deviation and no interval: a sign or an order that rests on it is no evidence."
 INSIDE = " “Inside” says that the interval contains the difference that the paper reports."
 
 
@@ -147,6 +148,8 @@ def table_sentences(lines: Sequence[Line]) -> list[str]:
     if order:
         alike = sum(product > 0 for product in order)
         sentences.append(f"Pairs of cells in the same setting whose mean errors are in the paper's order: {alike} of {len(order)}.")
+    if any(len(line.errors) == 1 for line in lines):
+        sentences.append(ONE_SEED)
     return sentences
 
 
