@@ -11,7 +11,7 @@ from largemargin.lab.errors import LabError
 from largemargin.lab.files import write_json
 
 
-def finish(recipe, data, folder, on_epoch, **options):
+def finish(recipe, data, folder, on_epoch, on_message=None, **options):
     for epoch in range(1, recipe.epochs + 1):
         on_epoch({"epoch": epoch})
     with (folder.parent / f"times-{recipe.id}").open("a") as times:
@@ -27,7 +27,7 @@ def _attempt(recipe, folder):
     return len(count.read_text().splitlines())
 
 
-def fails_once(recipe, data, folder, on_epoch, **options):
+def fails_once(recipe, data, folder, on_epoch, on_message=None, **options):
     if recipe.seed == 0 and _attempt(recipe, folder) == 1:
         print("said before")
         os.system("echo said by a child")
@@ -35,30 +35,30 @@ def fails_once(recipe, data, folder, on_epoch, **options):
     finish(recipe, data, folder, on_epoch)
 
 
-def fails(recipe, data, folder, on_epoch):
+def fails(recipe, data, folder, on_epoch, on_message=None):
     if recipe.seed == 0:
         _attempt(recipe, folder)
         raise ValueError("every time")
     finish(recipe, data, folder, on_epoch)
 
 
-def refuses(recipe, data, folder, on_epoch):
+def refuses(recipe, data, folder, on_epoch, on_message=None):
     _attempt(recipe, folder)
     raise LabError("--lam 3: mend it")
 
 
-def is_killed(recipe, data, folder, on_epoch, times=1):
+def is_killed(recipe, data, folder, on_epoch, on_message=None, times=1):
     if recipe.seed == 0 and _attempt(recipe, folder) <= times:
         os.kill(os.getpid(), signal.SIGKILL)
     finish(recipe, data, folder, on_epoch)
 
 
-def segfaults(recipe, data, folder, on_epoch):
+def segfaults(recipe, data, folder, on_epoch, on_message=None):
     _attempt(recipe, folder)
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
-def lasts(recipe, data, folder, on_epoch):
+def lasts(recipe, data, folder, on_epoch, on_message=None):
     """Until ``runs/go`` is there; leaves a checkpoint on SIGTERM, as the training loop does."""
 
     def leave(*_):
@@ -76,7 +76,7 @@ def lasts(recipe, data, folder, on_epoch):
     finish(recipe, data, folder, on_epoch)
 
 
-def on_node(recipe, data, folder, on_epoch, attempts, shared):
+def on_node(recipe, data, folder, on_epoch, attempts, shared, on_message=None):
     """Fails once for seed 0 in all of the cluster; the record names the node."""
     import ray
 

@@ -17,12 +17,13 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from . import data
-from .environment import check_device
+from .budget import Budget
+from .environment import check_device, default_device, default_jobs, device_label
 from .errors import LabError
 from .executors.attempt import decoded_images
 from .files import write_json, write_text
 from .models import build, check_image, weights_digest
-from .progress import interrupted, run_with_progress
+from .progress import interrupted, run_with_progress, say_what_is_left
 from .queue import num_finished, result_of
 from .recipe import BASELINE, LOSSES, OF_SOME_LOSSES, SYMBOLS, Recipe, check_image_size, check_settings, has_setting, suited_to
 from .words import counted
@@ -359,10 +360,19 @@ def check_network(recipe: Recipe, images: data.ImageSet | data.FileSet) -> None:
     build(recipe, in_channels, len(images.classes))
 
 
-def compare(comparison: Comparison, out: Path, jobs: int, console: Console, executor: str = "local", **options: Any) -> list[Row]:
+def compare(
+    comparison: Comparison,
+    out: Path,
+    jobs: int | None,
+    console: Console,
+    executor: str = "local",
+    budget: Budget | None = None,
+    **options: Any,
+) -> list[Row]:
     """Do what is left of the comparison, print its table, and write ``results.csv`` and ``report.html`` into ``out``.
 
-    ``options`` are those of :func:`~largemargin.lab.train.train`.
+    ``jobs`` runs at a time, None: as many as suit the device; with a ``budget``, only what it allows. ``options`` are those of
+    :func:`~largemargin.lab.train.train`.
     """
     check_settings(comparison.losses, [*comparison.overrides, *(["lam"] if comparison.lam != Comparison.lam else [])])
     check_image_size(comparison.data, comparison.image_size)
@@ -385,7 +395,7 @@ def compare(comparison: Comparison, out: Path, jobs: int, console: Console, exec
     console.print(found, markup=False, highlight=False)
     if len(images.classes) == 2:
         console.print("with two classes the large-margin regulariser is 0: lam changes nothing", highlight=False)
-    runs = out / "runs"
+    runs, jobs = out / "runs", jobs or default_jobs(comparison.device, comparison.example.streamed, on_cpu=2)
     decoded = decoded_images(comparison.example, runs)
     try:
         write_json(out / MARKER, {"largemargin": "compare", "comparison": vars(comparison)})
@@ -395,22 +405,29 @@ def compare(comparison: Comparison, out: Path, jobs: int, console: Console, exec
         raise LabError(f"--out {out} cannot be written to: {error.strerror or error}; choose another folder") from error
     del images
 
-    def stage(recipes: list[Recipe], what: str) -> list[dict[str, Any]]:
+    def stage(recipes: list[Recipe], what: str) -> None:
         done = num_finished(recipes, runs)
         console.print(
-            f"{counted(len(recipes), what)} of {counted(recipes[0].epochs, 'epoch')} on {comparison.data}, {jobs} at a time, into {out}"
-            + (f"; {done} already done" if done else ""),
+            f"{counted(len(recipes), what)} of {counted(recipes[0].epochs, 'epoch')} on {comparison.data}, {jobs} at a time on "
+            f"{device_label(comparison.device)}, into {out}" + (f"; {done} already done" if done else ""),
             markup=False,
+            highlight=False,
         )
         try:
-            return run_with_progress(recipes, runs, jobs, console, executor, **options)
+            run_with_progress(recipes, runs, jobs, console, executor, budget=budget, **options)
         except KeyboardInterrupt:
             raise interrupted(recipes, runs) from None
 
-    choices = choose(stage(comparison.validating_recipes(), "validating run")) if comparison.choosing else []
-    print_choices(comparison, choices, console)
-    stage(comparison.recipes(chosen_of(choices)), "run")
+    if comparison.choosing:
+        stage(comparison.validating_recipes(), "validating run")
+        print_choices(comparison, choose(finished_records(comparison, out)[0]), console)
+    chosen = chosen_of(choose(finished_records(comparison, out)[0]))
+    recipes = comparison.recipes(chosen)
+    if len(recipes) == comparison.num_runs:  # there was time for all choices
+        stage(recipes, "run")
     decoded.unlink(missing_ok=True)
+    if budget is not None:
+        say_what_is_left([*(comparison.validating_recipes() if comparison.choosing else []), *recipes], runs, budget, console)
     rows = print_and_write(comparison, out, console, choices_too=False)
     console.print(
         f"{out / 'report.html'}  the same with figures; results.csv has a line for each run, runs/ a record", markup=False, highlight=False
@@ -445,6 +462,11 @@ def print_and_write(comparison: Comparison, out: Path, console: Console, choices
             f"{out} cannot be written to: {error.strerror or error}; the runs are kept, largemargin report {out} goes on"
         ) from error
     return rows
+
+
+def device_of(out: Path) -> str:
+    """The device of the comparison in a folder, whose runs can only go on there; where there is none, the default of this machine."""
+    return reopen(out).device if (out / MARKER).is_file() else default_device()
 
 
 def reopen(out: Path) -> Comparison:

@@ -1,5 +1,6 @@
 """What the numbers of a run depend on beside its recipe."""
 
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -22,6 +23,28 @@ def environment(recipe: Recipe) -> dict[str, str | int]:
         "processes": recipe.processes,
         "batch_of_a_process": -(-recipe.batch_size // recipe.processes),
     }
+
+
+def default_device() -> str:
+    """``cuda`` where torch sees a GPU of that kind, else cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_label(device: str) -> str:
+    """The device with its name."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.startswith("cuda") else device
+
+
+def default_jobs(device: str, streamed: bool, on_cpu: int) -> int:
+    """How many runs to do at a time; ``on_cpu`` on the CPU.
+
+    On a GPU one run leaves it idle while the host evaluates and starts, and a third process fills what the second one leaves. A run that
+    reads image files has as many processes as there are cores already.
+    """
+    if device == "cpu":
+        return on_cpu
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 if streamed else max(1, min(3, cores // 2))
 
 
 def check_device(device: str) -> None:

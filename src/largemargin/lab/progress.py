@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .budget import Budget
 from .errors import LabError
 from .queue import num_finished, result_of, run_all, threads_note
 from .recipe import Recipe
@@ -18,6 +19,17 @@ def interrupted(recipes: Sequence[Recipe], runs: Path) -> LabError:
     """What to say in place of a KeyboardInterrupt."""
     done = f"{num_finished(recipes, runs)} of {counted(len(recipes), 'run')} are done and kept in {runs.parent}"
     return LabError(f"interrupted; {done}. The same command goes on from here.")
+
+
+def say_what_is_left(recipes: Sequence[Recipe], runs: Path, budget: Budget, console: Console) -> None:
+    """Where the budget did not allow all runs; raises LabError where there is not a single record."""
+    left = [recipe for recipe in recipes if result_of(recipe, runs) is None]
+    if not left:
+        return
+    line = budget.what_is_left(left, len(recipes))
+    if len(left) == len(recipes):
+        raise LabError(line)
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def run_with_progress(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .budget import Budget
 from .errors import LabError
 from .executors import EXECUTORS
 from .executors.attempt import Job, Outcome
@@ -42,34 +43,62 @@ def num_finished(recipes: Sequence[Recipe], runs: Path) -> int:
 
 
 class Plan:
-    """What is left to do. A run that fails goes to the end of the line, once; one that another process does is asked for again."""
+    """What is left to do. A run that fails goes to the end of the line, once; one that another process does is asked for again.
 
-    def __init__(self, recipes: Sequence[Recipe], on_message: Callable[[str], object] = lambda _: None) -> None:
+    With a ``budget`` only the runs that it allows are given out.
+    """
+
+    def __init__(
+        self, recipes: Sequence[Recipe], on_message: Callable[[str], object] = lambda _: None, budget: Budget | None = None
+    ) -> None:
         self._waiting = deque(recipes)
         self._held: deque[tuple[float, Recipe]] = deque()
         self._running: set[str] = set()
         self._failures: Counter[str] = Counter()
         self._on_message = on_message
         self._held_before = False
+        self._budget = budget
+        self._said: set[str] = set()
         self.reasons: dict[str, str] = {}  # of the last failure of each run
 
     @property
     def unfinished(self) -> bool:
-        return bool(self._waiting or self._held or self._running)
+        return bool(self._held or self._running) or self._next() is not None
 
     def take(self) -> Recipe | None:
         """The next run, or None where there is none now."""
         if not self._waiting and self._held and self._held[0][0] <= time.monotonic():
             self._waiting.append(self._held.popleft()[1])
-        if not self._waiting:
+        recipe = self._next()
+        if recipe is None:
             return None
-        recipe = self._waiting.popleft()
+        self._waiting.remove(recipe)
         self._running.add(recipe.id)
+        if self._budget is not None:
+            self._budget.started(recipe)
         return recipe
+
+    def _next(self) -> Recipe | None:
+        if self._budget is None:
+            return self._waiting[0] if self._waiting else None
+        return next((recipe for recipe in self._waiting if self._budget.allows(recipe, self._waiting)), None)
+
+    def epoch(self, recipe: Recipe, epoch: int) -> None:
+        """Hear that a run has done an epoch."""
+        if self._budget is not None:
+            self._budget.epoch(recipe, epoch)
+
+    def say(self, recipe: Recipe, line: str) -> None:
+        """Pass on what a run has to say, once for all runs of its loss."""
+        if (line := f"{recipe.loss}: {line}") not in self._said:
+            self._said.add(line)
+            self._on_message(line)
 
     def ended(self, recipe: Recipe, outcome: Outcome) -> None:
         """Hear how an attempt at a run that was taken ended."""
         self._running.remove(recipe.id)
+        if self._budget is not None:
+            self._budget.ended(recipe, outcome.kind == "done")
         if outcome.kind == "held":
             self._held.append((time.monotonic() + HELD_SECONDS, recipe))
             if not self._held_before:
@@ -91,6 +120,7 @@ def run_all(
     *,
     on_message: Callable[[str], object] = lambda _: None,
     work: str = "largemargin.lab.train:train",
+    budget: Budget | None = None,
     **options_of_a_run: Any,
 ) -> list[dict[str, Any]]:
     """Do the runs that are not finished, ``jobs`` at a time; the records of all, in order.
@@ -98,19 +128,22 @@ def run_all(
     ``on_epoch(recipe, epoch)`` hears of every epoch that ends, ``on_message`` a line for the user; ``options_of_a_run`` are keyword
     arguments of ``work``, by name the function that does a run. A run that fails leaves its traceback in its folder, does not stop the
     others and is tried once more after them. An interrupt, or SIGTERM, ends the processes and leaves finished runs and checkpoints in
-    place. With ``executor="ray"``, ``jobs`` runs share each GPU and a Ray cluster decides how many are done at a time.
+    place. With ``executor="ray"``, ``jobs`` runs share each GPU and a Ray cluster decides how many are done at a time. With a ``budget``
+    the runs that it does not allow are left for another time.
     """
     if executor not in EXECUTORS:
         raise LabError(f"--executor {executor}: choose one of {', '.join(EXECUTORS)}")
     waiting = list({recipe.id: recipe for recipe in recipes if result_of(recipe, runs) is None}.values())
-    plan = Plan(waiting, on_message)
+    plan = Plan(waiting, on_message, budget)
     if waiting:
+        if budget is not None:
+            budget.plan(waiting, runs.resolve(), jobs)
         if executor == "ray":
             from .executors.ray_cluster import execute
         else:
             from .executors.local import execute
         execute(plan, Job(runs.resolve(), work, options_of_a_run), jobs, on_epoch)
-    failed = [recipe for recipe in recipes if result_of(recipe, runs) is None]
+    failed = [recipe for recipe in recipes if result_of(recipe, runs) is None and (budget is None or recipe.id in plan.reasons)]
     if failed:
         reason = plan.reasons.get(failed[0].id, "it left no record")
         if (text := runs / failed[0].id / "error.txt").is_file():

@@ -16,14 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 from . import data, paper
-from .environment import check_device
+from .budget import Budget
+from .environment import check_device, default_device, default_jobs, device_label
 from .errors import LabError
 from .files import write_json
 from .methods import Method, parameter_groups
 from .models import build
 from .paper import Cell, Entry, Scale
 from .paper_lines import number_text, recipe_options
-from .progress import interrupted, run_with_progress
+from .progress import interrupted, run_with_progress, say_what_is_left
 from .queue import num_finished, result_of
 from .recipe import Recipe
 from .words import counted
@@ -72,7 +73,8 @@ class Reproduction:
         words += ["--cells", *self.cells] if self.cells else []
         words += ["--seeds", *map(str, self.seeds)] if self.seeds is not None else []
         words += ["--scale", self.of_scale.name, "--data-root", self.data_root, "--out", str(out)]
-        return shlex.join(words + recipe_options(self.overrides))
+        device = [] if "device" in self.overrides else ["--device", Recipe.device]  # left out, it would depend on the machine
+        return shlex.join(words + recipe_options(self.overrides) + device)
 
 
 def matching_cells(target: str, patterns: Sequence[str], scale: Scale) -> list[Cell]:
@@ -117,10 +119,24 @@ def baseline_key(cell: Cell) -> tuple[str, str]:
     return cell.table, "" if cell.table == "table1" else cell.column
 
 
-def reproduce(reproduction: Reproduction, out: Path, jobs: int, executor: str, console: Console) -> None:
-    """Do what is left of the runs, and write the report into ``out``."""
+def reproduce(
+    reproduction: Reproduction,
+    out: Path,
+    jobs: int | None,
+    executor: str,
+    console: Console,
+    budget: Budget | None = None,
+    **options: Any,
+) -> None:
+    """Do what is left of the runs, and write the report into ``out``.
+
+    ``jobs`` runs at a time, None: as many as suit the device; with a ``budget``, only what it allows. ``options`` are those of
+    :func:`~largemargin.lab.train.train`.
+    """
     plan = reproduction.plan()
-    check_device(plan[0][1][0].device)
+    example = plan[0][1][0]
+    jobs = jobs or default_jobs(example.device, example.streamed, on_cpu=1)
+    check_device(example.device)
     check_folder(out)
     digests = {name: digest_of(name, reproduction.data_root, plan) for name in dict.fromkeys(cell.settings["data"] for cell, _ in plan)}
     plan = reproduction.plan(digests)
@@ -132,14 +148,14 @@ def reproduce(reproduction: Reproduction, out: Path, jobs: int, executor: str, c
     say_what_is_left_out(reproduction, console)
     done = num_finished(recipes, runs)
     console.print(
-        f"{counted(len(plan), 'cell')}, {counted(len(recipes), 'run')}, {jobs} at a time, into {out}"
+        f"{counted(len(plan), 'cell')}, {counted(len(recipes), 'run')}, {jobs} at a time on {device_label(example.device)}, into {out}"
         + (f"; {done} already done" if done else ""),
         markup=False,
         highlight=False,
     )
     failure: LabError | None = None
     try:
-        run_with_progress(recipes, runs, jobs, console, executor)
+        run_with_progress(recipes, runs, jobs, console, executor, budget=budget, **options)
     except LabError as error:
         failure = error
     except KeyboardInterrupt:
@@ -149,8 +165,18 @@ def reproduce(reproduction: Reproduction, out: Path, jobs: int, executor: str, c
         from . import paper_report  # matplotlib is slow to import: not before the runs
 
         paper_report.write(out, entries, reproduction.of_scale, command, console)
+    if budget is not None and failure is None:
+        say_what_is_left(recipes, runs, budget, console)
     if failure is not None:
         raise failure
+
+
+def device_of(out: Path) -> str:
+    """The device of the reproduction in a folder, whose runs can only go on there; where there is none, the default of this machine."""
+    try:
+        return str(read_marker(out)["overrides"].get("device", Recipe.device))
+    except LabError:  # there is no marker, or one that says nothing and is written anew
+        return default_device()
 
 
 def digest_of(name: str, data_root: str, plan: Sequence[tuple[Cell, list[Recipe]]]) -> str:
@@ -172,9 +198,7 @@ def check_folder(out: Path) -> None:
 def reopen(out: Path) -> tuple[list[Entry], Scale, str]:
     """The cells of a folder with what is finished of them, their scale, and the command that computes them."""
     try:
-        marker = json.loads((out / MARKER).read_text())
-        if marker["largemargin"] != "reproduce":
-            raise ValueError("it is of something else")
+        marker = read_marker(out)
         values = {name.name: marker[name.name] for name in dataclasses.fields(Reproduction)}
         values |= {"cells": tuple(values["cells"]), "seeds": None if values["seeds"] is None else tuple(values["seeds"])}
         reproduction = Reproduction(**values)
@@ -182,6 +206,17 @@ def reopen(out: Path) -> tuple[list[Entry], Scale, str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LabError(f"{out} is not the folder of a reproduction: it has no readable {MARKER}") from error
     return entries, reproduction.of_scale, command
+
+
+def read_marker(out: Path) -> dict[str, Any]:
+    """What :func:`reproduce` wrote of itself."""
+    try:
+        marker: dict[str, Any] = json.loads((out / MARKER).read_text())
+        if marker["largemargin"] != "reproduce" or not isinstance(marker["overrides"], dict):
+            raise ValueError("it is of something else")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LabError(f"{out} is not the folder of a reproduction: it has no readable {MARKER}") from error
+    return marker
 
 
 # without training

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from . import data
 from .checkpoint import check_same
+from .environment import default_device, device_label
 from .errors import LabError
 from .executors.locks import Lock
 from .files import UNFINISHED
@@ -21,7 +22,23 @@ from .stopping import Stopped
 from .train import WEIGHTS, train
 
 
-def train_one(recipe: Recipe, out: Path, console: Console, tensorboard: bool = False, keep_checkpoint: bool = False) -> dict[str, Any]:
+def device_of(out: Path) -> str:
+    """The device of the run in a folder, which can only go on there; where there is none, the default of this machine."""
+    try:
+        return str(json.loads((out / "recipe.json").read_text())["device"])
+    except FileNotFoundError:
+        return default_device()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise not_a_run(out) from error
+
+
+def not_a_run(out: Path) -> LabError:
+    return LabError(f"--out {out} holds files that are not of a run; choose a new or empty folder")
+
+
+def train_one(
+    recipe: Recipe, out: Path, console: Console, tensorboard: bool = False, keep_checkpoint: bool = False, graph: bool = True
+) -> dict[str, Any]:
     """Train by the recipe into the folder ``out``, and say what came of it; a finished run is not repeated."""
     images = data.load(recipe.data, recipe.data_root, recipe.image_size, streamed=recipe.streamed)
     weights = weights_digest(recipe.weights) if recipe.weights else ""
@@ -31,7 +48,11 @@ def train_one(recipe: Recipe, out: Path, console: Console, tensorboard: bool = F
         split = "test" if done["test"] else "validation"
         console.print(f"{out} holds this run, finished: {split} error {done[split]['error']:.2f}%", markup=False, highlight=False)
         return done
-    console.print(f"{recipe.loss_label}: {recipe.epochs} epochs of {recipe.network} on {recipe.data}, into {out}", markup=False)
+    console.print(
+        f"{recipe.loss_label}: {recipe.epochs} epochs of {recipe.network} on {recipe.data}, on {device_label(recipe.device)}, into {out}",
+        markup=False,
+        highlight=False,
+    )
 
     def say(row: dict[str, Any]) -> None:
         measured = ", ".join(f"{name} {value:.3f}" for name, value in row.items() if name != "epoch" and value is not None)
@@ -39,7 +60,17 @@ def train_one(recipe: Recipe, out: Path, console: Console, tensorboard: bool = F
 
     try:
         with alone_in(out):
-            record = train(recipe, images, out, say, tensorboard=tensorboard, keep_weights=True, keep_checkpoint=keep_checkpoint)
+            record = train(
+                recipe,
+                images,
+                out,
+                say,
+                tensorboard=tensorboard,
+                keep_weights=True,
+                keep_checkpoint=keep_checkpoint,
+                graph=graph,
+                on_message=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
+            )
     except Stopped:
         console.print(f"told to stop; {out} holds a checkpoint, and the same command goes on from there", markup=False, highlight=False)
         raise
@@ -83,6 +114,6 @@ def finished(recipe: Recipe, out: Path) -> dict[str, Any] | None:
         there = Recipe(**json.loads((out / "recipe.json").read_text()))
         record: dict[str, Any] | None = json.loads((out / "result.json").read_text()) if (out / "result.json").is_file() else None
     except (OSError, ValueError, TypeError) as error:
-        raise LabError(f"--out {out} holds files that are not of a run; choose a new or empty folder") from error
+        raise not_a_run(out) from error
     check_same(out, there.to_dict(), recipe)
     return record

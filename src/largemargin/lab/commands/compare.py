@@ -11,12 +11,16 @@ from ..errors import LabError
 from ..executors import EXECUTORS
 from ..recipe import LOSSES, NETWORKS
 from .options import (
+    DEVICE_HELP,
     NonNegativeNumber,
     Pixels,
     PositiveShare,
+    add_budget,
     add_recipe_fields,
     check_network_name,
+    given_budget,
     given_fields,
+    given_jobs,
     new_parser,
     path_of,
     plain,
@@ -85,8 +89,15 @@ def parser() -> ArgumentParser:
     compare.add_argument(
         "--train-fraction", type=PositiveShare, default=1.0, metavar="SHARE", help="train on this share of the training set"
     )
-    compare.add_argument("--device", type=str, default="cpu", help="cpu, cuda, cuda:1, mps, ...")
-    compare.add_argument("--jobs", type=PositiveInt, default=2, metavar="N", help="runs at a time, each a process; with ray, for each GPU")
+    compare.add_argument("--device", type=str, default=None, help=DEVICE_HELP)
+    compare.add_argument(
+        "--jobs",
+        type=PositiveInt,
+        default=None,
+        metavar="N",
+        help="runs at a time, each a process; with ray, for each GPU; default: 2 on the CPU, up to 3 on a GPU",
+    )
+    add_budget(compare)
     compare.add_argument("--executor", choices=EXECUTORS, default="local", metavar="WHERE", help="local or ray")
     compare.add_argument("--tensorboard", action="store_true", help="write TensorBoard's event files into the folder of each run")
     compare.add_argument("--keep-weights", action="store_true", help="leave the trained network in the folder of each run")
@@ -105,24 +116,27 @@ def run(options: Any, console: Console) -> None:
     for name in ("losses", "lam", "seeds", "label_noise"):
         if not isinstance(options[name], list) or not options[name]:
             raise LabError(f"--{name.replace('_', '-')} needs a list of at least one value, got {options[name]!r}")
-    for name in ("data", "data_root", "network", "validation_fraction", "out", "jobs", "device", "executor"):
+    for name in ("data", "data_root", "network", "validation_fraction", "out", "executor"):
         if options[name] is None:
             raise LabError(f"--{name.replace('_', '-')} needs a value, got none")
     check_network_name(options.network)
     if not isinstance(options.recipe, Namespace):
         raise LabError(f"recipe: in the --config file needs fields with their values, got {options.recipe!r}")
-    names = ("data", "data_root", "image_size", "network", "validation_fraction", "epochs", "train_fraction", "device")
+    names = ("data", "data_root", "image_size", "network", "validation_fraction", "epochs", "train_fraction")
     settings: dict[str, Any] = {name: options[name] for name in names}
     settings |= {name: list(dict.fromkeys(options[name])) for name in ("losses", "lam", "seeds", "label_noise")}
-    from ..compare import Comparison, compare
+    from ..compare import Comparison, compare, device_of
 
+    settings["device"] = options.device or device_of(path_of(options.out))
     comparison = Comparison.from_dict(plain(settings) | {"overrides": given_fields(options.recipe)})
     compare(
         comparison,
         path_of(options.out),
-        int(options.jobs),
+        given_jobs(options),
         console,
         options.executor,
+        given_budget(options),
+        graph=not options.eager,
         tensorboard=bool(options.tensorboard),
         keep_weights=bool(options.keep_weights),
     )

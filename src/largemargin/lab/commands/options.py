@@ -9,7 +9,7 @@ import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from jsonargparse.typing import ClosedUnitInterval as Share
@@ -17,6 +17,9 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt, restricted_number_t
 
 from ..errors import LabError
 from ..recipe import AUGMENTATIONS, NETWORKS, PRECISIONS, SCHEDULES, Recipe
+
+if TYPE_CHECKING:
+    from ..budget import Budget
 
 PositiveShare = restricted_number_type("PositiveShare", float, [(">", 0), ("<=", 1)])
 NonNegativeNumber = restricted_number_type("NonNegativeNumber", float, [(">=", 0), ("<", math.inf)])
@@ -86,6 +89,37 @@ def add_recipe_fields(parser: ArgumentParser, prefix: str = "", leave_out: Seque
             kind = CHECKED.get(field.name, hints[field.name])
             name = f"--{prefix}{field.name}" if prefix else f"--{field.name.replace('_', '-')}"
             parser.add_argument(name, type=kind, default=None, help=comments()[field.name], metavar="VALUE")
+
+
+DEVICE_HELP = "cpu, cuda, cuda:1, mps, ...; default: that of the runs in DIR, else cuda where torch sees a GPU, else cpu"
+
+
+def add_budget(parser: ArgumentParser) -> None:
+    """What a command with many runs may take."""
+    parser.add_argument(
+        "--minutes",
+        type=PositiveNumber,
+        default=None,
+        metavar="M",
+        help="start only the runs that can finish in so many minutes, those of one seed together; the same command goes on with the others",
+    )
+    parser.add_argument("--eager", action="store_true", help="on a GPU, do not replay training steps as CUDA graphs: slower, for debugging")
+
+
+def given_jobs(options: Any) -> int | None:
+    """The number of ``--jobs``, None for what suits the device."""
+    return None if options.jobs is None else int(options.jobs)
+
+
+def given_budget(options: Any) -> "Budget | None":
+    """That of ``--minutes``, which counts from here on."""
+    if options.minutes is None:
+        return None
+    if options.executor != "local":
+        raise LabError(f"--minutes is for --executor local, got --executor {options.executor}; leave one of them out")
+    from ..budget import Budget
+
+    return Budget(float(options.minutes))
 
 
 def check_network_name(name: str) -> None:

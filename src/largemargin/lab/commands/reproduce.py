@@ -9,8 +9,19 @@ from rich.console import Console
 from ..errors import LabError
 from ..executors import EXECUTORS
 from ..paper import SCALES, TARGETS
-from ..recipe import OF_SOME_LOSSES
-from .options import add_recipe_fields, check_network_name, given_fields, new_parser, path_of, plain
+from ..recipe import OF_SOME_LOSSES, Recipe
+from .options import (
+    DEVICE_HELP,
+    add_budget,
+    add_recipe_fields,
+    check_network_name,
+    given_budget,
+    given_fields,
+    given_jobs,
+    new_parser,
+    path_of,
+    plain,
+)
 
 HELP = "compute a table or a figure of the paper"
 FIGURES = ("fig1", "fig2", "fig4")  # computed at once, without runs
@@ -28,7 +39,13 @@ def parser() -> ArgumentParser:
     reproduce.add_argument(
         "--seeds", nargs="+", type=NonNegativeInt, default=None, metavar="SEED", help="default: 0 1 2, and 0 for ImageNet and Places-365"
     )
-    reproduce.add_argument("--jobs", type=PositiveInt, default=1, metavar="N", help="runs at a time, each a process")
+    reproduce.add_argument(
+        "--jobs",
+        type=PositiveInt,
+        default=None,
+        metavar="N",
+        help="runs at a time, each a process; default: 1 on the CPU, up to 3 on a GPU",
+    )
     reproduce.add_argument(
         "--scale",
         choices=list(SCALES),
@@ -46,7 +63,8 @@ def parser() -> ArgumentParser:
         metavar="DIR",
         help="runs and report are kept here; default: runs/paper, runs/figures for fig1 fig2 fig4",
     )
-    reproduce.add_argument("--device", type=str, default=None, help="cpu, cuda, cuda:1, mps, ...; default: cpu")
+    reproduce.add_argument("--device", type=str, default=None, help=DEVICE_HELP)
+    add_budget(reproduce)
     reproduce.add_argument("--executor", choices=EXECUTORS, default="local", metavar="WHERE", help="local or ray")
     add_recipe_fields(reproduce, "recipe.", leave_out=(*OF_CELLS, "device"))
     return reproduce
@@ -71,9 +89,11 @@ def run(options: Any, console: Console) -> None:
         return
     if options.recipe.network is not None:
         check_network_name(options.recipe.network)
-    from ..reproduce import Reproduction, dry_run, list_cells, reproduce
+    from ..reproduce import Reproduction, device_of, dry_run, list_cells, reproduce
 
-    given = given_fields(options.recipe) | ({} if options.device is None else {"device": options.device})
+    out = path_of(options.out or "runs/paper")
+    device = options.device or device_of(out)
+    given = given_fields(options.recipe) | ({"device": device} if device != Recipe.device else {})
     reproduction = Reproduction(
         options.target,
         tuple(options.cells or ()),
@@ -87,4 +107,4 @@ def run(options: Any, console: Console) -> None:
     elif options.dry_run:
         dry_run(reproduction, console)
     else:
-        reproduce(reproduction, path_of(options.out or "runs/paper"), int(options.jobs), options.executor, console)
+        reproduce(reproduction, out, given_jobs(options), options.executor, console, given_budget(options), graph=not options.eager)

@@ -21,16 +21,19 @@ def parser() -> ArgumentParser:
     train.add_argument("--seed", type=NonNegativeInt, default=0, help="of initial weights, order, augmentation, subset and noise")
     train.add_argument("--out", type=str, default="runs/train", metavar="DIR", help="the folder of this run")
     train.add_argument("--tensorboard", action="store_true", help="write TensorBoard's event files into DIR/events")
+    train.add_argument("--eager", action="store_true", help="on a GPU, do not replay training steps as CUDA graphs: slower, for debugging")
     train.add_argument("--keep-checkpoint", action="store_true", help="leave the last checkpoint when the run is done")
     return train
 
 
 def run(options: Any, console: Console) -> None:
-    given = {**given_fields(options), "processes": int(os.environ.get("WORLD_SIZE", 1))}
+    from ..single import device_of, train_one
+
+    out = path_of(options.out)
+    given = {"device": device_of(out), **given_fields(options), "processes": int(os.environ.get("WORLD_SIZE", 1))}
     check_settings([given["loss"]], given)
     check_image_size(given.get("data", "digits"), given.get("image_size"))
     recipe = Recipe(**{**suited_to(given.get("data", "digits"), given.get("image_size")), **LOSSES[given["loss"]], **given})
     main = int(os.environ.get("RANK", 0)) == 0
-    from ..single import train_one
-
-    train_one(recipe, path_of(options.out), console if main else Console(quiet=True), options.tensorboard, options.keep_checkpoint)
+    console = console if main else Console(quiet=True)
+    train_one(recipe, out, console, options.tensorboard, options.keep_checkpoint, graph=not options.eager)

@@ -88,6 +88,7 @@ class InMemory:
         else:
             held_out, target = data.train_images[self.rows.validation], self.rows.validation_labels
         self.num_held_out = len(target)
+        self._ahead: dict[tuple[int, int], Tensor] = {}  # plans of epochs to come
         share = share_of(len(target), rank, world)
         self.held_out_images, self.held_out_labels = held_out[share].to(device), target[share].to(device)
 
@@ -95,10 +96,14 @@ class InMemory:
         recipe, own = self.recipe, own_rows(self.rank, self.world)
         if first_step * recipe.batch_size >= samples_of_an_epoch(recipe, len(self.labels)):
             return  # the epoch was done but for its evaluation
-        for rows, *moves in zip(*(part.split(recipe.batch_size) for part in self.plan(epoch, first_step)), strict=True):
+        plan = self._ahead.pop((epoch, first_step), None)
+        plan = self.plan(epoch, first_step) if plan is None else plan
+        for rows, *moves in zip(*(part.split(recipe.batch_size) for part in plan), strict=True):
             mine = rows[own]
             images = apply_moves(self.images.index_select(0, mine), Moves(*moves).of(own), recipe.crop_padding, self.fill)
             yield Batch(self.normalize(images), self.labels[mine], len(rows))
+        if not self.labels.is_cpu and epoch + 1 < recipe.epochs:  # while the device is busy with the last of these batches
+            self._ahead[epoch + 1, 0] = self.plan(epoch + 1)
 
     def plan(self, epoch: int, first_step: int = 0) -> Tensor:
         """The rows of an epoch's batches from ``first_step`` on, in order, and their :class:`Moves`: int64 (4, rows), on the device.

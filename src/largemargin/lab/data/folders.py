@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._torchvision import import_torchvision
 from ..errors import LabError
-from .images import SPLIT_SEED, ImageSet
+from .images import SPLIT_SEED, ImageSet, spread
 
 SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation"}
 STREAMED = ("imagenet", "places365")  # folders of these names under --data-root, too large for memory
@@ -44,6 +44,18 @@ class FileSet:
                 whole.update(f"{size} {name}\0".encode(errors="surrogateescape"))
             whole.update(labels.numpy().tobytes())
         return whole.hexdigest()[:12]
+
+    def few(self, count: int) -> "FileSet":
+        """At most ``count`` samples of each split, spread over it."""
+        training, testing = spread(len(self.train_labels), count), spread(len(self.test_labels), count)
+        return FileSet(
+            self.folder,
+            self.train_files[training],
+            self.train_labels[training],
+            self.test_files[testing],
+            self.test_labels[testing],
+            self.classes,
+        )
 
 
 def image_folder(folder: Path, image_size: int) -> ImageSet:

@@ -31,6 +31,13 @@ class ImageSet:
             whole.update(part.numpy().tobytes())
         return whole.hexdigest()[:12]
 
+    def few(self, count: int) -> "ImageSet":
+        """At most ``count`` samples of each split, spread over it."""
+        training, testing = spread(len(self.train_labels), count), spread(len(self.test_labels), count)
+        return ImageSet(
+            self.train_images[training], self.train_labels[training], self.test_images[testing], self.test_labels[testing], self.classes
+        )
+
     def save(self, path: Path) -> None:
         write_atomically(path, lambda file: torch.save(vars(self), file))
 
@@ -38,6 +45,11 @@ class ImageSet:
     def saved(cls, path: Path) -> "ImageSet":
         """What :meth:`save` wrote; shared in memory by the processes that read it."""
         return cls(**torch.load(path, weights_only=True, mmap=True))
+
+
+def spread(num_samples: int, count: int) -> slice:
+    """At most ``count`` of so many samples, evenly spaced: data sets may be sorted by class."""
+    return slice(0, None, max(1, -(-num_samples // count)))
 
 
 def digits() -> ImageSet:

@@ -64,7 +64,9 @@ class DataSets:
         return self._loaded[key]
 
 
-def attempt(recipe: Recipe, job: Job, data_sets: DataSets, on_epoch: Callable[[int], object]) -> Outcome:
+def attempt(
+    recipe: Recipe, job: Job, data_sets: DataSets, on_epoch: Callable[[int], object], on_message: Callable[[str], object]
+) -> Outcome:
     """Do the run in its folder. A failure is an outcome: its traceback is ``error.txt``, all that was printed is in ``log.txt``."""
     folder = job.runs / recipe.id
     try:
@@ -74,7 +76,7 @@ def attempt(recipe: Recipe, job: Job, data_sets: DataSets, on_epoch: Callable[[i
                 module, _, function = job.work.partition(":")
                 train = getattr(importlib.import_module(module), function)
                 data = data_sets.of(recipe, job.runs)
-                train(recipe, data, folder, on_epoch=lambda row: on_epoch(row["epoch"]), **job.options)
+                train(recipe, data, folder, on_epoch=lambda row: on_epoch(row["epoch"]), on_message=on_message, **job.options)
                 return Outcome("done")
             except Exception:
                 traceback.print_exc()

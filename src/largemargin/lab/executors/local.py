@@ -34,7 +34,10 @@ def execute(plan: Plan, job: Job, jobs: int, on_epoch: Callable[[Recipe, int], o
                     alive = worker.process.is_alive()  # asked first: a last message may still be in the pipe
                     for recipe, message in worker.messages():
                         if isinstance(message, int):
+                            plan.epoch(recipe, message)
                             on_epoch(recipe, message)
+                        elif isinstance(message, str):
+                            plan.say(recipe, message)
                         else:
                             plan.ended(recipe, message)
                     if not alive:
@@ -79,12 +82,12 @@ class _Worker:
         with contextlib.suppress(OSError):  # it has just died, which is noticed soon
             self.pipe.send(recipe)
 
-    def messages(self) -> list[tuple[Recipe, int | Outcome]]:
-        """What it has said of its run: epochs, and at last how it ended."""
-        said: list[tuple[Recipe, int | Outcome]] = []
+    def messages(self) -> list[tuple[Recipe, int | str | Outcome]]:
+        """What it has said of its run: epochs, lines for the user, and at last how it ended."""
+        said: list[tuple[Recipe, int | str | Outcome]] = []
         with contextlib.suppress(EOFError, OSError):
             while self.recipe is not None and self.pipe.poll():
-                message: int | Outcome = self.pipe.recv()
+                message: int | str | Outcome = self.pipe.recv()
                 said.append((self.recipe, message))
                 if isinstance(message, Outcome):
                     self.recipe = None
@@ -104,7 +107,7 @@ def _work(pipe: Any, job: Job) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     data_sets = DataSets()
 
-    def say(message: int | Outcome) -> None:
+    def say(message: int | str | Outcome) -> None:
         with contextlib.suppress(OSError):  # the parent is gone: _end_with_parent sees to it
             pipe.send(message)
 
@@ -119,7 +122,7 @@ def _work(pipe: Any, job: Job) -> None:
             return  # an accelerator may be of no more use to a process that met an error on it
 
 
-def _locked_attempt(recipe: Recipe, job: Job, data_sets: DataSets, say: Callable[[int | Outcome], None]) -> Outcome:
+def _locked_attempt(recipe: Recipe, job: Job, data_sets: DataSets, say: Callable[[int | str | Outcome], None]) -> Outcome:
     folder = job.runs / recipe.id
     try:
         lock = Lock.take(folder)
@@ -131,7 +134,7 @@ def _locked_attempt(recipe: Recipe, job: Job, data_sets: DataSets, say: Callable
         if (folder / "result.json").is_file():  # another process has done it meanwhile
             say(recipe.epochs)
             return Outcome("done")
-        return attempt(recipe, job, data_sets, say)
+        return attempt(recipe, job, data_sets, say, say)
 
 
 def _end_with_parent() -> None:

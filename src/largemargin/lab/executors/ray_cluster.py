@@ -39,8 +39,11 @@ def execute(plan: Plan, job: Job, jobs: int, on_epoch: Callable[[Recipe, int], o
 
         def hear() -> None:
             with contextlib.suppress(ray.exceptions.RayError):  # progress is not worth a run
-                for run_id, epoch in events.get_nowait_batch(events.qsize()):
-                    on_epoch(recipes[run_id], epoch)
+                for run_id, message in events.get_nowait_batch(events.qsize()):
+                    if isinstance(message, str):
+                        plan.say(recipes[run_id], message)
+                    else:
+                        on_epoch(recipes[run_id], message)
 
         try:
             while plan.unfinished:
@@ -128,15 +131,15 @@ def _task(recipe: Recipe, job: Job, token: str, events: Any) -> tuple[Outcome, d
     # ray cancels by what looks like Ctrl-C; the training loop writes its checkpoint on SIGTERM
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
-    def on_epoch(epoch: int) -> None:
+    def say(message: int | str) -> None:
         with contextlib.suppress(Exception):
-            events.put_nowait((recipe.id, epoch))
+            events.put_nowait((recipe.id, message))
 
     if (job.runs / token).is_file() and os.access(job.runs, os.W_OK):
-        return attempt(recipe, job, _data_sets, on_epoch), {}
+        return attempt(recipe, job, _data_sets, say, say), {}
     runs = Path(tempfile.mkdtemp(prefix="largemargin-"))
     try:
-        outcome = attempt(recipe, Job(runs, job.work, job.options), _data_sets, on_epoch)
+        outcome = attempt(recipe, Job(runs, job.work, job.options), _data_sets, say, say)
         folder = runs / recipe.id
         paths = (path for path in folder.rglob("*") if path.is_file() and path.name != "checkpoint.pt")
         return outcome, {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
