@@ -1,6 +1,8 @@
 """Classes split over ranks: the loss and its gradient are those of the whole logits, and every rank has the same."""
 
 import itertools
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -168,6 +170,20 @@ def test_gradients_are_clipped_by_the_norm_of_all_ranks(ranks):
 
 def test_a_head_of_the_meta_device(ranks):
     ranks.run(2, on_ranks.on_meta)
+
+
+@pytest.mark.parametrize(
+    ("backend", "device"),
+    [("cuda:fake", "cpu"), pytest.param("nccl", "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+)
+def test_a_head_is_built_on_the_cpu_where_its_group_carries_no_tensors_of_the_cpu(backend, device, tmp_path):
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:  # the group is of a process of its own
+        process.submit(on_ranks.built_on_the_cpu, backend, device, str(tmp_path)).result()
+
+
+def test_what_goes_around_goes_on_a_device_that_the_group_carries(ranks):
+    ranks.run(2, on_ranks.carried_elsewhere)
+    ranks.run(2, on_ranks.carried_in_place)
 
 
 # under transforms and hooks

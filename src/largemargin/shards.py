@@ -151,20 +151,35 @@ def check_same_number_of_rows(num_rows: Sequence[int]) -> None:
 
 
 def all_gather(values: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """``values`` of every rank, stacked along a new first dimension."""
+    """``values`` of every rank, stacked along a new first dimension, on their own device."""
     num_ranks = dist.get_world_size(group)
-    gathered = values.new_empty(num_ranks * values.numel())
+    if num_ranks == 1:
+        return values.unsqueeze(0)
+    sent = values.reshape(-1).to(_carrying_device(values.device, group))
+    gathered = sent.new_empty(num_ranks * sent.numel())
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
     with _exchange(group):
-        gather(gathered, values.reshape(-1), group=group)
-    return gathered.reshape(num_ranks, *values.shape)
+        gather(gathered, sent, group=group)
+    return gathered.to(values.device).reshape(num_ranks, *values.shape)
 
 
 def all_reduce(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum of ``values`` over the ranks, in place."""
+    if dist.get_world_size(group) == 1:
+        return values
+    sent = values.to(_carrying_device(values.device, group))
     with _exchange(group):
-        dist.all_reduce(values, group=group)
-    return values
+        dist.all_reduce(sent, group=group)
+    return values if sent is values else values.copy_(sent.to(values.device))
+
+
+def _carrying_device(device: torch.device, group: dist.ProcessGroup) -> torch.device:
+    """``device`` if the group has a backend for it, else a device for which it has one: NCCL carries no tensors of the CPU."""
+    types = [entry.partition(":")[0] for entry in dist.get_backend_config(group).split(",")]
+    if device.type in (*types, "meta"):  # a meta tensor has nothing to carry
+        return device
+    bound = group.bound_device_id  # the device_id of init_process_group
+    return bound if bound is not None and bound.type in types else torch.device(types[0])
 
 
 @contextmanager
