@@ -458,6 +458,13 @@ def loses_a_rank(group: dist.ProcessGroup) -> str:
     return "nothing happened"
 
 
+def asks_too_much(group: dist.ProcessGroup) -> tuple[type[Exception], str]:
+    """What a rank says when its backend cannot add such numbers."""
+    with pytest.raises(RuntimeError) as raised:
+        shards.all_reduce(torch.ones(3).to(torch.float8_e5m2), group)
+    return raised.type, str(raised.value)
+
+
 def compiled(group: dist.ProcessGroup) -> None:
     """A compiled step breaks at the losses, and has their gradients."""
     problem, classes = Features(10, 6, 3, torch.float32), bounds(group, (4, 6))

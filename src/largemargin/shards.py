@@ -8,6 +8,7 @@ made of them. The gradient of a rank's logits needs nothing but these statistics
 from __future__ import annotations  # there are builds of torch without process groups
 
 import functools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -184,14 +185,24 @@ def _carrying_device(device: torch.device, group: dist.ProcessGroup) -> torch.de
 
 @contextmanager
 def _exchange(group: dist.ProcessGroup) -> Iterator[None]:
-    """Around a collective operation: its failure says what it means."""
+    """Around a collective operation: an error that means lost ranks names them; any other error stays as it is."""
     try:
         yield
     except RuntimeError as error:
+        if not _lost_ranks(error):
+            raise
         raise RuntimeError(
-            f"rank {dist.get_rank()} lost the ranks {dist.get_process_group_ranks(group)} that share the classes: another of them has "
-            f"died, raised an error or called with other shapes; the first failure in the launcher's log names it ({error})"
+            f"rank {dist.get_rank()} lost the ranks {dist.get_process_group_ranks(group)} of its group: one of them has died, raised an "
+            f"error or not answered in time; the first failure in the launcher's log names it ({error})"
         ) from error
+
+
+# what gloo, NCCL and the store say when a peer is gone: gloo raises a plain RuntimeError, and a DistBackendError may mean anything
+_LOST = re.compile(r"connection (closed|reset|refused|aborted)|broken pipe|tim(ed|e) ?out|remote process|communicator was aborted", re.I)
+
+
+def _lost_ranks(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistNetworkError) or _LOST.search(str(error)) is not None
 
 
 class Part(NamedTuple):
