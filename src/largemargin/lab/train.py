@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import row_stats
 from . import checkpoint
 from .data import FileSet, ImageSet, feed_of, save_rows
-from .data.feeds import Feed, samples_of_an_epoch
+from .data.feeds import Feed, own_rows, samples_of_an_epoch
 from .environment import check_device, environment
 from .errors import LabError
 from .evaluate import Evaluation, evaluate
@@ -86,7 +86,8 @@ class Run:
         groups = parameter_groups(recipe, network)
         self.optimizer = torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.nesterov)
         if recipe.compile:
-            network.features.compile(backend=recipe.compile)
+            own = own_rows(self.rank, self.world)
+            self.method.compile_features(recipe.compile, len(range(recipe.batch_size)[own]))
         self.wrapped = accelerator.prepare_model(self.method, device_placement=False) if self.world > 1 else self.method
         self.rates = learning_rates(recipe)
         self.counted: list[tuple[Tensor, int]] = []  # of batches since the last gathering: sums on this device, and the size of the batch
