@@ -9,12 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
 from largemargin import (
@@ -28,6 +30,7 @@ from largemargin import (
     sharded_linear_large_margin_cross_entropy,
     shards,
 )
+from largemargin.metrics import MarginMetrics
 from largemargin.schedules import AnnealedLambda
 from measure import assert_within, peak_bytes
 
@@ -455,6 +458,13 @@ def loses_a_rank(group: dist.ProcessGroup) -> str:
     return "nothing happened"
 
 
+def asks_too_much(group: dist.ProcessGroup) -> tuple[type[Exception], str]:
+    """What a rank says when its backend cannot add such numbers."""
+    with pytest.raises(RuntimeError) as raised:
+        shards.all_reduce(torch.ones(3).to(torch.float8_e5m2), group)
+    return raised.type, str(raised.value)
+
+
 def compiled(group: dist.ProcessGroup) -> None:
     """A compiled step breaks at the losses, and has their gradients."""
     problem, classes = Features(10, 6, 3, torch.float32), bounds(group, (4, 6))
@@ -579,11 +589,142 @@ def from_one_device(group: dist.ProcessGroup) -> None:
 def on_meta(group: dist.ProcessGroup) -> None:
     with torch.device("meta"):
         head = ClassParallelLinear(6, 11, group=group)
+    logits, target = torch.empty(3, head.shard.size, device="meta"), torch.empty(3, dtype=torch.int64, device="meta")
+    given = {"group": group, "class_start": head.class_start, "num_classes": 11}
+    assert sharded_large_margin_cross_entropy(logits, target, **given).is_meta
     head.to_empty(device="cpu")
     torch.manual_seed(0)
     head.reset_parameters()
     torch.manual_seed(0)
     assert torch.equal(head.weight, ClassParallelLinear(6, 11, group=group).weight)
+
+
+def built_on_the_cpu(backend: str, device: str, folder: str) -> None:
+    """A group of one whose backend carries no tensors of the CPU: the head is built there, moved to ``device`` and used, as modules are."""
+    store = FakeStore() if "fake" in backend else dist.FileStore(f"{folder}/store", 1)
+    dist.init_process_group(backend, rank=0, world_size=1, store=store)
+    head = ClassParallelLinear(6, 11, group=dist.group.WORLD)
+    before = head.weight.detach().clone()
+    assert head.weight.is_cpu and len(before.unique()) == before.numel()
+    head.to(device)
+    assert torch.equal(head.weight.cpu(), before)
+    assert {tensor.device.type for tensor in (head.weight, head.bias, head._own_start)} == {device}
+
+    input, target = torch.randn(8, 6, device=device, requires_grad=True), torch.arange(8, device=device)
+    head.loss(input, target).backward()
+    assert head.weight.grad.device.type == input.grad.device.type == device
+    assert head.clip_grad_norm_([input], 1e-3) > 1e-3
+    values, classes = head.topk(input, 3)
+    assert torch.equal(values, F.linear(input, head.weight, head.bias).topk(3)[0]) and classes.device.type == device
+    large_margin_cross_entropy(head(input), target).to_local().backward()
+    rows = gather_rows(input.detach(), target, group=head.group)
+    assert torch.equal(rows[0], input.detach()) and torch.equal(rows[1], target)
+
+    state = {name: value.clone() for name, value in head.state_dict().items()}
+    assert state["weight"].device.type == device
+    head.reset_parameters()
+    assert not torch.equal(head.weight.cpu(), before)
+    head.load_state_dict(state)
+    assert torch.equal(head.weight.cpu(), before)
+    with torch.device("meta"):
+        empty = ClassParallelLinear(6, 11, group=dist.group.WORLD)
+    empty.to_empty(device=device).reset_parameters()
+    assert empty.weight.isfinite().all() and int(empty._own_start) == 0
+
+    metrics = MarginMetrics()  # on the CPU
+    metrics.update(values.detach().cpu(), torch.zeros(8, dtype=torch.int64))
+    assert metrics.reduce().compute() == metrics.compute()
+    dist.destroy_process_group()
+
+
+def carried_elsewhere(group: dist.ProcessGroup) -> None:
+    """Of a group that carries no tensors of the CPU, all that goes around goes on the device of its backend, and comes back unchanged.
+
+    Torch's lazy device, which computes on the CPU, plays the accelerator.
+    """
+    import torch._lazy.ts_backend
+
+    torch._lazy.ts_backend.init()
+    devices: set[str] = set()
+    gather_name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    gather, reduce = getattr(dist, gather_name), dist.all_reduce
+
+    def lazy_gather(gathered: Tensor, values: Tensor, group: dist.ProcessGroup) -> None:
+        devices.update((gathered.device.type, values.device.type))
+        on_the_cpu = torch.empty(gathered.shape, dtype=gathered.dtype)
+        gather(on_the_cpu, values.cpu(), group=group)
+        gathered.copy_(on_the_cpu)
+
+    def lazy_reduce(values: Tensor, group: dist.ProcessGroup) -> None:
+        devices.add(values.device.type)
+        on_the_cpu = values.cpu()
+        reduce(on_the_cpu, group=group)
+        values.copy_(on_the_cpu)
+
+    expected = everything_exchanged(group)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, gather_name, lazy_gather)
+        patch.setattr(dist, "all_reduce", lazy_reduce)
+        patch.setattr(dist, "get_backend_config", lambda group: "lazy:gloo")
+        found = everything_exchanged(group)
+    assert devices == {"lazy"}
+    for name, tensor in expected.items():
+        assert found[name].is_cpu and torch.equal(found[name], tensor), name
+
+
+def everything_exchanged(group: dist.ProcessGroup) -> dict[str, Tensor]:
+    """What comes of each function that talks to the other ranks."""
+    torch.manual_seed(0)
+    rank, rng = dist.get_rank(group), torch.Generator().manual_seed(0)
+    head = ClassParallelLinear(6, 11, group=group)
+    initial = head.weight.detach().clone()
+    input, target = torch.randn(8, 6, generator=rng, requires_grad=True), torch.arange(8)
+    loss = head.loss(input, target)
+    loss.backward()
+    of_logits = sharded_large_margin_cross_entropy(head(input).to_local(), target, group=group)
+    norm = head.clip_grad_norm_([input], 1e-3)
+    values, classes = head.topk(input, 3)
+    rows, labels = gather_rows(input.detach()[rank:], target[rank:], group=group)
+    metrics = MarginMetrics()
+    metrics.update(values, torch.zeros(8, dtype=torch.int64))
+    together = metrics.reduce(group)
+    return {
+        "initial": initial,
+        "loss": loss.detach(),
+        "of_logits": of_logits.detach(),
+        "input.grad": input.grad,
+        "weight.grad": head.weight.grad,
+        "norm": norm,
+        "values": values,
+        "classes": classes,
+        "rows": rows,
+        "labels": labels,
+        "metrics": together._totals,
+    }
+
+
+def carried_in_place(group: dist.ProcessGroup) -> None:
+    """Of a group that carries tensors of the CPU, its collectives get the tensors themselves, and not copies."""
+    given: list[Tensor] = []
+    gather_name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    gather, reduce = getattr(dist, gather_name), dist.all_reduce
+
+    def watched_gather(gathered: Tensor, values: Tensor, group: dist.ProcessGroup) -> None:
+        given.extend((gathered, values))
+        gather(gathered, values, group=group)
+
+    def watched_reduce(values: Tensor, group: dist.ProcessGroup) -> None:
+        given.append(values)
+        reduce(values, group=group)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, gather_name, watched_gather)
+        patch.setattr(dist, "all_reduce", watched_reduce)
+        values = torch.ones(3)
+        together = shards.all_gather(values, group)
+        summed = shards.all_reduce(values, group)
+    assert summed is values
+    assert [tensor.data_ptr() for tensor in given] == [together.data_ptr(), values.data_ptr(), values.data_ptr()]
 
 
 def head_under_ddp(group: dist.ProcessGroup, make: object) -> None:

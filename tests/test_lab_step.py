@@ -270,6 +270,36 @@ def test_a_run_on_the_cpu_is_bit_for_bit_the_plain_loop(loss, tmp_path):
     assert_equal_states(networks[0], network)
 
 
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_where_compilation_fails_the_run_goes_on_without_it_and_says_so_once(where, tmp_path, monkeypatch):
+    def broken(graph, inputs):
+        if where == "forward":
+            raise ValueError("no such instruction\nand more")
+
+        class Fails(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, result):
+                return result.clone()
+
+            @staticmethod
+            def backward(ctx, gradient):
+                raise RuntimeError("no such instruction\nand more")
+
+        return lambda *args: [Fails.apply(result) for result in graph(*args)]
+
+    torch.compiler.reset()
+    monkeypatch.setattr(
+        torch, "compile", lambda function, backend, dynamic, compile=torch.compile: compile(function, backend=broken, dynamic=dynamic)
+    )
+    monkeypatch.setattr(torch.compiler, "list_backends", lambda **_: ["broken"])
+    said: list[str] = []
+    compiled = train.train(recipe(compile="broken"), image_set(), tmp_path / "compiled", on_message=said.append)
+    plain = train.train(recipe(), image_set(), tmp_path / "plain")
+    assert compiled["epochs"] == plain["epochs"]
+    (message,) = said
+    assert "no such instruction" in message and "and more" not in message
+
+
 # with a GPU
 
 

@@ -332,6 +332,34 @@ def test_options_of_the_machine_train_as_well(changes, tmp_path):
     assert other["test"]["error"] < 40 and plain["test"]["error"] < 40
 
 
+GRAPHS = []  # what the backend "counting" was asked to compile
+
+
+@torch._dynamo.register_backend(name="counting")
+def counted(graph, example_inputs):
+    GRAPHS.append(graph)
+    return graph
+
+
+def test_compiled_runs_of_one_shape_compile_one_graph_for_full_batches(tmp_path):
+    """200 images in batches of 64 leave one of 8, and the split is measured after each of two epochs; those run without compiling."""
+    torch.compiler.reset()
+    GRAPHS.clear()
+    for seed in (0, 1):
+        plain = train.train(recipe(seed=seed), SMALL, tmp_path / f"plain{seed}")
+        compiled = train.train(recipe(seed=seed, compile="counting"), SMALL, tmp_path / f"compiled{seed}")
+        assert compiled["epochs"] == plain["epochs"]  # this backend runs its graph as it is
+    assert len(GRAPHS) == 1
+
+
+def test_what_is_compiled_is_not_in_the_state_of_a_run():
+    """So checkpoints and weights are the same whether a run compiles or not."""
+    method = methods.Method(recipe(), models.build(recipe(), 1, 10), 1)
+    before = method.state_dict().keys()
+    method.compile_features("counting", 64)
+    assert method.state_dict().keys() == before
+
+
 def test_weights_are_kept_and_are_those_of_the_network(tmp_path):
     train.train(recipe(epochs=1), SMALL, tmp_path, on_end=keep, keep_weights=True)
     again = models.build(recipe(weights=str(tmp_path / train.WEIGHTS)), 1, 10)

@@ -1,12 +1,15 @@
 """Classes split over ranks: the loss and its gradient are those of the whole logits, and every rank has the same."""
 
 import itertools
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import on_ranks
-from largemargin import large_margin_cross_entropy, sharded_large_margin_cross_entropy
+from largemargin import large_margin_cross_entropy, sharded_large_margin_cross_entropy, shards
 from measure import assert_within, same_bits
 from ranks import Ranks
 
@@ -170,6 +173,20 @@ def test_a_head_of_the_meta_device(ranks):
     ranks.run(2, on_ranks.on_meta)
 
 
+@pytest.mark.parametrize(
+    ("backend", "device"),
+    [("cuda:fake", "cpu"), pytest.param("nccl", "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+)
+def test_a_head_is_built_on_the_cpu_where_its_group_carries_no_tensors_of_the_cpu(backend, device, tmp_path):
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:  # the group is of a process of its own
+        process.submit(on_ranks.built_on_the_cpu, backend, device, str(tmp_path)).result()
+
+
+def test_what_goes_around_goes_on_a_device_that_the_group_carries(ranks):
+    ranks.run(2, on_ranks.carried_elsewhere)
+    ranks.run(2, on_ranks.carried_in_place)
+
+
 # under transforms and hooks
 
 
@@ -210,4 +227,45 @@ def test_survivors_of_a_killed_rank_end_soon_and_say_why():
         ranks.stop()
     assert dead == "died"
     for rank, said in ((0, first), (2, last)):
-        assert f"rank {rank} lost the ranks [0, 1, 2] that share the classes: another of them has died" in said
+        assert f"rank {rank} lost the ranks [0, 1, 2] of its group: one of them has died, raised an error" in said
+
+
+def test_what_a_backend_cannot_do_is_said_in_its_own_words(ranks):
+    for kind, said in ranks.run(2, on_ranks.asks_too_much):
+        assert kind is RuntimeError and "scalar type" in said and "lost" not in said
+
+
+GONE = (
+    RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:27282. This is typically caused by a remote worker crashing."),
+    RuntimeError("[pair.cc:537] Read error [127.0.0.1]:7045: Connection reset by peer"),
+    RuntimeError("[unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation to complete"),
+    RuntimeError("Application timeout caused pair closure"),
+    dist.DistBackendError(
+        "NCCL error: ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely."
+    ),
+    dist.DistBackendError("NCCL communicator was aborted on rank 1."),
+    dist.DistStoreError("wait timeout after 300000ms, keys: /default_pg/0//cuda//0"),
+    dist.DistNetworkError("failed to recv, got 0 bytes"),
+)
+HERE = (
+    RuntimeError("No backend type associated with device type cpu"),
+    RuntimeError("ProcessGroupGloo::allgather: invalid tensor size at index 0 (expected (4), got (3))"),
+    dist.DistBackendError("NCCL error: ncclInvalidUsage: Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000"),
+    torch.OutOfMemoryError("CUDA out of memory"),
+)
+
+
+@pytest.mark.parametrize("error", GONE, ids=str)
+def test_an_error_of_a_lost_peer_names_the_ranks(error, monkeypatch):
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [0, 1, 2])
+    with pytest.raises(RuntimeError, match=r"^rank 1 lost the ranks \[0, 1, 2\] of its group") as raised, shards._exchange(None):
+        raise error
+    assert raised.value.__cause__ is error and str(error) in str(raised.value)
+
+
+@pytest.mark.parametrize("error", HERE, ids=str)
+def test_any_other_error_of_a_collective_is_raised_as_it_is(error):
+    with pytest.raises(type(error)) as raised, shards._exchange(None):
+        raise error
+    assert raised.value is error

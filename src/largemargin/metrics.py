@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _checks
+from . import _checks, shards
 from ._backends import Divergence
 from ._reduce import REDUCTIONS, Reduction, reduce_rows
 from .functional import DIVERGENCES, softplus
@@ -581,7 +581,10 @@ class MarginMetrics:
         whole = MarginMetrics(num_bins=self.num_bins, top_k=self.top_k, ignore_index=self.ignore_index, device=self._totals.device)
         whole.merge(self)
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(whole._totals, group=group)
+            ranks = dist.group.WORLD if group is None else group
+            assert ranks is not None
+            shards.check_group(ranks)
+            shards.all_reduce(whole._totals, ranks)
         return whole
 
 

@@ -8,6 +8,7 @@ made of them. The gradient of a rank's logits needs nothing but these statistics
 from __future__ import annotations  # there are builds of torch without process groups
 
 import functools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -151,32 +152,57 @@ def check_same_number_of_rows(num_rows: Sequence[int]) -> None:
 
 
 def all_gather(values: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """``values`` of every rank, stacked along a new first dimension."""
+    """``values`` of every rank, stacked along a new first dimension, on their own device."""
     num_ranks = dist.get_world_size(group)
-    gathered = values.new_empty(num_ranks * values.numel())
+    if num_ranks == 1:
+        return values.unsqueeze(0)
+    sent = values.reshape(-1).to(_carrying_device(values.device, group))
+    gathered = sent.new_empty(num_ranks * sent.numel())
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
     with _exchange(group):
-        gather(gathered, values.reshape(-1), group=group)
-    return gathered.reshape(num_ranks, *values.shape)
+        gather(gathered, sent, group=group)
+    return gathered.to(values.device).reshape(num_ranks, *values.shape)
 
 
 def all_reduce(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum of ``values`` over the ranks, in place."""
+    if dist.get_world_size(group) == 1:
+        return values
+    sent = values.to(_carrying_device(values.device, group))
     with _exchange(group):
-        dist.all_reduce(values, group=group)
-    return values
+        dist.all_reduce(sent, group=group)
+    return values if sent is values else values.copy_(sent.to(values.device))
+
+
+def _carrying_device(device: torch.device, group: dist.ProcessGroup) -> torch.device:
+    """``device`` if the group has a backend for it, else a device for which it has one: NCCL carries no tensors of the CPU."""
+    types = [entry.partition(":")[0] for entry in dist.get_backend_config(group).split(",")]
+    if device.type in (*types, "meta"):  # a meta tensor has nothing to carry
+        return device
+    bound = group.bound_device_id  # the device_id of init_process_group
+    return bound if bound is not None and bound.type in types else torch.device(types[0])
 
 
 @contextmanager
 def _exchange(group: dist.ProcessGroup) -> Iterator[None]:
-    """Around a collective operation: its failure says what it means."""
+    """Around a collective operation: an error that means lost ranks names them; any other error stays as it is."""
     try:
         yield
     except RuntimeError as error:
+        if not _lost_ranks(error):
+            raise
         raise RuntimeError(
-            f"rank {dist.get_rank()} lost the ranks {dist.get_process_group_ranks(group)} that share the classes: another of them has "
-            f"died, raised an error or called with other shapes; the first failure in the launcher's log names it ({error})"
+            f"rank {dist.get_rank()} lost the ranks {dist.get_process_group_ranks(group)} of its group: one of them has died, raised an "
+            f"error or not answered in time; the first failure in the launcher's log names it ({error})"
         ) from error
+
+
+# what gloo, NCCL and the store say when a peer is gone: gloo raises a plain RuntimeError, and a DistBackendError may mean anything
+_LOST = re.compile(r"connection (closed|reset|refused|aborted)|broken pipe|tim(ed|e) ?out|remote process|communicator was aborted", re.I)
+
+
+def _lost_ranks(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistNetworkError) or _LOST.search(str(error)) is not None
 
 
 class Part(NamedTuple):

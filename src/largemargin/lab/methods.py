@@ -1,5 +1,6 @@
 """What a word of --losses trains with: a classifier in place of the network's last layer, and a loss of its logits and features."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -81,6 +82,27 @@ class Method(nn.Module):
         self.center_weight = recipe.center or 0.0
         self.symmetry = GradualWeight(num_steps, 0.0, recipe.symmetry) if recipe.symmetry is not None else None
         self.in_bfloat16 = recipe.precision == "bfloat16"
+        self.compiled: tuple[Callable[[Tensor], Tensor], int] | None = None
+
+    def compile_features(self, backend: str, num_rows: int) -> None:
+        """Compile the features of training batches of ``num_rows``; a shorter batch and evaluation run without compiling.
+
+        Each of these would need a compilation of its own, which can take longer than many epochs.
+        """
+        features = self.network.features
+
+        # a function of our own: of features.compile() torch compiles nothing where features is a Sequential, all of it torch's code
+        def run(images: Tensor) -> Tensor:
+            result: Tensor = features(images)  # type: ignore[operator]
+            return result
+
+        self.compiled = torch.compile(run, backend=backend, dynamic=False), num_rows
+
+    def _features(self, images: Tensor) -> Tensor:
+        if self.compiled is not None and self.training and len(images) == self.compiled[1]:
+            return self.compiled[0](images)
+        features: Tensor = self.network.features(images)  # type: ignore[operator]
+        return features
 
     def forward(self, images: Tensor, target: Tensor, num_rows: int | None = None) -> Step:
         """The logits of a batch and the loss to train with; the classifier and all after it are float32 at any precision.
@@ -88,7 +110,7 @@ class Method(nn.Module):
         Rows from ``num_rows`` on, where it is given, move no center.
         """
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.in_bfloat16):
-            features = self.network.features(images)  # type: ignore[operator]
+            features = self._features(images)
         features, head = features.float(), self.network.classifier
         edits = not isinstance(head, nn.Linear)
         logits = head(features, target) if edits else head(features)  # type: ignore[operator]

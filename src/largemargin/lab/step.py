@@ -4,7 +4,7 @@ A step reads nothing back from the device and copies nothing to it: only then ca
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,28 @@ class EagerStep:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         self.optimizer.step()
         return counts(step, target, batch)
+
+
+class CompiledStep(EagerStep):
+    """A step with compiled features for batches of ``num_rows``. If the first of these fails, ``give_up`` undoes the compilation."""
+
+    def __init__(self, *of_a_step: Any, num_rows: int, give_up: Callable[[RuntimeError], object]) -> None:
+        super().__init__(*of_a_step)
+        self.num_rows, self.give_up, self.tried = num_rows, give_up, False
+
+    def __call__(self, batch: Batch, seed: int) -> Tensor:
+        if self.tried or len(batch.target) != self.num_rows:
+            return super().__call__(batch, seed)
+        self.tried = True
+        before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        try:
+            return super().__call__(batch, seed)
+        except RuntimeError as error:  # if it was not the compiler's, the same step raises it again
+            self.give_up(error)
+        with torch.no_grad():
+            for name, buffer in self.model.named_buffers():  # the forward pass may have moved the statistics of batch norm
+                buffer.copy_(before[name])
+        return super().__call__(batch, seed)
 
 
 class CudaGraph:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .data import FileSet, ImageSet, feed_of, save_rows
-from .data.feeds import Feed, samples_of_an_epoch
+from .data.feeds import Feed, own_rows, samples_of_an_epoch
 from .environment import check_device, environment
 from .errors import LabError
 from .evaluate import Evaluation, evaluate
@@ -25,7 +25,7 @@ from .methods import Method, Step, parameter_groups
 from .models import build, check_image
 from .recipe import Recipe
 from .seeds import seeded
-from .step import CudaGraph, EagerStep, GraphedStep, TakesSteps
+from .step import CompiledStep, CudaGraph, EagerStep, GraphedStep, TakesSteps
 from .stopping import Stopped, told_to_stop
 
 if TYPE_CHECKING:
@@ -99,10 +99,8 @@ class Run:
         self.optimizer = torch.optim.SGD(
             groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=self.fused
         )
-        if recipe.compile:
-            network.features.compile(backend=recipe.compile)
         self.wrapped = accelerator.prepare_model(self.method, device_placement=False) if self.world > 1 else self.method
-        step = EagerStep(self.wrapped, self.optimizer, recipe.clip_norm, self.world)
+        step = self._eager_step(on_message)
         graphed = graph and self.device.type == "cuda" and self.world == 1
         self.step: TakesSteps = GraphedStep(step, recipe.batch_size, CudaGraph(self.device), on_message) if graphed else step
         self.rates = learning_rates(recipe)
@@ -112,6 +110,20 @@ class Run:
         self.progress = self._resumed()
         self.started = time.monotonic() - self.progress.seconds
         self.saved = time.monotonic()
+
+    def _eager_step(self, on_message: Callable[[str], object]) -> EagerStep:
+        arguments = (self.wrapped, self.optimizer, self.recipe.clip_norm, self.world)
+        if not self.recipe.compile:
+            return EagerStep(*arguments)
+        num_rows = len(range(self.recipe.batch_size)[own_rows(self.rank, self.world)])
+        self.method.compile_features(self.recipe.compile, num_rows)
+
+        def give_up(error: RuntimeError) -> None:
+            self.method.compiled = None
+            reason = str(error.__cause__ or error).strip().splitlines()[0]  # dynamo's own errors name their cause in a later line
+            on_message(f"the network runs without torch.compile: {self.recipe.compile} failed ({reason})")
+
+        return CompiledStep(*arguments, num_rows=num_rows, give_up=give_up)
 
     def _resumed(self) -> Progress:
         state = checkpoint.load(self.folder, self.recipe, self.device)
