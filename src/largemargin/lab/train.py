@@ -120,7 +120,7 @@ class Run:
 
         def give_up(error: RuntimeError) -> None:
             self.method.compiled = None
-            reason = str(error.__cause__ or error).strip().splitlines()[0]  # dynamo's own errors name their cause in a later line
+            reason = str(error.__context__ or error).strip().splitlines()[0]  # dynamo raises its own errors from the compiler's
             on_message(f"the network runs without torch.compile: {self.recipe.compile} failed ({reason})")
 
         return CompiledStep(*arguments, num_rows=num_rows, give_up=give_up)
