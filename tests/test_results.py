@@ -155,10 +155,12 @@ def test_every_row_of_the_page_is_that_of_the_records(rows, page):
         assert plain(f"| {' | '.join(row)} |") in lines
 
 
-def planned(command, digests, monkeypatch):
-    """The names of the runs that a command of ``largemargin reproduce`` plans."""
-    found = []
-    monkeypatch.setattr(reproduce, "reproduce", lambda reproduction, *_: found.append(reproduction))
+def planned(command, folder, monkeypatch):
+    """The names of the runs that a command of ``largemargin reproduce`` plans in a folder."""
+    found, device = [], reproduce.device_of(folder)
+    digests = json.loads((folder / reproduce.MARKER).read_text())["digests"]
+    monkeypatch.setattr(reproduce, "device_of", lambda out: device)
+    monkeypatch.setattr(reproduce, "reproduce", lambda reproduction, *_, **__: found.append(reproduction))
     assert cli.main(shlex.split(command)[1:]) == 0
     return {recipe.id for recipe in reproduce.unique_recipes(found[0].plan(digests))}
 
@@ -167,10 +169,9 @@ def planned(command, digests, monkeypatch):
 def test_reproduce_goes_on_from_the_committed_runs(marker, monkeypatch):
     content = json.loads(marker.read_text())
     done = {folder.name for folder in (marker.parent / "runs").iterdir()}
-    assert done and done <= planned(content["command"], content["digests"], monkeypatch)
+    assert done and done <= planned(content["command"], marker.parent, monkeypatch)
 
 
 def test_the_command_of_the_full_size_plans_exactly_its_runs(monkeypatch):
     (command,) = re.findall(r"^largemargin reproduce table2 .*--seeds 0 .*bfloat16.*$", PAGE.read_text(), re.MULTILINE)
-    digests = json.loads((FULL_SIZE / reproduce.MARKER).read_text())["digests"]
-    assert planned(command, digests, monkeypatch) == {folder.name for folder in (FULL_SIZE / "runs").iterdir()}
+    assert planned(command, FULL_SIZE, monkeypatch) == {folder.name for folder in (FULL_SIZE / "runs").iterdir()}
