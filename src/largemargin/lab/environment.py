@@ -36,12 +36,12 @@ def device_label(device: str) -> str:
 
 
 def default_jobs(device: str, streamed: bool, on_cpu: int) -> int:
-    """How many runs to do at a time; ``on_cpu`` on the CPU.
+    """How many runs to do at a time; ``on_cpu`` where there is no GPU of CUDA.
 
     On a GPU one run leaves it idle while the host evaluates and starts, and a third process fills what the second one leaves. A run that
     reads image files has as many processes as there are cores already.
     """
-    if device == "cpu":
+    if not device.startswith("cuda"):
         return on_cpu
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 1 if streamed else max(1, min(3, cores // 2))

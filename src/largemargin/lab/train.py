@@ -342,8 +342,10 @@ def start(recipe: Recipe) -> "Accelerator":
     if accelerator.num_processes != recipe.processes:
         raise LabError(f"this run is of {recipe.processes} processes, and {accelerator.num_processes} were started; start it as before")
     torch.set_num_threads(recipe.threads)
-    if recipe.device.startswith("cuda"):
-        torch.cuda.set_device(accelerator.device if recipe.processes > 1 else torch.device(recipe.device))
+    device = accelerator.device if recipe.processes > 1 else torch.device(recipe.device)
+    if device.type == "cuda":
+        if device.index is not None:
+            torch.cuda.set_device(device)  # on which kernels and graphs are launched
         torch.backends.cudnn.benchmark = True  # almost all batches have one shape: its fastest convolutions are looked for once
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = recipe.precision == "tf32"
     return accelerator
