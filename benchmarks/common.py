@@ -76,10 +76,10 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """The seconds of every step of every contestant, one after the other in each round."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for round in range(repeats + WARM_UP):
+    for turn in range(repeats + WARM_UP):
         for name, loss in contestants.items():
             elapsed = step_seconds(loss, input, target, computed)
-            if round >= WARM_UP:
+            if turn >= WARM_UP:
                 seconds[name].append(elapsed)
     return seconds
 
@@ -104,7 +104,7 @@ def peak_bytes(step: Callable[[], object]) -> int:
 
 
 def machine() -> dict[str, object]:
-    found = {
+    found: dict[str, object] = {
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
