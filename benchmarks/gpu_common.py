@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,8 +24,17 @@ from largemargin.lab.environment import commit
 
 Step = Callable[[], object]
 T = TypeVar("T")
+OfBenchmark = TypeVar("OfBenchmark", bound="Work")
 WARM_UP = 3
 RIVALS = {"Liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy", "quack": "quack"}
+
+
+class Kernel(NamedTuple):
+    """A piece of work of the card."""
+
+    name: str
+    start: float  # microseconds
+    end: float
 
 
 class Card:
@@ -65,12 +74,17 @@ class Card:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
-    def kernels(self, step: Step) -> list[str]:
-        """The names of the kernels that a step launches."""
+    def kernels(self, step: Step) -> list[Kernel]:
+        """What a step launches: kernels, copies and fills."""
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             step()
             torch.cuda.synchronize()
-        return [event.name for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        events = (
+            event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+        )
+        return sorted(
+            (Kernel(event.name, event.time_range.start, event.time_range.end) for event in events), key=lambda kernel: kernel.start
+        )
 
     def captured(self, step: Step) -> Step:
         """The step as a graph: one launch."""
@@ -89,6 +103,9 @@ class Card:
             return results  # they live in the memory of the graph
 
         return replay
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
 
     def release(self) -> None:
         """Give back what a contestant held; raises where the card is lost to this process."""
@@ -117,12 +134,15 @@ class StandIn(Card):
         step()
         return 0
 
-    def kernels(self, step: Step) -> list[str]:
+    def kernels(self, step: Step) -> list[Kernel]:
         step()
-        return ["a kernel"]
+        return [Kernel("a kernel", 0.0, 1.0)]
 
     def captured(self, step: Step) -> Step:
         return step
+
+    def synchronize(self) -> None:
+        pass
 
     def release(self) -> None:
         gc.collect()
@@ -163,7 +183,7 @@ class Work:
     tests: tuple[str, str]  # of what is measured: the words that select them, and their file
 
 
-def start(name: str, description: str, work: Work, tiny: Work) -> tuple[Card, Record, Work]:
+def start(name: str, description: str, work: OfBenchmark, tiny: OfBenchmark) -> tuple[Card, Record, OfBenchmark]:
     """Read the command line: the card, the record and the work; with ``--self-test`` the stand-in and the tiny work."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--self-test", action="store_true", help="run every line on the CPU, with tiny work; the numbers mean nothing")
@@ -219,7 +239,11 @@ def measure(makers: dict[str, Callable[[], Step]], card: Card, rounds: int, smal
         found[name] = {"ms": rounded(statistics.median(times[name])), "low": rounded(low), "high": rounded(high)}
         found[name]["peak MiB"] = round(peaks[name] / 2**20)
         if small:
-            found[name] |= {"us back to back": rounded(in_a_row[name]), "launches": len(kernels[name]), "kernels": kernels[name]}
+            found[name] |= {
+                "us back to back": rounded(in_a_row[name]),
+                "launches": len(kernels[name]),
+                "kernels": [kernel.name for kernel in kernels[name]],
+            }
     return found
 
 

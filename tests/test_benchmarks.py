@@ -12,6 +12,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import gpu_common  # noqa: E402
+import gpu_training  # noqa: E402
 
 # as far as the benchmarks use them
 RIVALS = {
@@ -84,6 +85,22 @@ def test_the_linear_benchmark_runs_through_and_a_rival_that_fails_is_recorded(tm
         failed = {name: found["failed"] for name, found in row["contestants"].items() if "failed" in found}
         assert failed == {"cut-cross-entropy": "RuntimeError: this kernel does not compile"}
         assert row["ours / three products"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_training_benchmark_runs_through(tmp_path):
+    out = tmp_path / "training.json"
+    run("gpu_training.py", "--self-test", "--out", str(out))
+    record = json.loads(out.read_text())
+    assert record["finished"] and record["input alone, images/s"] > 0
+    assert len(record["rows"]) == 3 * 2 * 2 and all(row["images/s"] > 0 for row in record["rows"])
+    assert record["profile"]["busy"] == 1
+
+
+def test_the_card_is_busy_while_any_kernel_runs():
+    kernels = [gpu_common.Kernel("", *times) for times in ((0, 4), (1, 2), (3, 6), (8, 9))]
+    assert gpu_training.busy(kernels) == 7
 
 
 def test_a_contestant_that_fails_leaves_the_others_their_turns():
