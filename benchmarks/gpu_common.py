@@ -180,7 +180,7 @@ class Work:
 
     cases: tuple[Any, ...]  # the most valuable first
     rounds: int
-    tests: tuple[str, str]  # of what is measured: the words that select them, and their file
+    tests: tuple[str, str] | None  # of what is measured: the words that select them, and their file
 
 
 def start(name: str, description: str, work: OfBenchmark, tiny: OfBenchmark) -> tuple[Card, Record, OfBenchmark]:
@@ -200,9 +200,9 @@ def start(name: str, description: str, work: OfBenchmark, tiny: OfBenchmark) -> 
         card = Card()
     else:
         sys.exit(f"{Path(sys.argv[0]).name} needs a GPU that torch can use; --self-test runs through on the CPU")
-    if not arguments.skip_tests:
+    if work.tests is not None and not arguments.skip_tests:
         refuse_if_wrong(*work.tests)
-    return card, Record(arguments.out or folder / f"{name}.json", description.splitlines()[0].removeprefix("Claim: ")), work
+    return card, Record(arguments.out or folder / f"{name}.json", description.splitlines()[0]), work
 
 
 def gradient_step(loss: Callable[..., Tensor], leaves: tuple[Tensor, ...], *target: Tensor) -> Step:

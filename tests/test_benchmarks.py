@@ -1,9 +1,13 @@
 """The benchmarks that need a GPU run through without one: every line but those that ask the card itself."""
 
+import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,9 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import gpu_all  # noqa: E402
 import gpu_common  # noqa: E402
+import gpu_summary  # noqa: E402
 import gpu_training  # noqa: E402
 
 # as far as the benchmarks use them
@@ -132,3 +138,129 @@ def test_an_interrupted_benchmark_leaves_what_it_has(tmp_path):
     found = json.loads(record.path.read_text())
     assert found["rows"] == [1, 2] and found["finished"] is True
     assert [path.name for path in record.path.parent.iterdir()] == ["kernels.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_all_parts_run_in_one_command_and_are_kept_by_the_next(tmp_path):
+    said = run("gpu_all.py", "--self-test", "--out", str(tmp_path))
+    assert [name for name in ("tests", "kernels", "linear", "training", "cifar100") if f"\n{name}: done" not in said] == []
+    assert all(json.loads((tmp_path / "gpu" / f"{name}.json").read_text())["finished"] for name in gpu_summary.RECORDS)
+    said = run("gpu_all.py", "--self-test", "--out", str(tmp_path))
+    assert said.count(": kept, of 20") == 4 and said.count("; --again measures it anew") == 4
+
+
+@pytest.fixture
+def parts(monkeypatch, tmp_path):
+    """Let the parts be small scripts: by name, their code."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def replace(**codes):
+        monkeypatch.setattr(gpu_all, "PARTS", tuple(gpu_all.Part(name, 1, ()) for name in codes))
+        monkeypatch.setattr(gpu_all, "command", lambda part, limit, options: [sys.executable, "-c", codes[part.name]])
+        monkeypatch.setattr(gpu_all, "LEAST", 0.0)
+        monkeypatch.setattr(gpu_all, "GRACE", 10.0)
+        monkeypatch.setattr(sys, "argv", ["gpu_all.py", "--out", str(tmp_path), "--minutes", "0.3"])
+
+    yield replace
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+WAITS = """
+import pathlib, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    pathlib.Path(OUT, "kept").touch()
+"""
+
+
+def test_a_part_that_crashes_or_hangs_leaves_the_others_theirs(parts, tmp_path, capsys):
+    parts(tests="raise MemoryError('of the card')", kernels=f"OUT = {str(tmp_path)!r}\n{WAITS}", linear="print('fine')")
+    assert gpu_all.main() == 1
+    said = capsys.readouterr().out
+    assert "s: MemoryError: of the card" in said and "kernels: stopped after" in said and "linear: done in" in said
+    assert (tmp_path / "kept").is_file()
+
+
+def test_an_interrupt_ends_the_parts_and_leaves_the_table(parts, tmp_path, capsys):
+    parts(tests=f"OUT = {str(tmp_path)!r}\n{WAITS}", kernels="print('never')")
+    timer = threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    assert gpu_all.main() == 130
+    assert (tmp_path / "kept").is_file()
+    said = capsys.readouterr().out
+    assert "tests: interrupted" in said and "one run" in said and "kernels: " not in said
+
+
+def test_what_is_not_installed_is_named(monkeypatch, tmp_path):
+    options = argparse.Namespace(out=tmp_path, again=False)
+    part = gpu_all.Part("cifar100", 1, ("torch", "no_such_package"))
+    assert gpu_all.do(part, (part,), 1e9, options, {}).startswith("left out, it needs no_such_package: put wheels into wheels/")
+
+
+def test_wheels_are_unpacked_where_their_packages_are_not_installed(monkeypatch, tmp_path):
+    (tmp_path / "wheels").mkdir()
+    for name in ("torch", "no_such_package"):
+        with zipfile.ZipFile(tmp_path / "wheels" / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{name}/__init__.py", "")
+    monkeypatch.setattr(gpu_all, "ROOT", tmp_path)
+    with gpu_all.environment() as variables:
+        source, unpacked, *_ = variables["PYTHONPATH"].split(os.pathsep)
+        assert source == str(tmp_path / "src") and os.listdir(unpacked) == ["no_such_package"]
+        assert gpu_all.importlib.util.find_spec("no_such_package")
+    assert not os.path.exists(unpacked)
+
+
+MEASURED = {
+    "tests": {"passed": 1234, "failed": 61, "not collected": {}, "failures": {f"tests/test_a.py::test_{i}": "" for i in range(61)}},
+    "kernels": {
+        "not installed": ["quack"],
+        "rows": [
+            {"shape": [8192, 32000], "dtype": "bfloat16", "ours / copy bandwidth": 0.86, "contestants": {}},
+            {"shape": [8192, 128256], "dtype": "bfloat16", "ours / copy bandwidth": 0.84, "contestants": {}},
+            {"shape": [4096, 1000], "dtype": "float32", "contestants": {"ours": {"us back to back": 60.0, "launches": 3}}},
+            {"shape": [128, 100], "dtype": "bfloat16", "contestants": {"ours": {"us back to back": 120.4, "launches": 12}}},
+            {"shape": [128, 100], "dtype": "float32", "contestants": {"ours": {"failed": "RuntimeError"}}},
+        ],
+    },
+    "linear": {
+        "rows": [{"rows, width, classes": [4096, 512, 1_000_000], "ours / three products": 1.58, "bound / ours": 0.9, "contestants": {}}]
+    },
+    "training": {
+        "rows": [
+            {"case": "bfloat16, channels last", "graph": True, "at once": 1, "images/s": 61_234.0},
+            {"case": "bfloat16, channels last", "graph": True, "at once": 4, "images/s": 71_234.0},
+            {"case": "bfloat16, channels last", "graph": False, "at once": 4, "failed": "OutOfMemoryError"},
+        ]
+    },
+}
+
+
+def test_the_table_says_what_was_reached_in_the_space_of_a_terminal(tmp_path):
+    for name, record in MEASURED.items():
+        path = tmp_path / "gpu" / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"finished": True, "machine": {"gpu": "NVIDIA H200", "torch": "2.11.0"}, **record}))
+    lines = gpu_all.summary(argparse.Namespace(out=tmp_path), {"cifar100": "failed after 3 s: " + 100 * "x"})
+    assert len(lines) == 23 and max(map(len, lines)) <= 80 and "NVIDIA H200" in lines[0]
+    found = {line[:27].strip(): line[27:].split("  ") for line in lines}
+    said = {name: (cells[0].strip(), cells[-1].strip()) for name, cells in found.items()}
+    assert said["tests that take the device"] == ("1234 passed, 61 failed", "MISSED")
+    assert said["8192x32000 bfloat16"] == ("86% of a copy's bandwidth", "reached")
+    assert said["8192x128256 bfloat16"] == ("84% of a copy's bandwidth", "MISSED")
+    assert said["4096x1000 float32, eager"] == ("60 us, 3 launches", "reached")
+    assert said["128x100 bfloat16, eager"] == ("120 us, 12 launches", "MISSED")
+    assert said["128x100 float32, eager"] == ("not measured", "60 us")
+    assert said["linear 4096x512x1000000"] == ("1.58 of products, 90% of bound", "MISSED")
+    assert said["13-layer network, one run"] == ("61,234 images/s", "reached")
+    assert said["13-layer network, several"][0] == "71,234 images/s, 4 at once"
+    assert said["CIFAR-100, Table 2"] == ("0 of 9 runs", "MISSED")
+    assert lines[-1].startswith("and ") and any(line.startswith("cifar100: failed after 3 s") for line in lines)
+
+
+def test_without_any_record_the_table_says_that_nothing_was_measured(tmp_path):
+    lines = gpu_all.summary(argparse.Namespace(out=tmp_path), {})
+    assert len(lines) <= 23 and sum("not measured" in line for line in lines) == len(gpu_summary.figures({}))
