@@ -51,8 +51,8 @@ def of_kernels(record: dict[str, Any]) -> Iterator[Figure]:
     rows = {(*row["shape"], row["dtype"]): row for row in record["rows"]}
     for shape in ((8192, 32000), (8192, 128256)):
         share = rows.get((*shape, "bfloat16"), {}).get("ours / copy bandwidth")
-        found = share and f"{share:.0%} of a copy's bandwidth"
-        yield Figure(f"{name_of(shape)} bfloat16", found, f"{COPY_SHARE:.0%}", share and share >= COPY_SHARE)
+        found = share and f"{share:.0%} of copy bandwidth"
+        yield Figure(f"{name_of(shape)} bfloat16", found, f"{COPY_SHARE:.0%} of copy", share and share >= COPY_SHARE)
     for shape in ((4096, 1000), (128, 100)):
         for dtype in ("bfloat16", "float32"):
             ours = rows.get((*shape, dtype), {"contestants": {}})["contestants"].get("ours", {})
@@ -66,14 +66,14 @@ def of_linear(record: dict[str, Any]) -> Iterator[Figure]:
     for shape in ((8192, 4096, 128256), MILLION):
         row = rows.get(shape, {})
         times, bound = row.get("ours / three products"), row.get("bound / ours")
-        found = times and f"{times:.2f} of products, {bound:.0%} of bound"
-        yield Figure(f"linear {name_of(shape)}", found, f"{PRODUCTS:g}", times and times <= PRODUCTS)
+        found = times and f"{times:.2f} products, {bound:.0%} of bound"
+        yield Figure(f"linear {name_of(shape)}", found, f"{PRODUCTS:g} products", times and times <= PRODUCTS)
 
 
 def of_training(record: dict[str, Any]) -> Iterator[Figure]:
     rates = {(row["case"], row["graph"], row["at once"]): row["images/s"] for row in record["rows"] if "images/s" in row}
     alone = max((rate for (_, _, at_once), rate in rates.items() if at_once == 1), default=None)
-    yield Figure("13-layer network, one run", alone and f"{alone:,.0f} images/s", f"{IMAGES:,.0f}", alone and alone >= IMAGES)
+    yield Figure("13-layer network, one run", alone and f"{alone:,.0f} images/s", f"{IMAGES:,.0f}/s", alone and alone >= IMAGES)
     most = max(rates, key=lambda key: rates[key], default=None)
     yield Figure("13-layer network, several", most and f"{rates[most]:,.0f} images/s, {most[2]} at once")
 

@@ -17,6 +17,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import gpu_all  # noqa: E402
 import gpu_common  # noqa: E402
+import gpu_page  # noqa: E402
 import gpu_summary  # noqa: E402
 import gpu_training  # noqa: E402
 
@@ -145,7 +146,9 @@ def test_an_interrupted_benchmark_leaves_what_it_has(tmp_path):
 def test_all_parts_run_in_one_command_and_are_kept_by_the_next(tmp_path):
     said = run("gpu_all.py", "--self-test", "--out", str(tmp_path))
     assert [name for name in ("tests", "kernels", "linear", "training", "cifar100") if f"\n{name}: done" not in said] == []
-    assert all(json.loads((tmp_path / "gpu" / f"{name}.json").read_text())["finished"] for name in gpu_summary.RECORDS)
+    records = gpu_summary.load(tmp_path / "gpu")
+    assert sorted(records) == sorted(gpu_summary.RECORDS) and all(record["finished"] for record in records.values())
+    assert "busy 100% of the time" in gpu_page.section(records)
     said = run("gpu_all.py", "--self-test", "--out", str(tmp_path))
     assert said.count(": kept, of 20") == 4 and said.count("; --again measures it anew") == 4
 
@@ -249,16 +252,37 @@ def test_the_table_says_what_was_reached_in_the_space_of_a_terminal(tmp_path):
     found = {line[:27].strip(): line[27:].split("  ") for line in lines}
     said = {name: (cells[0].strip(), cells[-1].strip()) for name, cells in found.items()}
     assert said["tests that take the device"] == ("1234 passed, 61 failed", "MISSED")
-    assert said["8192x32000 bfloat16"] == ("86% of a copy's bandwidth", "reached")
-    assert said["8192x128256 bfloat16"] == ("84% of a copy's bandwidth", "MISSED")
+    assert said["8192x32000 bfloat16"] == ("86% of copy bandwidth", "reached")
+    assert said["8192x128256 bfloat16"] == ("84% of copy bandwidth", "MISSED")
     assert said["4096x1000 float32, eager"] == ("60 us, 3 launches", "reached")
     assert said["128x100 bfloat16, eager"] == ("120 us, 12 launches", "MISSED")
     assert said["128x100 float32, eager"] == ("not measured", "60 us")
-    assert said["linear 4096x512x1000000"] == ("1.58 of products, 90% of bound", "MISSED")
+    assert said["linear 4096x512x1000000"] == ("1.58 products, 90% of bound", "MISSED")
     assert said["13-layer network, one run"] == ("61,234 images/s", "reached")
     assert said["13-layer network, several"][0] == "71,234 images/s, 4 at once"
-    assert said["CIFAR-100, Table 2"] == ("0 of 9 runs", "MISSED")
+    assert said["CIFAR-100, Table 2"] == ("0 runs", "MISSED")
     assert lines[-1].startswith("and ") and any(line.startswith("cifar100: failed after 3 s") for line in lines)
+
+
+def test_the_page_shows_what_was_measured_and_the_errors_of_what_failed():
+    common = {"finished": True, "claim": "Claim.", "date": "2026-01-01T", "commit": 40 * "a"}
+    machine = {"gpu": "NVIDIA H200", "processor": "", "threads": 1, "torch": "2.11.0", "python": "3.12"}
+    added = {"copy GB/s": 3000.0, "input alone, images/s": 1e6}
+    ours = {"ours": {"ms": 1.5, "peak MiB": 500, "us back to back": 59.4, "launches": 3}, "Liger": {"failed": "OutOfMemoryError: of 80 GB"}}
+    rows = [{**row, "contestants": ours} for row in MEASURED["kernels"]["rows"]]
+    records = {name: {**common, **added, "machine": machine, **record} for name, record in MEASURED.items()}
+    records["kernels"] |= {"rows": rows, "finished": False}
+    page = gpu_page.section(records)
+    assert "| 13-layer network, one run | 61,234 images/s | 60,000/s | reached |" in page
+    assert (
+        f"| ours |{5 * ' 1.5 (500) |'}" in page
+        and f"| Liger |{5 * ' OutOfMemoryError |'}" in page
+        and f"| ours |{5 * ' 59.4, 3 |'}" in page
+    )
+    assert "| bfloat16, channels last | graph | 61,234 | 71,234 |" in page
+    assert "| bfloat16, channels last | eager | – | OutOfMemoryError |" in page
+    assert page.count("was stopped before its end") == 1 and page.count("Not installed: quack.") == 1
+    assert "Nothing has been measured" not in page and "Nothing has been measured" in gpu_page.section({})
 
 
 def test_without_any_record_the_table_says_that_nothing_was_measured(tmp_path):
