@@ -10,7 +10,7 @@ those after it. The most valuable comes first:
    on with them: they come last.
 
 OUT/gpu has a record of each part and in logs what it printed; OUT/cifar100 has the runs. The next call leaves out the parts whose records
-are finished, unless it says --again. Ctrl-C, SIGTERM and the limit of time keep all that is finished.
+are finished, unless it says --again, for all of them, or --again PART. Ctrl-C, SIGTERM and the limit of time keep all that is finished.
 
 The tests need pytest and hypothesis, and the runs jsonargparse, rich and scipy. Where they are not installed, put wheels into the folder
 wheels/ of the checkout. For Python 3.12 on Linux this fetches them, and the rivals Liger and cut-cross-entropy, in 39 MiB:
@@ -90,13 +90,22 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
+    names = [part.name for part in PARTS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8.0, help="for all of it; default: 8")
     parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="default: results")
     parser.add_argument("--data-root", type=Path, default=ROOT / "data", metavar="DIR", help="where CIFAR-100 is; default: data")
-    parser.add_argument("--again", action="store_true", help="measure also what has a finished record")
+    parser.add_argument(
+        "--again",
+        nargs="*",
+        choices=names,
+        default=None,
+        metavar="PART",
+        help="measure anew what has a finished record; these parts, or all",
+    )
     parser.add_argument("--self-test", action="store_true", help="run every line on the CPU, with tiny work; the numbers mean nothing")
     options = parser.parse_args()
+    options.again = [] if options.again is None else options.again or names
     usual = tempfile.mkdtemp() if options.self_test else ROOT / "results"
     options.out, options.data_root = Path(options.out or usual).resolve(), options.data_root.resolve()
     return options
@@ -128,8 +137,8 @@ def is_installed(distribution: str) -> bool:
 
 def do(part: Part, left: tuple[Part, ...], ends: float, options: argparse.Namespace, variables: dict[str, str]) -> str:
     """Do a part in its share of the time, if there is a reason to; how it ended."""
-    if (kept := finished(options.out / "gpu" / f"{part.name}.json")) and not options.again:
-        return f"kept, of {kept['date']} at commit {kept['commit'][:10]}; --again measures it anew"
+    if (kept := finished(options.out / "gpu" / f"{part.name}.json")) and part.name not in options.again:
+        return f"kept, of {kept['date']} at commit {kept['commit'][:10]}; --again {part.name} measures it anew"
     missing = [name for name in part.needs if importlib.util.find_spec(name) is None]
     if missing:
         return f"left out, it needs {', '.join(missing)}: put wheels into wheels/ as {Path(__file__).name} --help says"

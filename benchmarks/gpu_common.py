@@ -79,9 +79,11 @@ class Card:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             step()
             torch.cuda.synchronize()
-        events = (
+        events = [
             event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
-        )
+        ]
+        if not events:
+            raise RuntimeError("the profiler saw no kernel; is CUPTI installed, and may this user profile?")
         return sorted(
             (Kernel(event.name, event.time_range.start, event.time_range.end) for event in events), key=lambda kernel: kernel.start
         )
@@ -159,7 +161,9 @@ class Record:
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "commit": commit(),
             "command": f"python {' '.join(sys.argv)}",
-            "machine": machine() | {name: version(name) for name in ("triton", "liger-kernel", "cut-cross-entropy", "quack-kernels")},
+            "machine": machine()
+            | {"cuda": torch.version.cuda}
+            | {name: version(name) for name in ("triton", "liger-kernel", "cut-cross-entropy", "quack-kernels")},
         }
 
     def write(self, **added: Any) -> None:
@@ -230,20 +234,17 @@ def measure(makers: dict[str, Callable[[], Step]], card: Card, rounds: int, smal
     peaks = contestants.each(card.peak_bytes)
     in_a_row = contestants.each(card.microseconds_back_to_back) if small else {}
     kernels = contestants.each(card.kernels) if small else {}
-    found: dict[str, dict[str, Any]] = {}
-    for name in makers:
-        if name in contestants.failed:
-            found[name] = {"failed": contestants.failed[name]}
-            continue
-        low, _, high = statistics.quantiles(times[name], n=4)
-        found[name] = {"ms": rounded(statistics.median(times[name])), "low": rounded(low), "high": rounded(high)}
-        found[name]["peak MiB"] = round(peaks[name] / 2**20)
-        if small:
-            found[name] |= {
-                "us back to back": rounded(in_a_row[name]),
-                "launches": len(kernels[name]),
-                "kernels": [kernel.name for kernel in kernels[name]],
-            }
+    found: dict[str, dict[str, Any]] = {name: {"failed": contestants.failed[name]} if name in contestants.failed else {} for name in makers}
+    for name, row in found.items():
+        if len(times[name]) == rounds:
+            low, _, high = statistics.quantiles(times[name], n=4)
+            row |= {"ms": rounded(statistics.median(times[name])), "low": rounded(low), "high": rounded(high)}
+        if name in peaks:
+            row["peak MiB"] = round(peaks[name] / 2**20)
+        if name in in_a_row:
+            row["us back to back"] = rounded(in_a_row[name])
+        if name in kernels:
+            row |= {"launches": len(kernels[name]), "kernels": [kernel.name for kernel in kernels[name]]}
     return found
 
 

@@ -78,6 +78,8 @@ def training(record: dict[str, Any]) -> list[str]:
 
 
 def profile(found: dict[str, Any]) -> list[str]:
+    if "failed" in found:
+        return [f"The profile failed: {found['failed']}."]
     rows = [[f"`{row['kernel']}`", f"{row['share']:.1%}", f"{row['us a step']:g}"] for row in found["top"]]
     kernels = found["kernels a step"]
     return [
