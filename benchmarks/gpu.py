@@ -121,7 +121,7 @@ def main() -> None:
         for row, (shape, dtype) in zip(rows, work.cases, strict=True):
             torch._dynamo.reset()  # each shape is compiled for itself
             input, target = problem(shape, dtype, card.device)
-            row["contestants"] |= measure(contestants(input, target, card), card, work.rounds, small=input.numel() < SMALL)
+            row["contestants"] |= measure(contestants(input, target, card), card, work.rounds, input.nbytes, small=input.numel() < SMALL)
             row |= shares(row)
             record.write(rows=rows, **{"not installed": missing_rivals("Liger", "quack")})
             print({**row, "contestants": {name: value.get("ms", "failed") for name, value in row["contestants"].items()}}, flush=True)

@@ -219,10 +219,13 @@ def gradient_step(loss: Callable[..., Tensor], leaves: tuple[Tensor, ...], *targ
     return step
 
 
-def measure(makers: dict[str, Callable[[], Step]], card: Card, rounds: int, small: bool = False) -> dict[str, dict[str, Any]]:
-    """Every contestant's median and quartiles over rounds in turns, and its peak of memory; of one that fails, its error.
+def measure(
+    makers: dict[str, Callable[[], Step]], card: Card, rounds: int, gradients: int = 0, small: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Every contestant's median and quartiles over rounds in turns, and its peak of memory without the bytes of its ``gradients``.
 
-    Of ``small`` steps, which are over before the next is launched, also the time of many in a row, and their kernels.
+    Of one that fails, the error. Of ``small`` steps, which are over before the next is launched, also the time of many in a row, and their
+    kernels. A graph has its memory in a pool of its own, and a copy makes no gradient: of these the memory is not told.
     """
     contestants = Contestants(makers, card)
     for _ in range(WARM_UP):
@@ -239,8 +242,8 @@ def measure(makers: dict[str, Callable[[], Step]], card: Card, rounds: int, smal
         if len(times[name]) == rounds:
             low, _, high = statistics.quantiles(times[name], n=4)
             row |= {"ms": rounded(statistics.median(times[name])), "low": rounded(low), "high": rounded(high)}
-        if name in peaks:
-            row["peak MiB"] = round(peaks[name] / 2**20)
+        if name in peaks and name != "copy" and not name.endswith("graph"):
+            row["MiB beside inputs and gradients"] = round((peaks[name] - gradients) / 2**20)
         if name in in_a_row:
             row["us back to back"] = rounded(in_a_row[name])
         if name in kernels:

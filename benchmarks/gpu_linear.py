@@ -126,8 +126,9 @@ def main() -> None:
         classifier = torch.randn(num_classes, width, generator=generator, device=card.device).mul_(width**-0.5).bfloat16().requires_grad_()
         target = torch.randint(num_classes, (num_rows,), generator=generator, device=card.device)
         row: dict[str, Any] = {"rows, width, classes": shape, "dtype": "bfloat16"}
-        row["gradients MiB"] = rounded((features.nbytes + classifier.nbytes) / 2**20)
-        row["contestants"] = measure(contestants(features, classifier, target, card), card, work.rounds)
+        row["contestants"] = measure(
+            contestants(features, classifier, target, card), card, work.rounds, features.nbytes + classifier.nbytes
+        )
         rows.append(row | shares(row, copy_bandwidth))
         record.write(
             rows=rows, **{"copy GB/s": rounded(copy_bandwidth / 1e6), "not installed": missing_rivals("Liger", "cut-cross-entropy")}

@@ -46,8 +46,8 @@ def kernels(record: dict[str, Any]) -> list[str]:
     small = [row for row in rows if any("launches" in found for found in row["contestants"].values())]
     of_small = [f"{gpu_summary.name_of(row['shape'])} {row['dtype']}" for row in small]
     return [
-        "Milliseconds of forward and backward from a cold L2, medians; in brackets the MiB that a step takes beside the logits, with\n"
-        "their gradient. A graph has its memory in a pool of its own, which does not count.",
+        "Milliseconds of forward and backward from a cold L2, medians; in brackets the MiB that a step takes beside the logits and\n"
+        "their gradient, below 0 where the gradient overwrites the logits. The memory of a graph is in a pool of its own.",
         table(["", *head], by_contestant(rows, milliseconds)),
         "Small logits: microseconds a step of 300 in a row, with the time to launch them, and the number of launches.",
         table(["", *of_small], by_contestant(small, microseconds)),
@@ -58,8 +58,8 @@ def linear(record: dict[str, Any]) -> list[str]:
     rows = record["rows"]
     shapes = [gpu_summary.name_of(row["rows, width, classes"]) for row in rows]
     return [
-        "Milliseconds of forward and backward in bfloat16, medians; in brackets the MiB that a step takes beside features and classifier,\n"
-        "with their gradients. The bound is the time of the three products and of 10 bytes a logit at the bandwidth of a copy,\n"
+        "Milliseconds of forward and backward in bfloat16, medians; in brackets the MiB that a step takes beside features, classifier\n"
+        "and their gradients. The bound is the time of the three products and of 10 bytes a logit at the bandwidth of a copy,\n"
         f"{record['copy GB/s']:g} GB/s: the loss reads the float32 logits twice and writes their bfloat16 gradient.",
         table(["", *shapes], by_contestant(rows, milliseconds)),
     ]
@@ -95,7 +95,10 @@ def by_contestant(rows: list[dict[str, Any]], cell: Callable[[dict[str, Any]], s
 
 
 def milliseconds(found: dict[str, Any]) -> str:
-    return f"{found['ms']:.3g} ({found['peak MiB']})" if "ms" in found else failure(found)
+    if "ms" not in found:
+        return failure(found)
+    memory = found.get("MiB beside inputs and gradients")
+    return f"{found['ms']:.3g}" + ("" if memory is None else f" ({memory})")
 
 
 def microseconds(found: dict[str, Any]) -> str:

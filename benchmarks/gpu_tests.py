@@ -19,6 +19,7 @@ from common import ROOT
 WORK = Work(cases=("tests", "-m", "not slow"), rounds=1, tests=None)
 TINY = Work(cases=("tests/test_backends.py", "-k", "triton and awkward and float32"), rounds=1, tests=None)
 PROCESSES = min(8, (os.cpu_count() or 1) // 2)
+OPTIONS = ("-q", "--tb=short", "--continue-on-collection-errors", "-p", "no:cacheprovider", "-p", "gpu_tests")
 SECONDS = 5.0  # between two writings of the record
 
 
@@ -69,7 +70,7 @@ def crash(report: pytest.TestReport) -> str:
 
 
 def last_line(text: str) -> str:
-    return (text.strip().splitlines() or [""])[-1][:160]
+    return (text.strip().splitlines() or [""])[-1].removeprefix("E   ")[:160]
 
 
 def main() -> int:
@@ -78,9 +79,8 @@ def main() -> int:
     os.chdir(ROOT)
     paths = [str(Path(__file__).parent), str(ROOT / "src"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # of the processes of pytest-xdist
-    options = ["-q", "--tb=short", "--continue-on-collection-errors", "-p", "no:cacheprovider", "-p", "gpu_tests"]
-    if PROCESSES > 1 and importlib.util.find_spec("xdist"):
-        options += ["-n", str(PROCESSES), "--dist", "loadgroup"]
+    shared = PROCESSES > 1 and importlib.util.find_spec("xdist")
+    options = [*OPTIONS, "-n", str(PROCESSES), "--dist", "loadgroup"] if shared else OPTIONS
     listener = Listener(record)
     status = pytest.main([*work.cases, *options], plugins=[listener])
     listener.write()

@@ -1,7 +1,9 @@
 """The benchmarks that need a GPU run through without one: every line but those that ask the card itself."""
 
 import argparse
+import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -50,7 +52,7 @@ def run(script, *arguments, **environment):
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
-        timeout=280,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -67,7 +69,7 @@ def rivals(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_the_kernel_benchmark_runs_through(tmp_path, rivals):
     out = tmp_path / "kernels.json"
     run("gpu.py", "--self-test", "--out", str(out), PYTHONPATH=rivals)
@@ -82,7 +84,7 @@ def test_the_kernel_benchmark_runs_through(tmp_path, rivals):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_the_linear_benchmark_runs_through_and_a_rival_that_fails_is_recorded(tmp_path, rivals):
     out = tmp_path / "linear.json"
     run("gpu_linear.py", "--self-test", "--out", str(out), PYTHONPATH=rivals)
@@ -95,7 +97,7 @@ def test_the_linear_benchmark_runs_through_and_a_rival_that_fails_is_recorded(tm
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_the_training_benchmark_runs_through(tmp_path):
     out = tmp_path / "training.json"
     run("gpu_training.py", "--self-test", "--out", str(out))
@@ -110,6 +112,59 @@ def test_the_card_is_busy_while_any_kernel_runs():
     assert gpu_training.busy(kernels) == 7
 
 
+class Blind(gpu_common.StandIn):
+    """A card that cannot be profiled."""
+
+    def kernels(self, step):
+        raise RuntimeError("no profiler")
+
+
+def test_a_run_that_fails_is_said_in_its_row_and_holds_nobody_up():
+    work = dataclasses.replace(gpu_training.TINY, at_once=1)
+    good = work.cases[0]
+    bad = good._replace(recipe=dataclasses.replace(good.recipe, network="nosuch"))
+    rates = [rate for case in (bad, good) for _, rate in gpu_training.turns(0, case, True, work, Blind(), multiprocessing.Barrier(1))]
+    rows = [gpu_training.row_of(good, True, 2, [1000.0, rate]) for rate in rates]
+    assert "nosuch" in rows[0]["failed"] and "images/s" not in rows[0]
+    assert rows[1]["images/s"] > 1000 and "failed" not in rows[1]
+    assert gpu_training.profile(good, Blind(), 2) == {"failed": "RuntimeError: no profiler"}
+
+
+OF_EVERY_KIND = """
+import pytest
+
+@pytest.fixture
+def device(): return "cpu"
+
+def test_of_the_device_passes(device): pass
+def test_of_the_device_fails(device): assert device == "cuda"
+def test_of_the_device_errs(device, no_such_fixture): pass
+@pytest.mark.skipif(True, reason="needs a GPU")
+def test_of_gpus_alone(): pass
+def test_of_something_else(): assert False
+"""
+
+
+def test_the_tests_of_the_device_are_chosen_and_the_failures_named(tmp_path):
+    (tmp_path / "test_kinds.py").write_text(OF_EVERY_KIND)
+    (tmp_path / "test_broken.py").write_text("import no_such_package")
+    code = f"""
+import sys
+sys.path.insert(0, {str(BENCHMARKS)!r})
+import gpu_common, gpu_tests, pathlib, pytest
+listener = gpu_tests.Listener(gpu_common.Record(pathlib.Path("tests.json"), "Claim."))
+status = pytest.main(["-c", "/dev/null", "--rootdir", ".", "-p", "no:cacheprovider", *gpu_tests.OPTIONS, "."], plugins=[listener])
+listener.write()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "tests.json").read_text())
+    assert (found["passed"], found["failed"], found["skipped"]) == (1, 2, 1)
+    assert found["failures"]["test_kinds.py::test_of_the_device_fails"].startswith("AssertionError: assert 'cpu' == 'cuda'")
+    assert "test_kinds.py::test_of_the_device_errs" in found["failures"]
+    assert found["not collected"] == {"test_broken.py": "ModuleNotFoundError: No module named 'no_such_package'"}
+
+
 def test_a_contestant_that_fails_leaves_the_others_their_turns():
     calls = {"sound": 0, "tires": 0}
 
@@ -120,10 +175,6 @@ def test_a_contestant_that_fails_leaves_the_others_their_turns():
 
     def cannot_be_made():
         raise ImportError("no such rival")
-
-    class Blind(gpu_common.StandIn):
-        def kernels(self, step):
-            raise RuntimeError("no profiler")
 
     makers = {"absent": cannot_be_made, "tires": lambda: lambda: step("tires"), "sound": lambda: lambda: step("sound")}
     found = gpu_common.measure(makers, gpu_common.StandIn(), rounds=4, small=True)
@@ -148,7 +199,7 @@ def test_an_interrupted_benchmark_leaves_what_it_has(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_all_parts_run_in_one_command_and_are_kept_by_the_next(tmp_path):
     said = run("gpu_all.py", "--self-test", "--out", str(tmp_path))
     assert [name for name in ("tests", "kernels", "linear", "training", "cifar100") if f"\n{name}: done" not in said] == []
@@ -274,7 +325,10 @@ def test_the_page_shows_what_was_measured_and_the_errors_of_what_failed():
     common = {"finished": True, "claim": "Claim.", "date": "2026-01-01T", "commit": 40 * "a"}
     machine = {"gpu": "NVIDIA H200", "processor": "", "threads": 1, "torch": "2.11.0", "python": "3.12"}
     added = {"copy GB/s": 3000.0, "input alone, images/s": 1e6}
-    ours = {"ours": {"ms": 1.5, "peak MiB": 500, "us back to back": 59.4, "launches": 3}, "Liger": {"failed": "OutOfMemoryError: of 80 GB"}}
+    ours = {
+        "ours": {"ms": 1.5, "MiB beside inputs and gradients": 500, "us back to back": 59.4, "launches": 3},
+        "Liger": {"failed": "OutOfMemoryError: of 80 GB"},
+    }
     rows = [{**row, "contestants": ours} for row in MEASURED["kernels"]["rows"]]
     records = {name: {**common, **added, "machine": machine, **record} for name, record in MEASURED.items()}
     records["kernels"] |= {"rows": rows, "finished": False}
