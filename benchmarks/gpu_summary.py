@@ -42,9 +42,9 @@ def of_tests(record: dict[str, Any]) -> Iterator[Figure]:
     found, reached = None, None
     if "passed" in record:
         wrong = record["failed"] + len(record["not collected"])
-        found = f"{record['passed']} passed, {wrong} failed" + ("" if record["finished"] else ", unfinished")
+        found = f"{record['passed']} passed, {wrong} failed" + ("" if record["finished"] else " so far")
         reached = wrong == 0 and record["finished"]
-    yield Figure("tests that take the device", found, "none fails", reached)
+    yield Figure("tests of the device", found, "none fails", reached)
 
 
 def of_kernels(record: dict[str, Any]) -> Iterator[Figure]:
