@@ -45,7 +45,7 @@ import gpu_summary
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = Path(__file__).resolve().parent
 GRACE = 15.0  # seconds that a part has to write down what it has, and this script for its table
-LEAST = 20.0  # seconds that are worth a start
+LEAST = 20.0  # seconds of any part: fewer are not worth a start
 CELLS = ("table2/softmax", "table2/ours-0.3", "table2/lsr-0.1")
 SEEDS = ("0", "1", "2")
 OF_LAB = ("jsonargparse", "rich", "jinja2", "scipy", "matplotlib", "numpy", "torchvision", "PIL", "accelerate", "safetensors")
@@ -142,9 +142,10 @@ def do(part: Part, left: tuple[Part, ...], ends: float, options: argparse.Namesp
     missing = [name for name in part.needs if importlib.util.find_spec(name) is None]
     if missing:
         return f"left out, it needs {', '.join(missing)}: put wheels into wheels/ as {Path(__file__).name} --help says"
-    limit = (ends - time.monotonic()) * part.share / sum(each.share for each in left)
-    if limit < LEAST:
+    seconds = ends - time.monotonic()
+    if seconds < LEAST:
         return "left out, no time was left"
+    limit = max(LEAST, seconds * part.share / sum(each.share for each in left))
     log = options.out / "gpu" / "logs" / f"{part.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"{part.name}: at most {limit:.0f} s", flush=True)
