@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench docs wheels clean
+.PHONY: help setup demo test test-all lint format bench gpu docs wheels clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,6 +47,9 @@ bench: $(READY) ## time, memory and accuracy beside torch's cross-entropy: resul
 	$(BIN)/python benchmarks/training_cpu.py
 	$(BIN)/python benchmarks/check_ratio.py --commit
 	$(BIN)/python benchmarks/report.py
+
+gpu: ## all that needs a GPU, in 8 minutes, by $(PYTHON) as it is, without installing anything: results/gpu/
+	$(PYTHON) benchmarks/gpu_all.py
 
 docs: $(READY) ## run every code block of the README and docs/, and build the site: build/site/index.html
 	$(BIN)/python -m pytest -q tests/test_docs.py tests/test_site.py

@@ -34,9 +34,9 @@ def main() -> int:
         write("one_thread", {"claim": __doc__.splitlines()[0], "machine": machine(), "ratio": measured}, path)
         return 0
     committed = json.loads(path.read_text())["ratio"]
-    slow = [shape for shape, found in measured.items() if found > LIMIT * committed[shape]]
-    for shape, found in measured.items():
-        print(f"{shape:16} {found:6.2f} of F.cross_entropy; committed {committed[shape]:.2f}{'  TOO SLOW' if shape in slow else ''}")
+    slow = [name for name, found in measured.items() if found > LIMIT * committed[name]]
+    for name, found in measured.items():
+        print(f"{name:16} {found:6.2f} of F.cross_entropy; committed {committed[name]:.2f}{'  TOO SLOW' if name in slow else ''}")
     return 1 if slow else 0
 
 

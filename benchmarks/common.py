@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,10 +77,10 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """The seconds of every step of every contestant, one after the other in each round."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for round in range(repeats + WARM_UP):
+    for turn in range(repeats + WARM_UP):
         for name, loss in contestants.items():
             elapsed = step_seconds(loss, input, target, computed)
-            if round >= WARM_UP:
+            if turn >= WARM_UP:
                 seconds[name].append(elapsed)
     return seconds
 
@@ -104,7 +105,7 @@ def peak_bytes(step: Callable[[], object]) -> int:
 
 
 def machine() -> dict[str, object]:
-    found = {
+    found: dict[str, object] = {
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -132,6 +133,15 @@ def write(name: str, record: dict[str, object], path: Path | None = None) -> Pat
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
     return path
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+
+
+def words_of_machine(record: dict[str, Any]) -> str:
+    found = record["machine"]
+    return f"{found.get('gpu', found['processor'])}, {found['threads']} CPU threads, torch {found['torch']}, Python {found['python']}"
 
 
 def options(description: str | None) -> argparse.Namespace:

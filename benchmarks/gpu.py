@@ -1,107 +1,133 @@
 """Claim: on a GPU the loss costs three touches of the logits: it takes less time and memory than F.cross_entropy, eager or compiled.
 
-First the whole kernel test file runs on the GPU. Then, at each shape and dtype, forward and backward of every contestant that is
-installed, interleaved, timed by CUDA events with a cold L2, beside the bandwidth of a plain copy on the same device. `--self-test` does
-all of it but the measuring on the CPU, with tiny shapes and the Triton interpreter.
+Forward and backward of every contestant that is installed, in turns, timed by CUDA events from a cold L2, beside a plain copy on the
+same device. Small logits are also timed by the host, many steps in a row, with their launches counted: there the launches are the cost.
+First all shapes without torch.compile, then all with it, which takes the most time: the rounds of the two are not the same. Liger, quack
+and F.cross_entropy have no margin.
 """
 
-import os
-import sys
 from collections.abc import Callable
+from typing import Any
 
-from gpu_common import Clock, Step, compiled, gradient_step, installed, machine_and_packages, measure, options, round_to
+import torch
+import torch.nn.functional as F
+from gpu_common import Card, Step, Work, copy_of, gradient_step, installed, measure, missing_rivals, rounded, start
+from torch import Tensor
 
-ARGUMENTS = options(__doc__)
-if ARGUMENTS.self_test:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
+from common import LAM, Loss, formula
+from largemargin import large_margin_cross_entropy
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor  # noqa: E402
+WORK = Work(
+    cases=tuple(
+        (shape, dtype) for dtype in (torch.bfloat16, torch.float32) for shape in ((8192, 128256), (8192, 32000), (4096, 1000), (128, 100))
+    ),
+    rounds=30,
+    tests=("triton or gpu or device or captured", "test_backends.py"),
+)
+TINY = Work(
+    cases=(((4, 50), torch.bfloat16), ((3, 70), torch.float32)),
+    rounds=2,
+    tests=("triton and awkward and float32", "test_backends.py"),
+)
+SMALL = 2**23  # logits
+Makers = dict[str, Callable[[], Step]]
 
-from common import LAM, formula, problem, refuse_if_wrong, write  # noqa: E402
-from largemargin import large_margin_cross_entropy  # noqa: E402
 
-DEVICE = "cpu" if ARGUMENTS.self_test else "cuda"
-SHAPES = ((4, 50), (3, 70)) if ARGUMENTS.self_test else ((8192, 32000), (8192, 128256), (4096, 1000), (128, 100))
-DTYPES = (torch.bfloat16, torch.float32)
+def cross_entropy(input: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(input, target)
 
 
 def ours(input: Tensor, target: Tensor) -> Tensor:
     return large_margin_cross_entropy(input, target, lam=LAM, backend="triton")
 
 
-def contestants() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """Losses of logits and target."""
+def without_margin(input: Tensor, target: Tensor) -> Tensor:
+    return large_margin_cross_entropy(input, target, lam=0.0, backend="triton")
+
+
+def eager(input: Tensor, target: Tensor, card: Card) -> Makers:
+    """What is measured first: a copy, the losses as they are, and as graphs."""
+    losses: dict[str, Loss] = {"ours": ours, "ours, lam=0": without_margin, "F.cross_entropy": cross_entropy}
+    steps = {name: gradient_step(loss, (input,), target) for name, loss in losses.items()}
+    makers: Makers = {"copy": lambda: copy_of(input)}
+    makers |= {name: lambda step=step: step for name, step in steps.items()}  # type: ignore[misc]
+    makers |= {f"{name}, graph": lambda step=steps[name]: card.captured(step) for name in ("ours", "F.cross_entropy")}  # type: ignore[misc]
+    makers["formula under autograd"] = lambda: gradient_step(formula, (input,), target)
+    if installed("liger_kernel"):
+        makers["Liger"] = lambda: liger(input, target)
+    if installed("quack"):
+        makers["quack, gradient in backward"] = lambda: quack(input, target)
+        makers["quack, gradient in forward"] = lambda: quack_forward(input, target)
+    return makers
+
+
+def compiled(input: Tensor, target: Tensor, card: Card) -> Makers:
+    """The losses through torch.compile, and the fastest way of torch's own as a graph."""
+
+    def step(loss: Loss) -> Step:
+        return gradient_step(torch.compile(loss, backend=card.compiler, dynamic=False), (input,), target)
+
     return {
-        "F.cross_entropy": F.cross_entropy,
-        "F.cross_entropy, compiled": compiled(lambda input, target: F.cross_entropy(input, target), ARGUMENTS.self_test),
-        "formula under autograd": formula,
-        "formula, compiled": compiled(lambda input, target: formula(input, target), ARGUMENTS.self_test),
-        "ours": ours,
-        "ours, lam=0": lambda input, target: large_margin_cross_entropy(input, target, lam=0.0, backend="triton"),
+        "F.cross_entropy, compiled": lambda: step(cross_entropy),
+        "F.cross_entropy, compiled, graph": lambda: card.captured(step(cross_entropy)),
+        "formula, compiled": lambda: step(formula),
+        "ours, compiled": lambda: step(ours),
     }
 
 
-def graph_replay(loss: Callable[[Tensor, Tensor], Tensor], input: Tensor, target: Tensor) -> Step:
-    """Forward and backward captured once and replayed: no launch is waited for."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            torch.autograd.grad(loss(input, target), input)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        value = loss(input, target)
-        gradient = torch.autograd.grad(value, input)
+def liger(input: Tensor, target: Tensor) -> Step:
+    from liger_kernel.transformers import LigerCrossEntropyLoss
 
-    def step(keep: object = gradient) -> Tensor:
-        graph.replay()
-        return value
+    own = input.detach().clone().requires_grad_()  # it overwrites its logits
+    return gradient_step(LigerCrossEntropyLoss(), (own,), target)
 
-    return step
+
+def quack(input: Tensor, target: Tensor) -> Step:
+    from quack.cross_entropy import cross_entropy
+
+    return gradient_step(cross_entropy, (input,), target)
+
+
+def quack_forward(input: Tensor, target: Tensor) -> Step:
+    from quack.cross_entropy import cross_entropy_fwd
+
+    logits = input.detach()
+    return lambda: cross_entropy_fwd(logits, target, return_dx=True)
+
+
+def problem(shape: tuple[int, int], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    input = torch.randn(shape, generator=generator, device=device, dtype=dtype).requires_grad_()
+    return input, torch.randint(shape[1], shape[:1], generator=generator, device=device)
+
+
+def shares(row: dict[str, Any]) -> dict[str, float]:
+    """The bandwidth of the copy, which touches the logits twice, and the share of it that ours reaches in three touches."""
+    times = {name: row["contestants"][name].get("ms") for name in ("copy", "ours")}
+    found = {"copy GB/s": rounded(2 * row["logits MiB"] * 2**20 / times["copy"] / 1e6)} if times["copy"] else {}
+    if times["copy"] and times["ours"]:
+        found["ours / copy bandwidth"] = rounded(3 * times["copy"] / (2 * times["ours"]))
+    return found
 
 
 def main() -> None:
-    """Test, then measure."""
-    if not ARGUMENTS.self_test and not torch.cuda.is_available():
-        sys.exit("this benchmark needs a GPU; --self-test runs through on the CPU")
-    if not ARGUMENTS.skip_tests:
-        selection = "triton and awkward and float32" if ARGUMENTS.self_test else "triton or gpu or device or captured"
-        refuse_if_wrong(selection, TRITON_INTERPRET="1" if ARGUMENTS.self_test else "0")
-    clock, rows = Clock(ARGUMENTS.self_test), []
-    for dtype in DTYPES:
-        for shape in SHAPES:
+    """Measure every shape without torch.compile, then every shape with it."""
+    card, record, work = start("kernels", __doc__, WORK, TINY)
+    rows: list[dict[str, Any]] = []
+    for shape, dtype in work.cases:
+        size = shape[0] * shape[1] * dtype.itemsize / 2**20
+        rows.append({"shape": shape, "dtype": str(dtype).removeprefix("torch."), "logits MiB": rounded(size), "contestants": {}})
+    for contestants in (eager, compiled):
+        for row, (shape, dtype) in zip(rows, work.cases, strict=True):
             torch._dynamo.reset()  # each shape is compiled for itself
-            input, target = problem(shape, dtype, DEVICE)
-            size = input.numel() * input.element_size()
-            steps = {name: gradient_step(loss, (input,), target) for name, loss in contestants().items()}
-            if installed("liger_kernel") and not ARGUMENTS.self_test:
-                from liger_kernel.transformers import LigerCrossEntropyLoss
-
-                own = input.detach().clone().requires_grad_()  # it overwrites its logits
-                steps["Liger, no margin"] = gradient_step(LigerCrossEntropyLoss(), (own,), target)
-            other = torch.empty_like(input)
-            steps["copy"] = lambda a=other, b=input: a.copy_(b.detach())
-            if not ARGUMENTS.self_test:
-                for name, loss in (("ours, graph replay", ours), ("F.cross_entropy, graph replay", F.cross_entropy)):
-                    try:
-                        steps[name] = graph_replay(loss, input, target)
-                    except torch.OutOfMemoryError:
-                        torch.cuda.empty_cache()
-            row = {"shape": shape, "dtype": str(dtype).removeprefix("torch."), "logits MiB": round_to(size / 2**20)}
-            row["contestants"] = measure(steps, clock, (input,), ARGUMENTS.rounds)
-            copied, took = row["contestants"]["copy"]["ms"], row["contestants"]["ours"].get("ms", float("nan"))
-            row["copy GB/s"] = round_to(2 * size / copied / 1e6)
-            row["ours GB/s, of 3 touches"] = round_to(3 * size / took / 1e6)
-            rows.append(row)
-            print(row, flush=True)
-            del steps, other, input
-    record = {"claim": __doc__.splitlines()[0], "machine": machine_and_packages(), "rows": rows}
-    if ARGUMENTS.self_test:
-        print("the self-test ran through")
-    else:
-        write("gpu", record, ARGUMENTS.out)
+            input, target = problem(shape, dtype, card.device)
+            row["contestants"] |= measure(contestants(input, target, card), card, work.rounds, input.nbytes, small=input.numel() < SMALL)
+            row |= shares(row)
+            record.write(rows=rows, **{"not installed": missing_rivals("Liger", "quack")})
+            print({**row, "contestants": {name: value.get("ms", "failed") for name, value in row["contestants"].items()}}, flush=True)
+            del input, target
+            card.release()
+    record.finish()
 
 
 if __name__ == "__main__":

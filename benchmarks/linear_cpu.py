@@ -59,15 +59,20 @@ def main() -> None:
                 step(input, linear_weight, target)
                 if attempt:
                     seconds[name].append(time.perf_counter() - started)
-        row = {"shape": shape, "seconds": {name: round_to(statistics.median(values)) for name, values in seconds.items()}}
+        medians = {name: round_to(statistics.median(values)) for name, values in seconds.items()}
         if shape == SHAPES[0] and hasattr(F, "linear_cross_entropy"):
             started = time.perf_counter()
             chunked(input, linear_weight, target)
-            row["seconds"]["F.linear_cross_entropy, chunked (once)"] = round_to(time.perf_counter() - started)
-        row["ours / three products"] = round_to(row["seconds"]["ours"] / row["seconds"]["three products"])
-        row["MiB beside inputs and gradients"] = {
+            medians["F.linear_cross_entropy, chunked (once)"] = round_to(time.perf_counter() - started)
+        memory = {
             name: round((peak_bytes(partial(step, input, linear_weight, target)) - input.nbytes - linear_weight.nbytes) / 2**20)
             for name, step in (("F.cross_entropy(F.linear)", with_logits), ("ours", ours))
+        }
+        row = {
+            "shape": shape,
+            "seconds": medians,
+            "ours / three products": round_to(medians["ours"] / medians["three products"]),
+            "MiB beside inputs and gradients": memory,
         }
         rows.append(row)
         print(row, flush=True)

@@ -1,10 +1,21 @@
 """Claim: beside the logits the loss needs the memory of one gradient, whatever the upstream gradient; donated logits need none."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from common import a_row, formula, machine, options, ours, peak_bytes, problem, reference, refuse_if_wrong, scaled, write
+from common import Loss, a_row, formula, machine, options, ours, peak_bytes, problem, reference, refuse_if_wrong, scaled, write
 from largemargin import large_margin_cross_entropy
+
+
+def step(loss: Loss, input: Tensor, target: Tensor) -> None:
+    loss(input, target).backward()
+
+
+def donated(logits: Tensor, target: Tensor) -> None:
+    torch.autograd.grad(large_margin_cross_entropy(logits, target, donate=True), logits)
 
 
 def main() -> None:
@@ -27,10 +38,9 @@ def main() -> None:
         peaks = {}
         for name, loss in contestants.items():
             input.grad = None
-            peaks[name] = round(peak_bytes(lambda loss=loss, f=input, y=target: loss(f, y).backward()) / input.nbytes, 3)
+            peaks[name] = round(peak_bytes(partial(step, loss, input, target)) / input.nbytes, 3)
         logits = input * 1
-        donated = peak_bytes(lambda f=logits, y=target: torch.autograd.grad(large_margin_cross_entropy(f, y, donate=True), f))
-        peaks["ours, donated logits"] = round(donated / input.nbytes, 3)
+        peaks["ours, donated logits"] = round(peak_bytes(partial(donated, logits, target)) / input.nbytes, 3)
         rows.append({"shape": shape, "dtype": str(dtype).removeprefix("torch."), "peak, in logits": peaks})
         print(rows[-1])
     write("memory_cpu", {"claim": __doc__.splitlines()[0], "machine": machine(), "rows": rows}, chosen.out)

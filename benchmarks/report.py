@@ -1,4 +1,4 @@
-"""Write docs/performance.md and its chart from the records in results/bench/. Nothing is measured here."""
+"""Write docs/performance.md and its chart from the records in results/bench/ and results/gpu/. Nothing is measured here."""
 
 import json
 from typing import Any
@@ -6,9 +6,11 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("svg")
+import gpu_summary
 import matplotlib.pyplot as plt
+from gpu_page import section
 
-from common import RESULTS, ROOT
+from common import RESULTS, ROOT, table, words_of_machine
 
 PAGE = ROOT / "docs" / "performance.md"
 CHART = ROOT / "docs" / "performance.svg"
@@ -21,15 +23,6 @@ def load(name: str) -> dict[str, Any] | None:
 
 def shape_of(row: dict[str, Any]) -> str:
     return "×".join(map(str, row["shape"]))
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
-
-
-def machine(record: dict[str, Any]) -> str:
-    found = record["machine"]
-    return f"{found.get('gpu', found['processor'])}, {found['threads']} CPU threads, torch {found['torch']}, Python {found['python']}"
 
 
 def time_page(record: dict[str, Any]) -> str:
@@ -109,40 +102,18 @@ def accuracy_page(record: dict[str, Any]) -> str:
     return table(["λ", "target", "common offset", "cpu", "reference", "F.cross_entropy"], rows)
 
 
-def gpu_page(record: dict[str, Any]) -> str:
-    names = list(dict.fromkeys(name for row in record["rows"] for name in row["contestants"]))
-    rows = []
-    for row in record["rows"]:
-        found = [row["contestants"].get(name, {}) for name in names]
-        rows.append([shape_of(row), row["dtype"], *map(cell, found), f"{row['ours GB/s, of 3 touches']:.0f} of {row['copy GB/s']:.0f}"])
-    return table(["logits", "dtype", *(f"{name}, ms (MiB)" for name in names), "GB/s of a copy's"], rows)
-
-
-def cell(found: dict[str, Any]) -> str:
-    return f"{found['ms']:.3g} ({found.get('peak MiB', 0)})" if "ms" in found else found.get("failed", "–")
-
-
-def gpu_linear_page(record: dict[str, Any]) -> str:
-    names = list(dict.fromkeys(name for row in record["rows"] for name in row["contestants"]))
-    rows = []
-    for row in record["rows"]:
-        shape = "×".join(map(str, row["rows, width, classes"]))
-        rows.append([shape, *(cell(row["contestants"].get(name, {})) for name in names), f"{row['ours / three products']:.2f}"])
-    return table(["rows×width×classes", *(f"{name}, ms (MiB)" for name in names), "ours / three products"], rows)
-
-
 def main() -> None:
     """Write the page."""
-    names = ("time_cpu", "memory_cpu", "accuracy", "one_thread", "linear_cpu", "training_cpu", "gpu")
-    time, memory, accuracy, one_thread, linear, training, gpu = (load(name) for name in names)
+    names = ("time_cpu", "memory_cpu", "accuracy", "one_thread", "linear_cpu", "training_cpu")
+    time, memory, accuracy, one_thread, linear, training = (load(name) for name in names)
     assert time and memory and accuracy and one_thread and linear and training, "run make bench first"
     chart(time)
     parts = [
         "# Performance",
-        "Written by `make bench` from the records in `results/bench/`: do not edit. Each script refuses to report when the correctness\n"
-        "tests of what it times fail.",
+        "Written by `make bench` from the records in `results/bench/` and `results/gpu/`: do not edit. Each script for the CPU refuses to\n"
+        "report when the correctness tests of what it times fail.",
         "## Time on the CPU",
-        f"{time['claim']} {machine(time)}.",
+        f"{time['claim']} {words_of_machine(time)}.",
         "![Time of the large-margin loss relative to F.cross_entropy](performance.svg)",
         "Times are multiples of `F.cross_entropy`'s, which has no margin: below 1 is faster. Forward and backward through the public\n"
         "functions with all their checks, each in turns with `F.cross_entropy` in one process: ratio of the medians, and both medians.\n"
@@ -155,40 +126,27 @@ def main() -> None:
         "On one thread, the best of 20, which continuous integration checks (a shape may take twice as much):",
         one_thread_page(one_thread),
         "## Memory",
-        f"{memory['claim']} {machine(memory)}.",
+        f"{memory['claim']} {words_of_machine(memory)}.",
         "The most that torch holds in forward and backward beside the logits, in units of the logits. The kernel's own scratch is a few\n"
         "rows, or a tile of at most 128 rows by 512 classes, a thread.",
         memory_page(memory),
         "## Linear layer and loss in one",
-        f"{linear['claim']} {machine(linear)}.",
+        f"{linear['claim']} {words_of_machine(linear)}.",
         "float32, forward and backward, medians; memory is what torch holds beside inputs and gradients. The three products are plain\n"
         "ones, with no loss between them. At a million classes a tile has 15 rows.",
         linear_page(linear),
         "## Training the 13-layer network on the CPU",
-        f"{training['claim']} {machine(training)}.",
+        f"{training['claim']} {words_of_machine(training)}.",
         "Batches of 128 random images of CIFAR's size; every contestant in turns in one process: medians, and the median over rounds\n"
         f"of the ratio to {training['compared with']}, the faster of its settings. The loss of the script is the formula under autograd.",
         training_page(training),
         "## Accuracy",
-        f"{accuracy['claim']} {machine(accuracy)}.",
+        f"{accuracy['claim']} {words_of_machine(accuracy)}.",
         "64 rows of 1,000 classes, float32 against float64: the worst relative error of a loss / of a gradient at the target / the worst\n"
         "error of the gradient in eps = 1.2e-7. Where the target leads by 16 nats `F.cross_entropy` has lost the row.",
         accuracy_page(accuracy),
-        "## GPU",
+        section(gpu_summary.load(ROOT / "results" / "gpu")),
     ]
-    if gpu_linear := load("gpu_linear"):
-        parts += [f"{gpu_linear['claim']} {machine(gpu_linear)}.", gpu_linear_page(gpu_linear)]
-    if gpu:
-        parts += [
-            f"{gpu['claim']} {machine(gpu)}.",
-            "Milliseconds (and MiB) of forward and backward, medians from a cold L2.",
-            gpu_page(gpu),
-        ]
-    else:
-        parts.append(
-            "Not measured yet: `python benchmarks/gpu.py` and `gpu_linear.py` do it on a machine that has one. The Triton kernels have\n"
-            "run on the CPU only, interpreted, and are compiled (not run) for CUDA and ROCm by the tests."
-        )
     PAGE.write_text("\n\n".join(parts) + "\n")
     print(PAGE.relative_to(ROOT), CHART.relative_to(ROOT))
 

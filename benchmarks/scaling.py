@@ -110,7 +110,7 @@ def main() -> None:
     on_the_wire = [traffic(*cluster) for cluster in CLUSTERS]
     for row in on_the_wire:
         print(row)
-    record = {
+    record: dict[str, object] = {
         "claim": __doc__.splitlines()[0],
         "machine": machine(),
         "rows, width": (ROWS, WIDTH),

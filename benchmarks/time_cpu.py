@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import LAM, a_row, formula, interleaved, machine, options, problem, ratio, reference, refuse_if_wrong, scaled, write
+from common import LAM, Loss, a_row, formula, interleaved, machine, options, problem, ratio, reference, refuse_if_wrong, scaled, write
 from largemargin import LargeMarginCrossEntropyLoss, large_margin_cross_entropy
 
 SHAPES = ((32, 10), (128, 100), (4096, 10), (256, 1000), (512, 10000), (256, 128256), (4, 150, 128, 128), (8, 19, 256, 256), (64, 1000, 2))
@@ -31,12 +31,17 @@ def main() -> None:
             input, target = problem(shape, dtype)
             repeats = 3 if chosen.quick else max(11, min(1000, 20_000_000 // input.numel()))
             small = input.numel() < 6_000_000
-            contestants = {"ours": criterion, "ours, loss * 0.3": scaled, "ours, reduction none": a_row, "ours, donated logits": donated}
+            contestants: dict[str, Loss] = {
+                "ours": criterion,
+                "ours, loss * 0.3": scaled,
+                "ours, reduction none": a_row,
+                "ours, donated logits": donated,
+            }
             if small:
                 contestants["reference path"] = reference
                 if input.dim() == 2:
                     contestants["formula under autograd"] = formula
-            row = {"shape": shape, "dtype": str(dtype).removeprefix("torch."), "rounds": repeats, "against F.cross_entropy": {}}
+            against: dict[str, dict[str, float]] = {}
             for name, loss in contestants.items():
                 pair = interleaved(
                     {"theirs": theirs if loss is criterion else F.cross_entropy, name: loss},
@@ -46,9 +51,10 @@ def main() -> None:
                     computed=loss is donated,
                 )
                 ms = {who: round(1000 * sorted(values)[repeats // 2], 4) for who, values in pair.items()}
-                row["against F.cross_entropy"][name] = ratio(pair[name], pair["theirs"]) | {"ms": ms[name], "theirs, ms": ms["theirs"]}
-            rows.append(row)
-            print(row["shape"], row["dtype"], {name: value["ratio"] for name, value in row["against F.cross_entropy"].items()}, flush=True)
+                against[name] = ratio(pair[name], pair["theirs"]) | {"ms": ms[name], "theirs, ms": ms["theirs"]}
+            name_of_dtype = str(dtype).removeprefix("torch.")
+            rows.append({"shape": shape, "dtype": name_of_dtype, "rounds": repeats, "against F.cross_entropy": against})
+            print(shape, name_of_dtype, {name: value["ratio"] for name, value in against.items()}, flush=True)
     write("time_cpu", {"claim": __doc__.splitlines()[0], "machine": machine(), "rows": rows}, chosen.out)
 
 

@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -93,11 +93,11 @@ def engine(recipe: Recipe, data: ImageSet, folder: Path) -> Callable[[], None]:
 def images_per_second(contestants: dict[str, Callable[[], None]], num_images: int, rounds: int) -> dict[str, list[float]]:
     """Of every round of every contestant, in turns; a first round is not counted."""
     rates: dict[str, list[float]] = {name: [] for name in contestants}
-    for round in range(rounds + 1):
+    for turn in range(rounds + 1):
         for name, work in contestants.items():
             started = time.perf_counter()
             work()
-            if round:
+            if turn:
                 rates[name].append(num_images / (time.perf_counter() - started))
     return rates
 
@@ -123,8 +123,8 @@ def pipelines(num_images: int, rounds: int) -> dict[str, dict[str, float]]:
     return summary(images_per_second(contestants, num_images, rounds), "PIL in a DataLoader")
 
 
-def consume(batches: object) -> None:
-    for _ in batches:  # type: ignore[attr-defined]
+def consume(batches: Iterable[object]) -> None:
+    for _ in batches:
         pass
 
 
@@ -140,9 +140,10 @@ def main() -> None:
         contestants |= {f"the lab, {name}": engine(recipe, data, Path(folder)) for name, recipe in PRECISIONS.items()}
         rates = images_per_second(contestants, num_images, rounds)
     fastest = max((name for name in rates if name.startswith("the script")), key=lambda name: statistics.median(rates[name]))
-    results = {"input alone": alone, "training": summary(rates, fastest), "compared with": fastest, "images a round": num_images}
-    for part in ("input alone", "training"):
-        for name, row in results[part].items():
+    trained = summary(rates, fastest)
+    results = {"input alone": alone, "training": trained, "compared with": fastest, "images a round": num_images}
+    for part, rows in {"input alone": alone, "training": trained}.items():
+        for name, row in rows.items():
             print(f"{part}: {name}: {row['images per second']} images/s, {row['times the script']} times")
     if not chosen.quick:
         write("training_cpu", {"claim": __doc__.splitlines()[0], "machine": machine(), **results}, chosen.out)

@@ -34,7 +34,8 @@ class Model(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         mask = nn.Transformer.generate_square_subsequent_mask(LENGTH)
         features = self.words(input) + self.positions.weight
-        return self.norm(self.layer(features, src_mask=mask, is_causal=True))
+        normed: Tensor = self.norm(self.layer(features, src_mask=mask, is_causal=True))
+        return normed
 
 
 def plain_loss(head: nn.Linear, features: Tensor, target: Tensor, lam: float) -> Tensor:

@@ -23,14 +23,15 @@ from torch.nn.parallel import DistributedDataParallel
 from largemargin import ClassParallelLinear, gather_rows
 
 
-class Embedding(nn.Sequential):
+class Embedding(nn.Module):
     """Features of length 8, whatever the image."""
 
     def __init__(self, width: int) -> None:
-        super().__init__(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, width))
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, width))
 
     def forward(self, input: Tensor) -> Tensor:
-        return 8 * F.normalize(super().forward(input))
+        return 8 * F.normalize(self.layers(input))
 
 
 def noisy(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -56,6 +57,7 @@ def main() -> None:
 
     dist.init_process_group("gloo")
     group, rank, world = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    assert group is not None  # there is one since init_process_group
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     torch.manual_seed(0)
     pixels = torch.tensor(load_digits().data, dtype=torch.float32)

@@ -357,6 +357,14 @@ def test_without_the_extra_the_install_line_is_printed(monkeypatch, capsys):
     assert "pip install 'largemargin[lab]'" in said and "pip install -e '.[lab]'" in said
 
 
+def test_reproduce_does_without_what_it_never_imports(monkeypatch, capsys):
+    found, absent = cli.importlib.util.find_spec, ("sklearn", "tensorboard")
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name, *rest: None if name in absent else found(name, *rest))
+    assert cli.main(["reproduce", "table2", "--list"]) == 0
+    assert cli.main(["compare"]) == 2
+    assert "needs sklearn, tensorboard;" in capsys.readouterr().err
+
+
 def test_a_run_that_fails_is_named_and_the_others_are_kept(tmp_path):
     good, bad = Recipe(loss="softmax", seed=0, epochs=1), Recipe(loss="softmax", seed=1, epochs=1, network="nosuch")
     with pytest.raises(LabError, match=f"1 of 2 runs could not be done.*nosuch.*{bad.id}"):

@@ -5,3 +5,6 @@ NEEDED = (
     *("jsonargparse", "rich", "sklearn", "scipy", "matplotlib", "jinja2", "torchvision", "PIL"),
     *("accelerate", "safetensors", "tensorboard"),
 )
+
+# of these, what a command does without
+SPARED = {"reproduce": ("sklearn", "tensorboard")}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .. import __version__
-from . import NEEDED
+from . import NEEDED, SPARED
 from .errors import LabError, how_to_install
 
 if TYPE_CHECKING:
@@ -37,11 +37,13 @@ def run(arguments: "Namespace") -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
-    if (sys.argv[1:] if argv is None else list(argv)) == ["doctor"]:  # which needs torch alone
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words == ["doctor"]:  # which needs torch alone
         from .doctor import main as doctor
 
         return doctor()
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    spared = SPARED.get(words[0], ()) if words else ()
+    missing = [name for name in NEEDED if name not in spared and importlib.util.find_spec(name) is None]
     if missing:
         print(
             f"largemargin: the command line needs {', '.join(missing)}; install it with: {how_to_install('lab')} "
