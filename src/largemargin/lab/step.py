@@ -88,7 +88,7 @@ class CudaGraph:
     """The work that a function gives to a GPU, recorded once and replayed."""
 
     def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.stream = torch.cuda.Stream(device)
         self.graph = torch.cuda.CUDAGraph()
         self.result: Tensor | None = None
 
