@@ -48,8 +48,8 @@ bench: $(READY) ## time, memory and accuracy beside torch's cross-entropy: resul
 	$(BIN)/python benchmarks/check_ratio.py --commit
 	$(BIN)/python benchmarks/report.py
 
-gpu: ## all that needs a GPU, in 8 minutes, by $(PYTHON) as it is, without installing anything: results/gpu/
-	$(PYTHON) benchmarks/gpu_all.py
+gpu: ## all that needs a GPU, in 8 minutes, by $(PYTHON) as it is, without installing anything: results/gpu/; ARGS="--minutes 5"
+	$(PYTHON) benchmarks/gpu_all.py $(ARGS)
 
 docs: $(READY) ## run every code block of the README and docs/, and build the site: build/site/index.html
 	$(BIN)/python -m pytest -q tests/test_docs.py tests/test_site.py
