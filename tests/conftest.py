@@ -1,4 +1,4 @@
-"""How the suite runs: the Hypothesis profile, one thread a worker, the helper modules on the path."""
+"""How the suite runs: the device, the Hypothesis profile, one thread a worker, the helper modules on the path."""
 
 import os
 import signal
@@ -23,6 +23,7 @@ settings.register_profile("suite", deadline=None, derandomize=True, max_examples
 settings.register_profile("thorough", deadline=None, max_examples=2000)  # pytest --hypothesis-profile=thorough
 settings.load_profile("suite")
 
+import devices  # noqa: E402
 from ranks import Ranks  # noqa: E402
 
 
@@ -30,9 +31,18 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the tensors of a test live. A test without it computes on the CPU."""
+    return devices.DEVICE
+
+
 @pytest.fixture
 def rng() -> torch.Generator:
-    """A generator of its own for each test, so that no test depends on which others ran."""
+    """A generator of its own for each test, so that no test depends on which others ran.
+
+    It is the CPU's on every machine: tests draw from it and move the numbers, so that the problems are the same on every device.
+    """
     return torch.Generator().manual_seed(0)
 
 
