@@ -5,14 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 import oracle
 import strategies
 from largemargin import crammer_singer_hinge, hard_margin_softplus, multiclass_hinge, row_stats
 from measure import INF, RowScale, assert_within, same_bits
+from properties import given, st
 
 # loss -> the paper's equation
 HINGES = {

@@ -11,8 +11,6 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from rich.console import Console
 from scipy import stats
@@ -21,6 +19,7 @@ from largemargin.lab import paper, paper_figures, paper_lines, paper_report
 from largemargin.lab.paper_figures import movement
 from largemargin.lab.paper_lines import Line, lines_of
 from largemargin.lab.paper_report import write
+from properties import given, st
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FULL, REDUCED = paper.SCALES["full"], paper.SCALES["reduced"]

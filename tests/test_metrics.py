@@ -8,8 +8,6 @@ import random
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 import metrics_on_ranks
@@ -19,6 +17,7 @@ from largemargin import metrics
 from largemargin.lab._torchvision import import_torchvision
 from largemargin.metrics import MarginMetrics
 from measure import INF, RowScale, assert_within, same_bits
+from properties import given, st
 
 
 def margin_by_definition(f, y):

@@ -1,10 +1,10 @@
 """The oracle against itself: where the paper writes one quantity in several ways, they agree to 40 digits."""
 
 import pytest
-from hypothesis import given
 
 import oracle
 import strategies
+from properties import given
 
 ctx = oracle.ctx
 

@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given
-from hypothesis import strategies as st
 from torch import Tensor
 
 import oracle
@@ -14,6 +12,7 @@ from largemargin import RowStats, divergence, row_stats
 from largemargin.allclasses import all_row_stats, all_row_stats_jvp, all_row_stats_vjp
 from largemargin.rowstats import Record, finish, merge, record, row_stats_jvp, row_stats_vjp
 from measure import INF, RowScale, assert_within, compiles, roundings, same_bits
+from properties import assume, given, st
 
 SMOOTH = ("log_odds", "neg_entropy", "mean_log_q", "rho", "spread")
 DIVERGENCES = ("symmetric", "kl_qu", "kl_uq")

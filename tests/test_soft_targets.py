@@ -4,14 +4,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 import oracle
 import strategies
 from largemargin import large_margin_cross_entropy
 from measure import INF, assert_within, loss_scale
+from properties import given, st
 
 DIVERGENCES = ("symmetric", "kl_qu", "kl_uq")
 DTYPES = (torch.float32, torch.float64)
