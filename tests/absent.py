@@ -1,4 +1,7 @@
-"""A file that needs an optional package is skipped where that is not installed, and says so: many a machine with a GPU has only torch."""
+"""What needs an optional package that is not installed is skipped and names it: files, and tests that import it only when they run.
+
+Machines with a GPU often have torch and little else.
+"""
 
 import sys
 from collections.abc import Generator
@@ -23,6 +26,10 @@ def absent_package(error: BaseException | None) -> str | None:
     return None
 
 
+def reason(package: str) -> str:
+    return f"Skipped: needs {package}, which is not installed"
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
     report = yield
@@ -35,5 +42,16 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, p
         for name in [name for name, module in sys.modules.items() if getattr(module, "__file__", None) == str(collector.path)]:
             del sys.modules[name]
         report.outcome = "skipped"
-        report.longrepr = (str(collector.path), 1, f"Skipped: needs {package}, which is not installed")
+        report.longrepr = (str(collector.path), 1, reason(package))
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.outcome == "failed" and call.excinfo is not None and isinstance(call.excinfo.value, ImportError):
+        package = absent_package(call.excinfo.value)
+        if package is not None:
+            report.outcome = "skipped"
+            report.longrepr = (str(item.path), (item.location[1] or 0) + 1, reason(package))
     return report
