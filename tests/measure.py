@@ -7,6 +7,7 @@ and at a common offset of 1e5 as it is in the middle. Tensors may live on any de
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def loss_scale(
     return scale
 
 
-def call_or_error(function: Callable[..., Tensor], *args: object, **options: object) -> Tensor | Exception:
+def call_or_error(function: Callable[..., Tensor], *args: object, **options: Any) -> Tensor | Exception:
     try:
         return function(*args, **options)
     except Exception as error:

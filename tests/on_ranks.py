@@ -8,6 +8,8 @@ import copy
 import os
 import pickle
 import signal
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -60,7 +62,7 @@ def bounds(group: dist.ProcessGroup, sizes: tuple[int, ...]) -> slice:
     return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
 
 
-def loss_and_gradient(function: object, leaf: Tensor, upstream: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+def loss_and_gradient(function: Callable[..., Tensor], leaf: Tensor, upstream: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     leaf = leaf.detach().clone().requires_grad_()
     loss = function(leaf, **options)
     loss.backward(upstream if loss.dim() else upstream.flatten()[0].to(loss.dtype))
@@ -119,7 +121,7 @@ def equals_whole_as_dtensor(
     rows.target = rows.target.masked_fill(rows.target == -100, options.get("ignore_index", -100)).to(dtype)
     of = {"rows": Shard(0), "classes": Shard(1), "inner": Shard(-1), "": Replicate(), "sum": Replicate()}
     logits = distribute_tensor(rows.logits, mesh, [of[place] for place in places]).requires_grad_()
-    computed = logits * 1
+    computed: Any = logits * 1  # a DTensor, as its gradient
     if "sum" in places:
         parts = [Partial() if place == "sum" else of[place] for place in places]
         halves = computed.to_local(grad_placements=parts) / mesh.size(places.index("sum"))
@@ -134,7 +136,8 @@ def equals_whole_as_dtensor(
     (loss * distribute_tensor(rows.upstream, mesh, loss.placements) if loss.dim() else loss * rows.upstream.flatten()[0]).sum().backward()
     expected, gradient = loss_and_gradient(whole, rows.logits, rows.upstream)
     assert_within(loss.full_tensor(), expected, 16 + expected.abs(), 4)
-    assert_within(logits.grad.full_tensor(), gradient, 16, 4)
+    gradients: Any = logits.grad
+    assert_within(gradients.full_tensor(), gradient, 16, 4)
     return loss.full_tensor().detach()
 
 
@@ -249,7 +252,7 @@ def refuses(group: dist.ProcessGroup) -> None:
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     logits, target = torch.randn(4, 3), torch.arange(4)
 
-    def assert_refused(error: type[Exception], words: str, logits: Tensor = logits, target: Tensor = target, **options: object) -> None:
+    def assert_refused(error: type[Exception], words: str, logits: Tensor = logits, target: Tensor = target, **options: Any) -> None:
         with pytest.raises(error, match=words):
             sharded_large_margin_cross_entropy(logits, target, group=group, **options)
 
@@ -276,7 +279,7 @@ class Network(torch.nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.body = torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.Tanh()).double()
-        self.head = head
+        self.head: Any = head
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         if isinstance(self.head, ClassParallelLinear):
@@ -316,15 +319,16 @@ def head_equals_linear(group: dist.ProcessGroup) -> Tensor:
     for mine, truth in zip(split.body.parameters(), one.body.parameters(), strict=True):
         assert_within(mine, truth.detach(), 1, 16)
     input = torch.randn(7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    for mine, truth in zip(head.topk(input, 4), linear(input).topk(4), strict=True):
-        assert_within(mine.double(), truth.double().detach(), 1, 64)
+    for found, best in zip(head.topk(input, 4), linear(input).topk(4), strict=True):
+        assert_within(found.double(), best.double().detach(), 1, 64)
     # its logits, and the loss of them
-    leaf, truth = input.clone().requires_grad_(), input.clone().requires_grad_()
-    loss = large_margin_cross_entropy(head(leaf), torch.arange(7)).to_local()
-    expected = large_margin_cross_entropy(linear(truth), torch.arange(7))
+    leaf, whole = input.clone().requires_grad_(), input.clone().requires_grad_()
+    split_loss: Any = large_margin_cross_entropy(head(leaf), torch.arange(7))  # a DTensor
+    loss = split_loss.to_local()
+    expected = large_margin_cross_entropy(linear(whole), torch.arange(7))
     loss.backward()
     expected.backward()
-    assert_within(leaf.grad, truth.grad, 1, 16)
+    assert_within(leaf.grad, whole.grad, 1, 16)
     # copies share the group; whole tensors can be loaded
     other = copy.deepcopy(head)
     assert other.group is head.group and other.weight is not head.weight
@@ -565,7 +569,8 @@ def clipped(group: dist.ProcessGroup) -> None:
     assert_within(head.clip_grad_norm_(split.body.parameters(), 0.05), expected, 1, 4, torch.float32)
     for mine, truth in zip(split.body.parameters(), one.body.parameters(), strict=True):
         assert_within(mine.grad, truth.grad, 1, 4, torch.float32)
-    assert_within(head._as_dtensor(head.weight.grad).full_tensor(), one.head.weight.grad, 1, 4, torch.float32)
+    gradient: Any = head._as_dtensor(head.weight.grad)
+    assert_within(gradient.full_tensor(), one.head.weight.grad, 1, 4, torch.float32)
 
 
 def from_one_device(group: dist.ProcessGroup) -> None:
@@ -594,7 +599,7 @@ def on_meta(group: dist.ProcessGroup) -> None:
     assert torch.equal(head.weight, ClassParallelLinear(6, 11, group=group).weight)
 
 
-def head_under_ddp(group: dist.ProcessGroup, make: object) -> None:
+def head_under_ddp(group: dist.ProcessGroup, make: Callable[[], torch.nn.Module]) -> None:
     """Half of the rows on each rank: the gradients of the network and of the head are those of all rows."""
 
     class Model(torch.nn.Module):
@@ -629,7 +634,7 @@ def super_symmetric() -> torch.nn.Module:
     return heads.SuperSymmetricLinear(6, 4, frame="learned", learn_scale=True, dtype=torch.float64)
 
 
-def cosface() -> torch.nn.Module:
+def cosface() -> heads.CosineLinear:
     return heads.CosineLinear(6, 4, margin=0.3, dtype=torch.float64)
 
 

@@ -8,6 +8,9 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -77,7 +80,7 @@ class Problem:
         if flat.numel() > 2:
             flat[1] = -100
 
-    def with_(self, **changes: object) -> "Problem":
+    def with_(self, **changes: Any) -> "Problem":
         other = copy.copy(self)
         other.__dict__.update(changes)
         return other
@@ -223,7 +226,7 @@ def test_case_11_a_stride_beyond_31_bits(backend, rng):
 # the loss and its gradient
 
 
-def loss_and_gradient(problem: Problem, factor: float = 1.0, **options: object) -> tuple[Tensor, Tensor]:
+def loss_and_gradient(problem: Problem, factor: float = 1.0, **options: Any) -> tuple[Tensor, Tensor]:
     leaf = problem.leaf()
     loss = large_margin_cross_entropy(leaf, problem.target, backend=problem.backend, **options)
     (gradient,) = torch.autograd.grad(loss.sum() * factor, leaf)
@@ -286,7 +289,8 @@ def test_rows_with_hardly_any_class(backend, row, divergence):
     for target in range(len(row)):
         labels = torch.tensor([target], device=input.device)
         for smoothing in (0.0, 0.1, 1.0):
-            got, expected = [], []
+            got: list[Tensor] = []
+            expected: list[Tensor] = []
             for name, into in ((backend, got), ("reference", expected)):
                 leaf = (input if name == backend else input.double()).clone().requires_grad_()
                 loss = large_margin_cross_entropy(leaf, labels, label_smoothing=smoothing, divergence=divergence, backend=name)
@@ -467,11 +471,15 @@ def test_hooks_on_the_logits_run_once(backend, reduction, rng):
         assert gradient.requires_grad == create_graph
 
 
+def where_floating(convert: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    return convert(tensor) if tensor.is_floating_point() else tensor
+
+
 def test_saved_tensors_may_come_back_changed(kernel, rng):
     problem = Problem(logits((6, 7), rng, scale=1.0), rng, kernel)
     for convert in (torch.Tensor.double, torch.Tensor.bfloat16, lambda t: t.t().clone().t() if t.dim() == 2 else t):
         leaf = problem.leaf()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, f=convert: f(t) if t.is_floating_point() else t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(partial(where_floating, convert), lambda t: t):
             stats = row_stats(leaf, problem.target, backend=kernel)
             loss = large_margin_cross_entropy(leaf, problem.target, backend=kernel)
         (gradient,) = torch.autograd.grad(loss + stats.log_odds.sum(), leaf)

@@ -36,7 +36,7 @@ def loss_and_gradient(hinge, input: Tensor, target: Tensor, *args: Tensor | None
 def test_loss_equals_the_paper(hinge, dtype, row, margin, device):
     loss = hinge(torch.tensor(row.logits, dtype=dtype, device=device), torch.tensor(row.target, device=device), margin=margin)
     scale = RowScale(*row)
-    truth = float(HINGES[hinge](*row, margin))
+    truth = float(HINGES[hinge](row.logits, row.target, margin))
     if hinge is hard_margin_softplus:
         natural = min(truth, 1.0) * (scale.log_odds + abs(margin)) + truth
     else:

@@ -92,9 +92,10 @@ def line_of(entries, row, scale=REDUCED) -> Line:
 @pytest.fixture(scope="module")
 def out(reduced, tmp_path_factory):
     folder = tmp_path_factory.mktemp("paper")
-    console = Console(width=200, file=io.StringIO())
+    output = io.StringIO()
+    console = Console(width=200, file=output)
     write(folder, [*reduced, *entries_of(cells("table3b"), REDUCED, TABLE_2)], REDUCED, "largemargin reproduce table2", console)
-    (folder / "console.txt").write_text(console.file.getvalue())
+    (folder / "console.txt").write_text(output.getvalue())
     return folder
 
 

@@ -1,5 +1,7 @@
 """Linear layer and loss in one: equal to the loss of the logits, whatever the chunks, and without ever holding them."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,11 +38,11 @@ class Problem:
         return [tensor.detach().clone().requires_grad_() for tensor in (self.input, self.linear_weight, self.linear_bias)]
 
 
-def fused(leaves: list[Tensor], target: Tensor, **options: object) -> Tensor:
+def fused(leaves: list[Tensor], target: Tensor, **options: Any) -> Tensor:
     return linear_large_margin_cross_entropy(leaves[0], leaves[1], target, linear_bias=leaves[2], **options)
 
 
-def plain(leaves: list[Tensor], target: Tensor, **options: object) -> Tensor:
+def plain(leaves: list[Tensor], target: Tensor, **options: Any) -> Tensor:
     return large_margin_cross_entropy(F.linear(*leaves), target, **options, backend="reference")
 
 
@@ -184,7 +186,7 @@ def test_inputs_that_are_not_contiguous(tile, rng, device):
     wide, classifier = torch.randn(5, 14, generator=rng).to(device), torch.randn(7, 30, generator=rng).to(device)
     target = torch.randint(30, (7,), generator=rng).to(device)
     leaves = [wide.t()[::2].requires_grad_(), classifier.t()[:, :5].requires_grad_()]
-    got = linear_large_margin_cross_entropy(*leaves, target)
+    got = linear_large_margin_cross_entropy(leaves[0], leaves[1], target)
     expected = large_margin_cross_entropy(leaves[0] @ leaves[1].t(), target)
     for a, b in zip((got, *torch.autograd.grad(got, leaves)), (expected, *torch.autograd.grad(expected, leaves)), strict=True):
         assert_within(a.detach(), b.detach().double(), 16.0, 2)
@@ -392,7 +394,8 @@ def test_what_all_classes_share_survives_float16(half_products, rng, device):
 @pytest.mark.parametrize("rows", [0, 4])
 def test_half_products_of_no_rows_or_ignored_ones_give_zero(rows, reduction, half_products, device):
     leaves = [torch.ones(n, 3, device=device).bfloat16().requires_grad_() for n in (rows, 5)]
-    loss = linear_large_margin_cross_entropy(*leaves, torch.full((rows,), -100, device=device), reduction=reduction)
+    target = torch.full((rows,), -100, device=device)
+    loss = linear_large_margin_cross_entropy(leaves[0], leaves[1], target, reduction=reduction)
     assert all((gradient == 0).all() for gradient in torch.autograd.grad(loss.sum(), leaves))
 
 

@@ -5,6 +5,7 @@ import itertools
 import math
 import pickle
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -45,9 +46,9 @@ PER_ROW = {
     "nontarget_entropy": (metrics.nontarget_entropy, entropy_by_definition, lambda row: row.neg_entropy),
     "nll": (metrics.nll, oracle.softmax_loss, lambda row: row.log_odds),
 }
-COUNTS = {"accuracy": metrics.accuracy, "top2_error": lambda *rows, **options: metrics.topk_error(*rows, 2, **options)}
+COUNTS = {"accuracy": metrics.accuracy, "top2_error": lambda input, target, **options: metrics.topk_error(input, target, 2, **options)}
 CALIBRATION = {"ece": metrics.ece, "adaptive_ece": metrics.adaptive_ece}
-FUNCTIONS = {name: function for name, (function, *_) in PER_ROW.items()} | COUNTS | CALIBRATION
+FUNCTIONS: dict[str, Any] = {name: function for name, (function, *_) in PER_ROW.items()} | COUNTS | CALIBRATION
 DTYPES = (torch.float32, torch.float64)
 
 

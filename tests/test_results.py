@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ NAMES = {
 
 def runs(study, label_noise=0.0):
     """The records of each loss by seed."""
-    found = {}
+    found: dict[Any, Any] = {}
     for path in sorted((ROOT / "results" / study / "runs").glob("*/result.json")):
         record = json.loads(path.read_text())
         recipe = record["recipe"]

@@ -1,6 +1,7 @@
 """The statistics of a row: equal to the paper's quantities at 50 digits, their derivatives to float64, and their laws."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -122,7 +123,7 @@ def test_statistics_of_many_classes_lose_no_digits(dtype, rng, device):
         others = torch.cat([f[:7], f[8:]])
         terms = [math.exp(value) for value in others.tolist()]
         total = math.fsum(terms)
-        truth = (
+        truth: tuple[Any, ...] = (
             f[7].item() - math.log(total),
             math.fsum(a * b for a, b in zip(terms, others.tolist(), strict=True)) / total - math.log(total),
             math.fsum(others.tolist()) / len(others) - math.log(total),
@@ -347,9 +348,9 @@ def test_vjp_of_every_class_is_the_sum_of_the_vjps_of_each(data, device):
     ]
     for g in grads:
         g[f == -INF] = 0  # a masked class as a target: its fields mean nothing
-    got = all_row_stats_vjp(f, RowStats(*grads, torch.zeros(size, device=device)))
+    got = all_row_stats_vjp(f, RowStats(*[*grads, torch.zeros(size, device=device)]))
     truth = sum(
-        row_stats_vjp(f, torch.tensor(y, device=device), RowStats(*(g[y] for g in grads), torch.zeros((), device=device))) for y in kept
+        row_stats_vjp(f, torch.tensor(y, device=device), RowStats(*[*(g[y] for g in grads), torch.zeros((), device=device)])) for y in kept
     )
     # e^z z of the peeled form reaches its terms' size, the lead, before the sums cancel
     reach = 1 + (f[kept].max() - f[kept]).clamp(max=40).max()

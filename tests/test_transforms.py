@@ -1,5 +1,7 @@
 """The losses under what torch does to functions: higher derivatives, functorch transforms, compilation, export, checkpointing."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -41,7 +43,7 @@ class Problem:
         weight = torch.rand(classes, generator=rng, dtype=torch.float64).to(device) + 0.5
         self.options = {"weight": weight, "label_smoothing": 0.1, "divergence": divergence, "hard_bias": 0.5}
 
-    def losses(self, input: Tensor, target: Tensor | None = None, **options: object) -> Tensor:
+    def losses(self, input: Tensor, target: Tensor | None = None, **options: Any) -> Tensor:
         target = self.target if target is None else target
         return large_margin_cross_entropy(input.masked_fill(self.masked, -INF), target, **{**self.options, **options})
 
@@ -340,7 +342,7 @@ def test_forward_mode_outside_vmap(kind, rng, device):
     def losses(x):
         return torch.vmap(lambda x, t: large_margin_cross_entropy(x, t, label_smoothing=0.1))(x, target)
 
-    values, tangents = torch.func.jvp(losses, (x,), (v,))
+    values, tangents = torch.func.jvp(losses, (x,), (v,))[:2]
     leaf = x.clone().requires_grad_()
     for n in range(3):
         loss = large_margin_cross_entropy(leaf[n], target[n], label_smoothing=0.1)
