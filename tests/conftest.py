@@ -1,4 +1,4 @@
-"""How the suite runs: the Hypothesis profile, one thread a worker, the helper modules on the path."""
+"""How the suite runs: the device, the Hypothesis profile, one thread a worker, the helper modules on the path."""
 
 import os
 import signal
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
 
 if not (torch.cuda.is_available() or torch.xpu.is_available()):
     os.environ["TRITON_INTERPRET"] = "1"  # Triton kernels run on the CPU; read when the kernels are first imported
@@ -18,21 +17,35 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a job of the backgro
 
 sys.path.insert(0, str(Path(__file__).parent))  # oracle, strategies and measure: import-mode=importlib puts no folder on the path
 
-# derandomize: a run is the same everywhere; deadline None: the first call of a torch operator is slow
-settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
-settings.register_profile("thorough", deadline=None, max_examples=2000)  # pytest --hypothesis-profile=thorough
-settings.load_profile("suite")
-
-from ranks import Ranks  # noqa: E402
+import absent
+import devices
+import properties  # noqa: F401 - the profiles of Hypothesis
+from ranks import Ranks
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """The ``timeout`` of pyproject.toml is a known option where pytest-timeout is not installed, too."""
+    if not pluginmanager.hasplugin("timeout"):
+        parser.addini("timeout", "the seconds that a test may take, with pytest-timeout")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(absent)  # for the doctests of src, too, to which no conftest.py of tests applies
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the tensors of a test live. A test without it computes on the CPU."""
+    return devices.DEVICE
 
 
 @pytest.fixture
 def rng() -> torch.Generator:
-    """A generator of its own for each test, so that no test depends on which others ran."""
+    """A generator of its own for each test, so that no test depends on which others ran.
+
+    It is the CPU's on every machine: tests draw from it and move the numbers, so that the problems are the same on every device.
+    """
     return torch.Generator().manual_seed(0)
 
 

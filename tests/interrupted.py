@@ -14,6 +14,7 @@ import resource
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -97,7 +98,7 @@ def child(work):
     """A process of its own that does ``work``; its exit status is that of the command line."""
     pid = os.fork()
     if pid == 0:
-        status = 1
+        status: int | str | None = 1
         try:
             work()
             status = 0
@@ -118,7 +119,8 @@ def ended(pid):
 
 
 def main(how, folder, seed=0):
-    images, draw, happened = digits(), random.Random(seed), []
+    images, draw = digits(), random.Random(seed)
+    happened: list[Any] = []
 
     def go(where, every=0.0):
         train.CHECKPOINT_SECONDS = every  # seconds; 0 is after every step

@@ -2,11 +2,12 @@
 
 The truth is always of higher precision (the oracle, or float64 for a lower dtype), never the code under test in the same dtype. The
 natural scale is the size of the terms that a result is the sum or difference of, so a bound of a few units is as sharp in the tails
-and at a common offset of 1e5 as it is in the middle.
+and at a common offset of 1e5 as it is in the middle. Tensors may live on any device: they are compared on the CPU.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -23,9 +24,9 @@ compiles = pytest.mark.filterwarnings("ignore:.*should not be instantiated:Depre
 def roundings(got: Tensor, truth: object, scale: object, dtype: torch.dtype | None = None) -> Tensor:
     """The error of ``got`` in units of eps(dtype) * scale, elementwise; equal infinities and NaN at NaN count as right."""
     info = torch.finfo(dtype or got.dtype)
-    got = got.detach().to(torch.float64)
-    truth = torch.as_tensor(truth, dtype=torch.float64).expand(got.shape)
-    scale = torch.as_tensor(scale, dtype=torch.float64).expand(got.shape)
+    got = got.detach().to("cpu", torch.float64)
+    truth = torch.as_tensor(truth, dtype=torch.float64, device="cpu").expand(got.shape)
+    scale = torch.as_tensor(scale, dtype=torch.float64, device="cpu").expand(got.shape)
     # below the normal range a number has no more than the spacing of the subnormals
     error = (got - truth).abs() / (info.eps * scale + info.eps * info.tiny)
     right = (got == truth) | (got.isnan() & truth.isnan())
@@ -47,6 +48,7 @@ def assert_within(got: Tensor, truth: object, scale: object, units: float, dtype
 
 def same_bits(left: Tensor, right: Tensor) -> bool:
     """Equal shape, dtype and values, NaN equal to NaN."""
+    left, right = left.cpu(), right.cpu()
     return left.shape == right.shape and left.dtype == right.dtype and bool(((left == right) | (left.isnan() & right.isnan())).all())
 
 
@@ -89,7 +91,7 @@ def loss_scale(
     return scale
 
 
-def call_or_error(function: Callable[..., Tensor], *args: object, **options: object) -> Tensor | Exception:
+def call_or_error(function: Callable[..., Tensor], *args: object, **options: Any) -> Tensor | Exception:
     try:
         return function(*args, **options)
     except Exception as error:

@@ -1,9 +1,15 @@
-"""What the ranks of a test do: each function runs in a process of its own, on every rank of ``group``."""
+"""What the ranks of a test do: each function runs in a process of its own, on every rank of ``group``.
+
+The losses compute on the GPU where there is one, which all ranks share: gloo gathers and reduces tensors of GPUs too. The rest stays on the
+CPU: heads and DTensors need more of gloo than it has for GPUs, and labels are looked at on the CPU alone.
+"""
 
 import copy
 import os
 import pickle
 import signal
+from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
+from devices import CPU, DEVICE
 from largemargin import (
     ClassParallelLinear,
     LargeMarginCrossEntropyLoss,
@@ -38,17 +45,19 @@ from measure import assert_within, peak_bytes
 class Rows:
     """The same rows on every rank: logits (N, C, *inner), some masked, targets over all classes, one row ignored."""
 
-    def __init__(self, num_classes: int, rows: int = 6, inner: tuple[int, ...] = (), dtype: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self, device: torch.device, num_classes: int, rows: int = 6, inner: tuple[int, ...] = (), dtype: torch.dtype = torch.float64
+    ) -> None:
         rng = torch.Generator().manual_seed(num_classes)
-        self.logits = (3 * torch.randn(rows, num_classes, *inner, generator=rng, dtype=torch.float64)).to(dtype)
-        self.target = torch.arange(rows).reshape(-1, *[1] * len(inner)).expand(rows, *inner) * 5 % num_classes
+        self.logits = (3 * torch.randn(rows, num_classes, *inner, generator=rng, dtype=torch.float64)).to(device, dtype)
+        self.target = torch.arange(rows, device=device).reshape(-1, *[1] * len(inner)).expand(rows, *inner) * 5 % num_classes
         self.target = self.target.contiguous()
-        self.weight = torch.rand(num_classes, generator=rng, dtype=torch.float64) + 0.1
+        self.weight = torch.rand(num_classes, generator=rng, dtype=torch.float64).to(device) + 0.1
         if rows > 1:
             self.target[1] = -100
         if num_classes > 4:
             self.logits[2, num_classes // 2] = -torch.inf
-        self.upstream = torch.randn(self.target.shape, generator=rng, dtype=torch.float64)
+        self.upstream = torch.randn(self.target.shape, generator=rng, dtype=torch.float64).to(device)
 
 
 def bounds(group: dist.ProcessGroup, sizes: tuple[int, ...]) -> slice:
@@ -56,7 +65,7 @@ def bounds(group: dist.ProcessGroup, sizes: tuple[int, ...]) -> slice:
     return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
 
 
-def loss_and_gradient(function: object, leaf: Tensor, upstream: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+def loss_and_gradient(function: Callable[..., Tensor], leaf: Tensor, upstream: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     leaf = leaf.detach().clone().requires_grad_()
     loss = function(leaf, **options)
     loss.backward(upstream if loss.dim() else upstream.flatten()[0].to(loss.dtype))
@@ -65,7 +74,7 @@ def loss_and_gradient(function: object, leaf: Tensor, upstream: Tensor, **option
 
 def equals_whole(group: dist.ProcessGroup, sizes: tuple[int, ...], inner: tuple[int, ...], weighted: bool, options: dict) -> Tensor:
     """The loss and its gradient are those of the whole logits; returns the loss."""
-    rows, classes = Rows(sum(sizes), inner=inner), bounds(group, sizes)
+    rows, classes = Rows(DEVICE, sum(sizes), inner=inner), bounds(group, sizes)
     rows.target[rows.target == -100] = options.get("ignore_index", -100)
     options = {**options, "weight": rows.weight if weighted else None}
 
@@ -80,12 +89,12 @@ def equals_whole(group: dist.ProcessGroup, sizes: tuple[int, ...], inner: tuple[
     assert_within(loss, expected, 16 + expected.abs(), 4)
     assert mine.shape == rows.logits[:, classes].shape
     assert_within(mine, gradient[:, classes], 16, 4)
-    return loss
+    return loss.cpu()
 
 
 def by_kernels(group: dist.ProcessGroup, sizes: tuple[int, ...], inner: tuple[int, ...], dtype: torch.dtype, options: dict) -> Tensor:
     """In lower precision, within roundings of float64; returns the loss."""
-    rows, classes = Rows(sum(sizes), 8, inner, dtype), bounds(group, sizes)
+    rows, classes = Rows(DEVICE, sum(sizes), 8, inner, dtype), bounds(group, sizes)
 
     def whole(logits: Tensor) -> Tensor:
         return large_margin_cross_entropy(logits, rows.target, **options, backend="reference")
@@ -103,7 +112,7 @@ def by_kernels(group: dist.ProcessGroup, sizes: tuple[int, ...], inner: tuple[in
         16 if dtype == torch.float32 else gradient[:, classes].abs() + torch.finfo(torch.float32).eps * 16 / torch.finfo(dtype).eps,
         4,
     )
-    return loss
+    return loss.cpu()
 
 
 def equals_whole_as_dtensor(
@@ -111,11 +120,11 @@ def equals_whole_as_dtensor(
 ) -> Tensor:
     """The loss of a DTensor is that of its full tensor, whichever way it is sharded: over "rows", "classes", "inner", or not."""
     mesh = init_device_mesh("cpu", mesh_shape)
-    rows = Rows(10, 5, (3,))
+    rows = Rows(CPU, 10, 5, (3,))
     rows.target = rows.target.masked_fill(rows.target == -100, options.get("ignore_index", -100)).to(dtype)
     of = {"rows": Shard(0), "classes": Shard(1), "inner": Shard(-1), "": Replicate(), "sum": Replicate()}
     logits = distribute_tensor(rows.logits, mesh, [of[place] for place in places]).requires_grad_()
-    computed = logits * 1
+    computed: Any = logits * 1  # a DTensor, as its gradient
     if "sum" in places:
         parts = [Partial() if place == "sum" else of[place] for place in places]
         halves = computed.to_local(grad_placements=parts) / mesh.size(places.index("sum"))
@@ -130,7 +139,8 @@ def equals_whole_as_dtensor(
     (loss * distribute_tensor(rows.upstream, mesh, loss.placements) if loss.dim() else loss * rows.upstream.flatten()[0]).sum().backward()
     expected, gradient = loss_and_gradient(whole, rows.logits, rows.upstream)
     assert_within(loss.full_tensor(), expected, 16 + expected.abs(), 4)
-    assert_within(logits.grad.full_tensor(), gradient, 16, 4)
+    gradients: Any = logits.grad
+    assert_within(gradients.full_tensor(), gradient, 16, 4)
     return loss.full_tensor().detach()
 
 
@@ -154,30 +164,30 @@ def under_tensor_parallelism(group: dist.ProcessGroup) -> None:
 class Features:
     """A linear problem, the same on every rank: features (N, D), a classifier (C, D) with bias, targets, one row ignored."""
 
-    def __init__(self, num_classes: int, rows: int, width: int, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(self, device: torch.device, num_classes: int, rows: int, width: int, dtype: torch.dtype = torch.float64) -> None:
         rng = torch.Generator().manual_seed(num_classes)
-        self.input = torch.randn(rows, width, generator=rng, dtype=torch.float64).to(dtype)
-        self.linear_weight = torch.randn(num_classes, width, generator=rng, dtype=torch.float64).to(dtype)
-        self.linear_bias = torch.randn(num_classes, generator=rng, dtype=torch.float64).to(dtype)
-        self.target = torch.arange(rows) * 5 % num_classes
-        self.weight = torch.rand(num_classes, generator=rng, dtype=torch.float64) + 0.1
+        self.input = torch.randn(rows, width, generator=rng, dtype=torch.float64).to(device, dtype)
+        self.linear_weight = torch.randn(num_classes, width, generator=rng, dtype=torch.float64).to(device, dtype)
+        self.linear_bias = torch.randn(num_classes, generator=rng, dtype=torch.float64).to(device, dtype)
+        self.target = torch.arange(rows, device=device) * 5 % num_classes
+        self.weight = torch.rand(num_classes, generator=rng, dtype=torch.float64).to(device) + 0.1
         if rows > 1:
             self.target[1] = -100
         if num_classes > 4:
             self.linear_bias[num_classes // 2] = -torch.inf
-        self.upstream = torch.randn(rows, generator=rng, dtype=torch.float64)
+        self.upstream = torch.randn(rows, generator=rng, dtype=torch.float64).to(device)
 
 
 def linear_equals_whole(
     group: dist.ProcessGroup, sizes: tuple[int, ...], shape: tuple[int, int], tile: int, weighted: bool, needed: tuple, options: dict
 ) -> Tensor:
     """Loss and gradients are those of the whole classifier; ``needed``: by rank, which of features and classifier are not frozen."""
-    layer.TILE = tile
-    problem, classes = Features(sum(sizes), *shape), bounds(group, sizes)
+    layer.TILE = layer.TILE_OF_GPU = tile
+    problem, classes = Features(DEVICE, sum(sizes), *shape), bounds(group, sizes)
     options = {**options, "weight": problem.weight if weighted else None}
     leaves = [t.clone().requires_grad_() for t in (problem.input, problem.linear_weight, problem.linear_bias)]
     expected = large_margin_cross_entropy(torch.nn.functional.linear(*leaves), problem.target, **options, backend="reference")
-    upstream = problem.upstream if expected.dim() else torch.tensor(-0.7, dtype=torch.float64)
+    upstream = problem.upstream if expected.dim() else torch.tensor(-0.7, dtype=torch.float64, device=DEVICE)
     truth = torch.autograd.grad(expected, leaves, upstream)
 
     mine = [problem.input.clone(), problem.linear_weight[classes].clone(), problem.linear_bias[classes].clone()]
@@ -192,12 +202,13 @@ def linear_equals_whole(
         assert (leaf.grad is not None) == leaf.requires_grad
         if leaf.grad is not None:
             assert_within(leaf.grad, gradient, 64 + gradient.abs(), 4)
-    return loss.detach()
+    return loss.detach().cpu()
 
 
 def linear_by_kernels(group: dist.ProcessGroup, sizes: tuple[int, ...], tile: int, dtype: torch.dtype, reduction: str) -> Tensor:
-    layer.TILE = tile
-    problem, classes = Features(sum(sizes), 9, 4, dtype), bounds(group, sizes)
+    layer.TILE = layer.TILE_OF_GPU = tile
+    device = DEVICE if dtype == torch.float32 else CPU  # a GPU multiplies in half precision, and rounds more than once
+    problem, classes = Features(device, sum(sizes), 9, 4, dtype), bounds(group, sizes)
     exact = [t.double().requires_grad_() for t in (problem.input, problem.linear_weight, problem.linear_bias)]
     truth = large_margin_cross_entropy(torch.nn.functional.linear(*exact), problem.target, reduction=reduction, backend="reference")
     expected = torch.autograd.grad(truth.sum(), exact)
@@ -212,12 +223,12 @@ def linear_by_kernels(group: dist.ProcessGroup, sizes: tuple[int, ...], tile: in
         assert leaf.grad.dtype == dtype
         single = torch.finfo(torch.float32).eps / torch.finfo(dtype).eps  # computed in float32, and rounded once
         assert_within(leaf.grad, gradient, 16 * single + gradient.abs(), 4 if dtype == torch.float32 else 1)
-    return loss.detach()
+    return loss.detach().cpu()
 
 
 def every_pass_is_its_own(group: dist.ProcessGroup, reduction: str) -> None:
     """Two passes with different upstream gradients, the first result unchanged; under checkpointing too; not twice differentiable."""
-    problem, classes = Features(10, 6, 3), bounds(group, (4, 6))
+    problem, classes = Features(DEVICE, 10, 6, 3), bounds(group, (4, 6))
     for function in ("linear", "logits"):
         leaf = (problem.input if function == "linear" else problem.input @ problem.linear_weight.t()[:, classes]).requires_grad_()
 
@@ -244,7 +255,7 @@ def refuses(group: dist.ProcessGroup) -> None:
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     logits, target = torch.randn(4, 3), torch.arange(4)
 
-    def assert_refused(error: type[Exception], words: str, logits: Tensor = logits, target: Tensor = target, **options: object) -> None:
+    def assert_refused(error: type[Exception], words: str, logits: Tensor = logits, target: Tensor = target, **options: Any) -> None:
         with pytest.raises(error, match=words):
             sharded_large_margin_cross_entropy(logits, target, group=group, **options)
 
@@ -271,7 +282,7 @@ class Network(torch.nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.body = torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.Tanh()).double()
-        self.head = head
+        self.head: Any = head
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         if isinstance(self.head, ClassParallelLinear):
@@ -311,15 +322,16 @@ def head_equals_linear(group: dist.ProcessGroup) -> Tensor:
     for mine, truth in zip(split.body.parameters(), one.body.parameters(), strict=True):
         assert_within(mine, truth.detach(), 1, 16)
     input = torch.randn(7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    for mine, truth in zip(head.topk(input, 4), linear(input).topk(4), strict=True):
-        assert_within(mine.double(), truth.double().detach(), 1, 64)
+    for found, best in zip(head.topk(input, 4), linear(input).topk(4), strict=True):
+        assert_within(found.double(), best.double().detach(), 1, 64)
     # its logits, and the loss of them
-    leaf, truth = input.clone().requires_grad_(), input.clone().requires_grad_()
-    loss = large_margin_cross_entropy(head(leaf), torch.arange(7)).to_local()
-    expected = large_margin_cross_entropy(linear(truth), torch.arange(7))
+    leaf, whole = input.clone().requires_grad_(), input.clone().requires_grad_()
+    split_loss: Any = large_margin_cross_entropy(head(leaf), torch.arange(7))  # a DTensor
+    loss = split_loss.to_local()
+    expected = large_margin_cross_entropy(linear(whole), torch.arange(7))
     loss.backward()
     expected.backward()
-    assert_within(leaf.grad, truth.grad, 1, 16)
+    assert_within(leaf.grad, whole.grad, 1, 16)
     # copies share the group; whole tensors can be loaded
     other = copy.deepcopy(head)
     assert other.group is head.group and other.weight is not head.weight
@@ -395,7 +407,7 @@ def load(group: dist.ProcessGroup, folder: str) -> Tensor:
 def traffic(group: dist.ProcessGroup, weighted: bool) -> None:
     """One all-gather of six numbers a row (eight with weights and smoothing), and one all-reduce of the gradient of the features."""
     calls: list[tuple[str, int]] = []
-    problem, classes, rank = Features(10, 6, 3, torch.float32), bounds(group, (4, 6)), dist.get_rank(group)
+    problem, classes, rank = Features(CPU, 10, 6, 3, torch.float32), bounds(group, (4, 6)), dist.get_rank(group)
     options = {"weight": problem.weight, "label_smoothing": 0.1} if weighted else {}
     given = {"group": group, "class_start": 4 * rank, "num_classes": 10, **options}
     of_rows = ("all_gather", 6 * (8 if weighted else 6))
@@ -447,7 +459,7 @@ def fails_on_the_second(group: dist.ProcessGroup) -> None:
 
 def loses_a_rank(group: dist.ProcessGroup) -> str:
     """What a survivor says when another rank dies in the middle of its work."""
-    problem, classes = Features(10, 6, 3), bounds(group, (4, 3, 3))
+    problem, classes = Features(CPU, 10, 6, 3), bounds(group, (4, 3, 3))
     for step in range(10**6):
         if step == 5 and dist.get_rank(group) == 1:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -467,7 +479,7 @@ def asks_too_much(group: dist.ProcessGroup) -> tuple[type[Exception], str]:
 
 def compiled(group: dist.ProcessGroup) -> None:
     """A compiled step breaks at the losses, and has their gradients."""
-    problem, classes = Features(10, 6, 3, torch.float32), bounds(group, (4, 6))
+    problem, classes = Features(CPU, 10, 6, 3, torch.float32), bounds(group, (4, 6))
 
     def step(input: Tensor, shard: Tensor) -> tuple[Tensor, Tensor]:
         given = {"group": group, "class_start": classes.start, "num_classes": 10}
@@ -487,7 +499,7 @@ def compiled(group: dist.ProcessGroup) -> None:
 
 def odd_passes(group: dist.ProcessGroup) -> None:
     """Infinite upstream gradients, hooks that change dtypes, transforms."""
-    problem, classes = Features(10, 6, 3, torch.float32), bounds(group, (4, 6))
+    problem, classes = Features(CPU, 10, 6, 3, torch.float32), bounds(group, (4, 6))
 
     of_these = problem.input @ problem.linear_weight[classes].t()
 
@@ -567,7 +579,8 @@ def clipped(group: dist.ProcessGroup) -> None:
     assert_within(head.clip_grad_norm_(split.body.parameters(), 0.05), expected, 1, 4, torch.float32)
     for mine, truth in zip(split.body.parameters(), one.body.parameters(), strict=True):
         assert_within(mine.grad, truth.grad, 1, 4, torch.float32)
-    assert_within(head._as_dtensor(head.weight.grad).full_tensor(), one.head.weight.grad, 1, 4, torch.float32)
+    gradient: Any = head._as_dtensor(head.weight.grad)
+    assert_within(gradient.full_tensor(), one.head.weight.grad, 1, 4, torch.float32)
 
 
 def from_one_device(group: dist.ProcessGroup) -> None:
@@ -616,7 +629,7 @@ def built_on_the_cpu(backend: str, device: str, folder: str) -> None:
     assert head.clip_grad_norm_([input], 1e-3) > 1e-3
     values, classes = head.topk(input, 3)
     assert torch.equal(values, F.linear(input, head.weight, head.bias).topk(3)[0]) and classes.device.type == device
-    large_margin_cross_entropy(head(input), target).to_local().backward()
+    cast(DTensor, large_margin_cross_entropy(head(input), target)).to_local().backward()
     rows = gather_rows(input.detach(), target, group=head.group)
     assert torch.equal(rows[0], input.detach()) and torch.equal(rows[1], target)
 
@@ -681,7 +694,7 @@ def everything_exchanged(group: dist.ProcessGroup) -> dict[str, Tensor]:
     input, target = torch.randn(8, 6, generator=rng, requires_grad=True), torch.arange(8)
     loss = head.loss(input, target)
     loss.backward()
-    of_logits = sharded_large_margin_cross_entropy(head(input).to_local(), target, group=group)
+    of_logits = sharded_large_margin_cross_entropy(cast(DTensor, head(input)).to_local(), target, group=group)
     norm = head.clip_grad_norm_([input], 1e-3)
     values, classes = head.topk(input, 3)
     rows, labels = gather_rows(input.detach()[rank:], target[rank:], group=group)
@@ -727,7 +740,7 @@ def carried_in_place(group: dist.ProcessGroup) -> None:
     assert [tensor.data_ptr() for tensor in given] == [together.data_ptr(), values.data_ptr(), values.data_ptr()]
 
 
-def head_under_ddp(group: dist.ProcessGroup, make: object) -> None:
+def head_under_ddp(group: dist.ProcessGroup, make: Callable[[], torch.nn.Module]) -> None:
     """Half of the rows on each rank: the gradients of the network and of the head are those of all rows."""
 
     class Model(torch.nn.Module):
@@ -762,7 +775,7 @@ def super_symmetric() -> torch.nn.Module:
     return heads.SuperSymmetricLinear(6, 4, frame="learned", learn_scale=True, dtype=torch.float64)
 
 
-def cosface() -> torch.nn.Module:
+def cosface() -> heads.CosineLinear:
     return heads.CosineLinear(6, 4, margin=0.3, dtype=torch.float64)
 
 

@@ -7,12 +7,13 @@ Misprints: (11), (13), (14), (15) have ``x`` for the logits ``f``, and in (12) `
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import mpmath
 
 ctx = mpmath.MPContext()
 ctx.dps = 50
-Number = ctx.mpf
+Number: TypeAlias = Any  # ctx.mpf
 INF = ctx.inf
 
 

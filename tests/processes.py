@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,7 +28,8 @@ class Plain(nn.Module):
 
 
 def stop_at(count):
-    seen, step = 0, torch.optim.SGD.step
+    optimizer: Any = torch.optim.SGD
+    seen, step = 0, optimizer.step
 
     def stopping(self):
         nonlocal seen
@@ -36,7 +38,7 @@ def stop_at(count):
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self)
 
-    torch.optim.SGD.step = stopping
+    optimizer.step = stopping
 
 
 def main(folder, batch_size, loss="large_margin", network="plain", step=0):
@@ -44,7 +46,8 @@ def main(folder, batch_size, loss="large_margin", network="plain", step=0):
     parts = {name: getattr(whole, name)[:200] for name in ("train_images", "train_labels", "test_images", "test_labels")}
     world = int(os.environ["WORLD_SIZE"])
     if network == "plain":
-        train.build = lambda *_: Plain()
+        module: Any = train
+        module.build = lambda *_: Plain()
     if step and int(os.environ["RANK"]) == world - 1:
         stop_at(step)
     recipe = Recipe(seed=0, epochs=4, batch_size=batch_size, crop_padding=1, processes=world, loss=loss, **LOSSES[loss])

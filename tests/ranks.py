@@ -45,7 +45,7 @@ class Ranks:
             self._start()
         for pipe in self.pipes[:size]:
             pipe.send((function, size, arguments))
-        failed = []
+        failed: list[str] = []
         results = []
         for rank, pipe in enumerate(self.pipes[:size]):
             if not failed or pipe.poll(2):

@@ -6,7 +6,8 @@ Logits are Python floats that float32 holds exactly, so that every dtype under t
 from typing import NamedTuple
 
 import torch
-from hypothesis import strategies as st
+
+from properties import st
 
 SCALES = (1e-4, 1e-2, 1.0, 5.0, 30.0, 1e3, 1e4)
 OFFSETS = (0.0, 0.0, 10.0, -1e2, 1e4, -1e5, 1e5)

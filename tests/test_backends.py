@@ -8,12 +8,16 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
+from devices import HAS_KERNELS, device_of
 from largemargin import LargeMarginCrossEntropyLoss, crammer_singer_hinge, hard_margin_softplus, large_margin_cross_entropy, row_stats
 from largemargin._backends import cpu, ladder
 from measure import INF, assert_within, compiles, roundings, same_bits
@@ -26,10 +30,6 @@ pytestmark = pytest.mark.filterwarnings(
 NATIVE = ("cpu", "triton")
 HALVES = (torch.float16, torch.bfloat16)
 DIVERGENCES = ("symmetric", "kl_qu", "kl_uq")
-
-
-def device_of(backend: str) -> str:
-    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
 
 
 def skip_unless_available(backend: str, dtype: torch.dtype | None = None) -> None:
@@ -54,6 +54,14 @@ def kernel(request) -> str:
     return request.param
 
 
+@pytest.fixture
+def kernel_device() -> torch.device:
+    """A device on which backend=None finds a kernel."""
+    default = "triton" if HAS_KERNELS else "cpu"
+    skip_unless_available(default)
+    return device_of(default)
+
+
 @pytest.fixture(params=[torch.float32, *HALVES], ids=str)
 def dtype(request) -> torch.dtype:
     return request.param
@@ -65,14 +73,14 @@ class Problem:
     def __init__(self, input: Tensor, rng: torch.Generator, backend: str) -> None:
         skip_unless_available(backend, input.dtype)
         self.backend = backend
-        self.input = input.to(device_of(backend)) if device_of(backend) != input.device.type else input
+        self.input = input.to(device_of(backend))
         num_classes = input.shape[1]
         self.target = torch.randint(num_classes, (input.shape[0], *input.shape[2:]), generator=rng).to(self.input.device)
         flat = self.target.view(-1)
         if flat.numel() > 2:
             flat[1] = -100
 
-    def with_(self, **changes: object) -> "Problem":
+    def with_(self, **changes: Any) -> "Problem":
         other = copy.copy(self)
         other.__dict__.update(changes)
         return other
@@ -155,10 +163,10 @@ def test_statistics_of_awkward_shapes(backend, shape, dtype, rng):
     compare_statistics(Problem(logits(shape, rng, dtype), rng, backend), rng)
 
 
-def strided(name: str, rng: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """Logits whose rows do not lie as in a fresh tensor."""
-    wide = torch.randn(12, 40, generator=rng).to(dtype)
-    image = torch.randn(2, 19, 6, 8, generator=rng).to(dtype)
+def strided(name: str, rng: torch.Generator, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Logits whose rows do not lie as in a fresh tensor; a view that is moved to a device becomes one."""
+    wide = torch.randn(12, 40, generator=rng).to(device, dtype)
+    image = torch.randn(2, 19, 6, 8, generator=rng).to(device, dtype)
     return {
         "rows apart": lambda: wide[::2],
         "part of each row": lambda: wide[:, 3:36],
@@ -184,7 +192,7 @@ STRIDES = (
 # sharp case 13
 @pytest.mark.parametrize("name", STRIDES)
 def test_case_13_strides(backend, name, dtype, rng):
-    problem = Problem(strided(name, rng, dtype), rng, backend)
+    problem = Problem(strided(name, rng, dtype, device_of(backend)), rng, backend)
     compare_statistics(problem, rng)
     plain = problem.with_(input=problem.input.contiguous().float(), backend="reference")
     for reduction in ("none", "mean"):
@@ -197,7 +205,7 @@ def test_case_13_strides(backend, name, dtype, rng):
 
 # sharp case 11: offsets of more than 31 bits. The memory is asked for and never touched, but for the two rows.
 def test_case_11_a_stride_beyond_31_bits(backend, rng):
-    if device_of(backend) == "cuda" and torch.cuda.mem_get_info()[0] < 6 << 30:
+    if device_of(backend).type == "cuda" and torch.cuda.mem_get_info()[0] < 6 << 30:
         pytest.skip("needs 5 GB on the device")
     stride = 2**31 + 1
     storage = torch.empty(stride + 10, dtype=torch.bfloat16, device=device_of(backend))
@@ -218,7 +226,7 @@ def test_case_11_a_stride_beyond_31_bits(backend, rng):
 # the loss and its gradient
 
 
-def loss_and_gradient(problem: Problem, factor: float = 1.0, **options: object) -> tuple[Tensor, Tensor]:
+def loss_and_gradient(problem: Problem, factor: float = 1.0, **options: Any) -> tuple[Tensor, Tensor]:
     leaf = problem.leaf()
     loss = large_margin_cross_entropy(leaf, problem.target, backend=problem.backend, **options)
     (gradient,) = torch.autograd.grad(loss.sum() * factor, leaf)
@@ -281,7 +289,8 @@ def test_rows_with_hardly_any_class(backend, row, divergence):
     for target in range(len(row)):
         labels = torch.tensor([target], device=input.device)
         for smoothing in (0.0, 0.1, 1.0):
-            got, expected = [], []
+            got: list[Tensor] = []
+            expected: list[Tensor] = []
             for name, into in ((backend, got), ("reference", expected)):
                 leaf = (input if name == backend else input.double()).clone().requires_grad_()
                 loss = large_margin_cross_entropy(leaf, labels, label_smoothing=smoothing, divergence=divergence, backend=name)
@@ -342,7 +351,7 @@ def test_kl_qu_is_finite_beside_a_mask_of_the_lowest_number(backend):
     target = torch.arange(4)
     truth = large_margin_cross_entropy(input.double(), target, divergence="kl_qu", backend="reference")
     got = large_margin_cross_entropy(input.to(device_of(backend)), target.to(device_of(backend)), divergence="kl_qu", backend=backend)
-    assert_within(got.cpu(), truth, 8.0, 2)
+    assert_within(got, truth, 8.0, 2)
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -366,9 +375,9 @@ def test_the_default_dtype_of_torch_changes_nothing(backend, default, rng):
 
 
 @pytest.mark.parametrize("hinge", [crammer_singer_hinge, hard_margin_softplus])
-def test_hinges_use_the_kernels_and_agree(hinge, rng):
-    skip_unless_available("cpu")
+def test_hinges_use_the_kernels_and_agree(hinge, kernel_device, rng):
     input, target = torch.randn(50, 12, generator=rng).mul_(2).round_(), torch.randint(12, (50,), generator=rng)  # with ties
+    input, target = input.to(kernel_device), target.to(kernel_device)
     leaf, exact = input.clone().requires_grad_(), input.double().requires_grad_()
     got, truth = (torch.autograd.grad(hinge(f, target, reduction="sum"), f)[0] for f in (leaf, exact))
     assert_within(got, truth, 4.0, 2)
@@ -413,7 +422,7 @@ def test_case_10_inputs_are_left_as_they_were(backend, reduction, rng):
 
 
 def test_labels_out_of_range(backend, rng):
-    input = torch.randn(4, 5, generator=rng, device="cpu").to(device_of(backend)).requires_grad_()
+    input = torch.randn(4, 5, generator=rng).to(device_of(backend)).requires_grad_()
     target = torch.tensor([0, 1, 5, -3], device=input.device)
     if input.device.type == "cpu":
         for reduction in ("none", "mean"):
@@ -462,11 +471,15 @@ def test_hooks_on_the_logits_run_once(backend, reduction, rng):
         assert gradient.requires_grad == create_graph
 
 
+def where_floating(convert: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    return convert(tensor) if tensor.is_floating_point() else tensor
+
+
 def test_saved_tensors_may_come_back_changed(kernel, rng):
     problem = Problem(logits((6, 7), rng, scale=1.0), rng, kernel)
     for convert in (torch.Tensor.double, torch.Tensor.bfloat16, lambda t: t.t().clone().t() if t.dim() == 2 else t):
         leaf = problem.leaf()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, f=convert: f(t) if t.is_floating_point() else t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(partial(where_floating, convert), lambda t: t):
             stats = row_stats(leaf, problem.target, backend=kernel)
             loss = large_margin_cross_entropy(leaf, problem.target, backend=kernel)
         (gradient,) = torch.autograd.grad(loss + stats.log_odds.sum(), leaf)
@@ -494,16 +507,15 @@ def test_checkpointing_keeps_nothing_of_the_size_of_the_logits(rng):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_a_trace_computes(rng):
-    input, target = torch.randn(4, 5, generator=rng), torch.tensor([0, 1, 2, 3])
+def test_a_trace_computes(device, rng):
+    input, target = torch.randn(4, 5, generator=rng).to(device), torch.tensor([0, 1, 2, 3], device=device)
     traced = torch.jit.trace(lambda f: large_margin_cross_entropy(f, target), (input,))
-    other = torch.randn(4, 5, generator=rng)
+    other = torch.randn(4, 5, generator=rng).to(device)
     assert_within(traced(other), large_margin_cross_entropy(other, target).double(), 8.0, 2)
 
 
-def test_case_22_functorch_and_forward_mode_take_the_reference(rng):
-    skip_unless_available("cpu")
-    input, target = torch.randn(4, 5, generator=rng), torch.tensor([0, -100, 2, 4])
+def test_case_22_functorch_and_forward_mode_take_the_reference(kernel_device, rng):
+    input, target = torch.randn(4, 5, generator=rng).to(kernel_device), torch.tensor([0, -100, 2, 4], device=kernel_device)
 
     def losses(f: Tensor, backend: str | None = None) -> Tensor:
         return large_margin_cross_entropy(f, target, reduction="none", backend=backend)
@@ -514,7 +526,7 @@ def test_case_22_functorch_and_forward_mode_take_the_reference(rng):
     for transform in (torch.func.jacrev, torch.func.jacfwd, lambda f: torch.func.hessian(lambda x: f(x).sum())):
         assert same_bits(transform(losses)(input), transform(reference)(input))  # never silent zeros
         assert transform(losses)(input).abs().max() > 0
-    batch = torch.randn(3, 4, 5, generator=rng)
+    batch = torch.randn(3, 4, 5, generator=rng).to(kernel_device)
     assert same_bits(torch.vmap(losses)(batch), torch.vmap(reference)(batch))
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(input, torch.ones_like(input))
@@ -527,14 +539,16 @@ def test_case_22_functorch_and_forward_mode_take_the_reference(rng):
     ):
         value = compute()  # a graph from before the level; its upstream gradient carries the tangent
         with torch.autograd.forward_ad.dual_level():
-            upstream = torch.autograd.forward_ad.make_dual(torch.tensor(1.0), torch.tensor(2.0))
+            one, two = torch.tensor([1.0, 2.0], device=kernel_device)
+            upstream = torch.autograd.forward_ad.make_dual(one, two)
             (gradient,) = torch.autograd.grad(value, leaf, upstream)
             primal, tangent = torch.autograd.forward_ad.unpack_dual(gradient)
             assert tangent is not None
             assert_within(tangent, 2 * primal.double(), 4.0, 2)
-    (batched,) = torch.autograd.grad(losses(leaf), leaf, torch.eye(4), is_grads_batched=True)
+    (batched,) = torch.autograd.grad(losses(leaf), leaf, torch.eye(4, device=kernel_device), is_grads_batched=True)
     assert_within(batched, torch.func.jacrev(losses)(input).double(), 1.0, 2)
-    (batched,) = torch.autograd.grad(losses(leaf).sum(), leaf, torch.tensor([1.0, 2.0]), is_grads_batched=True)
+    upstreams = torch.tensor([1.0, 2.0], device=kernel_device)
+    (batched,) = torch.autograd.grad(losses(leaf).sum(), leaf, upstreams, is_grads_batched=True)
     assert_within(batched[1], 2 * torch.func.grad(lambda f: losses(f).sum())(input).double(), 1.0, 2)
 
 
@@ -578,8 +592,7 @@ def test_the_kernel_runs_unless_told_otherwise(rng):
 
 @compiles
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_case_19_compiled_code_calls_the_kernels_without_a_graph_break(reduction, rng):
-    skip_unless_available("cpu")
+def test_case_19_compiled_code_calls_the_kernels_without_a_graph_break(reduction, kernel_device, rng):
     graphs = []
 
     def keep(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
@@ -587,7 +600,8 @@ def test_case_19_compiled_code_calls_the_kernels_without_a_graph_break(reduction
         return graph
 
     torch._dynamo.reset()
-    input, target = torch.randn(6, 9, generator=rng, requires_grad=True), torch.tensor([0, 1, -100, 3, 4, 5])
+    input = torch.randn(6, 9, generator=rng).to(kernel_device).requires_grad_()
+    target = torch.tensor([0, 1, -100, 3, 4, 5], device=kernel_device)
     criterion = LargeMarginCrossEntropyLoss(reduction=reduction, label_smoothing=0.1)
     assert torch.compile(criterion, backend=keep, fullgraph=True)(input, target).shape == criterion(input, target).shape
     assert any("largemargin.row_stats" in str(node.target) for node in graphs[0].graph.nodes)
@@ -598,26 +612,24 @@ def test_case_19_compiled_code_calls_the_kernels_without_a_graph_break(reduction
 
 
 @compiles
-def test_case_22_forward_mode_over_compiled_code_takes_the_reference(rng):
-    skip_unless_available("cpu")
+def test_case_22_forward_mode_over_compiled_code_takes_the_reference(kernel_device, rng):
     torch._dynamo.reset()
-    input, target = torch.randn(4, 5, generator=rng), torch.tensor([0, 1, -100, 3])
+    input, target = torch.randn(4, 5, generator=rng).to(kernel_device), torch.tensor([0, 1, -100, 3], device=kernel_device)
     compiled = torch.compile(lambda f: large_margin_cross_entropy(f, target), backend="aot_eager")
     compiled(input)  # once without, so that the guard is tested
     tangents = []
     for function in (compiled, lambda f: large_margin_cross_entropy(f, target, backend="reference")):
         with torch.autograd.forward_ad.dual_level():
-            dual = torch.autograd.forward_ad.make_dual(input, torch.arange(20.0).view(4, 5))
+            dual = torch.autograd.forward_ad.make_dual(input, torch.arange(20.0, device=kernel_device).view(4, 5))
             tangents.append(torch.autograd.forward_ad.unpack_dual(function(dual)).tangent)
     assert tangents[0] is not None
     assert_within(tangents[0], tangents[1].double(), 20.0, 2)
 
 
 @compiles
-def test_case_22_functorch_inside_compiled_code_takes_the_reference(rng):
-    skip_unless_available("cpu")
+def test_case_22_functorch_inside_compiled_code_takes_the_reference(kernel_device, rng):
     torch._dynamo.reset()
-    input, target = torch.randn(4, 5, generator=rng), torch.tensor([0, 1, -100, 3])
+    input, target = torch.randn(4, 5, generator=rng).to(kernel_device), torch.tensor([0, 1, -100, 3], device=kernel_device)
 
     def gradient(f: Tensor) -> Tensor:
         return torch.func.grad(lambda x: large_margin_cross_entropy(x, target))(f)
@@ -629,7 +641,7 @@ def test_the_operators_are_well_formed(kernel, rng):
     from largemargin._backends import registered
 
     problem = Problem(logits((5, 7), rng), rng, kernel)
-    if device_of(kernel) == "cpu" and kernel == "triton":
+    if kernel == "triton" and not HAS_KERNELS:
         pytest.skip("on the CPU the operator is the CPU kernel")
     index = torch.where(problem.target < 0, -1, problem.target)
     torch.library.opcheck(

@@ -7,18 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from devices import CPU
 from largemargin import LargeMarginCrossEntropyLoss
 from largemargin.heads.center import CenterLoss
 from measure import assert_within, compiles, peak_bytes, same_bits
 
 
-def make(dtype: torch.dtype = torch.float64, **options) -> CenterLoss:
+def make(device: torch.device, dtype: torch.dtype = torch.float64, **options) -> CenterLoss:
     torch.manual_seed(3)
-    return CenterLoss(6, 5, dtype=dtype, **options)
+    return CenterLoss(6, 5, dtype=dtype, **options).to(device)
 
 
-def rows(rng: torch.Generator, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    return torch.randn(8, 6, generator=rng, dtype=torch.float64).to(dtype), torch.tensor([0, 1, 2, 3, 2, 0, -100, 2])
+def rows(rng: torch.Generator, device: torch.device, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    return torch.randn(8, 6, generator=rng, dtype=torch.float64).to(device, dtype), torch.tensor([0, 1, 2, 3, 2, 0, -100, 2], device=device)
 
 
 def loss_and_centers(center: CenterLoss, x: Tensor, y: Tensor) -> tuple[float, Tensor]:
@@ -34,35 +35,35 @@ def loss_and_centers(center: CenterLoss, x: Tensor, y: Tensor) -> tuple[float, T
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_equals_the_paper_step_by_step(alpha, rng):
-    center = make(alpha=alpha)
+def test_equals_the_paper_step_by_step(alpha, rng, device):
+    center = make(device, alpha=alpha)
     for _ in range(3):
-        x, y = rows(rng)
+        x, y = rows(rng, device)
         loss, centers = loss_and_centers(center, x, y)
         assert_within(center(x, y), loss, 16.0, 2)
         assert_within(center.centers, centers, 8.0, 2)
 
 
-def test_centers_come_to_the_means_of_their_classes(rng):
-    center = make()
-    x, y = rows(rng)
+def test_centers_come_to_the_means_of_their_classes(rng, device):
+    center = make(device)
+    x, y = rows(rng, device)
     for _ in range(200):
         center(x, y)
     for j in range(4):
         assert_within(center.centers[j], x[y == j].mean(0), 4.0, 4)
-    assert same_bits(center.centers[4], make().centers[4])  # no row
+    assert same_bits(center.centers[4], make(device).centers[4])  # no row
 
 
-def test_centers_stand_still_in_eval_and_see_no_optimizer(rng):
-    center = make().eval()
+def test_centers_stand_still_in_eval_and_see_no_optimizer(rng, device):
+    center = make(device).eval()
     before = center.centers.clone()
-    center(*rows(rng))
+    center(*rows(rng, device))
     assert same_bits(center.centers, before) and not list(center.parameters())
 
 
-def test_as_a_parameter_the_centers_have_the_plain_gradient(rng):
-    center = make(as_parameter=True)
-    x, y = rows(rng)
+def test_as_a_parameter_the_centers_have_the_plain_gradient(rng, device):
+    center = make(device, as_parameter=True)
+    x, y = rows(rng, device)
     before = center.centers.detach().clone()
     loss = center(x.requires_grad_(), y)
     loss.backward()
@@ -75,16 +76,16 @@ def test_as_a_parameter_the_centers_have_the_plain_gradient(rng):
 
 
 @pytest.mark.parametrize("as_parameter", [False, True])
-def test_gradcheck(as_parameter, rng):
-    center = make(as_parameter=as_parameter).eval()
-    x, y = rows(rng)
+def test_gradcheck(as_parameter, rng, device):
+    center = make(device, as_parameter=as_parameter).eval()
+    x, y = rows(rng, device)
     centers = center.centers.detach().clone().requires_grad_(as_parameter)
     assert torch.autograd.gradcheck(lambda x, c: torch.func.functional_call(center, {"centers": c}, (x, y)), (x.requires_grad_(), centers))
 
 
-def test_the_gradient_is_of_the_centers_before_their_step(rng):
-    center = make()
-    x, y = rows(rng)
+def test_the_gradient_is_of_the_centers_before_their_step(rng, device):
+    center = make(device)
+    x, y = rows(rng, device)
     before = center.centers.clone()
     (gradient,) = torch.autograd.grad(center(x.requires_grad_(), y), x)
     assert not torch.equal(center.centers, before)
@@ -93,9 +94,9 @@ def test_the_gradient_is_of_the_centers_before_their_step(rng):
 
 @pytest.mark.parametrize("as_parameter", [False, True])
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 3e38])
-def test_ignored_rows_take_no_part(garbage, as_parameter, rng):
-    center, other = make(as_parameter=as_parameter), make(as_parameter=as_parameter)
-    x, y = rows(rng)
+def test_ignored_rows_take_no_part(garbage, as_parameter, rng, device):
+    center, other = make(device, as_parameter=as_parameter), make(device, as_parameter=as_parameter)
+    x, y = rows(rng, device)
     x[6] = garbage
     loss = center(x.requires_grad_(), y)
     assert_within(loss, other(x.detach()[y >= 0], y[y >= 0]).detach(), 16.0, 2)
@@ -104,27 +105,31 @@ def test_ignored_rows_take_no_part(garbage, as_parameter, rng):
     assert not gradient[6].any() and gradient.isfinite().all()
 
 
-def test_without_rows_the_loss_is_zero(rng):
-    center = make()
+def test_without_rows_the_loss_is_zero(rng, device):
+    center = make(device)
     before = center.centers.clone()
-    for x, y in ((torch.zeros(0, 6, dtype=torch.float64), torch.zeros(0, dtype=torch.long)), (rows(rng)[0], torch.full((8,), -100))):
+    for x, y in (
+        (torch.zeros(0, 6, dtype=torch.float64, device=device), torch.zeros(0, dtype=torch.long, device=device)),
+        (rows(rng, device)[0], torch.full((8,), -100, device=device)),
+    ):
         loss = center(x.requires_grad_(), y)
         (gradient,) = torch.autograd.grad(loss, x)
         assert loss == 0 and not gradient.any() and same_bits(center.centers, before)
 
 
-def test_leading_dimensions_are_rows(rng):
-    center, other = make(), make()
-    x, y = rows(rng)
+def test_leading_dimensions_are_rows(rng, device):
+    center, other = make(device), make(device)
+    x, y = rows(rng, device)
     assert_within(center(x.reshape(2, 4, 6), y.reshape(2, 4)), other(x, y), 16.0, 2)
     assert_within(center.centers, other.centers, 4.0, 2)
     assert center(x[0], y[0]).shape == ()
 
 
-def test_rotations_and_shifts_of_features_and_centers_change_nothing(rng):
-    center, other = make(), make()
-    x, y = rows(rng)
-    rotation, shift = torch.linalg.qr(torch.randn(6, 6, generator=rng, dtype=torch.float64)).Q, torch.randn(6, generator=rng)
+def test_rotations_and_shifts_of_features_and_centers_change_nothing(rng, device):
+    center, other = make(device), make(device)
+    x, y = rows(rng, device)
+    rotation = torch.linalg.qr(torch.randn(6, 6, generator=rng, dtype=torch.float64).to(device)).Q
+    shift = torch.randn(6, generator=rng).to(device)
     other.centers.copy_(center.centers @ rotation + shift)
     assert_within(other(x @ rotation + shift, y), center(x, y), 64.0, 4)
     assert_within(other.centers, center.centers @ rotation + shift, 8.0, 8)
@@ -138,11 +143,11 @@ def test_rows_times_classes_are_never_held():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("as_parameter", [False, True])
-def test_half_precision_and_autocast_are_computed_in_float32(dtype, as_parameter, rng):
-    center, other = make(torch.float32, as_parameter=as_parameter), make(torch.float32, as_parameter=as_parameter)
-    x, y = rows(rng, dtype)
+def test_half_precision_and_autocast_are_computed_in_float32(dtype, as_parameter, rng, device):
+    center, other = make(device, torch.float32, as_parameter=as_parameter), make(device, torch.float32, as_parameter=as_parameter)
+    x, y = rows(rng, device, dtype)
     leaf = (200 * x).requires_grad_()  # the sum of squares is beyond float16
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(device.type, dtype):
         loss = center(leaf, y)
     assert loss.dtype == torch.float32 and loss.isfinite()
     assert_within(loss, other(leaf.detach().float(), y).detach().double(), 64 + loss.item(), 2)
@@ -153,11 +158,11 @@ def test_half_precision_and_autocast_are_computed_in_float32(dtype, as_parameter
 
 @compiles
 @pytest.mark.parametrize("as_parameter", [False, True])
-def test_compiled_code_computes_the_same(as_parameter, rng):
+def test_compiled_code_computes_the_same(as_parameter, rng, device):
     torch._dynamo.reset()
-    center, other = make(torch.float32, as_parameter=as_parameter), make(torch.float32, as_parameter=as_parameter)
+    center, other = make(device, torch.float32, as_parameter=as_parameter), make(device, torch.float32, as_parameter=as_parameter)
     compiled = torch.compile(center, backend="aot_eager", fullgraph=True)
-    x, y = rows(rng, torch.float32)
+    x, y = rows(rng, device, torch.float32)
     gradients = []
     for module in (compiled, other):
         leaf = x.clone().requires_grad_()
@@ -167,9 +172,9 @@ def test_compiled_code_computes_the_same(as_parameter, rng):
 
 
 @pytest.mark.parametrize("as_parameter", [False, True])
-def test_state_dict_and_copies(as_parameter, rng):
-    center, other = make(as_parameter=as_parameter), CenterLoss(6, 5, as_parameter=not as_parameter, dtype=torch.float64)
-    x, y = rows(rng)
+def test_state_dict_and_copies(as_parameter, rng, device):
+    center, other = make(device, as_parameter=as_parameter), CenterLoss(6, 5, as_parameter=not as_parameter, dtype=torch.float64).to(device)
+    x, y = rows(rng, device)
     center(x, y)
     assert list(center.state_dict()) == ["centers"]
     other.load_state_dict(center.state_dict())
@@ -178,16 +183,16 @@ def test_state_dict_and_copies(as_parameter, rng):
     assert as_parameter or not torch.equal(duplicate.centers, center.centers)
 
 
-def test_joint_training_with_a_softmax_loss(rng):
-    center, head = make(), torch.nn.Linear(6, 5, dtype=torch.float64)
-    x, y = rows(rng)
+def test_joint_training_with_a_softmax_loss(rng, device):
+    center, head = make(device), torch.nn.Linear(6, 5, dtype=torch.float64).to(device)
+    x, y = rows(rng, device)
     for loss_of in (F.cross_entropy, LargeMarginCrossEntropyLoss()):
         (loss_of(head(x.requires_grad_()), y) + 0.003 * center(x, y)).backward()
         assert x.grad.isfinite().all()
 
 
 def test_errors(rng):
-    x, y = rows(rng)
+    x, y = rows(rng, CPU)
     with pytest.raises(ValueError, match="alpha must be at most 1"):
         CenterLoss(6, 5, alpha=1.5)
     with pytest.raises(ValueError, match="alpha must be finite and at least 0"):
@@ -195,6 +200,6 @@ def test_errors(rng):
     with pytest.raises(ValueError, match="num_classes must be at least 1"):
         CenterLoss(6, 0)
     with pytest.raises(ValueError, match="features must be floating with 6 numbers"):
-        make()(x[:, :4], y)
+        make(CPU)(x[:, :4], y)
     with pytest.raises(IndexError, match=r"holds [5-7]"):
-        make()(x, y + 3)
+        make(CPU)(x, y + 3)  # on a GPU labels are not looked at

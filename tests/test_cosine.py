@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from devices import CPU
 from largemargin import (
     LargeMarginCrossEntropyLoss,
     linear_large_margin_cross_entropy,
@@ -21,15 +22,15 @@ MARGINS = {"cosface": 0.35, "arcface": 0.5, "arcface_insightface": 0.5}
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def make(kind: str = "cosface", rng: torch.Generator | None = None, dtype: torch.dtype = torch.float64, **options) -> CosineLinear:
-    head = CosineLinear(6, 5, kind=kind, **{"scale": 16.0, "margin": MARGINS[kind], "dtype": dtype, **options})
+def make(kind: str, rng: torch.Generator, device: torch.device, dtype: torch.dtype = torch.float64, **options) -> CosineLinear:
+    head = CosineLinear(6, 5, kind=kind, **{"scale": 16.0, "margin": MARGINS[kind], "dtype": dtype, **options}).to(device)
     with torch.no_grad():
         head.weight.copy_(torch.randn(5, 6, generator=rng))
     return head
 
 
-def rows(rng: torch.Generator, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    return torch.randn(8, 6, generator=rng, dtype=torch.float64).to(dtype), torch.tensor([0, 1, 2, 3, 4, 0, -100, 2])
+def rows(rng: torch.Generator, device: torch.device, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    return torch.randn(8, 6, generator=rng, dtype=torch.float64).to(device, dtype), torch.tensor([0, 1, 2, 3, 4, 0, -100, 2], device=device)
 
 
 def angle(x: list[float], w: list[float]) -> float:
@@ -47,9 +48,9 @@ def expected_logit(kind: str, theta: float, is_target: bool, scale: float = 16.0
 
 
 @each_kind
-def test_logits_are_those_of_the_angles(kind, rng):
-    head = make(kind, rng)
-    x, y = rows(rng)
+def test_logits_are_those_of_the_angles(kind, rng, device):
+    head = make(kind, rng, device)
+    x, y = rows(rng, device)
     for module, target in ((head, y), (head, None), (copy.deepcopy(head).eval(), y)):
         truth = [
             [
@@ -62,9 +63,9 @@ def test_logits_are_those_of_the_angles(kind, rng):
 
 
 @each_kind
-def test_margin_lowers_the_targets_logit_alone(kind, rng):
-    head = make(kind, rng)
-    x, y = rows(rng)
+def test_margin_lowers_the_targets_logit_alone(kind, rng, device):
+    head = make(kind, rng, device)
+    x, y = rows(rng, device)
     lowered = head(x) - head(x, y)
     is_target = F.one_hot(y.clamp(min=0), 5).bool() & (y >= 0).unsqueeze(-1)
     assert (lowered[is_target] > 0).all() and not lowered[~is_target].any()
@@ -73,21 +74,21 @@ def test_margin_lowers_the_targets_logit_alone(kind, rng):
 
 
 @each_kind
-def test_lengths_do_not_matter_and_rotations_do_not_either(kind, rng):
-    head = make(kind, rng)
-    x, y = rows(rng)
+def test_lengths_do_not_matter_and_rotations_do_not_either(kind, rng, device):
+    head = make(kind, rng, device)
+    x, y = rows(rng, device)
     logits = head(x, y)
-    assert_within(head(x * torch.rand(8, 1, generator=rng), y), logits, 16.0, 8)
-    rotation = torch.linalg.qr(torch.randn(6, 6, generator=rng, dtype=torch.float64)).Q
+    assert_within(head(x * torch.rand(8, 1, generator=rng).to(device), y), logits, 16.0, 8)
+    rotation = torch.linalg.qr(torch.randn(6, 6, generator=rng, dtype=torch.float64).to(device)).Q
     with torch.no_grad():
         head.weight.copy_(head.weight @ rotation * 3)
     assert_within(head(x @ rotation, y), logits, 16.0, 8)
 
 
 @each_kind
-def test_leading_dimensions_are_rows(kind, rng):
-    head = make(kind, rng)
-    x, y = rows(rng)
+def test_leading_dimensions_are_rows(kind, rng, device):
+    head = make(kind, rng, device)
+    x, y = rows(rng, device)
     assert_within(head(x.reshape(2, 4, 6), y.reshape(2, 4)), head(x, y).reshape(2, 4, 5), 16.0, 2)
     assert_within(head(x[0], y[0]), head(x, y)[0], 16.0, 2)
     assert head(x[:0], y[:0]).shape == (0, 5)
@@ -97,9 +98,9 @@ def test_leading_dimensions_are_rows(kind, rng):
 
 
 @pytest.mark.parametrize("options", [{}, {"lam": 0.0}, {"lam": 1.0, "divergence": "kl_qu", "reduction": "none"}], ids=str)
-def test_cosface_is_the_hard_bias_of_the_fused_loss(options, rng):
-    head = make("cosface", rng)
-    x, y = rows(rng)
+def test_cosface_is_the_hard_bias_of_the_fused_loss(options, rng, device):
+    head = make("cosface", rng, device)
+    x, y = rows(rng, device)
     results = []
     for loss_of in (
         lambda leaf: LargeMarginCrossEntropyLoss(**options)(head(leaf, y), y),
@@ -120,18 +121,18 @@ def test_cosface_is_the_hard_bias_of_the_fused_loss(options, rng):
 
 
 @pytest.mark.parametrize("kind", ["cosface", "arcface"])
-def test_gradcheck(kind, rng):
-    head = make(kind, rng)
-    x, y = rows(rng)
+def test_gradcheck(kind, rng, device):
+    head = make(kind, rng, device)
+    x, y = rows(rng, device)
     assert torch.autograd.gradcheck(
         lambda x, w: torch.func.functional_call(head, {"weight": w}, (x, y)), (x.requires_grad_(), head.weight.detach().requires_grad_())
     )
 
 
-def test_insightface_has_the_value_of_arcface_and_the_gradient_of_the_plain_cosine(rng):
-    head = make("arcface_insightface", rng)
-    x, y = rows(rng)
-    upstream = torch.randn(8, 5, generator=rng, dtype=torch.float64)
+def test_insightface_has_the_value_of_arcface_and_the_gradient_of_the_plain_cosine(rng, device):
+    head = make("arcface_insightface", rng, device)
+    x, y = rows(rng, device)
+    upstream = torch.randn(8, 5, generator=rng, dtype=torch.float64).to(device)
     gradients = []
     for target in (y, None):
         leaf = x.clone().requires_grad_()
@@ -142,40 +143,40 @@ def test_insightface_has_the_value_of_arcface_and_the_gradient_of_the_plain_cosi
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("theta", [1e-3, 1e-6, math.pi - 0.5 - 1e-3, math.pi - 0.5 + 1e-3, math.pi - 1e-3])
-def test_arcface_is_right_at_small_and_large_angles(theta, dtype):
+def test_arcface_is_right_at_small_and_large_angles(theta, dtype, device):
     # one class along the first axis, the feature at an angle: the gradient is along the circle, the derivative by the angle
-    head = CosineLinear(2, 1, scale=1.0, margin=0.5, kind="arcface", dtype=torch.float64)
+    head = CosineLinear(2, 1, scale=1.0, margin=0.5, kind="arcface", dtype=torch.float64).to(device)
     with torch.no_grad():
         head.weight.copy_(torch.tensor([[1.0, 0.0]]))
     head.to(dtype)
-    x = torch.tensor([[math.cos(theta), math.sin(theta)]], dtype=dtype, requires_grad=True)
+    x = torch.tensor([[math.cos(theta), math.sin(theta)]], dtype=dtype, requires_grad=True, device=device)
     near = theta < math.pi - 0.5
-    logit = head(x, torch.tensor([0]))
+    logit = head(x, torch.tensor([0], device=device))
     assert_within(logit, math.cos(theta + 0.5) if near else math.cos(theta) + math.cos(0.5) - 1, 1.0, 8)
     slope = -math.sin(theta + 0.5) if near else -math.sin(theta)
     (gradient,) = torch.autograd.grad(logit.sum(), x)
-    truth = torch.tensor([[-math.sin(theta) * slope, math.cos(theta) * slope]], dtype=torch.float64)
+    truth = torch.tensor([[-math.sin(theta) * slope, math.cos(theta) * slope]], dtype=torch.float64, device=device)
     assert_within(gradient, truth, 1.0, 8)
 
 
-def test_arcface_falls_with_the_angle_without_a_step():
-    head = CosineLinear(2, 1, scale=1.0, margin=0.5, kind="arcface", dtype=torch.float64)
+def test_arcface_falls_with_the_angle_without_a_step(device):
+    head = CosineLinear(2, 1, scale=1.0, margin=0.5, kind="arcface", dtype=torch.float64).to(device)
     with torch.no_grad():
         head.weight.copy_(torch.tensor([[1.0, 0.0]]))
-    theta = torch.linspace(0, math.pi, 2001, dtype=torch.float64)
-    steps = head(torch.stack([theta.cos(), theta.sin()], -1), torch.zeros(2001, dtype=torch.long)).diff(dim=0)
+    theta = torch.linspace(0, math.pi, 2001, dtype=torch.float64, device=device)
+    steps = head(torch.stack([theta.cos(), theta.sin()], -1), torch.zeros(2001, dtype=torch.long, device=device)).diff(dim=0)
     assert (steps < 0).all() and (steps > -math.pi / 2000 * 1.001).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @each_kind
-def test_gradients_are_finite_on_the_axis_and_at_zero(kind, dtype):
-    head = CosineLinear(3, 4, scale=64.0, margin=0.5, kind=kind, dtype=dtype)
+def test_gradients_are_finite_on_the_axis_and_at_zero(kind, dtype, device):
+    head = CosineLinear(3, 4, scale=64.0, margin=0.5, kind=kind, dtype=dtype).to(device)
     with torch.no_grad():
-        head.weight.copy_(torch.tensor([[0.1, 0.2, 0.3], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 5.0, 0.0]]))
+        head.weight.copy_(torch.tensor([[0.1, 0.2, 0.3], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 5.0, 0.0]], device=device))
     # along the target, against it, zero features, a zero class
-    x = torch.tensor([[0.1, 0.2, 0.3], [-2.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]], dtype=dtype, requires_grad=True)
-    y = torch.tensor([0, 1, 3, 2])
+    x = torch.tensor([[0.1, 0.2, 0.3], [-2.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]], dtype=dtype, requires_grad=True, device=device)
+    y = torch.tensor([0, 1, 3, 2], device=device)
     logits = head(x, y)
     assert logits.dtype == dtype and logits.isfinite().all()
     for gradient in torch.autograd.grad(LargeMarginCrossEntropyLoss()(logits, y), [x, head.weight]):
@@ -183,9 +184,9 @@ def test_gradients_are_finite_on_the_axis_and_at_zero(kind, dtype):
 
 
 @each_kind
-def test_ignored_rows_are_plain_and_get_no_gradient(kind, rng):
-    head = make(kind, rng)
-    x, y = rows(rng)
+def test_ignored_rows_are_plain_and_get_no_gradient(kind, rng, device):
+    head = make(kind, rng, device)
+    x, y = rows(rng, device)
     assert same_bits(head(x, y)[6], head(x)[6])
     leaf = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(LargeMarginCrossEntropyLoss()(head(leaf, y), y), leaf)
@@ -197,11 +198,11 @@ def test_ignored_rows_are_plain_and_get_no_gradient(kind, rng):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @each_kind
-def test_autocast(kind, dtype, rng):
-    head = make(kind, rng, torch.float32, scale=64.0)
-    x, y = rows(rng, torch.float32)
+def test_autocast(kind, dtype, rng, device):
+    head = make(kind, rng, device, torch.float32, scale=64.0)
+    x, y = rows(rng, device, torch.float32)
     leaf = x.clone().requires_grad_()
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(device.type, dtype):
         logits = head(leaf, y)
         loss = LargeMarginCrossEntropyLoss()(logits, y)
     assert logits.dtype == dtype
@@ -213,10 +214,10 @@ def test_autocast(kind, dtype, rng):
 
 @compiles
 @each_kind
-def test_compiled_code_computes_the_same(kind, rng):
+def test_compiled_code_computes_the_same(kind, rng, device):
     torch._dynamo.reset()
-    head = make(kind, rng, torch.float32)
-    x, y = rows(rng, torch.float32)
+    head = make(kind, rng, device, torch.float32)
+    x, y = rows(rng, device, torch.float32)
     compiled = torch.compile(head, backend="aot_eager", fullgraph=True)
     results = []
     for module in (head, compiled):
@@ -230,18 +231,18 @@ def test_compiled_code_computes_the_same(kind, rng):
 
 
 @each_kind
-def test_state_dict_has_the_classes_alone_and_comes_back(kind, rng):
-    head, other = make(kind, rng), make(kind, rng)
+def test_state_dict_has_the_classes_alone_and_comes_back(kind, rng, device):
+    head, other = make(kind, rng, device), make(kind, rng, device)
     assert list(head.state_dict()) == ["weight"]
     other.load_state_dict(head.state_dict())
-    x, y = rows(rng)
+    x, y = rows(rng, device)
     assert same_bits(other(x, y), head(x, y)) and same_bits(copy.deepcopy(head)(x, y), head(x, y))
 
 
 @each_kind
-def test_any_loss_takes_the_logits(kind, rng):
-    head = make(kind, rng)
-    x, y = rows(rng)
+def test_any_loss_takes_the_logits(kind, rng, device):
+    head = make(kind, rng, device)
+    x, y = rows(rng, device)
     for loss in (F.cross_entropy, multiclass_hinge, LargeMarginCrossEntropyLoss(label_smoothing=0.1)):
         loss(head(x, y), y).backward()
         assert head.weight.grad.isfinite().all()
@@ -251,15 +252,15 @@ def test_any_loss_takes_the_logits(kind, rng):
 
 
 @pytest.mark.parametrize("kind", ["cosface", "arcface"])
-def test_equals_pytorch_metric_learning(kind, rng):
+def test_equals_pytorch_metric_learning(kind, rng, device):
     losses = pytest.importorskip("pytorch_metric_learning.losses")
-    head = make(kind, rng)
+    head = make(kind, rng, device)
     if kind == "cosface":
-        theirs = losses.CosFaceLoss(5, 6, margin=0.35, scale=16)
+        theirs = losses.CosFaceLoss(5, 6, margin=0.35, scale=16).to(device)
     else:
-        theirs = losses.ArcFaceLoss(5, 6, margin=math.degrees(0.5), scale=16)
+        theirs = losses.ArcFaceLoss(5, 6, margin=math.degrees(0.5), scale=16).to(device)
     theirs.W.data = head.weight.detach().t().clone()
-    x, y = torch.randn(64, 6, generator=rng, dtype=torch.float64), torch.randint(5, (64,), generator=rng)
+    x, y = torch.randn(64, 6, generator=rng, dtype=torch.float64).to(device), torch.randint(5, (64,), generator=rng).to(device)
     near = F.cosine_similarity(x, head.weight[y], dim=-1) > math.cos(math.pi - 0.5)  # beyond, their logit has a step
     assert near.sum() > 50
     x, y = x[near], y[near]
@@ -289,16 +290,16 @@ def test_wrong_options(error, options, words):
 
 
 @each_kind
-def test_the_margin_is_that_of_the_paper_unless_it_is_given(kind):
+def test_the_margin_is_that_of_the_paper_unless_it_is_given(kind, device):
     assert CosineLinear(6, 5, kind=kind).margin == MARGINS[kind]
-    head = CosineLinear(6, 5, kind=kind, margin=0.0)
-    features, target = torch.randn(4, 6), torch.arange(4)
+    head = CosineLinear(6, 5, kind=kind, margin=0.0).to(device)
+    features, target = torch.randn(4, 6).to(device), torch.arange(4, device=device)
     assert same_bits(head(features, target), head(features)) and head.hard_bias == 0
 
 
 def test_wrong_calls(rng):
-    head = make("arcface", rng)
-    x, y = rows(rng)
+    head = make("arcface", rng, CPU)
+    x, y = rows(rng, CPU)
     with pytest.raises(ValueError, match="hard_bias is the margin of kind='cosface'"):
         _ = head.hard_bias
     with pytest.raises(ValueError, match=r"target must be int64 class indices of shape \(8,\)"):
@@ -306,17 +307,17 @@ def test_wrong_calls(rng):
     with pytest.raises(ValueError, match=r"target.long\(\)"):
         head(x, y.int())
     with pytest.raises(IndexError, match="holds 5"):
-        head(x, y + 1)
+        head(x, y + 1)  # on a GPU labels are not looked at
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-22, 1e19])
-def test_the_cosine_does_not_depend_on_the_length(size, rng):
-    head = CosineLinear(4, 3, scale=2.0)
-    features = torch.randn(5, 4, generator=rng)
+def test_the_cosine_does_not_depend_on_the_length(size, rng, device):
+    head = CosineLinear(4, 3, scale=2.0).to(device)
+    features = torch.randn(5, 4, generator=rng).to(device)
     assert_within(head(features * size), head(features).double().detach(), 2.0, 8)
 
 
-def test_a_zero_vector_has_a_cosine_of_zero_and_the_whole_margin():
-    head = CosineLinear(4, 3, scale=30.0, margin=0.5, kind="arcface")
-    logit = head(torch.zeros(1, 4), torch.tensor([0]))[0, 0]
+def test_a_zero_vector_has_a_cosine_of_zero_and_the_whole_margin(device):
+    head = CosineLinear(4, 3, scale=30.0, margin=0.5, kind="arcface").to(device)
+    logit = head(torch.zeros(1, 4, device=device), torch.tensor([0], device=device))[0, 0]
     assert_within(logit.detach(), 30 * math.cos(math.pi / 2 + 0.5), 30.0, 2)

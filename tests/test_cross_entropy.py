@@ -34,12 +34,12 @@ def index_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def upstreams(loss: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
     """Gradients that reach a loss in practice: of either sign, zero, and expanded, with stride 0 (sharp cases 7 and 8)."""
-    drawn = torch.randn(loss.shape, generator=rng, dtype=torch.float64).to(loss.dtype)
+    drawn = torch.randn(loss.shape, generator=rng, dtype=torch.float64).to(loss)
     return {
         "random": drawn,
         "negative": -drawn.abs() - 1,
         "zero": torch.zeros_like(loss),
-        "expanded": torch.tensor(0.7, dtype=loss.dtype).expand(loss.shape),
+        "expanded": torch.tensor(0.7, dtype=loss.dtype, device=loss.device).expand(loss.shape),
     }
 
 
@@ -70,12 +70,12 @@ def assert_equals_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_class_indices(shape, dtype, rng):
+def test_class_indices(shape, dtype, rng, device):
     classes = num_classes(shape)
-    input = torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype) * 3
-    weights = (None, torch.rand(classes, generator=rng, dtype=torch.float64).to(dtype) + 0.5)
+    input = torch.randn(shape, generator=rng, dtype=torch.float64).to(device, dtype) * 3
+    weights = (None, torch.rand(classes, generator=rng, dtype=torch.float64).to(device, dtype) + 0.5)
     for ignore_index, weight, smoothing, reduction in itertools.product((-100, 0, 1, 255), weights, (0.0, 0.1, 1.0), REDUCTIONS):
-        target = torch.randint(max(classes, 1), index_shape(shape), generator=rng)
+        target = torch.randint(max(classes, 1), index_shape(shape), generator=rng).to(device)
         target.view(-1)[:1] = ignore_index
         target.view(-1)[1:2] = int(ignore_index == 0)  # a row that is kept
         ignored = target == ignore_index
@@ -89,12 +89,12 @@ def test_class_indices(shape, dtype, rng):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_class_probabilities(shape, dtype, rng):
+def test_class_probabilities(shape, dtype, rng, device):
     classes = num_classes(shape)
-    input = torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype) * 3
-    target = torch.rand(shape, generator=rng, dtype=torch.float64).to(dtype)  # not normalised: torch does not ask for it
+    input = torch.randn(shape, generator=rng, dtype=torch.float64).to(device, dtype) * 3
+    target = torch.rand(shape, generator=rng, dtype=torch.float64).to(device, dtype)  # not normalised: torch does not ask for it
     target[target < 0.2] = 0
-    weights = (None, torch.rand(classes, generator=rng, dtype=torch.float64).to(dtype) + 0.5)
+    weights = (None, torch.rand(classes, generator=rng, dtype=torch.float64).to(device, dtype) + 0.5)
     for weight, smoothing, reduction in itertools.product(weights, (0.0, 0.1, 1.0), REDUCTIONS):
         # unnormalised shares count up to C times a row
         size = max(1, classes)
@@ -102,10 +102,10 @@ def test_class_probabilities(shape, dtype, rng):
         assert_equals_cross_entropy(input, target / size, weight, rng, **options)
 
 
-def test_gradient_of_class_probabilities(rng):
-    input = torch.randn(4, 5, generator=rng, dtype=torch.float64)
-    target = torch.rand(4, 5, generator=rng, dtype=torch.float64, requires_grad=True)
-    weight = torch.rand(5, generator=rng, dtype=torch.float64)
+def test_gradient_of_class_probabilities(rng, device):
+    input = torch.randn(4, 5, generator=rng, dtype=torch.float64).to(device)
+    target = torch.rand(4, 5, generator=rng, dtype=torch.float64).to(device).requires_grad_()
+    weight = torch.rand(5, generator=rng, dtype=torch.float64).to(device)
     options = {"weight": weight, "label_smoothing": 0.1}
     (got,) = torch.autograd.grad(plain(input, target, **options), target)
     (truth,) = torch.autograd.grad(F.cross_entropy(input, target, **options), target)
@@ -113,9 +113,9 @@ def test_gradient_of_class_probabilities(rng):
 
 
 @pytest.mark.parametrize("ignore_index", [-100, -1, 0, 7, 255])
-def test_ignore_index_255_with_256_classes(ignore_index, rng):
+def test_ignore_index_255_with_256_classes(ignore_index, rng, device):
     # 255 is both a class and the usual "void" label of uint8 maps
-    input, target = torch.randn(256, 256, generator=rng, dtype=torch.float64), torch.arange(256)
+    input, target = torch.randn(256, 256, generator=rng, dtype=torch.float64).to(device), torch.arange(256, device=device)
     for labels in (target, target.to(torch.uint8)):
         got, truth = (f(input, labels, ignore_index=ignore_index, reduction="none") for f in (plain, F.cross_entropy))
         assert (got == 0).nonzero().flatten().tolist() == [ignore_index] * (ignore_index >= 0)
@@ -124,8 +124,8 @@ def test_ignore_index_255_with_256_classes(ignore_index, rng):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("label", [2, -100])
-def test_one_label_in_a_vector_for_one_row_without_a_batch(label, reduction, rng):
-    input, target = torch.randn(3, generator=rng), torch.tensor([label])
+def test_one_label_in_a_vector_for_one_row_without_a_batch(label, reduction, rng, device):
+    input, target = torch.randn(3, generator=rng).to(device), torch.tensor([label], device=device)
     got, truth = plain(input, target, reduction=reduction), F.cross_entropy(input, target, reduction=reduction)
     assert got.shape == truth.shape
     assert_within(got, truth, 4.0, 2)
@@ -134,10 +134,10 @@ def test_one_label_in_a_vector_for_one_row_without_a_batch(label, reduction, rng
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("shape", [(3, 4), (3, 4, 2), (4,), (3, 0)])
-def test_everything_ignored(shape, weighted, smoothing, rng):
-    input = torch.randn(shape, generator=rng, requires_grad=True)
-    target = torch.full(index_shape(shape), -100)
-    weight = torch.rand(num_classes(shape), generator=rng) if weighted else None
+def test_everything_ignored(shape, weighted, smoothing, rng, device):
+    input = torch.randn(shape, generator=rng).to(device).requires_grad_()
+    target = torch.full(index_shape(shape), -100, device=device)
+    weight = torch.rand(num_classes(shape), generator=rng).to(device) if weighted else None
     for reduction in REDUCTIONS:
         options = {"label_smoothing": smoothing, "reduction": reduction}
         loss = plain(input, target, weight, **options)
@@ -150,9 +150,11 @@ def test_everything_ignored(shape, weighted, smoothing, rng):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_a_class_of_weight_zero_is_not_an_ignored_row(smoothing, reduction, rng):
+def test_a_class_of_weight_zero_is_not_an_ignored_row(smoothing, reduction, rng, device):
     # sharp case 16: its row counts 0 in the denominator, but keeps its smoothing term
-    input, target, weight = torch.randn(3, 4, generator=rng), torch.tensor([0, 1, 1]), torch.tensor([0.0, 1.0, 2.0, 0.5])
+    input = torch.randn(3, 4, generator=rng).to(device)
+    target = torch.tensor([0, 1, 1], device=device)
+    weight = torch.tensor([0.0, 1.0, 2.0, 0.5], device=device)
     assert_equals_cross_entropy(input, target, weight, rng, label_smoothing=smoothing, reduction=reduction)
 
 
@@ -161,17 +163,17 @@ def test_a_class_of_weight_zero_is_not_an_ignored_row(smoothing, reduction, rng)
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
-def test_half_inputs_give_a_float32_loss(kind, dtype, rng):
-    input = torch.randn(3, 4, generator=rng).to(dtype).requires_grad_()
-    target = torch.tensor([0, 1, 2]) if kind == "indices" else torch.rand(3, 4, generator=rng).to(dtype)
+def test_half_inputs_give_a_float32_loss(kind, dtype, rng, device):
+    input = torch.randn(3, 4, generator=rng).to(device, dtype).requires_grad_()
+    target = torch.tensor([0, 1, 2], device=device) if kind == "indices" else torch.rand(3, 4, generator=rng).to(device, dtype)
     loss = plain(input, target)
     assert loss.dtype == torch.float32
     assert F.cross_entropy(input, target).dtype == dtype
     assert torch.autograd.grad(loss, input)[0].dtype == dtype
 
 
-def test_tails_are_accurate():
-    input, target = torch.tensor([[20.0, 0.0, 0.0]], requires_grad=True), torch.tensor([0])
+def test_tails_are_accurate(device):
+    input, target = torch.tensor([[20.0, 0.0, 0.0]], requires_grad=True, device=device), torch.tensor([0], device=device)
     torchs = F.cross_entropy(input, target)
     assert torchs.item() == 0  # what is avoided
     assert torch.autograd.grad(torchs, input)[0][0, 0] == 0
@@ -182,10 +184,10 @@ def test_tails_are_accurate():
 
 
 @pytest.mark.parametrize("weight", [None, [1.0, 2.0, 3.0, 0.5]])
-def test_a_masked_class_with_smoothing_gives_the_loss_of_the_row_without_it(weight):
-    input, target = torch.tensor([[1.0, -INF, 0.5, 2.0]], requires_grad=True), torch.tensor([0])
-    weight = None if weight is None else torch.tensor(weight)
-    deleted = torch.tensor([[1.0, 0.5, 2.0]], dtype=torch.float64, requires_grad=True)
+def test_a_masked_class_with_smoothing_gives_the_loss_of_the_row_without_it(weight, device):
+    input, target = torch.tensor([[1.0, -INF, 0.5, 2.0]], requires_grad=True, device=device), torch.tensor([0], device=device)
+    weight = None if weight is None else torch.tensor(weight, device=device)
+    deleted = torch.tensor([[1.0, 0.5, 2.0]], dtype=torch.float64, requires_grad=True, device=device)
     truth = F.cross_entropy(deleted, target, None if weight is None else weight[[0, 2, 3]].double(), label_smoothing=0.1)
     assert F.cross_entropy(input, target, weight, label_smoothing=0.1).isinf()
     loss = plain(input, target, weight, label_smoothing=0.1)
@@ -195,11 +197,13 @@ def test_a_masked_class_with_smoothing_gives_the_loss_of_the_row_without_it(weig
     assert_within(gradient[:, [0, 2, 3]], expected, 2.0, 2)
 
 
-def test_a_masked_class_with_probability_zero_gives_a_finite_number():
-    input, target = torch.tensor([[1.0, -INF, 0.5]], requires_grad=True), torch.tensor([[0.5, 0.0, 0.5]])
+def test_a_masked_class_with_probability_zero_gives_a_finite_number(device):
+    input, target = torch.tensor([[1.0, -INF, 0.5]], requires_grad=True, device=device), torch.tensor([[0.5, 0.0, 0.5]], device=device)
     assert F.cross_entropy(input, target).isnan()
     loss = plain(input, target)
-    deleted = F.cross_entropy(torch.tensor([[1.0, 0.5]], dtype=torch.float64), torch.tensor([[0.5, 0.5]], dtype=torch.float64))
+    deleted = F.cross_entropy(
+        torch.tensor([[1.0, 0.5]], dtype=torch.float64, device=device), torch.tensor([[0.5, 0.5]], dtype=torch.float64, device=device)
+    )
     assert_within(loss, deleted, 2.0, 2)
     assert torch.autograd.grad(loss, input)[0][0, 1] == 0
 
@@ -207,9 +211,9 @@ def test_a_masked_class_with_probability_zero_gives_a_finite_number():
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("garbage", [math.nan, INF, -INF])
-def test_ignored_rows_never_leak(garbage, weighted, smoothing):
-    input = torch.tensor([[1.0, 2.0, 0.0], [garbage] * 3], requires_grad=True)
-    target, weight = torch.tensor([0, -100]), torch.tensor([1.0, 2.0, 3.0]) if weighted else None
+def test_ignored_rows_never_leak(garbage, weighted, smoothing, device):
+    input = torch.tensor([[1.0, 2.0, 0.0], [garbage] * 3], requires_grad=True, device=device)
+    target, weight = torch.tensor([0, -100], device=device), torch.tensor([1.0, 2.0, 3.0], device=device) if weighted else None
     (torchs,) = torch.autograd.grad(F.cross_entropy(input, target, weight, label_smoothing=smoothing), input)
     assert torchs[1].isnan().all()
     loss = plain(input, target, weight, label_smoothing=smoothing)
@@ -221,9 +225,10 @@ def test_ignored_rows_never_leak(garbage, weighted, smoothing):
 @pytest.mark.parametrize("input_dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("weight_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
-def test_weight_may_have_any_floating_dtype(kind, weight_dtype, input_dtype, rng):
-    input, weight = torch.randn(3, 4, generator=rng).to(input_dtype), torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=weight_dtype)
-    target = torch.tensor([0, 1, 2]) if kind == "indices" else torch.rand(3, 4, generator=rng).to(input_dtype)
+def test_weight_may_have_any_floating_dtype(kind, weight_dtype, input_dtype, rng, device):
+    input = torch.randn(3, 4, generator=rng).to(device, input_dtype)
+    weight = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=weight_dtype, device=device)
+    target = torch.tensor([0, 1, 2], device=device) if kind == "indices" else torch.rand(3, 4, generator=rng).to(device, input_dtype)
     loss = plain(input, target, weight, label_smoothing=0.1)
     assert loss.dtype == (torch.float64 if input_dtype == torch.float64 else torch.float32)
     truth_target = target if kind == "indices" else target.double()
@@ -231,8 +236,8 @@ def test_weight_may_have_any_floating_dtype(kind, weight_dtype, input_dtype, rng
     assert_within(loss, truth, 16.0, 2)
 
 
-def test_arguments_after_weight_are_keyword_only_and_the_deprecated_ones_are_gone(rng):
-    input, target = torch.randn(3, 4, generator=rng), torch.tensor([0, 1, 2])
+def test_arguments_after_weight_are_keyword_only_and_the_deprecated_ones_are_gone(rng, device):
+    input, target = torch.randn(3, 4, generator=rng).to(device), torch.tensor([0, 1, 2], device=device)
     kinds = {name: parameter.kind for name, parameter in inspect.signature(large_margin_cross_entropy).parameters.items()}
     assert [name for name, kind in kinds.items() if kind is inspect.Parameter.POSITIONAL_OR_KEYWORD] == ["input", "target", "weight"]
     for name in ("size_average", "reduce"):
@@ -241,17 +246,17 @@ def test_arguments_after_weight_are_keyword_only_and_the_deprecated_ones_are_gon
 
 
 @compiles
-def test_compiled_code_gives_nan_for_a_label_out_of_range(rng):
-    input = torch.randn(3, 4, generator=rng, requires_grad=True)
+def test_compiled_code_gives_nan_for_a_label_out_of_range(rng, device):
+    input = torch.randn(3, 4, generator=rng).to(device).requires_grad_()
     compiled = torch.compile(plain, fullgraph=True, backend="aot_eager")
-    losses = compiled(input, torch.tensor([1, 4, -100]), reduction="none")
+    losses = compiled(input, torch.tensor([1, 4, -100], device=device), reduction="none")
     assert losses.isnan().tolist() == [False, True, False]
     (gradient,) = torch.autograd.grad(losses[0], input)
     assert gradient[0].any() and not gradient[1:].any()
 
 
-def test_numbers_may_come_from_numpy(rng):
+def test_numbers_may_come_from_numpy(rng, device):
     numpy = pytest.importorskip("numpy")
-    input, target = torch.randn(3, 4, generator=rng), torch.tensor([0, 3, 1])
+    input, target = torch.randn(3, 4, generator=rng).to(device), torch.tensor([0, 3, 1], device=device)
     got = plain(input, target, ignore_index=numpy.int64(3), label_smoothing=numpy.float32(0.5))
     assert torch.equal(got, plain(input, target, ignore_index=3, label_smoothing=0.5))

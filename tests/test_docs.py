@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,7 +62,8 @@ def test_the_integrations_run(tmp_path, monkeypatch):
     blocks = python_blocks(DOCS / "integrations.md")
     modules = {path.stem for path in (ROOT / "src/largemargin/integrations").glob("[a-z]*.py")}
     assert modules == set(re.findall(r"largemargin\.integrations\.(\w+)", "".join(blocks)))
-    namespace, not_here = {}, []
+    namespace: dict[str, Any] = {}
+    not_here = []
     for block in blocks:
         try:
             exec(compile(block, "docs/integrations.md", "exec"), namespace)
@@ -79,7 +81,7 @@ def test_every_python_block_runs(page):
     if any("distributed" in block for block in blocks):  # a process group is a matter of the whole process
         subprocess.run([sys.executable, "-c", "\n".join(blocks)], check=True, timeout=120)
         return
-    namespace = {}
+    namespace: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, str(page), "exec"), namespace)
 
@@ -117,7 +119,7 @@ def test_the_words_of_the_docs_are_the_words_of_the_code():
 
 
 def test_the_losses_of_a_line_are_those_of_their_papers(rng):
-    page = {}
+    page: dict[str, Any] = {}
     for block in python_blocks(ROOT / "docs" / "losses.md"):
         exec(block, page)
     logits = 3 * torch.randn(50, 7, generator=rng, dtype=torch.float64)

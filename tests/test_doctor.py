@@ -35,7 +35,7 @@ def packages(monkeypatch, tmp_path):
         (tmp_path / f"{module}-1.0.dist-info").mkdir()
         (tmp_path / f"{module}-1.0.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
         (tmp_path / f"{module}.py").write_text(code)
-        doctor.BESIDE += (name,)
+        monkeypatch.setattr(doctor, "BESIDE", (*doctor.BESIDE, name))
 
     return install
 
@@ -103,9 +103,9 @@ def test_doctor_sees_any_package_that_cannot_be_imported(packages):
     ]
 
 
-def test_doctor_is_silent_about_what_can_be_imported_or_is_not_there(packages):
+def test_doctor_is_silent_about_what_can_be_imported_or_is_not_there(packages, monkeypatch):
     packages("ray", "import warnings\nwarnings.warn('old')")
-    doctor.BESIDE += ("no-such-package",)
+    monkeypatch.setattr(doctor, "BESIDE", (*doctor.BESIDE, "no-such-package"))
     assert broken() == []
 
 

@@ -41,13 +41,13 @@ class Truth:
         return sum(terms) / max(len(terms), 1)
 
 
-def problem(rng, covariance="identity", dtype=torch.float64, rows=16, classes=7, width=5, **options):
-    head = GaussianMixtureHead(width, classes, covariance=covariance, dtype=dtype, **options)
+def problem(rng, device: torch.device, covariance="identity", dtype=torch.float64, rows=16, classes=7, width=5, **options):
+    head = GaussianMixtureHead(width, classes, covariance=covariance, dtype=dtype, **options).to(device)
     with torch.no_grad():
         for parameter in head.parameters():
-            parameter.copy_(torch.randn(classes, width, generator=rng, dtype=torch.float64))
-    x = torch.randn(rows, width, generator=rng, dtype=torch.float64).to(dtype)
-    return head, x, torch.randint(classes, (rows,), generator=rng)
+            parameter.copy_(torch.randn(classes, width, generator=rng, dtype=torch.float64).to(device))
+    x = torch.randn(rows, width, generator=rng, dtype=torch.float64).to(device, dtype)
+    return head, x, torch.randint(classes, (rows,), generator=rng).to(device)
 
 
 # logits and likelihood
@@ -56,8 +56,8 @@ def problem(rng, covariance="identity", dtype=torch.float64, rows=16, classes=7,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scaled", [False, True])
 @each_covariance
-def test_logits_and_likelihood_are_the_definition(covariance, scaled, dtype, rng):
-    head, x, target = problem(rng, covariance, dtype, 64, width=9, alpha=0.25, likelihood_weight=0.5, scale_by_dimension=scaled)
+def test_logits_and_likelihood_are_the_definition(covariance, scaled, dtype, rng, device):
+    head, x, target = problem(rng, device, covariance, dtype, 64, width=9, alpha=0.25, likelihood_weight=0.5, scale_by_dimension=scaled)
     target[::5] = -100
     truth = Truth(head, x)
     assert_within(head(x).detach(), truth.logits(), truth.scale, 4)
@@ -66,13 +66,13 @@ def test_logits_and_likelihood_are_the_definition(covariance, scaled, dtype, rng
 
 
 @each_covariance
-def test_without_a_margin_training_is_the_mixture_itself(covariance, rng):
-    head, x, target = problem(rng, covariance, torch.float32, alpha=0.0)
+def test_without_a_margin_training_is_the_mixture_itself(covariance, rng, device):
+    head, x, target = problem(rng, device, covariance, torch.float32, alpha=0.0)
     assert same_bits(head(x, target), head(x))
 
 
-def test_the_posterior_is_bayes_rule_for_gaussians(rng):
-    head, x, _ = problem(rng, "diagonal")
+def test_the_posterior_is_bayes_rule_for_gaussians(rng, device):
+    head, x, _ = problem(rng, device, "diagonal")
     variances = head.log_variances.detach().exp() + MIN_VARIANCE
     normals = [torch.distributions.Normal(*moments) for moments in zip(head.means, variances.sqrt(), strict=True)]
     densities = torch.stack([normal.log_prob(x).sum(-1) for normal in normals], dim=1)
@@ -80,9 +80,9 @@ def test_the_posterior_is_bayes_rule_for_gaussians(rng):
     assert_within(head(x).softmax(1).detach(), posterior.detach(), 1.0, 1000)
 
 
-def test_a_new_diagonal_head_has_variances_of_1(rng):
-    head, x, _ = problem(rng, "identity", torch.float32)
-    diagonal = GaussianMixtureHead(5, 7, covariance="diagonal")
+def test_a_new_diagonal_head_has_variances_of_1(rng, device):
+    head, x, _ = problem(rng, device, "identity", torch.float32)
+    diagonal = GaussianMixtureHead(5, 7, covariance="diagonal").to(device)
     with torch.no_grad():
         diagonal.means.copy_(head.means)
     assert_within(diagonal(x).detach(), head(x).detach().double(), Truth(head, x).scale, 8)
@@ -91,8 +91,8 @@ def test_a_new_diagonal_head_has_variances_of_1(rng):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("offset", [1e2, 1e4])
 @each_covariance
-def test_a_common_offset_of_features_and_means_costs_only_its_own_rounding(covariance, offset, dtype, rng):
-    head, x, _ = problem(rng, covariance, dtype)
+def test_a_common_offset_of_features_and_means_costs_only_its_own_rounding(covariance, offset, dtype, rng, device):
+    head, x, _ = problem(rng, device, covariance, dtype)
     with torch.no_grad():
         head.means.add_(offset)
     x = x + offset
@@ -107,17 +107,17 @@ def test_a_common_offset_of_features_and_means_costs_only_its_own_rounding(covar
 
 
 @pytest.mark.parametrize("distance", [1e2, 1e4, 1e6])
-def test_features_far_from_all_means_lose_no_more_than_the_rounding_of_their_distance(distance, rng):
-    head, x, target = problem(rng, "identity", torch.float32)
+def test_features_far_from_all_means_lose_no_more_than_the_rounding_of_their_distance(distance, rng, device):
+    head, x, target = problem(rng, device, "identity", torch.float32)
     x = distance * F.normalize(x, dim=1)
     truth = Truth(head, x)
     assert_within(head(x, target).detach(), truth.logits(target, 0.1), truth.distance + 1, 4)
-    at_target = truth.distance[torch.arange(16), target]
+    at_target = truth.distance[torch.arange(16, device=device), target]
     assert_within(head.likelihood(x, target).detach() / 0.1, at_target.mean(), at_target.mean(), 4)
 
 
-def test_the_distance_to_the_own_mean_is_exact_where_features_sit_on_it(rng):
-    head, _, target = problem(rng, "identity", torch.float32)
+def test_the_distance_to_the_own_mean_is_exact_where_features_sit_on_it(rng, device):
+    head, _, target = problem(rng, device, "identity", torch.float32)
     with torch.no_grad():
         head.means.mul_(1e3)
     x = head.means.detach()[target] * (1 + 2e-6)  # a few roundings from it, thousands from the center
@@ -125,15 +125,15 @@ def test_the_distance_to_the_own_mean_is_exact_where_features_sit_on_it(rng):
 
 
 @each_covariance
-def test_no_target_and_eval_mode_give_plain_logits(covariance, rng):
-    head, x, target = problem(rng, covariance, torch.float32, alpha=SteppedAlpha(every=1))
+def test_no_target_and_eval_mode_give_plain_logits(covariance, rng, device):
+    head, x, target = problem(rng, device, covariance, torch.float32, alpha=SteppedAlpha(every=1))
     plain = head(x)
     assert same_bits(head.eval()(x, target), plain) and same_bits(head(x), plain)
     assert head.alpha.step == 0
 
 
-def test_rows_without_a_class_are_plain_and_leave_the_likelihood_alone(rng):
-    head, x, target = problem(rng, "diagonal", torch.float32)
+def test_rows_without_a_class_are_plain_and_leave_the_likelihood_alone(rng, device):
+    head, x, target = problem(rng, device, "diagonal", torch.float32)
     target[::3], target[1] = -100, -1
     assert same_bits(head(x, target)[target < 0], head(x)[target < 0])
     expected = head.likelihood(x[target >= 0], target[target >= 0])
@@ -149,9 +149,9 @@ def test_rows_without_a_class_are_plain_and_leave_the_likelihood_alone(rng):
 
 @pytest.mark.parametrize("shape", [(), (4,), (2, 3), (2, 1, 3), (0,)])
 @each_covariance
-def test_any_leading_dimensions(covariance, shape, rng):
-    head, _, _ = problem(rng, covariance, torch.float32)
-    x, target = torch.randn(*shape, 5, generator=rng), torch.randint(7, shape, generator=rng)
+def test_any_leading_dimensions(covariance, shape, rng, device):
+    head, _, _ = problem(rng, device, covariance, torch.float32)
+    x, target = torch.randn(*shape, 5, generator=rng).to(device), torch.randint(7, shape, generator=rng).to(device)
     got, flat = head(x, target), head(x.reshape(-1, 5), target.reshape(-1))
     assert got.shape == (*shape, 7)
     scale = Truth(head, x.reshape(-1, 5)).scale
@@ -160,8 +160,8 @@ def test_any_leading_dimensions(covariance, shape, rng):
     assert_within(head.likelihood(x, target).detach(), likelihood.double(), scale.max() if scale.numel() else 1.0, 4)
 
 
-def test_no_tensor_of_rows_by_classes_by_features(rng):
-    head, x, target = problem(rng, "diagonal", torch.float32, rows=64, classes=32, width=48)
+def test_no_tensor_of_rows_by_classes_by_features(rng, device):
+    head, x, target = problem(rng, device, "diagonal", torch.float32, rows=64, classes=32, width=48)
     largest = 0
 
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
@@ -181,17 +181,17 @@ def test_no_tensor_of_rows_by_classes_by_features(rng):
 
 
 @pytest.mark.parametrize("means", ["as initialised", "like features"])
-def test_thousands_of_features_saturate_the_softmax_unless_scaled(means, rng):
+def test_thousands_of_features_saturate_the_softmax_unless_scaled(means, rng, device):
     """The features know nothing of the targets, so p_y should be of the size of 1/C, less a margin of a few nats."""
     width, classes = 4096, 10
     torch.manual_seed(0)
-    x, target = torch.randn(64, width, generator=rng), torch.randint(classes, (64,), generator=rng)
+    x, target = torch.randn(64, width, generator=rng).to(device), torch.randint(classes, (64,), generator=rng).to(device)
     posteriors = {}
     for scaled in (False, True):
-        head = GaussianMixtureHead(width, classes, alpha=0.1, scale_by_dimension=scaled)
+        head = GaussianMixtureHead(width, classes, alpha=0.1, scale_by_dimension=scaled).to(device)
         if means == "like features":
             with torch.no_grad():
-                head.means.copy_(torch.randn(classes, width, generator=rng))
+                head.means.copy_(torch.randn(classes, width, generator=rng).to(device))
         posteriors[scaled] = head(x, target).softmax(1).gather(1, target[:, None]).detach()
     assert posteriors[False].median() < 1e-20
     assert math.exp(-10) / classes < posteriors[True].median() and posteriors[True].max() < 0.5
@@ -201,14 +201,14 @@ def test_thousands_of_features_saturate_the_softmax_unless_scaled(means, rng):
 # schedule and state
 
 
-def test_alpha_follows_its_schedule_and_a_resumed_head_goes_on_identically(rng, tmp_path):
-    head, x, target = problem(rng, "diagonal", alpha=SteppedAlpha(every=2))
+def test_alpha_follows_its_schedule_and_a_resumed_head_goes_on_identically(rng, device, tmp_path):
+    head, x, target = problem(rng, device, "diagonal", alpha=SteppedAlpha(every=2))
     truth = Truth(head, x)
     for alpha in (0.1, 0.1, 0.2):
         head(x)  # without a target nothing is counted
         assert_within(head(x, target).detach(), truth.logits(target, alpha), truth.scale, 4)
     torch.save(head.state_dict(), tmp_path / "state")
-    resumed = GaussianMixtureHead(5, 7, covariance="diagonal", alpha=SteppedAlpha(every=2), dtype=torch.float64)
+    resumed = GaussianMixtureHead(5, 7, covariance="diagonal", alpha=SteppedAlpha(every=2), dtype=torch.float64).to(device)
     resumed.load_state_dict(torch.load(tmp_path / "state"))
     duplicate = copy.deepcopy(head)
     for alpha in (0.2, 0.3, 0.3):
@@ -230,8 +230,8 @@ def test_param_groups_double_the_learning_rate_of_the_means():
 
 @pytest.mark.parametrize("scaled", [False, True])
 @each_covariance
-def test_gradient(covariance, scaled, rng):
-    head, x, target = problem(rng, covariance, rows=6, classes=4, width=3, scale_by_dimension=scaled)
+def test_gradient(covariance, scaled, rng, device):
+    head, x, target = problem(rng, device, covariance, rows=6, classes=4, width=3, scale_by_dimension=scaled)
     target[2] = -100
     names = [name for name, _ in head.named_parameters()]
 
@@ -252,8 +252,8 @@ def test_gradient(covariance, scaled, rng):
 
 
 @pytest.mark.parametrize("log_variance", [-1e4, -100.0, 0.0, 100.0, 1e4])
-def test_variances_never_run_to_0(log_variance, rng):
-    head, x, target = problem(rng, "diagonal", torch.float32)
+def test_variances_never_run_to_0(log_variance, rng, device):
+    head, x, target = problem(rng, device, "diagonal", torch.float32)
     with torch.no_grad():
         head.log_variances.fill_(log_variance)
     loss = F.cross_entropy(head(x, target), target) + head.likelihood(x, target)
@@ -264,11 +264,11 @@ def test_variances_never_run_to_0(log_variance, rng):
 
 
 @each_covariance
-def test_gradients_are_finite_at_zero(covariance):
-    head = GaussianMixtureHead(5, 7, covariance=covariance)
+def test_gradients_are_finite_at_zero(covariance, device):
+    head = GaussianMixtureHead(5, 7, covariance=covariance).to(device)
     torch.nn.init.zeros_(head.means)
-    x = torch.zeros(3, 5, requires_grad=True)
-    (head(x, torch.arange(3)).sum() + head.likelihood(x, torch.arange(3))).backward()
+    x = torch.zeros(3, 5, requires_grad=True, device=device)
+    (head(x, torch.arange(3, device=device)).sum() + head.likelihood(x, torch.arange(3, device=device))).backward()
     assert not x.grad.any() and all(p.grad.isfinite().all() for p in head.parameters())
 
 
@@ -276,8 +276,8 @@ def test_gradients_are_finite_at_zero(covariance):
 
 
 @pytest.mark.parametrize("criterion", [torch.nn.CrossEntropyLoss(), LargeMarginCrossEntropyLoss(), MulticlassHingeLoss()])
-def test_every_loss_takes_its_logits(criterion, rng):
-    head, x, target = problem(rng, "diagonal", torch.float32)
+def test_every_loss_takes_its_logits(criterion, rng, device):
+    head, x, target = problem(rng, device, "diagonal", torch.float32)
     target[2] = -100
     (criterion(head(x, target), target) + head.likelihood(x, target)).backward()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in head.parameters())
@@ -285,18 +285,18 @@ def test_every_loss_takes_its_logits(criterion, rng):
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @each_covariance
-def test_autocast_changes_nothing(covariance, half, rng):
-    head, x, target = problem(rng, covariance, torch.float32)
+def test_autocast_changes_nothing(covariance, half, rng, device):
+    head, x, target = problem(rng, device, covariance, torch.float32)
     expected = head(x, target), head.likelihood(x, target)
-    with torch.autocast("cpu", dtype=half):
+    with torch.autocast(device.type, dtype=half):
         got = head(x, target), head.likelihood(x, target)
     assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True))
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @each_covariance
-def test_half_precision_is_computed_in_float32(covariance, half, rng):
-    head, x, target = problem(rng, covariance, half)
+def test_half_precision_is_computed_in_float32(covariance, half, rng, device):
+    head, x, target = problem(rng, device, covariance, half)
     got, truth = head(x, target), Truth(head, x)
     assert got.dtype == torch.float32
     assert_within(got.detach(), truth.logits(target, 0.1), truth.scale, 4)
@@ -307,9 +307,9 @@ def test_half_precision_is_computed_in_float32(covariance, half, rng):
 @compiles
 @pytest.mark.parametrize("alpha", [0.1, SteppedAlpha(every=1)])
 @each_covariance
-def test_compiled_code_computes_the_same(covariance, alpha, rng):
+def test_compiled_code_computes_the_same(covariance, alpha, rng, device):
     torch._dynamo.reset()
-    head, x, target = problem(rng, covariance, torch.float32, alpha=copy.deepcopy(alpha))
+    head, x, target = problem(rng, device, covariance, torch.float32, alpha=copy.deepcopy(alpha))
     twin = copy.deepcopy(head)
 
     def loss(head):
@@ -326,11 +326,11 @@ def test_compiled_code_computes_the_same(covariance, alpha, rng):
     assert not isinstance(alpha, SteppedAlpha) or head.alpha.step == 3
 
 
-def test_it_learns(rng):
+def test_it_learns(rng, device):
     torch.manual_seed(0)
-    target = torch.arange(4).repeat(16)
-    x = torch.randn(4, 8, generator=rng)[target] + 0.3 * torch.randn(64, 8, generator=rng)
-    head = GaussianMixtureHead(8, 4)
+    target = torch.arange(4, device=device).repeat(16)
+    x = torch.randn(4, 8, generator=rng).to(device)[target] + 0.3 * torch.randn(64, 8, generator=rng).to(device)
+    head = GaussianMixtureHead(8, 4).to(device)
     optimiser = torch.optim.SGD(head.param_groups(0.05), lr=0.05, momentum=0.9)
     for _ in range(100):
         optimiser.zero_grad()
@@ -367,10 +367,10 @@ def test_mistaken_inputs_name_the_argument():
         with pytest.raises(ValueError, match=r"target must be int64 class indices of shape \(3,\)"):
             call(torch.zeros(3, 5), torch.zeros(4, dtype=torch.int64))
         with pytest.raises(IndexError, match="holds 7"):
-            call(torch.zeros(3, 5), torch.tensor([0, 7, -100]))
+            call(torch.zeros(3, 5), torch.tensor([0, 7, -100]))  # on a GPU labels are not looked at
 
 
-def test_one_row_without_a_batch_takes_a_schedule(rng):
-    head = GaussianMixtureHead(6, 4, alpha=SteppedAlpha())
-    features = torch.randn(6, generator=rng)
-    assert head(features, torch.tensor(1)).dtype == head(features).dtype == torch.float32
+def test_one_row_without_a_batch_takes_a_schedule(rng, device):
+    head = GaussianMixtureHead(6, 4, alpha=SteppedAlpha()).to(device)
+    features = torch.randn(6, generator=rng).to(device)
+    assert head(features, torch.tensor(1, device=device)).dtype == head(features).dtype == torch.float32

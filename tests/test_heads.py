@@ -26,10 +26,10 @@ def test_the_classes_of_a_cosine_head_can_be_split(ranks):
 
 @each_head
 @pytest.mark.parametrize("loss", [large_margin_cross_entropy, multiclass_hinge, crammer_singer_hinge, hard_margin_softplus])
-def test_every_loss_takes_the_logits_of_every_head(make, loss, rng):
-    head = make()
-    features = torch.randn(2, 4, 6, generator=rng, dtype=torch.float64, requires_grad=True)
-    target = torch.tensor([[0, 1, 2, 3], [3, -100, 1, 0]])
+def test_every_loss_takes_the_logits_of_every_head(make, loss, rng, device):
+    head = make().to(device)
+    features = torch.randn(2, 4, 6, generator=rng, dtype=torch.float64).to(device).requires_grad_()
+    target = torch.tensor([[0, 1, 2, 3], [3, -100, 1, 0]], device=device)
     logits = head(features, target)
     value = loss(logits.movedim(-1, 1), target)
     value.backward()
@@ -38,10 +38,11 @@ def test_every_loss_takes_the_logits_of_every_head(make, loss, rng):
 
 
 @each_head
-def test_prediction_never_knows_the_label(make, rng):
-    head, features, target = make(), torch.randn(7, 6, generator=rng, dtype=torch.float64), torch.arange(7) % 4
+def test_prediction_never_knows_the_label(make, rng, device):
+    head, target = make().to(device), torch.arange(7, device=device) % 4
+    features = torch.randn(7, 6, generator=rng, dtype=torch.float64).to(device)
     assert torch.equal(head.eval()(features, target), head(features))
-    others = torch.ones(7, 4, dtype=torch.bool).scatter(1, target.unsqueeze(1), False)
+    others = torch.ones(7, 4, dtype=torch.bool, device=device).scatter(1, target.unsqueeze(1), False)
     assert torch.equal(head.train()(features, target)[others], head(features)[others])
 
 

@@ -6,6 +6,7 @@ import functools
 import importlib
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def batches(num_rows: int, batch_size: int, seed: int) -> DataLoader:
     return DataLoader(TensorDataset(centres[target] + torch.randn(num_rows, 8, generator=generator), target), batch_size)
 
 
-def trainer(folder, *callbacks, **options) -> "pl.Trainer":
+def trainer(folder, *callbacks, **options) -> Any:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     return pl.Trainer(
         accelerator="cpu", devices=1, default_root_dir=folder, callbacks=[*callbacks], **{"max_epochs": 2, **quiet, **options}
@@ -53,7 +54,8 @@ class Collect(pl.Callback):
     """Keeps the logits and targets of every batch, and their figures at the end of each epoch."""
 
     def __init__(self) -> None:
-        self.batches, self.epochs = {"train": [], "val": []}, []
+        self.batches: dict[str, list[Any]] = {"train": [], "val": []}
+        self.epochs: list[Any] = []
 
     def on_train_epoch_start(self, trainer, pl_module):
         self.batches["train"].clear()

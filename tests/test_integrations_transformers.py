@@ -82,7 +82,7 @@ def batch_of(num_rows: int) -> dict[str, torch.Tensor]:
 
 def assert_same_weights(model, other, **tolerance) -> None:
     for (name, weight), same in zip(model.named_parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(weight, same, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+        torch.testing.assert_close(weight, same, msg=(name + ": {}").format, **tolerance)
 
 
 def model_of(kind: str) -> tuple[torch.nn.Module, list[dict[str, torch.Tensor]], object]:

@@ -15,43 +15,46 @@ def loss_and_gradient(input: Tensor, target: Tensor, *args: Tensor | None, **opt
     return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
 
 
-def problem(rng: torch.Generator, rows: int = 8, classes: int = 10, scale: float = 3.0, dtype=torch.float32) -> tuple[Tensor, Tensor]:
-    input = torch.randn(rows, classes, generator=rng, dtype=torch.float64).to(dtype) * scale
-    return input, torch.randint(classes, (rows,), generator=rng)
+def problem(
+    rng: torch.Generator, device: torch.device, rows: int = 8, classes: int = 10, scale: float = 3.0, dtype=torch.float32
+) -> tuple[Tensor, Tensor]:
+    input = torch.randn(rows, classes, generator=rng, dtype=torch.float64).to(device, dtype) * scale
+    return input, torch.randint(classes, (rows,), generator=rng).to(device)
 
 
 # sharp cases 7 and 8
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"lam": 0.0, "hard_bias": 1.0}])
-def test_case_7_upstream_gradients_of_each_row(options, rng):
-    input, target = problem(rng, dtype=torch.float64)
+def test_case_7_upstream_gradients_of_each_row(options, rng, device):
+    input, target = problem(rng, device, dtype=torch.float64)
     input.requires_grad_()
     losses = large_margin_cross_entropy(input, target, reduction="none", **options)
     rows = torch.stack([torch.autograd.grad(losses[n], input, retain_graph=True)[0][n] for n in range(8)])
-    for upstream in (torch.randn(8, generator=rng, dtype=torch.float64), torch.zeros(8).double(), -torch.ones(8).double()):
+    drawn = torch.randn(8, generator=rng, dtype=torch.float64).to(device)
+    for upstream in (drawn, torch.zeros_like(drawn), -torch.ones_like(drawn)):
         (gradient,) = torch.autograd.grad(losses, input, upstream, retain_graph=True)
         assert_within(gradient, upstream[:, None] * rows, upstream.abs().max() + 1, 2)
 
 
-def test_case_8_scaled_and_expanded_upstream_gradients(rng):
-    input, target = problem(rng)
+def test_case_8_scaled_and_expanded_upstream_gradients(rng, device):
+    input, target = problem(rng, device)
     input.requires_grad_()
     losses = large_margin_cross_entropy(input, target, reduction="none")
     for factor in (0.5, 65536.0, -2.0):  # powers of two change no digit
-        (plain,) = torch.autograd.grad(losses, input, torch.ones(8), retain_graph=True)
-        (expanded,) = torch.autograd.grad(losses, input, torch.tensor(factor).expand(8), retain_graph=True)
+        (plain,) = torch.autograd.grad(losses, input, torch.ones(8, device=device), retain_graph=True)
+        (expanded,) = torch.autograd.grad(losses, input, torch.tensor(factor, device=device).expand(8), retain_graph=True)
         (scaled,) = torch.autograd.grad((losses * factor).sum(), input, retain_graph=True)
         assert same_bits(expanded, plain * factor) and same_bits(scaled, plain * factor)
 
 
 # sharp case 9
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
-def test_case_9_two_backward_passes_through_one_graph(kind, rng):
-    input, target = problem(rng)
+def test_case_9_two_backward_passes_through_one_graph(kind, rng, device):
+    input, target = problem(rng, device)
     if kind == "probabilities":
-        target = torch.rand(input.shape, generator=rng)
+        target = torch.rand(input.shape, generator=rng).to(device)
     leaf = input.clone().requires_grad_()
     losses = large_margin_cross_entropy(leaf, target, reduction="none", label_smoothing=0.1)
-    first_upstream, second_upstream = torch.randn(2, 8, generator=rng)
+    first_upstream, second_upstream = torch.randn(2, 8, generator=rng).to(device)
     (first,) = torch.autograd.grad(losses, leaf, first_upstream, retain_graph=True)
     kept = first.clone()
     (second,) = torch.autograd.grad(losses, leaf, second_upstream)
@@ -66,11 +69,11 @@ def test_case_9_two_backward_passes_through_one_graph(kind, rng):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
-def test_case_10_inputs_are_never_modified(kind, dtype, weighted, rng):
-    leaf = torch.randn(6, 5, generator=rng).to(dtype).requires_grad_()
+def test_case_10_inputs_are_never_modified(kind, dtype, weighted, rng, device):
+    leaf = torch.randn(6, 5, generator=rng).to(device, dtype).requires_grad_()
     logits = leaf * 1  # not a leaf: an in-place change would go unnoticed by autograd's own check
-    target = torch.tensor([0, 1, -100, 3, 4, 0]) if kind == "indices" else torch.rand(6, 5, generator=rng).to(dtype)
-    weight = torch.rand(5, generator=rng).to(dtype) if weighted else None
+    target = torch.tensor([0, 1, -100, 3, 4, 0], device=device) if kind == "indices" else torch.rand(6, 5, generator=rng).to(device, dtype)
+    weight = torch.rand(5, generator=rng).to(device, dtype) if weighted else None
     tensors = [tensor for tensor in (logits, target, weight) if tensor is not None]
     before = [(tensor.detach().clone(), tensor._version) for tensor in tensors]
     loss = large_margin_cross_entropy(logits, target, weight, label_smoothing=0.1)
@@ -80,8 +83,8 @@ def test_case_10_inputs_are_never_modified(kind, dtype, weighted, rng):
         assert torch.equal(tensor.detach(), copy) and tensor._version == version
 
 
-def test_case_10_changing_the_input_before_backward_is_noticed(rng):
-    input, target = problem(rng)
+def test_case_10_changing_the_input_before_backward_is_noticed(rng, device):
+    input, target = problem(rng, device)
     logits = input.requires_grad_() * 1
     loss = large_margin_cross_entropy(logits, target, reduction="none").sum()  # whose gradient is not yet computed
     logits.detach().add_(1)
@@ -101,10 +104,10 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
-def test_case_13_strided_logits(kind, layout, rng):
-    input, target = problem(rng)
+def test_case_13_strided_logits(kind, layout, rng, device):
+    input, target = problem(rng, device)
     if kind == "probabilities":
-        target = LAYOUTS[layout](torch.rand(input.shape, generator=rng))
+        target = LAYOUTS[layout](torch.rand(input.shape, generator=rng).to(device))
     strided = LAYOUTS[layout](input)
     assert strided.stride() != input.stride() or layout == "rows out of a larger batch"
     for got, expected in zip(loss_and_gradient(strided, target), loss_and_gradient(input, target.contiguous()), strict=True):
@@ -112,10 +115,10 @@ def test_case_13_strided_logits(kind, layout, rng):
 
 
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
-def test_case_13_expanded_logits(kind, rng):
-    row, target = torch.randn(1, 10, generator=rng), torch.randint(10, (8,), generator=rng)
+def test_case_13_expanded_logits(kind, rng, device):
+    row, target = torch.randn(1, 10, generator=rng).to(device), torch.randint(10, (8,), generator=rng).to(device)
     if kind == "probabilities":
-        target = torch.rand(1, 10, generator=rng).expand(8, 10)
+        target = torch.rand(1, 10, generator=rng).to(device).expand(8, 10)
     leaf = row.clone().requires_grad_()
     loss = large_margin_cross_entropy(leaf.expand(8, 10), target)
     expected, expected_gradient = loss_and_gradient(row.repeat(8, 1), target.clone())
@@ -124,9 +127,10 @@ def test_case_13_expanded_logits(kind, rng):
 
 
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
-def test_case_13_channels_last(kind, rng):
-    input = torch.randn(2, 5, 3, 4, generator=rng)
+def test_case_13_channels_last(kind, rng, device):
+    input = torch.randn(2, 5, 3, 4, generator=rng).to(device)
     target = torch.randint(5, (2, 3, 4), generator=rng) if kind == "indices" else torch.rand(2, 5, 3, 4, generator=rng)
+    target = target.to(device)
     last = input.to(memory_format=torch.channels_last)
     assert not last.is_contiguous()
     for got, expected in zip(loss_and_gradient(last, target), loss_and_gradient(input, target), strict=True):
@@ -134,8 +138,8 @@ def test_case_13_channels_last(kind, rng):
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
-def test_case_13_strided_and_narrow_targets(dtype, rng):
-    input, target = problem(rng)
+def test_case_13_strided_and_narrow_targets(dtype, rng, device):
+    input, target = problem(rng, device)
     loss = large_margin_cross_entropy(input, target)
     narrow = target.to(dtype)
     for strided in (torch.stack([narrow, narrow], 1)[:, 0], torch.cat([narrow, narrow])[3:11].roll(3), narrow[:1].expand(8)):
@@ -145,17 +149,18 @@ def test_case_13_strided_and_narrow_targets(dtype, rng):
 
 
 @pytest.mark.parametrize("void", [255, 3])
-def test_case_13_uint8_targets_with_a_void_label(void, rng):
-    input = torch.randn(2, 5, 3, 4, generator=rng)
-    target = torch.randint(5, (2, 3, 4), generator=rng)
+def test_case_13_uint8_targets_with_a_void_label(void, rng, device):
+    input = torch.randn(2, 5, 3, 4, generator=rng).to(device)
+    target = torch.randint(5, (2, 3, 4), generator=rng).to(device)
     target[0, 0] = void
     expected = large_margin_cross_entropy(input, target, ignore_index=void)
     assert same_bits(large_margin_cross_entropy(input, target.to(torch.uint8), ignore_index=void), expected)
 
 
 @pytest.mark.parametrize("weight", [None, torch.arange(200.0)], ids=["alone", "weighted"])
-def test_case_13_uint8_targets_count_as_often(weight):
-    target = torch.tensor([3, 156, 7, 199])  # in uint8 156 is -100
+def test_case_13_uint8_targets_count_as_often(weight, device):
+    target = torch.tensor([3, 156, 7, 199], device=device)  # in uint8 156 is -100
+    weight = None if weight is None else weight.to(device)
     assert same_bits(row_weights(target.to(torch.uint8), weight, -100), row_weights(target, weight, -100))
 
 
@@ -164,13 +169,13 @@ def test_case_13_uint8_targets_count_as_often(weight):
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 @pytest.mark.parametrize("positions", [(4,), (2, 3), (2, 1, 2)])
-def test_case_14_k_dimensions_equal_the_flattened_rows(positions, kind, reduction, weighted, rng):
-    input = torch.randn(3, 5, *positions, generator=rng)
+def test_case_14_k_dimensions_equal_the_flattened_rows(positions, kind, reduction, weighted, rng, device):
+    input = torch.randn(3, 5, *positions, generator=rng).to(device)
     shape = (3, *positions) if kind == "indices" else input.shape
-    target = torch.randint(5, shape, generator=rng) if kind == "indices" else torch.rand(shape, generator=rng)
+    target = torch.randint(5, shape, generator=rng).to(device) if kind == "indices" else torch.rand(shape, generator=rng).to(device)
     if kind == "indices":
         target[0, 0] = -100
-    weight = torch.rand(5, generator=rng) if weighted else None
+    weight = torch.rand(5, generator=rng).to(device) if weighted else None
     loss, gradient = loss_and_gradient(input, target, weight, reduction=reduction, label_smoothing=0.1)
 
     def rows(x: Tensor) -> Tensor:
@@ -184,9 +189,9 @@ def test_case_14_k_dimensions_equal_the_flattened_rows(positions, kind, reductio
 
 
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
-def test_case_14_one_row_without_a_batch_dimension(kind, rng):
-    input = torch.randn(5, generator=rng)
-    target = torch.tensor(3) if kind == "indices" else torch.rand(5, generator=rng)
+def test_case_14_one_row_without_a_batch_dimension(kind, rng, device):
+    input = torch.randn(5, generator=rng).to(device)
+    target = torch.tensor(3, device=device) if kind == "indices" else torch.rand(5, generator=rng).to(device)
     for reduction in ("none", "sum", "mean"):
         loss, gradient = loss_and_gradient(input, target, reduction=reduction)
         batch, batch_gradient = loss_and_gradient(input[None], target[None], reduction=reduction)
@@ -196,15 +201,15 @@ def test_case_14_one_row_without_a_batch_dimension(kind, rng):
 
 # sharp case 24
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
-def test_case_24_a_row_does_not_depend_on_its_batch(kind, rng):
-    input, target = problem(rng, rows=64, classes=37)
+def test_case_24_a_row_does_not_depend_on_its_batch(kind, rng, device):
+    input, target = problem(rng, device, rows=64, classes=37)
     if kind == "probabilities":
-        target = torch.rand(input.shape, generator=rng)
+        target = torch.rand(input.shape, generator=rng).to(device)
     options = {"reduction": "none", "label_smoothing": 0.1}
     loss, gradient = loss_and_gradient(input, target, **options)
     again, gradient_again = loss_and_gradient(input, target, **options)
     assert same_bits(loss, again) and same_bits(gradient, gradient_again)
-    order = torch.randperm(64, generator=rng)
+    order = torch.randperm(64, generator=rng).to(device)
     permuted, permuted_gradient = loss_and_gradient(input[order], target[order], **options)
     assert same_bits(permuted, loss[order]) and same_bits(permuted_gradient, gradient[order])
     for part in (slice(0, 1), slice(5, 12), slice(63, 64)):
@@ -214,10 +219,10 @@ def test_case_24_a_row_does_not_depend_on_its_batch(kind, rng):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_case_25_micro_batches_with_one_normaliser_equal_the_whole_batch(weighted, rng):
-    input, target = problem(rng, rows=12, dtype=torch.float64)
+def test_case_25_micro_batches_with_one_normaliser_equal_the_whole_batch(weighted, rng, device):
+    input, target = problem(rng, device, rows=12, dtype=torch.float64)
     target[[1, 5, 6]] = -100
-    weight = torch.rand(10, generator=rng, dtype=torch.float64) + 0.5 if weighted else None
+    weight = torch.rand(10, generator=rng, dtype=torch.float64).to(device) + 0.5 if weighted else None
     kept = target[target >= 0]
     normaliser = len(kept) if weight is None else weight[kept].sum()
     expected, expected_gradient = loss_and_gradient(input, target, weight, label_smoothing=0.1)

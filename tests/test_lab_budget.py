@@ -38,7 +38,8 @@ def planned(minutes, jobs=1, start=0.0, of_a_pass=6.0, recipes=RECIPES):
 
 def simulated(plan, clock, jobs=1, seconds_an_epoch=6.0):
     """The runs that the plan gives out to ``jobs`` places, where each takes so long; in order."""
-    started, running = [], []  # (end, epochs done, recipe)
+    started: list[Recipe] = []
+    running: list[tuple[float, int, Recipe]] = []  # the end of an epoch, the epochs done by then
     while plan.unfinished:
         while len(running) < jobs and (recipe := plan.take()) is not None:
             started.append(recipe)

@@ -106,6 +106,7 @@ def test_the_test_labels_have_no_part_in_the_choice(finished, tmp_path, monkeypa
     from largemargin.lab.train import train
 
     digits = data.load("digits", "", 32)
+    assert isinstance(digits, data.ImageSet)
     other = dataclasses.replace(digits, test_labels=digits.test_labels.roll(7), test_images=torch.zeros_like(digits.test_images))
     validating, _ = compare.finished_records(compare.reopen(finished), finished)
     again = []

@@ -95,6 +95,7 @@ def test_cifar_is_read_from_the_standard_batches(cifar_files, name):
     root, sets = cifar_files
     folder, train_list = sets[name]
     images = data.load(name, str(root), 32)
+    assert isinstance(images, data.ImageSet)
     assert images.train_images.shape == (6 * len(train_list), 3, 32, 32) and images.test_images.shape == (4, 3, 32, 32)
     first = pickle.loads((folder / train_list[0][0]).read_bytes())
     assert np.array_equal(images.train_images[0].numpy().ravel(), first["data"][0])

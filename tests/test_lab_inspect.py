@@ -135,9 +135,9 @@ def test_top_is_how_many_rows_are_listed(tmp_path, capsys):
 
 @pytest.mark.parametrize("width", [40, 60, 140])
 def test_no_figure_is_lost_on_a_narrow_terminal(width, tmp_path):
-    console = Console(width=width, file=io.StringIO())
-    inspect_module.inspect(write_npz(tmp_path / "a.npz", *rows()), 3, False, console)
-    assert "…" not in console.file.getvalue()
+    output = io.StringIO()
+    inspect_module.inspect(write_npz(tmp_path / "a.npz", *rows()), 3, False, Console(width=width, file=output))
+    assert "…" not in output.getvalue()
 
 
 def test_a_csv_may_have_quotes_a_byte_order_mark_and_spaces(tmp_path, capsys):

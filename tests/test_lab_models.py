@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -296,6 +297,7 @@ def test_weights_of_the_plain_model(tmp_path, name):
 )
 def test_accepted_forms(tmp_path, wrap):
     saved = state(seeded("small"))
+    form: dict[str, Any]
     if wrap.endswith("."):
         form = OrderedDict((wrap + key, tensor) for key, tensor in saved.items())
     elif wrap == "counters":

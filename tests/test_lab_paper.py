@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -246,7 +247,7 @@ def test_what_the_port_leaves_open_is_said_with_each_of_its_numbers():
 
 
 def test_the_port_has_one_number_for_one_recipe():
-    numbers = {}
+    numbers: dict[Any, Any] = {}
     for table in TABLES:
         for cell in cells(table):
             if cell.paper is not None or table == "port":

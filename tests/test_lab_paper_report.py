@@ -11,8 +11,6 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from rich.console import Console
 from scipy import stats
@@ -21,6 +19,7 @@ from largemargin.lab import paper, paper_figures, paper_lines, paper_report
 from largemargin.lab.paper_figures import movement
 from largemargin.lab.paper_lines import Line, lines_of
 from largemargin.lab.paper_report import write
+from properties import given, st
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FULL, REDUCED = paper.SCALES["full"], paper.SCALES["reduced"]
@@ -93,9 +92,10 @@ def line_of(entries, row, scale=REDUCED) -> Line:
 @pytest.fixture(scope="module")
 def out(reduced, tmp_path_factory):
     folder = tmp_path_factory.mktemp("paper")
-    console = Console(width=200, file=io.StringIO())
+    output = io.StringIO()
+    console = Console(width=200, file=output)
     write(folder, [*reduced, *entries_of(cells("table3b"), REDUCED, TABLE_2)], REDUCED, "largemargin reproduce table2", console)
-    (folder / "console.txt").write_text(console.file.getvalue())
+    (folder / "console.txt").write_text(output.getvalue())
     return folder
 
 
@@ -182,9 +182,9 @@ def test_a_partial_cell_says_how_much_there_is_of_it(reduced):
 def test_a_report_of_one_seed_claims_no_spread(num_seeds, tmp_path):
     errors = {row: (29.9, 28.1)[:num_seeds] for row in ("softmax", "LSR λ=0.1")} | {"ours λ=0.3": (27.7, 27.0)[:num_seeds]}
     entries = entries_of([cell for cell in paper.cells("table2") if cell.row in errors], FULL, errors)
-    console = Console(width=200, file=io.StringIO())
-    write(tmp_path, entries, FULL, "largemargin reproduce table2", console)
-    for text in ((tmp_path / "report.md").read_text(), console.file.getvalue()):
+    printed = io.StringIO()
+    write(tmp_path, entries, FULL, "largemargin reproduce table2", Console(width=200, file=printed))
+    for text in ((tmp_path / "report.md").read_text(), printed.getvalue()):
         assert ("no standard deviation and no interval" in text) == (num_seeds == 1)
         assert ("-2.20 (one seed)" in text) == (num_seeds == 1)
     pictures = (tmp_path / "report.md").read_text()

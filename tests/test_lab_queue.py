@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import pytest
 
@@ -183,7 +184,9 @@ def test_a_lock_is_of_one_holder_and_leaves_nothing(tmp_path):
 
 
 def test_many_threads_never_hold_a_lock_together(tmp_path):
-    inside, together, taken = [], [], []
+    inside: list[Any] = []
+    together: list[Any] = []
+    taken: list[Any] = []
 
     def work():
         while len(taken) < 300:
@@ -233,8 +236,9 @@ def test_an_unknown_executor_is_refused(tmp_path):
 
 
 def test_a_job_is_frozen(tmp_path):
+    job: Any = Job(tmp_path, "a:b")
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Job(tmp_path, "a:b").work = "c:d"
+        job.work = "c:d"
 
 
 def test_without_ray_the_install_line_is_printed(tmp_path, monkeypatch):

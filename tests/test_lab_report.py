@@ -9,6 +9,8 @@ import pytest
 
 from largemargin.lab import cli
 
+pytest.importorskip("jsonargparse", reason="needs jsonargparse, which is not installed, for the command line")
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from functools import partial
 
 import pytest
 import torch
@@ -31,7 +32,8 @@ def images(monkeypatch):
     def part(n):
         return torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=rng), torch.arange(n) % 4
 
-    images = ImageSet(*part(16), *part(8), tuple("abcd"))
+    (train_images, train_labels), (test_images, test_labels) = part(16), part(8)
+    images = ImageSet(train_images, train_labels, test_images, test_labels, tuple("abcd"))
     monkeypatch.setattr(reproduce.data, "load", lambda *_, **__: images)
     return images
 
@@ -41,11 +43,14 @@ def done(monkeypatch, images):
     """Runs are done in this process; the list of those that were."""
     trained = []
 
+    def heard(on_epoch, recipe, row):
+        on_epoch(recipe, row["epoch"])
+
     def run_all(recipes, runs, jobs, on_epoch, executor="local", **_):
         for recipe in recipes:
             if queue.result_of(recipe, runs) is None:
                 trained.append(recipe)
-                train(recipe, images, runs / recipe.id, lambda row, recipe=recipe: on_epoch(recipe, row["epoch"]))
+                train(recipe, images, runs / recipe.id, partial(heard, on_epoch, recipe))
         return [queue.result_of(recipe, runs) for recipe in recipes]
 
     monkeypatch.setattr(progress, "run_all", run_all)
@@ -87,8 +92,13 @@ def test_every_target_has_a_dry_run(target, capsys, instant):
 
 
 def test_a_dry_run_measures_the_network_of_the_recipe(capsys, monkeypatch):
-    asked = []
-    monkeypatch.setattr(reproduce, "build", lambda recipe, *sizes, build=reproduce.build: asked.append(recipe) or build(recipe, *sizes))
+    asked, original = [], reproduce.build
+
+    def build(recipe, *sizes):
+        asked.append(recipe)
+        return original(recipe, *sizes)
+
+    monkeypatch.setattr(reproduce, "build", build)
     monkeypatch.setattr(reproduce, "PROBE_SECONDS", 0.01)
     threads = torch.get_num_threads()
     assert cli.main(["reproduce", "table2", "--cells", "table2/ours-0.3", "--scale", "reduced", "--dry-run"]) == 0

@@ -10,6 +10,8 @@ from largemargin.lab.files import UNFINISHED
 from largemargin.lab.recipe import LOSSES, OF_SOME_LOSSES, has_setting
 from largemargin.lab.stopping import Stopped
 
+pytest.importorskip("jsonargparse", reason="needs jsonargparse, which is not installed, for the command line")
+
 SHORT = ["train", "--data", "digits", "--epochs", "2", "--train-fraction", "0.2"]
 
 

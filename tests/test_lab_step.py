@@ -149,7 +149,8 @@ class Replayed:
     """Stands in for a CUDA graph without a GPU: a replay runs the function that was recorded."""
 
     def __init__(self, error: str = "") -> None:
-        self.error, self.calls = error, []
+        self.error = error
+        self.calls: list[str] = []
 
     def warm_up(self, function):
         self.calls.append("warm up")
@@ -318,7 +319,8 @@ def deterministic():
 @pytest.mark.parametrize("loss", ["softmax", "large_margin", "noisy_softmax"])
 def test_graph_and_eager_agree_over_50_steps(loss, network, tmp_path):
     one = recipe(loss, network=network, device="cuda", epochs=10, batch_size=32, **({"width": 0.25} if network == "layer13" else {}))
-    states, messages = [], []
+    states: list[dict[str, Tensor]] = []
+    messages: list[str] = []
     for graph in (True, False):
         accelerator = train.start(one)
         with deterministic():

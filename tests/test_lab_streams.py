@@ -257,7 +257,7 @@ def test_the_held_out_files_are_shared_in_order(folder, world):
     parts = [list(streamed(folder, rank, world).held_out()) for rank in range(world)]
     targets = torch.cat([target for part in parts for _, target in part])
     images = torch.cat([images for part in parts for images, _ in part])
-    assert torch.equal(targets, files.test_labels)
+    assert isinstance(files, data.FileSet) and torch.equal(targets, files.test_labels)
     transforms = import_torchvision().transforms
     old = transforms.Compose(
         [transforms.Resize(18), transforms.CenterCrop(16), transforms.ToTensor(), transforms.Normalize(streams.MEAN, streams.STD)]
@@ -309,7 +309,7 @@ def test_streamed_sets_are_train_and_val(tmp_path, name, classes):
             Image.new("RGB", (9, 9)).save(tmp_path / name / part / label / "0.jpg")
     files = data.load(name, str(tmp_path), 224)
     assert files.classes == classes and files.train_labels.tolist() == files.test_labels.tolist() == [0, 1]
-    assert files.train_files == tuple(f"train/{label}/0.jpg" for label in classes)
+    assert isinstance(files, data.FileSet) and files.train_files == tuple(f"train/{label}/0.jpg" for label in classes)
 
 
 def test_sizes_other_than_224_keep_the_proportion(folder):

@@ -332,7 +332,7 @@ def test_options_of_the_machine_train_as_well(changes, tmp_path):
     assert other["test"]["error"] < 40 and plain["test"]["error"] < 40
 
 
-GRAPHS = []  # what the backend "counting" was asked to compile
+GRAPHS: list[object] = []  # what the backend "counting" was asked to compile
 
 
 @torch._dynamo.register_backend(name="counting")

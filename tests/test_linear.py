@@ -1,10 +1,13 @@
 """Linear layer and loss in one: equal to the loss of the logits, whatever the chunks, and without ever holding them."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from devices import CPU, device_of
 from largemargin import LinearLargeMarginCrossEntropyLoss, large_margin_cross_entropy, layer, linear_large_margin_cross_entropy
 from largemargin import fused as kernels
 from measure import assert_within, compiles, peak_bytes, same_bits
@@ -17,16 +20,17 @@ SHAPES = ((7, 5, 13), (5, 9, 40), (33, 3, 50), (1, 4, 2), (6, 2, 1))  # rows, wi
 @pytest.fixture(params=TILES)
 def tile(request, monkeypatch) -> int:
     monkeypatch.setattr(layer, "TILE", request.param)
+    monkeypatch.setattr(layer, "TILE_OF_GPU", request.param)
     return request.param
 
 
 class Problem:
-    def __init__(self, shape: tuple[int, int, int], rng: torch.Generator, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(self, shape: tuple[int, int, int], rng: torch.Generator, device: torch.device, dtype: torch.dtype = torch.float64) -> None:
         rows, width, classes = shape
-        self.input = torch.randn(rows, width, generator=rng).to(dtype)
-        self.linear_weight = torch.randn(classes, width, generator=rng).to(dtype)
-        self.linear_bias = torch.randn(classes, generator=rng).to(dtype)
-        self.target = torch.randint(classes, (rows,), generator=rng)
+        self.input = torch.randn(rows, width, generator=rng).to(device, dtype)
+        self.linear_weight = torch.randn(classes, width, generator=rng).to(device, dtype)
+        self.linear_bias = torch.randn(classes, generator=rng).to(device, dtype)
+        self.target = torch.randint(classes, (rows,), generator=rng).to(device)
         if rows > 3:
             self.target[1] = -100
 
@@ -34,19 +38,19 @@ class Problem:
         return [tensor.detach().clone().requires_grad_() for tensor in (self.input, self.linear_weight, self.linear_bias)]
 
 
-def fused(leaves: list[Tensor], target: Tensor, **options: object) -> Tensor:
+def fused(leaves: list[Tensor], target: Tensor, **options: Any) -> Tensor:
     return linear_large_margin_cross_entropy(leaves[0], leaves[1], target, linear_bias=leaves[2], **options)
 
 
-def plain(leaves: list[Tensor], target: Tensor, **options: object) -> Tensor:
+def plain(leaves: list[Tensor], target: Tensor, **options: Any) -> Tensor:
     return large_margin_cross_entropy(F.linear(*leaves), target, **options, backend="reference")
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_linear_and_loss(shape, reduction, tile, rng):
-    problem = Problem(shape, rng)
-    weight = torch.rand(shape[2], generator=rng, dtype=torch.float64)
+def test_equals_linear_and_loss(shape, reduction, tile, rng, device):
+    problem = Problem(shape, rng, device)
+    weight = torch.rand(shape[2], generator=rng, dtype=torch.float64).to(device)
     for options in (
         {},
         {"weight": weight, "label_smoothing": 0.1, "hard_bias": 1.0},
@@ -57,6 +61,7 @@ def test_equals_linear_and_loss(shape, reduction, tile, rng):
             leaves = problem.leaves()
             loss = function(leaves, problem.target, reduction=reduction, **options)
             upstream = torch.randn(loss.shape, generator=torch.Generator().manual_seed(1), dtype=loss.dtype)  # zero, negative, any
+            upstream = upstream.to(device)
             results.append([loss.detach(), *torch.autograd.grad(loss, leaves, upstream)])
         for got, expected in zip(*results, strict=True):
             assert got.dtype == expected.dtype
@@ -65,8 +70,8 @@ def test_equals_linear_and_loss(shape, reduction, tile, rng):
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
-def test_float32_by_the_kernels_is_within_roundings_of_float64(shape, reduction, tile, rng):
-    problem = Problem(shape, rng, torch.float32)
+def test_float32_by_the_kernels_is_within_roundings_of_float64(shape, reduction, tile, rng, device):
+    problem = Problem(shape, rng, device, torch.float32)
     got, exact = problem.leaves(), [leaf.detach().double().requires_grad_() for leaf in problem.leaves()]
     loss, truth = fused(got, problem.target, reduction=reduction), plain(exact, problem.target, reduction=reduction)
     assert loss.dtype == torch.float32
@@ -79,7 +84,8 @@ def test_float32_by_the_kernels_is_within_roundings_of_float64(shape, reduction,
     "dtypes", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float16)], ids=str
 )
 def test_half_precision_is_multiplied_and_accumulated_in_float32(dtypes, tile, rng):
-    problem = Problem((33, 3, 50), rng, torch.float32)
+    # on the CPU: a GPU multiplies in half precision, which has tests of its own below
+    problem = Problem((33, 3, 50), rng, CPU, torch.float32)
     input, linear_weight = problem.input.to(dtypes[0]).requires_grad_(), problem.linear_weight.to(dtypes[1]).requires_grad_()
     exact = [input.detach().double().requires_grad_(), linear_weight.detach().double().requires_grad_()]
     loss = linear_large_margin_cross_entropy(input, linear_weight, problem.target)
@@ -96,11 +102,11 @@ def test_half_precision_is_multiplied_and_accumulated_in_float32(dtypes, tile, r
         assert ((got.double() - expected).abs() <= allowed).all()
 
 
-def test_autocast_changes_nothing(tile, rng):
-    problem = Problem((33, 3, 50), rng, torch.float32)
+def test_autocast_changes_nothing(tile, rng, device):
+    problem = Problem((33, 3, 50), rng, device, torch.float32)
     features = problem.input.bfloat16()
     expected = linear_large_margin_cross_entropy(features, problem.linear_weight, problem.target)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         assert same_bits(linear_large_margin_cross_entropy(features, problem.linear_weight, problem.target), expected)
 
 
@@ -108,8 +114,8 @@ def test_autocast_changes_nothing(tile, rng):
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_case_9_every_pass_is_the_gradient_of_its_own_upstream(reduction, tile, rng):
-    problem = Problem((7, 9, 40), rng)
+def test_case_9_every_pass_is_the_gradient_of_its_own_upstream(reduction, tile, rng, device):
+    problem = Problem((7, 9, 40), rng, device)
     leaves = problem.leaves()
     loss = fused(leaves, problem.target, reduction=reduction).sum()
     held = [(factor, torch.autograd.grad(loss * factor, leaves, retain_graph=True)) for factor in (1.0, 3.0, 2.0, 0.0)]
@@ -120,7 +126,8 @@ def test_case_9_every_pass_is_the_gradient_of_its_own_upstream(reduction, tile, 
 
 
 def test_ignored_rows_leak_nothing(tile, rng):
-    problem = Problem((7, 5, 13), rng, torch.float32)
+    # on the CPU: on a GPU it would cost a wait to see whether the upstream gradient is finite
+    problem = Problem((7, 5, 13), rng, CPU, torch.float32)
     problem.input[1] = torch.nan
     for upstream in (1.0, float("inf"), float("nan")):
         leaves = problem.leaves()
@@ -129,8 +136,8 @@ def test_ignored_rows_leak_nothing(tile, rng):
         assert loss.isfinite() and (gradient[1] == 0).all()
 
 
-def test_gradient_accumulation_adds_up(tile, rng):
-    problem = Problem((12, 5, 30), rng)
+def test_gradient_accumulation_adds_up(tile, rng, device):
+    problem = Problem((12, 5, 30), rng, device)
     leaves = problem.leaves()
     for part in (slice(0, 5), slice(5, 12)):
         loss = linear_large_margin_cross_entropy(leaves[0][part], leaves[1], problem.target[part], linear_bias=leaves[2], reduction="sum")
@@ -140,19 +147,19 @@ def test_gradient_accumulation_adds_up(tile, rng):
         assert_within(leaf.grad, gradient, 16.0, 2)
 
 
-def test_case_22_higher_derivatives_and_batched_gradients(tile, rng):
-    problem = Problem((4, 3, 6), rng)
+def test_case_22_higher_derivatives_and_batched_gradients(tile, rng, device):
+    problem = Problem((4, 3, 6), rng, device)
     leaves = problem.leaves()
     assert torch.autograd.gradgradcheck(lambda *p: fused(list(p), problem.target), leaves)
     loss = fused(leaves, problem.target, reduction="none")
-    (batched,) = torch.autograd.grad(loss, leaves[1], torch.eye(4, dtype=torch.float64), is_grads_batched=True)
+    (batched,) = torch.autograd.grad(loss, leaves[1], torch.eye(4, dtype=torch.float64, device=device), is_grads_batched=True)
     assert_within(
         batched, torch.func.jacrev(lambda w: fused([leaves[0], w, leaves[2]], problem.target, reduction="none"))(leaves[1]), 8.0, 2
     )
 
 
-def test_hooks_run_once(tile, rng):
-    problem = Problem((7, 5, 13), rng)
+def test_hooks_run_once(tile, rng, device):
+    problem = Problem((7, 5, 13), rng, device)
     for create_graph in (False, True):
         leaves = problem.leaves()
         features = leaves[0] * 1
@@ -166,27 +173,27 @@ def test_hooks_run_once(tile, rng):
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5), (2, 2, 2, 5), (5,)], ids=str)
-def test_leading_dimensions_are_those_of_the_target(shape, tile, rng):
-    input, linear_weight = torch.randn(shape, generator=rng), torch.randn(9, 5, generator=rng)
-    target = torch.randint(9, shape[:-1], generator=rng)
+def test_leading_dimensions_are_those_of_the_target(shape, tile, rng, device):
+    input, linear_weight = torch.randn(shape, generator=rng).to(device), torch.randn(9, 5, generator=rng).to(device)
+    target = torch.randint(9, shape[:-1], generator=rng).to(device)
     losses = linear_large_margin_cross_entropy(input, linear_weight, target, reduction="none")
     flat = large_margin_cross_entropy((input @ linear_weight.t()).reshape(-1, 9), target.reshape(-1), reduction="none")
     assert losses.shape == target.shape
     assert_within(losses.flatten(), flat.double(), 16.0, 2)
 
 
-def test_inputs_that_are_not_contiguous(tile, rng):
-    wide, classifier = torch.randn(5, 14, generator=rng), torch.randn(7, 30, generator=rng)
-    target = torch.randint(30, (7,), generator=rng)
+def test_inputs_that_are_not_contiguous(tile, rng, device):
+    wide, classifier = torch.randn(5, 14, generator=rng).to(device), torch.randn(7, 30, generator=rng).to(device)
+    target = torch.randint(30, (7,), generator=rng).to(device)
     leaves = [wide.t()[::2].requires_grad_(), classifier.t()[:, :5].requires_grad_()]
-    got = linear_large_margin_cross_entropy(*leaves, target)
+    got = linear_large_margin_cross_entropy(leaves[0], leaves[1], target)
     expected = large_margin_cross_entropy(leaves[0] @ leaves[1].t(), target)
     for a, b in zip((got, *torch.autograd.grad(got, leaves)), (expected, *torch.autograd.grad(expected, leaves)), strict=True):
         assert_within(a.detach(), b.detach().double(), 16.0, 2)
 
 
-def test_a_padded_vocabulary(tile, rng):
-    problem = Problem((7, 5, 13), rng)
+def test_a_padded_vocabulary(tile, rng, device):
+    problem = Problem((7, 5, 13), rng, device)
     leaves = problem.leaves()
     loss = fused(leaves, problem.target % 10, num_classes=10)
     short = [leaves[0], leaves[1][:10], leaves[2][:10]]
@@ -197,8 +204,8 @@ def test_a_padded_vocabulary(tile, rng):
         assert_within(got, expected, 8.0, 2)
 
 
-def test_a_class_with_a_bias_of_minus_infinity_is_not_in_the_row(tile, rng):
-    problem = Problem((7, 5, 13), rng)
+def test_a_class_with_a_bias_of_minus_infinity_is_not_in_the_row(tile, rng, device):
+    problem = Problem((7, 5, 13), rng, device)
     problem.linear_bias[12] = -torch.inf
     target = problem.target % 12
     leaves = problem.leaves()
@@ -210,14 +217,14 @@ def test_a_class_with_a_bias_of_minus_infinity_is_not_in_the_row(tile, rng):
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("rows", [0, 4])
-def test_no_rows_or_all_ignored(rows, reduction, tile):
-    leaves = [torch.ones(rows, 3, requires_grad=True), torch.ones(5, 3, requires_grad=True), torch.ones(5, requires_grad=True)]
-    loss = fused(leaves, torch.full((rows,), -100), reduction=reduction)
+def test_no_rows_or_all_ignored(rows, reduction, tile, device):
+    leaves = [torch.ones(shape, requires_grad=True, device=device) for shape in ((rows, 3), (5, 3), (5,))]
+    loss = fused(leaves, torch.full((rows,), -100, device=device), reduction=reduction)
     assert loss.isnan().all() if reduction == "mean" else (loss == 0).all()
     assert all((gradient == 0).all() for gradient in torch.autograd.grad(loss.sum(), leaves))
 
 
-# what is frozen costs nothing: sharp case 23
+# what is frozen costs nothing: sharp case 23; on the CPU, as the products of a GPU take a workspace besides
 
 
 @pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True), (False, False)], ids=str)
@@ -253,7 +260,7 @@ def test_few_rows_of_many_classes_need_no_tile(monkeypatch, rng):
     assert peak_bytes(step) < linear_weight.nbytes + 100_000
 
 
-# errors
+# errors; on the CPU, as labels on a GPU are not looked at
 
 
 def test_errors_name_the_argument(rng):
@@ -286,10 +293,11 @@ def test_errors_name_the_argument(rng):
 # the module, and compiled code
 
 
-def test_the_module_is_the_function_and_trains(rng):
+def test_the_module_is_the_function_and_trains(rng, device):
     torch.manual_seed(0)
     criterion = LinearLargeMarginCrossEntropyLoss(6, 11, weight=torch.rand(11), lam=0.5, label_smoothing=0.1, reduction="sum")
-    features, target = torch.randn(8, 6, generator=rng), torch.randint(11, (8,), generator=rng)
+    criterion.to(device)
+    features, target = torch.randn(8, 6, generator=rng).to(device), torch.randint(11, (8,), generator=rng).to(device)
     expected = large_margin_cross_entropy(
         criterion.linear(features), target, criterion.weight, lam=0.5, label_smoothing=0.1, reduction="sum"
     )
@@ -307,9 +315,9 @@ def test_the_module_is_the_function_and_trains(rng):
 
 @compiles
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
-def test_compiled_code_computes_the_same(rng):
+def test_compiled_code_computes_the_same(rng, device):
     torch._dynamo.reset()
-    problem = Problem((7, 5, 13), rng, torch.float32)
+    problem = Problem((7, 5, 13), rng, device, torch.float32)
     leaves = problem.leaves()
     compiled = torch.compile(lambda *p: fused(list(p), problem.target), backend="aot_eager", fullgraph=True)
     got, expected = compiled(*leaves), fused(leaves, problem.target)
@@ -327,12 +335,12 @@ def half_products(monkeypatch):
     monkeypatch.setattr(kernels, "applies", lambda *_: False)
 
 
-def assert_half_products(dtype, backend, reduction, rng, device="cpu") -> None:
-    problem = Problem((33, 3, 50), rng, torch.float32)
+def assert_half_products(dtype, backend, reduction, rng, device) -> None:
+    problem = Problem((33, 3, 50), rng, CPU, torch.float32)
     problem.linear_bias[7] = -torch.inf
     problem.target[problem.target == 7] = 8
     leaves = [leaf.detach().to(device, dtype).requires_grad_() for leaf in problem.leaves()]
-    exact = [leaf.detach().cpu().double().requires_grad_() for leaf in leaves]
+    exact = [leaf.detach().cpu().double().requires_grad_() for leaf in leaves]  # and the truth, on the CPU
     weight = torch.rand(50, generator=rng)
     for options in ({}, {"weight": weight, "label_smoothing": 0.1}, {"divergence": "kl_uq", "lam": 2.0}):
         on_device = {name: value.to(device) if torch.is_tensor(value) else value for name, value in options.items()}
@@ -341,7 +349,7 @@ def assert_half_products(dtype, backend, reduction, rng, device="cpu") -> None:
         )
         logits = F.linear(*exact)
         truth = large_margin_cross_entropy(logits, problem.target, reduction=reduction, **options)
-        assert_within(loss.cpu(), truth.detach(), 64 + truth.detach().abs(), 4)
+        assert_within(loss, truth.detach(), 64 + truth.detach().abs(), 4)
         upstream = torch.randn(truth.shape, generator=rng, dtype=torch.float64) / 1024
         got = torch.autograd.grad(loss, leaves, upstream.float().to(device))
         of_logits, *expected = torch.autograd.grad(truth, [logits, *exact], upstream)
@@ -359,7 +367,7 @@ def assert_half_products(dtype, backend, reduction, rng, device="cpu") -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_products_cost_the_rounding_of_their_factors(dtype, backend, tile, reduction, half_products, monkeypatch, rng):
     monkeypatch.setattr(layer, "TILE", tile)
-    assert_half_products(dtype, backend, reduction, rng)
+    assert_half_products(dtype, backend, reduction, rng, device_of("triton") if backend == "triton" else CPU)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -371,10 +379,10 @@ def test_half_products_of_a_gpu(dtype, tile, reduction, monkeypatch, rng):
     assert_half_products(dtype, None, reduction, rng, "cuda")
 
 
-def test_what_all_classes_share_survives_float16(half_products, rng):
+def test_what_all_classes_share_survives_float16(half_products, rng, device):
     """The divergence moves each of 20,000 classes by 4e-8 in every row: less than the least float16."""
-    input, linear_weight = (torch.randn(n, 4, generator=rng).half().requires_grad_() for n in (400, 20_000))
-    target = torch.randint(100, (400,), generator=rng)
+    input, linear_weight = (torch.randn(n, 4, generator=rng).to(device).half().requires_grad_() for n in (400, 20_000))
+    target = torch.randint(100, (400,), generator=rng).to(device)
     loss = linear_large_margin_cross_entropy(input, linear_weight, target, divergence="kl_uq")
     exact = [leaf.detach().double().requires_grad_() for leaf in (input, linear_weight)]
     truth = torch.autograd.grad(large_margin_cross_entropy(exact[0] @ exact[1].t(), target, divergence="kl_uq"), exact)
@@ -384,17 +392,18 @@ def test_what_all_classes_share_survives_float16(half_products, rng):
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("rows", [0, 4])
-def test_half_products_of_no_rows_or_ignored_ones_give_zero(rows, reduction, half_products):
-    leaves = [torch.ones(n, 3).bfloat16().requires_grad_() for n in (rows, 5)]
-    loss = linear_large_margin_cross_entropy(*leaves, torch.full((rows,), -100), reduction=reduction)
+def test_half_products_of_no_rows_or_ignored_ones_give_zero(rows, reduction, half_products, device):
+    leaves = [torch.ones(n, 3, device=device).bfloat16().requires_grad_() for n in (rows, 5)]
+    target = torch.full((rows,), -100, device=device)
+    loss = linear_large_margin_cross_entropy(leaves[0], leaves[1], target, reduction=reduction)
     assert all((gradient == 0).all() for gradient in torch.autograd.grad(loss.sum(), leaves))
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_a_loss_scale_saves_the_gradient_of_float16_features(reduction, tile, rng):
+def test_a_loss_scale_saves_the_gradient_of_float16_features(reduction, tile, rng, device):
     """The rows are sure: without the scale their gradients, over 1024, are nothing in float16."""
-    linear_weight, target = 8 * torch.randn(20, 64, generator=rng), torch.randint(20, (1024,), generator=rng)
-    input = (linear_weight[target] / 64 + 0.1 * torch.randn(1024, 64, generator=rng)).half().requires_grad_()
+    linear_weight, target = 8 * torch.randn(20, 64, generator=rng).to(device), torch.randint(20, (1024,), generator=rng).to(device)
+    input = (linear_weight[target] / 64 + 0.1 * torch.randn(1024, 64, generator=rng).to(device)).half().requires_grad_()
     exact = input.detach().double().requires_grad_()
     (expected,) = torch.autograd.grad(large_margin_cross_entropy(exact @ linear_weight.double().t(), target, lam=0.0), exact)
     loss = linear_large_margin_cross_entropy(input, linear_weight, target, lam=0.0, reduction=reduction)

@@ -43,8 +43,8 @@ each_twin = pytest.mark.parametrize(("module", "function", "options"), [(m, f, o
 
 
 @pytest.fixture
-def batch(rng) -> tuple[Tensor, Tensor]:
-    return torch.randn(6, 5, generator=rng) * 3, torch.tensor([0, 1, 3, 4, 2, 0])
+def batch(rng, device) -> tuple[Tensor, Tensor]:
+    return torch.randn(6, 5, generator=rng).to(device) * 3, torch.tensor([0, 1, 3, 4, 2, 0], device=device)
 
 
 def of_the_author(input: Tensor, target: Tensor, reg_lambda: float, deg_logit: float | None, reduction: str) -> Tensor:
@@ -61,8 +61,8 @@ def of_the_author(input: Tensor, target: Tensor, reg_lambda: float, deg_logit: f
 
 @each_twin
 @pytest.mark.parametrize("weighted", [False, True])
-def test_module_equals_its_function(module, function, options, weighted, batch):
-    weight = torch.rand(5) if weighted else None
+def test_module_equals_its_function(module, function, options, weighted, batch, device):
+    weight = torch.rand(5).to(device) if weighted else None
     leaves = [batch[0].clone().requires_grad_() for _ in range(2)]
     losses = [module(weight, **options)(leaves[0], batch[1]), function(leaves[1], batch[1], weight, **options)]
     assert same_bits(losses[0].detach(), losses[1].detach())
@@ -70,8 +70,8 @@ def test_module_equals_its_function(module, function, options, weighted, batch):
     assert same_bits(*gradients)
 
 
-def test_module_takes_probabilities(batch, rng):
-    input, target = batch[0], torch.rand(6, 5, generator=rng)
+def test_module_takes_probabilities(batch, rng, device):
+    input, target = batch[0], torch.rand(6, 5, generator=rng).to(device)
     assert same_bits(LargeMarginCrossEntropyLoss()(input, target), large_margin_cross_entropy(input, target))
 
 
@@ -92,8 +92,8 @@ def test_only_losses_of_a_softmax_are_cross_entropies():
 
 @each_module
 @pytest.mark.parametrize("weighted", [False, True])
-def test_survives_pickle_and_deepcopy(module, weighted, batch):
-    original = module(weight=torch.rand(5) if weighted else None, ignore_index=2, reduction="none")
+def test_survives_pickle_and_deepcopy(module, weighted, batch, device):
+    original = module(weight=torch.rand(5).to(device) if weighted else None, ignore_index=2, reduction="none")
     for twin in (pickle.loads(pickle.dumps(original)), copy.deepcopy(original)):
         assert type(twin) is module
         assert same_bits(twin(*batch), original(*batch))
@@ -103,18 +103,18 @@ def test_survives_pickle_and_deepcopy(module, weighted, batch):
 
 
 @each_module
-def test_state_dict_is_the_weight(module):
+def test_state_dict_is_the_weight(module, device):
     assert list(module().state_dict()) == []
     assert list(module().parameters()) == []
-    weight = torch.rand(5)
-    loaded = module(weight=torch.ones(5))
+    weight = torch.rand(5).to(device)
+    loaded = module(weight=torch.ones(5, device=device))
     loaded.load_state_dict(module(weight=weight).state_dict())
     assert list(loaded.state_dict()) == ["weight"] and torch.equal(loaded.weight, weight)
 
 
 @each_module
-def test_to_moves_the_weight(module, batch):
-    loss = module(weight=torch.rand(5))
+def test_to_moves_the_weight(module, batch, device):
+    loss = module(weight=torch.rand(5).to(device))
     assert loss.to(torch.float64).weight.dtype == torch.float64
     assert loss(batch[0].double(), batch[1]).dtype == torch.float64
     assert loss.to("meta").weight.device.type == "meta"
@@ -152,8 +152,8 @@ def linear(**options) -> LinearLargeMarginCrossEntropyLoss:
         ),
     ],
 )
-def test_a_setting_changed_later_is_that_of_a_new_module(make, settings, batch):
-    changed, new = make(), make(**settings)
+def test_a_setting_changed_later_is_that_of_a_new_module(make, settings, batch, device):
+    changed, new = make().to(device), make(**settings).to(device)
     assert repr(changed) != repr(new) and not torch.equal(changed(*batch), new(*batch))
     for name, value in settings.items():
         assert hasattr(changed, name)
@@ -207,9 +207,9 @@ def test_unknown_arguments_raise(module):
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("deg_logit", [None, False, True, 0.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_authors_loss_has_the_authors_values(dtype, deg_logit, reduction, scale, rng):
-    input = (torch.randn(32, 100, generator=rng, dtype=torch.float64) * scale).to(dtype)
-    target = torch.randint(100, (32,), generator=rng)
+def test_the_authors_loss_has_the_authors_values(dtype, deg_logit, reduction, scale, rng, device):
+    input = (torch.randn(32, 100, generator=rng, dtype=torch.float64).to(device) * scale).to(dtype)
+    target = torch.randint(100, (32,), generator=rng).to(device)
     truth = of_the_author(input.double(), target, 0.3, deg_logit, reduction)
     assert_within(LargeMarginInSoftmaxLoss(deg_logit=deg_logit, reduction=reduction)(input, target), truth, truth.abs() + 10, 2)
     theirs = of_the_author(input, target, 0.7, deg_logit, reduction)
@@ -217,10 +217,10 @@ def test_the_authors_loss_has_the_authors_values(dtype, deg_logit, reduction, sc
     assert torch.allclose(ours, theirs, rtol=1e-6, atol=2e-6)
 
 
-def test_the_authors_arguments_in_the_authors_order():
+def test_the_authors_arguments_in_the_authors_order(device):
     names = ["reg_lambda", "deg_logit", "weight", "size_average", "ignore_index", "reduce", "reduction"]
     assert list(inspect.signature(LargeMarginInSoftmaxLoss).parameters) == names
-    weight = torch.rand(5)
+    weight = torch.rand(5).to(device)
     loss = LargeMarginInSoftmaxLoss(0.5, True, weight, None, 2, None, "none")
     assert (loss.lam, loss.hard_bias, loss.weight, loss.ignore_index, loss.reduction) == (0.5, 1.0, weight, 2, "none")
     assert loss.divergence == "symmetric" and loss.label_smoothing == 0
@@ -236,11 +236,11 @@ def test_the_authors_deprecated_spelling_of_reduction(size_average, reduce, redu
     assert same_bits(loss(*batch), LargeMarginInSoftmaxLoss(reduction=reduction)(*batch))
 
 
-def test_what_the_authors_class_got_wrong_follows_this_library(batch):
+def test_what_the_authors_class_got_wrong_follows_this_library(batch, device):
     input, target = batch
-    weight = torch.rand(5)
+    weight = torch.rand(5).to(device)
     half, spatial = input.half(), input.reshape(3, 2, 5).mT
-    ignored = torch.tensor([0, -100, 3, 4, -100, 0])
+    ignored = torch.tensor([0, -100, 3, 4, -100, 0], device=device)
     loss = LargeMarginInSoftmaxLoss(weight=weight)
     assert same_bits(loss(input, ignored), large_margin_cross_entropy(input, ignored, weight))
     assert same_bits(loss(half, target), large_margin_cross_entropy(half, target, weight))

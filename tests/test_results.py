@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ NAMES = {
 
 def runs(study, label_noise=0.0, seeds=(0, 1, 2)):
     """The records of each loss by seed."""
-    found = {}
+    found: dict[Any, Any] = {}
     for path in sorted((ROOT / "results" / study / "runs").glob("*/result.json")):
         record = json.loads(path.read_text())
         recipe = record["recipe"]

@@ -1,11 +1,10 @@
 """The statistics of a row: equal to the paper's quantities at 50 digits, their derivatives to float64, and their laws."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given
-from hypothesis import strategies as st
 from torch import Tensor
 
 import oracle
@@ -14,6 +13,7 @@ from largemargin import RowStats, divergence, row_stats
 from largemargin.allclasses import all_row_stats, all_row_stats_jvp, all_row_stats_vjp
 from largemargin.rowstats import Record, finish, merge, record, row_stats_jvp, row_stats_vjp
 from measure import INF, RowScale, assert_within, compiles, roundings, same_bits
+from properties import assume, given, st
 
 SMOOTH = ("log_odds", "neg_entropy", "mean_log_q", "rho", "spread")
 DIVERGENCES = ("symmetric", "kl_qu", "kl_uq")
@@ -53,14 +53,15 @@ def vjp(f: Tensor, y: Tensor, upstream: Tensor, backend: str | None = None) -> T
 def vjp_scale(f: Tensor, y: int, g: Tensor) -> Tensor:
     """The size of each entry's terms; q_c = e^z / S has a relative error of |z| roundings."""
     row, f = RowScale(f.tolist(), y), f.double()
-    member = (torch.arange(len(f)) != y) & (f != -INF)
+    is_target = torch.arange(len(f), device=f.device) == y
+    member = ~is_target & (f != -INF)
     top = f[member].max()
     z = torch.where(member, f - top, 0.0)
     q = torch.where(member, f, -INF).softmax(0)
     g_l, g_e, g_a, g_rho, g_spread = g.double().abs()
     reach = 1 + z.abs() + row.log_count
     scale = reach * q * ((g_e + g_spread) * reach + g_l + g_a + g_rho) + (g_a + g_spread) / member.sum() + g_rho * (z == 0)
-    return torch.where(member, scale, g_l * (torch.arange(len(f)) == y))
+    return torch.where(member, scale, g_l * is_target)
 
 
 # agreement with the paper
@@ -68,17 +69,17 @@ def vjp_scale(f: Tensor, y: int, g: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(row=strategies.rows())
-def test_statistics_equal_the_paper(dtype, row):
-    stats, scale = row_stats(torch.tensor(row.logits, dtype=dtype), torch.tensor(row.target)), RowScale(*row)
+def test_statistics_equal_the_paper(dtype, row, device):
+    stats, scale = row_stats(torch.tensor(row.logits, dtype=dtype, device=device), torch.tensor(row.target, device=device)), RowScale(*row)
     for name, truth in paper_stats(*row).items():
         assert_within(getattr(stats, name), float(truth), getattr(scale, name), 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(data=st.data())
-def test_statistics_of_every_class_equal_the_paper(dtype, data):
+def test_statistics_of_every_class_equal_the_paper(dtype, data, device):
     f = data.draw(strategies.rows(max_classes=12)).logits
-    stats = all_row_stats(torch.tensor(f, dtype=dtype))
+    stats = all_row_stats(torch.tensor(f, dtype=dtype, device=device))
     for y in (y for y in range(len(f)) if f[y] != -INF):
         scale = RowScale(f, y)
         # peeling the arg-max j adds (a - l) to a and divides by K: a's terms are also as large as the lead of j
@@ -88,8 +89,8 @@ def test_statistics_of_every_class_equal_the_paper(dtype, data):
 
 
 @given(row=strategies.rows(min_classes=2, scales=(1e-2, 1.0, 5.0, 30.0)))  # farther down torch's sigmoid underflows early
-def test_probability_and_entropy_of_the_row_follow_from_the_statistics(row):
-    stats = row_stats(torch.tensor(row.logits, dtype=torch.float64), torch.tensor(row.target))
+def test_probability_and_entropy_of_the_row_follow_from_the_statistics(row, device):
+    stats = row_stats(torch.tensor(row.logits, dtype=torch.float64, device=device), torch.tensor(row.target, device=device))
     kept = [value for value in row.logits if value != -INF]
     p = oracle.posterior([*kept, 0.0], len(kept))  # (9) over all classes: those but an extra one
     p_y = p[sum(value != -INF for value in row.logits[: row.target])]
@@ -103,9 +104,9 @@ def test_probability_and_entropy_of_the_row_follow_from_the_statistics(row):
 
 # sharp case 2
 @pytest.mark.parametrize("offset", [0.0, 1e2, 1e4, 1e5])
-def test_a_common_offset_costs_no_digits(offset, rng):
-    f = (torch.randn(16, 50, generator=rng, dtype=torch.float64) * 3 + offset).float()
-    y = torch.randint(50, (16,), generator=rng)
+def test_a_common_offset_costs_no_digits(offset, rng, device):
+    f = (torch.randn(16, 50, generator=rng, dtype=torch.float64).to(device) * 3 + offset).float()
+    y = torch.randint(50, (16,), generator=rng).to(device)
     stats = row_stats(f, y)
     for n in range(16):
         row = f[n].tolist()
@@ -115,21 +116,21 @@ def test_a_common_offset_costs_no_digits(offset, rng):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_statistics_of_many_classes_lose_no_digits(dtype, rng):
-    f = (torch.randn(40_000, generator=rng, dtype=torch.float64) * 4).to(dtype)
-    stats = row_stats(f, torch.tensor(7))
+def test_statistics_of_many_classes_lose_no_digits(dtype, rng, device):
+    f = (torch.randn(40_000, generator=rng, dtype=torch.float64).to(device) * 4).to(dtype)
+    stats = row_stats(f, torch.tensor(7, device=device))
     if dtype == torch.float64:
         others = torch.cat([f[:7], f[8:]])
         terms = [math.exp(value) for value in others.tolist()]
         total = math.fsum(terms)
-        truth = (
+        truth: tuple[Any, ...] = (
             f[7].item() - math.log(total),
             math.fsum(a * b for a, b in zip(terms, others.tolist(), strict=True)) / total - math.log(total),
             math.fsum(others.tolist()) / len(others) - math.log(total),
         )
         scale = RowScale(f.tolist(), 7)
     else:
-        truth, scale = row_stats(f.double(), torch.tensor(7))[:3], RowScale(f.tolist(), 7)
+        truth, scale = row_stats(f.double(), torch.tensor(7, device=device))[:3], RowScale(f.tolist(), 7)
     for name, value in zip(SMOOTH, truth, strict=False):
         assert_within(getattr(stats, name), value, getattr(scale, name), 4)
 
@@ -138,11 +139,11 @@ def test_statistics_of_many_classes_lose_no_digits(dtype, rng):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_shift_invariance(dtype, rng):
+def test_shift_invariance(dtype, rng, device):
     # multiples of 1/8 and powers of two: the shifted logits are exact, so nothing at all may change
-    f = torch.randint(-128, 129, (32, 20), generator=rng).to(dtype) / 8
-    y = torch.randint(20, (32,), generator=rng)
-    g = torch.randn(5, 32, generator=rng).to(dtype)
+    f = torch.randint(-128, 129, (32, 20), generator=rng).to(device, dtype) / 8
+    y = torch.randint(20, (32,), generator=rng).to(device)
+    g = torch.randn(5, 32, generator=rng).to(device, dtype)
     for offset in (1.0, -64.0, 2.0**14, -(2.0**17)):
         assert all(same_bits(a, b) for a, b in zip(row_stats(f, y), row_stats(f + offset, y), strict=True))
         assert same_bits(vjp(f, y, g), vjp(f + offset, y, g))
@@ -150,10 +151,11 @@ def test_shift_invariance(dtype, rng):
 
 
 @given(row=strategies.rows(min_classes=2), data=st.data())
-def test_permutation_of_the_classes(row, data):
+def test_permutation_of_the_classes(row, data, device):
     order = data.draw(st.permutations(range(len(row.logits))))
-    f = torch.tensor(row.logits, dtype=torch.float32)
-    plain, permuted = row_stats(f, torch.tensor(row.target)), row_stats(f[order], torch.tensor(order.index(row.target)))
+    f = torch.tensor(row.logits, dtype=torch.float32, device=device)
+    plain = row_stats(f, torch.tensor(row.target, device=device))
+    permuted = row_stats(f[order], torch.tensor(order.index(row.target), device=device))
     scale = RowScale(*row)
     for name in SMOOTH:
         assert_within(getattr(permuted, name), getattr(plain, name).double(), getattr(scale, name), 3)
@@ -173,8 +175,8 @@ def record_of(f: Tensor, classes: list[int], row: strategies.Row) -> Record:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(row=strategies.rows(min_classes=1), data=st.data())
-def test_merge_equals_the_whole_and_is_associative(dtype, row, data):
-    f = torch.tensor(row.logits, dtype=dtype)
+def test_merge_equals_the_whole_and_is_associative(dtype, row, data, device):
+    f = torch.tensor(row.logits, dtype=dtype, device=device)
     a, b, c = (record_of(f, classes, row) for classes in parts_of(data.draw, len(f), 3))
     scale = RowScale(*row)
     for merged in (merge(merge(a, b), c), merge(a, merge(b, c)), merge(c, merge(a, b))):
@@ -184,50 +186,50 @@ def test_merge_equals_the_whole_and_is_associative(dtype, row, data):
 
 
 @given(row=strategies.rows(min_classes=1))
-def test_the_empty_record_is_the_identity_of_merge(row):
-    f = torch.tensor(row.logits)
+def test_the_empty_record_is_the_identity_of_merge(row, device):
+    f = torch.tensor(row.logits, device=device)
     whole, empty = record_of(f, list(range(len(f))), row), record_of(f, [], row)
     assert [value.item() for value in empty] == [-INF, 0, 0, 0, 0]
     for merged in (merge(whole, empty), merge(empty, whole)):
         assert all(same_bits(a, b) for a, b in zip(merged, whole, strict=True))
 
 
-def test_merge_of_tiles_far_apart():
+def test_merge_of_tiles_far_apart(device):
     # e^-20000 is 0: the lower tile must vanish from S and T, not turn them into 0 * inf
-    low, high = torch.tensor([-2e4, -2.0001e4]), torch.tensor([1.0, 0.0])
+    low, high = torch.tensor([-2e4, -2.0001e4], device=device), torch.tensor([1.0, 0.0], device=device)
     merged = merge(record(low), record(high))
     assert merged.sum_exp.item() == pytest.approx(1 + math.exp(-1))
     assert merged.sum_exp_z.item() == pytest.approx(-math.exp(-1))
     assert merged.num_classes.item() == 4
     assert merged.sum_z.item() == pytest.approx(-1 - 2 * 20001 - 1, rel=1e-6)
-    overflowing = merge(record(torch.tensor([-3e38])), record(torch.tensor([3e38])))
+    overflowing = merge(record(torch.tensor([-3e38], device=device)), record(torch.tensor([3e38], device=device)))
     assert [value.item() for value in overflowing[1:]] == [1, 0, -INF, 2]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(row=strategies.rows())
-def test_rho_is_within_the_bounds_of_eq_4(dtype, row):
-    stats = row_stats(torch.tensor(row.logits, dtype=dtype), torch.tensor(row.target))
+def test_rho_is_within_the_bounds_of_eq_4(dtype, row, device):
+    stats = row_stats(torch.tensor(row.logits, dtype=dtype, device=device), torch.tensor(row.target, device=device))
     log_count = math.log(max(stats.num_nontargets.item(), 1))
     assert 0 <= stats.rho.item() <= log_count + 2 * torch.finfo(dtype).eps * log_count
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_classes", [2, 3, 10, 1001])
-def test_rho_reaches_the_bounds_of_eq_4(num_classes, dtype):
-    uniform = torch.full((num_classes,), -3.7, dtype=dtype)
+def test_rho_reaches_the_bounds_of_eq_4(num_classes, dtype, device):
+    uniform = torch.full((num_classes,), -3.7, dtype=dtype, device=device)
     uniform[0] = 5.0
-    assert_within(row_stats(uniform, torch.tensor(0)).rho, math.log(num_classes - 1), 1 + math.log(num_classes - 1), 1)
+    assert_within(row_stats(uniform, torch.tensor(0, device=device)).rho, math.log(num_classes - 1), 1 + math.log(num_classes - 1), 1)
     isolated = uniform.clone()
     isolated[-1] += 1000.0  # the others are 1000 nats below it
-    assert row_stats(isolated, torch.tensor(0)).rho.item() == 0
+    assert row_stats(isolated, torch.tensor(0, device=device)).rho.item() == 0
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(row=strategies.rows())
-def test_divergences_are_nonnegative_up_to_rounding(kind, dtype, row):
-    stats = row_stats(torch.tensor(row.logits, dtype=dtype), torch.tensor(row.target))
+def test_divergences_are_nonnegative_up_to_rounding(kind, dtype, row, device):
+    stats = row_stats(torch.tensor(row.logits, dtype=dtype, device=device), torch.tensor(row.target, device=device))
     value, count = divergence(stats, kind).item(), stats.num_nontargets.item()
     assert value >= -4 * torch.finfo(dtype).eps * (1 + math.log(max(count, 1)))
     if count <= 1:
@@ -235,11 +237,11 @@ def test_divergences_are_nonnegative_up_to_rounding(kind, dtype, row):
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
-def test_divergences_of_nearly_uniform_rows(kind, rng):
+def test_divergences_of_nearly_uniform_rows(kind, rng, device):
     # here D = Var(f) / 2 is far below the rounding of log K
-    f = torch.randn(200, 1000, generator=rng) * 1e-4
+    f = torch.randn(200, 1000, generator=rng).to(device) * 1e-4
     f.requires_grad_()
-    value = divergence(row_stats(f, torch.zeros(200, dtype=torch.int64)), kind)
+    value = divergence(row_stats(f, torch.zeros(200, dtype=torch.int64, device=device)), kind)
     assert (value >= -4 * torch.finfo(torch.float32).eps * (1 + math.log(999))).all()
     (gradient,) = torch.autograd.grad(value.sum(), f)
     # to first order the gradient of every divergence is (f_c - mean f) / K
@@ -249,18 +251,18 @@ def test_divergences_of_nearly_uniform_rows(kind, rng):
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
-def test_a_divergence_that_rounds_below_zero_keeps_its_gradient(kind, rng):
-    f = (torch.randn(500, 10, generator=rng) * 1e-7).requires_grad_()
-    value = divergence(row_stats(f, torch.zeros(500, dtype=torch.int64)), kind)
+def test_a_divergence_that_rounds_below_zero_keeps_its_gradient(kind, rng, device):
+    f = (torch.randn(500, 10, generator=rng).to(device) * 1e-7).requires_grad_()
+    value = divergence(row_stats(f, torch.zeros(500, dtype=torch.int64, device=device)), kind)
     (gradient,) = torch.autograd.grad(value.sum(), f)
     assert (value < 0).any()
     assert gradient[value < 0].any(1).all()
 
 
-def test_symmetric_divergence_keeps_its_digits_when_nearly_uniform(rng):
+def test_symmetric_divergence_keeps_its_digits_when_nearly_uniform(rng, device):
     # log S cancels in (8) when it is computed as T/S - A/K: as e - a it would be wrong by eps * log K
-    f = torch.randn(1000, generator=rng) * 1e-2
-    got = divergence(row_stats(f, torch.tensor(0)))
+    f = torch.randn(1000, generator=rng).to(device) * 1e-2
+    got = divergence(row_stats(f, torch.tensor(0, device=device)))
     truth = float(oracle.symmetric(f.tolist(), 0))
     assert_within(got, truth, f.double().abs().max(), 4)
 
@@ -269,64 +271,64 @@ def test_symmetric_divergence_keeps_its_digits_when_nearly_uniform(rng):
 
 
 @given(row=strategies.rows(min_classes=2, scales=(1e-2, 1.0, 5.0), offsets=(0.0, 10.0)), data=st.data())
-def test_vjp_equals_autograd_of_the_plain_formula(row, data):
-    f, y = torch.tensor(row.logits, dtype=torch.float64), row.target
+def test_vjp_equals_autograd_of_the_plain_formula(row, data, device):
+    f, y = torch.tensor(row.logits, dtype=torch.float64, device=device), row.target
     assume(any(value != -INF for c, value in enumerate(row.logits) if c != row.target))  # the plain formula needs a non-target
-    g = torch.tensor(data.draw(st.lists(st.floats(-2, 2), min_size=5, max_size=5)), dtype=torch.float64)
+    g = torch.tensor(data.draw(st.lists(st.floats(-2, 2), min_size=5, max_size=5)), dtype=torch.float64, device=device)
     others = sorted((value for c, value in enumerate(row.logits) if c != y), reverse=True)
     if len(others) > 1 and others[0] == others[1]:
         g[3] = 0  # autograd of max shares a tie out; test_rho_gradient_goes_to_the_first_maximum covers it
     leaf = f.clone().requires_grad_()
     (truth,) = torch.autograd.grad(plain_stats(leaf, y) @ g, leaf)
     # the plain formula passes through the absolute LSE and so has its own rounding, eps * |f|
-    assert_within(vjp(f, torch.tensor(y), g), truth, vjp_scale(f, y, g) + g.abs().sum() * (1 + f[f > -INF].abs().max()), 4)
+    assert_within(vjp(f, torch.tensor(y, device=device), g), truth, vjp_scale(f, y, g) + g.abs().sum() * (1 + f[f > -INF].abs().max()), 4)
 
 
 @given(row=strategies.rows(min_classes=2), data=st.data())
-def test_vjp_in_float32_equals_float64(row, data):
-    f, y = torch.tensor(row.logits), torch.tensor(row.target)
-    g = torch.tensor(data.draw(st.lists(st.floats(-2, 2, width=16), min_size=5, max_size=5)))
+def test_vjp_in_float32_equals_float64(row, data, device):
+    f, y = torch.tensor(row.logits, device=device), torch.tensor(row.target, device=device)
+    g = torch.tensor(data.draw(st.lists(st.floats(-2, 2, width=16), min_size=5, max_size=5)), device=device)
     if row_stats(f, y).num_nontargets > 0:
         assert_within(vjp(f, y, g), vjp(f.double(), y, g.double()), vjp_scale(f, row.target, g), 4)
 
 
-def test_rho_gradient_goes_to_the_first_maximum():
-    f = torch.tensor([0.0, 2.0, 9.0, 2.0], requires_grad=True)
-    (gradient,) = torch.autograd.grad(row_stats(f, torch.tensor(2)).rho, f)
-    q = torch.tensor([0.0, 2.0, 2.0]).softmax(0)
+def test_rho_gradient_goes_to_the_first_maximum(device):
+    f = torch.tensor([0.0, 2.0, 9.0, 2.0], requires_grad=True, device=device)
+    (gradient,) = torch.autograd.grad(row_stats(f, torch.tensor(2, device=device)).rho, f)
+    q = torch.tensor([0.0, 2.0, 2.0], device=device).softmax(0)
     assert gradient[2] == 0
-    assert_within(gradient[[0, 1, 3]], (q - torch.tensor([0.0, 1.0, 0.0])).double(), 1.0, 2)
+    assert_within(gradient[[0, 1, 3]], (q - torch.tensor([0.0, 1.0, 0.0], device=device)).double(), 1.0, 2)
 
 
-def test_one_nontarget_has_no_regulariser_gradient_and_keeps_a_small_one():
+def test_one_nontarget_has_no_regulariser_gradient_and_keeps_a_small_one(device):
     # with one non-target the e, a and spread terms are exactly 0, and must not drown g_l: 2e-9 at a lead of 20 nats
-    f = torch.tensor([20.0, 0.0], requires_grad=True)
-    stats = row_stats(f, torch.tensor(0))
-    (gradient,) = torch.autograd.grad(stats[1:5], f, [torch.ones(())] * 4, retain_graph=True)
+    f = torch.tensor([20.0, 0.0], requires_grad=True, device=device)
+    stats = row_stats(f, torch.tensor(0, device=device))
+    (gradient,) = torch.autograd.grad(stats[1:5], f, [torch.ones((), device=device)] * 4, retain_graph=True)
     assert gradient.tolist() == [0, 0]
-    small = torch.tensor(2.06e-9)
-    (gradient,) = torch.autograd.grad(stats[:5], f, [small, *[torch.ones(())] * 4])
+    small = torch.tensor(2.06e-9, device=device)
+    (gradient,) = torch.autograd.grad(stats[:5], f, [small, *[torch.ones((), device=device)] * 4])
     assert gradient.tolist() == [small.item(), -small.item()]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(row=strategies.rows(min_classes=1), data=st.data())
-def test_gradient_row_sums_to_zero(dtype, row, data):
-    f = torch.tensor(row.logits, dtype=dtype)
-    g = torch.tensor(data.draw(st.lists(st.floats(-2, 2, width=16), min_size=5, max_size=5)), dtype=dtype)
-    gradient = vjp(f, torch.tensor(row.target), g)
-    if row_stats(f, torch.tensor(row.target)).num_nontargets == 0:
+def test_gradient_row_sums_to_zero(dtype, row, data, device):
+    f = torch.tensor(row.logits, dtype=dtype, device=device)
+    g = torch.tensor(data.draw(st.lists(st.floats(-2, 2, width=16), min_size=5, max_size=5)), dtype=dtype, device=device)
+    gradient = vjp(f, torch.tensor(row.target, device=device), g)
+    if row_stats(f, torch.tensor(row.target, device=device)).num_nontargets == 0:
         assert not gradient.any()
     else:
         assert_within(gradient.double().sum(), 0.0, vjp_scale(f, row.target, g).sum(), 4, dtype)
 
 
-def test_jvp_is_the_transpose_of_vjp(rng):
-    f = torch.randn(7, 9, generator=rng, dtype=torch.float64) * 3
+def test_jvp_is_the_transpose_of_vjp(rng, device):
+    f = torch.randn(7, 9, generator=rng, dtype=torch.float64).to(device) * 3
     f[0, 3] = f[1, :5] = -INF
-    y = torch.tensor([0, 6, 2, 8, 4, -1, 3])  # -1: an ignored row, in the layout of the inner functions
-    v = torch.randn(7, 9, generator=rng, dtype=torch.float64)
-    grads = RowStats(*torch.randn(6, 7, generator=rng, dtype=torch.float64))
+    y = torch.tensor([0, 6, 2, 8, 4, -1, 3], device=device)  # -1: an ignored row, in the layout of the inner functions
+    v = torch.randn(7, 9, generator=rng, dtype=torch.float64).to(device)
+    grads = RowStats(*torch.randn(6, 7, generator=rng, dtype=torch.float64).to(device))
     forward = row_stats_jvp(f, y, v)
     left = sum((g * d).sum() for g, d in zip(grads[:5], forward[:5], strict=True))
     right = (row_stats_vjp(f, y, grads) * v).sum()
@@ -336,27 +338,30 @@ def test_jvp_is_the_transpose_of_vjp(rng):
 
 
 @given(data=st.data())
-def test_vjp_of_every_class_is_the_sum_of_the_vjps_of_each(data):
-    f = torch.tensor(data.draw(strategies.rows(min_classes=1, max_classes=10)).logits, dtype=torch.float64)
+def test_vjp_of_every_class_is_the_sum_of_the_vjps_of_each(data, device):
+    f = torch.tensor(data.draw(strategies.rows(min_classes=1, max_classes=10)).logits, dtype=torch.float64, device=device)
     kept = [y for y in range(len(f)) if f[y] != -INF]
     size = len(f)
     grads = [
-        torch.tensor(data.draw(st.lists(st.floats(-2, 2, width=16), min_size=size, max_size=size)), dtype=torch.float64) for _ in SMOOTH
+        torch.tensor(data.draw(st.lists(st.floats(-2, 2, width=16), min_size=size, max_size=size)), dtype=torch.float64, device=device)
+        for _ in SMOOTH
     ]
     for g in grads:
         g[f == -INF] = 0  # a masked class as a target: its fields mean nothing
-    got = all_row_stats_vjp(f, RowStats(*grads, torch.zeros(size)))
-    truth = sum(row_stats_vjp(f, torch.tensor(y), RowStats(*(g[y] for g in grads), torch.zeros(()))) for y in kept)
+    got = all_row_stats_vjp(f, RowStats(*[*grads, torch.zeros(size, device=device)]))
+    truth = sum(
+        row_stats_vjp(f, torch.tensor(y, device=device), RowStats(*[*(g[y] for g in grads), torch.zeros((), device=device)])) for y in kept
+    )
     # e^z z of the peeled form reaches its terms' size, the lead, before the sums cancel
     reach = 1 + (f[kept].max() - f[kept]).clamp(max=40).max()
     assert_within(got, truth, sum(g.abs().sum() for g in grads) * reach, 4)
 
 
-def test_jvp_of_every_class_is_the_transpose_of_its_vjp(rng):
-    f = torch.randn(6, 8, generator=rng, dtype=torch.float64) * 4
+def test_jvp_of_every_class_is_the_transpose_of_its_vjp(rng, device):
+    f = torch.randn(6, 8, generator=rng, dtype=torch.float64).to(device) * 4
     f[1, 2] = f[2, :4] = -INF
-    v = torch.randn(6, 8, generator=rng, dtype=torch.float64)
-    grads = RowStats(*(torch.randn(6, 6, 8, generator=rng, dtype=torch.float64) * (f != -INF)))
+    v = torch.randn(6, 8, generator=rng, dtype=torch.float64).to(device)
+    grads = RowStats(*(torch.randn(6, 6, 8, generator=rng, dtype=torch.float64).to(device) * (f != -INF)))
     forward = all_row_stats_jvp(f, v)
     left = sum((g * d).sum() for g, d in zip(grads[:5], forward[:5], strict=True))
     assert_within(left, (all_row_stats_vjp(f, grads) * v).sum(), 6 * 8 * 8, 8)
@@ -366,34 +371,34 @@ def test_jvp_of_every_class_is_the_transpose_of_its_vjp(rng):
 
 
 @pytest.mark.parametrize("shape", [(4,), (3, 4), (3, 4, 2), (3, 4, 2, 5), (0, 4), (3, 4, 0), (3, 1)])
-def test_statistics_have_the_shape_of_the_target(shape, rng):
-    f = torch.randn(shape, generator=rng)
-    y = torch.zeros(shape[:1] * (len(shape) > 1) + shape[2:], dtype=torch.int64)
+def test_statistics_have_the_shape_of_the_target(shape, rng, device):
+    f = torch.randn(shape, generator=rng).to(device)
+    y = torch.zeros(shape[:1] * (len(shape) > 1) + shape[2:], dtype=torch.int64, device=device)
     stats = row_stats(f, y)
     assert isinstance(stats, RowStats)
     assert all(field.shape == y.shape and field.dtype == torch.float32 for field in stats)
 
 
-def test_k_dimensional_input_equals_the_flattened_rows(rng):
-    f = torch.randn(3, 5, 2, 4, generator=rng)
-    y = torch.randint(5, (3, 2, 4), generator=rng)
+def test_k_dimensional_input_equals_the_flattened_rows(rng, device):
+    f = torch.randn(3, 5, 2, 4, generator=rng).to(device)
+    y = torch.randint(5, (3, 2, 4), generator=rng).to(device)
     flat = row_stats(f.permute(0, 2, 3, 1).reshape(-1, 5), y.flatten())
     for field, expected in zip(row_stats(f, y), flat, strict=True):
         assert_within(field.flatten(), expected.double(), 8.0, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_computed_in_float32(dtype, rng):
-    f = (torch.randn(6, 30, generator=rng) * 20).to(dtype)
-    y = torch.randint(30, (6,), generator=rng)
+def test_half_precision_is_computed_in_float32(dtype, rng, device):
+    f = (torch.randn(6, 30, generator=rng).to(device) * 20).to(dtype)
+    y = torch.randint(30, (6,), generator=rng).to(device)
     expected = row_stats(f.float(), y, backend="reference")
     assert all(same_bits(a, b) for a, b in zip(row_stats(f, y, backend="reference"), expected, strict=True))
-    g = torch.randn(5, 6, generator=rng)
+    g = torch.randn(5, 6, generator=rng).to(device)
     assert same_bits(vjp(f, y, g, "reference"), vjp(f.float(), y, g, "reference").to(dtype))
 
 
-def test_the_count_carries_no_gradient(rng):
-    stats = row_stats(torch.randn(2, 3, generator=rng, requires_grad=True), torch.tensor([0, 1]))
+def test_the_count_carries_no_gradient(rng, device):
+    stats = row_stats(torch.randn(2, 3, generator=rng).to(device).requires_grad_(), torch.tensor([0, 1], device=device))
     assert [field.requires_grad for field in stats] == [True] * 5 + [False]
 
 
@@ -402,11 +407,11 @@ def test_the_count_carries_no_gradient(rng):
 
 @pytest.mark.parametrize("garbage", [math.nan, INF, -INF, 3e38])
 @pytest.mark.parametrize("ignore_index", [-100, 1, 255])
-def test_ignored_rows_give_zero_whatever_they_hold(garbage, ignore_index, rng):
-    f = torch.randn(3, 4, generator=rng, dtype=torch.float64)
+def test_ignored_rows_give_zero_whatever_they_hold(garbage, ignore_index, rng, device):
+    f = torch.randn(3, 4, generator=rng, dtype=torch.float64).to(device)
     f[1] = garbage
     f.requires_grad_()
-    y = torch.tensor([0, ignore_index, 3])
+    y = torch.tensor([0, ignore_index, 3], device=device)
     stats = row_stats(f, y, ignore_index=ignore_index)
     assert all(field[1] == 0 for field in stats)
     (first,) = torch.autograd.grad(sum((field**2).sum() for field in stats[:5]), f, create_graph=True)
@@ -419,14 +424,14 @@ def test_ignored_rows_give_zero_whatever_they_hold(garbage, ignore_index, rng):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(row=strategies.rows(min_classes=2), data=st.data())
-def test_masked_classes_equal_the_deleted_row(dtype, row, data):
+def test_masked_classes_equal_the_deleted_row(dtype, row, data, device):
     keep = [c for c, value in enumerate(row.logits) if value != -INF]
-    f, y = torch.tensor(row.logits, dtype=dtype), torch.tensor(row.target)
-    deleted, deleted_y = f[keep], torch.tensor(keep.index(row.target))
+    f, y = torch.tensor(row.logits, dtype=dtype, device=device), torch.tensor(row.target, device=device)
+    deleted, deleted_y = f[keep], torch.tensor(keep.index(row.target), device=device)
     scale = RowScale(*row)
     for name in (*SMOOTH, "num_nontargets"):
         assert_within(getattr(row_stats(f, y), name), getattr(row_stats(deleted, deleted_y), name).double(), getattr(scale, name), 3)
-    g = torch.tensor(data.draw(st.lists(st.floats(-2, 2, width=16), min_size=5, max_size=5)), dtype=dtype)
+    g = torch.tensor(data.draw(st.lists(st.floats(-2, 2, width=16), min_size=5, max_size=5)), dtype=dtype, device=device)
     gradient = vjp(f, y, g)
     assert not gradient[f == -INF].any()
     if len(keep) > 1:
@@ -434,20 +439,20 @@ def test_masked_classes_equal_the_deleted_row(dtype, row, data):
 
 
 @pytest.mark.parametrize("row", [[INF, 1.0, 0.0], [1.0, INF, 0.0], [INF, INF, 0.0], [math.nan, 1.0, 0.0], [1.0, math.nan, 0.0], [-INF] * 3])
-def test_not_a_number_in_gives_not_a_number_out(row):
-    stats = row_stats(torch.tensor([row, [1.0, 2.0, 3.0]]), torch.tensor([0, 0]))
+def test_not_a_number_in_gives_not_a_number_out(row, device):
+    stats = row_stats(torch.tensor([row, [1.0, 2.0, 3.0]], device=device), torch.tensor([0, 0], device=device))
     assert stats.log_odds[0].isnan()
     assert all(field[1].isfinite() for field in stats)  # and only there
 
 
 @pytest.mark.parametrize("single", [INF, -INF, math.nan])
-def test_a_target_alone_in_its_row_must_be_finite(single):
-    assert row_stats(torch.tensor([single]), torch.tensor(0)).log_odds.isnan()
+def test_a_target_alone_in_its_row_must_be_finite(single, device):
+    assert row_stats(torch.tensor([single], device=device), torch.tensor(0, device=device)).log_odds.isnan()
 
 
-def test_masked_target_has_log_odds_minus_infinity_and_the_same_divergence():
-    f = torch.tensor([[-INF, 1.0, 3.0, 0.5], [9.0, 1.0, 3.0, 0.5]], requires_grad=True)
-    stats = row_stats(f, torch.tensor([0, 0]))
+def test_masked_target_has_log_odds_minus_infinity_and_the_same_divergence(device):
+    f = torch.tensor([[-INF, 1.0, 3.0, 0.5], [9.0, 1.0, 3.0, 0.5]], requires_grad=True, device=device)
+    stats = row_stats(f, torch.tensor([0, 0], device=device))
     assert stats.log_odds[0] == -INF
     assert all(same_bits(field[0], field[1]) for field in stats[1:])
     (gradient,) = torch.autograd.grad(stats.log_odds[0], f)
@@ -456,28 +461,29 @@ def test_masked_target_has_log_odds_minus_infinity_and_the_same_divergence():
 
 
 @pytest.mark.parametrize("row", [[3.0], [3.0, -INF, -INF]])
-def test_no_nontarget_left(row):
-    f = torch.tensor(row, requires_grad=True)
-    stats = row_stats(f, torch.tensor(0))
+def test_no_nontarget_left(row, device):
+    f = torch.tensor(row, requires_grad=True, device=device)
+    stats = row_stats(f, torch.tensor(0, device=device))
     assert [value.item() for value in stats] == [INF, 0, 0, 0, 0, 0]
     assert all(divergence(stats, kind) == 0 for kind in DIVERGENCES)
-    (gradient,) = torch.autograd.grad(stats[:5], f, [torch.ones(())] * 5)
+    (gradient,) = torch.autograd.grad(stats[:5], f, [torch.ones((), device=device)] * 5)
     assert not gradient.any()
 
 
 @pytest.mark.parametrize("mask", [-1e4, -1e9, torch.finfo(torch.float32).min])
 @pytest.mark.parametrize("upstream", [1.0, 65536.0])
-def test_a_large_finite_mask_gives_a_finite_gradient(mask, upstream):
+def test_a_large_finite_mask_gives_a_finite_gradient(mask, upstream, device):
     # masking by finfo.min is common, 65536 is the first factor of a loss scaler: q_c = 0 there, and 0 * overflow is NaN
-    f = torch.tensor([1.0, 2.0, mask, 0.0])
-    g = torch.full((5,), upstream)
-    gradient = vjp(f, torch.tensor(0), g)
-    truth = vjp(f.double(), torch.tensor(0), g.double())
+    f = torch.tensor([1.0, 2.0, mask, 0.0], device=device)
+    g = torch.full((5,), upstream, device=device)
+    gradient = vjp(f, torch.tensor(0, device=device), g)
+    truth = vjp(f.double(), torch.tensor(0, device=device), g.double())
     assert_within(gradient, truth, upstream * 10, 4)
 
 
-def test_a_large_finite_mask_gives_a_finite_gradient_for_every_class():
-    f, g = torch.tensor([1.0, 2.0, torch.finfo(torch.float32).min, 0.0]), torch.tensor([65536.0, 65536.0, 0.0, 65536.0])
+def test_a_large_finite_mask_gives_a_finite_gradient_for_every_class(device):
+    f = torch.tensor([1.0, 2.0, torch.finfo(torch.float32).min, 0.0], device=device)
+    g = torch.tensor([65536.0, 65536.0, 0.0, 65536.0], device=device)
     got = all_row_stats_vjp(f, RowStats(g, g, g, g, g, g))
     truth = all_row_stats_vjp(f.double(), RowStats(*[g.double()] * 6))
     assert truth.isfinite().all()
@@ -488,56 +494,56 @@ def test_a_large_finite_mask_gives_a_finite_gradient_for_every_class():
 def test_labels_out_of_range_raise_index_error(label, rng):
     f = torch.randn(3, 4, generator=rng)
     with pytest.raises(IndexError, match=str(label)):
-        row_stats(f, torch.tensor([0, label, 1]))
+        row_stats(f, torch.tensor([0, label, 1]))  # on a GPU labels are not looked at
 
 
 @compiles
-def test_labels_out_of_range_are_nan_when_compiled(rng):
-    f = torch.randn(4, 4, generator=rng, requires_grad=True)
+def test_labels_out_of_range_are_nan_when_compiled(rng, device):
+    f = torch.randn(4, 4, generator=rng).to(device).requires_grad_()
     compiled = torch.compile(row_stats, fullgraph=True, backend="aot_eager")
-    stats = compiled(f, torch.tensor([0, 4, -1, -100]))
+    stats = compiled(f, torch.tensor([0, 4, -1, -100], device=device))
     for field in stats:
         assert field.isnan().tolist() == [False, True, True, False]
     (gradient,) = torch.autograd.grad(stats.log_odds[[0, 3]].sum(), f)
     assert gradient.isfinite().all()
 
 
-def test_backends_are_words(rng):
-    f, y = torch.randn(3, 4, generator=rng), torch.tensor([0, 1, 2])
+def test_backends_are_words(rng, device):
+    f, y = torch.randn(3, 4, generator=rng).to(device), torch.tensor([0, 1, 2], device=device)
     assert all(same_bits(a, b) for a, b in zip(row_stats(f, y), row_stats(f, y, backend="reference"), strict=True))
     with pytest.raises(ValueError, match="backend"):
         row_stats(f, y, backend="foo")
 
 
-def test_probabilities_have_no_row_statistics(rng):
+def test_probabilities_have_no_row_statistics(rng, device):
     with pytest.raises(RuntimeError, match="target"):
-        row_stats(torch.randn(3, 4, generator=rng), torch.rand(3, 4, generator=rng))
+        row_stats(torch.randn(3, 4, generator=rng).to(device), torch.rand(3, 4, generator=rng).to(device))
 
 
-def test_divergence_rejects_an_unknown_kind(rng):
+def test_divergence_rejects_an_unknown_kind(rng, device):
     with pytest.raises(ValueError, match="kind"):
-        divergence(row_stats(torch.randn(3, 4, generator=rng), torch.tensor([0, 1, 2])), "foo")
+        divergence(row_stats(torch.randn(3, 4, generator=rng).to(device), torch.tensor([0, 1, 2], device=device)), "foo")
 
 
 @pytest.mark.parametrize("lead", LEADS)
-def test_leads_cost_no_digits(lead, rng):
-    others = torch.randn(20, generator=rng) * 2
+def test_leads_cost_no_digits(lead, rng, device):
+    others = torch.randn(20, generator=rng).to(device) * 2
     f = torch.cat([(others.max() + lead)[None], others])
-    stats, scale = row_stats(f, torch.tensor(0)), RowScale(f.tolist(), 0)
+    stats, scale = row_stats(f, torch.tensor(0, device=device)), RowScale(f.tolist(), 0)
     for name, truth in paper_stats(f.tolist(), 0).items():
         assert roundings(getattr(stats, name), float(truth), getattr(scale, name)).item() <= 1.5
     # the divergence does not know how far the target leads
-    behind = torch.cat([torch.zeros(1), others])
-    assert all(same_bits(a, b) for a, b in zip(stats[1:], row_stats(behind, torch.tensor(0))[1:], strict=True))
+    behind = torch.cat([torch.zeros(1, device=device), others])
+    assert all(same_bits(a, b) for a, b in zip(stats[1:], row_stats(behind, torch.tensor(0, device=device))[1:], strict=True))
 
 
-def test_a_difference_of_finite_logits_may_overflow():
-    f, y = torch.tensor([0.0, 3e38, -3e38, 3e38]), torch.tensor(0)
+def test_a_difference_of_finite_logits_may_overflow(device):
+    f, y = torch.tensor([0.0, 3e38, -3e38, 3e38], device=device), torch.tensor(0, device=device)
     stats = row_stats(f, y)
     assert stats.log_odds == -3e38
     assert_within(stats.rho, math.log(2), 1.0, 1)
     assert_within(stats.neg_entropy, -math.log(2), 1.0, 1)
     assert stats.spread == INF and stats.mean_log_q == -INF  # 2e38 is the mean of differences one of which is 6e38
-    gradient = vjp(f, y, torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0]))
-    truth = vjp(f.double(), y, torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0]).double())
+    gradient = vjp(f, y, torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0], device=device))
+    truth = vjp(f.double(), y, torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0], device=device).double())
     assert_within(gradient, truth, 4.0, 1)

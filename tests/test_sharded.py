@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.xdist_group("ranks")
 
 # one rank; two alike; uneven ones, of which one holds a single class, the target of row 0; more ranks than classes; empty ones
 SIZES = ((7,), (4, 4), (1, 6, 3), (1, 1, 1, 0), (0, 5, 0), (2, 0, 1500, 3), (1,), (0, 1))
-OPTIONS = (
+OPTIONS: tuple[dict[str, Any], ...] = (
     {},
     {"lam": 0.0, "hard_bias": 1.0},
     {"divergence": "kl_qu", "lam": 1.5, "label_smoothing": 0.2},
@@ -64,8 +65,8 @@ def test_lower_precision_is_within_roundings_of_float64(ranks, sizes, dtype):
     ids=str,
 )
 def test_dtensor_logits_take_their_classes_from_where_they_are(ranks, mesh, places):
-    labels = ((torch.int64, {}), (torch.uint8, {"ignore_index": 255}))
-    losses = ({}, {"weighted": True, "label_smoothing": 0.1})
+    labels: tuple[tuple[torch.dtype, dict[str, Any]], ...] = ((torch.int64, {}), (torch.uint8, {"ignore_index": 255}))
+    losses: tuple[dict[str, Any], ...] = ({}, {"weighted": True, "label_smoothing": 0.1})
     for reduction, (dtype, ignoring), options in itertools.product(("none", "sum", "mean"), labels, losses):
         settings = {**options, **ignoring, "reduction": reduction}
         assert_same_everywhere(ranks.run(4, on_ranks.equals_whole_as_dtensor, mesh, places, dtype, settings))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -26,7 +27,11 @@ class Page(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.ids, self.links, self.loads, self.tags, self.words = set(), [], [], [], []
+        self.ids: set[Any] = set()
+        self.links: list[Any] = []
+        self.loads: list[Any] = []
+        self.tags: list[Any] = []
+        self.words: list[Any] = []
         self._inside: list[str] = []
         self.feed(text)
 

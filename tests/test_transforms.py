@@ -1,5 +1,7 @@
 """The losses under what torch does to functions: higher derivatives, functorch transforms, compilation, export, checkpointing."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -28,18 +30,20 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 class Problem:
     """A small float64 problem with a masked class, an ignored row, weights and smoothing."""
 
-    def __init__(self, kind: str, rng: torch.Generator, divergence: str = "symmetric", rows: int = 4, classes: int = 5) -> None:
-        self.input = torch.randn(rows, classes, generator=rng, dtype=torch.float64) * 2
-        self.masked = torch.zeros(rows, classes, dtype=torch.bool)
+    def __init__(
+        self, kind: str, rng: torch.Generator, device: torch.device, divergence: str = "symmetric", rows: int = 4, classes: int = 5
+    ) -> None:
+        self.input = torch.randn(rows, classes, generator=rng, dtype=torch.float64).to(device) * 2
+        self.masked = torch.zeros(rows, classes, dtype=torch.bool, device=device)
         self.masked[1, 2] = True
         if kind == "indices":
-            self.target = torch.tensor([0, 3, -100, 1])[:rows]
+            self.target = torch.tensor([0, 3, -100, 1], device=device)[:rows]
         else:
-            self.target = torch.rand(rows, classes, generator=rng, dtype=torch.float64).masked_fill(self.masked, 0.0)
-        weight = torch.rand(classes, generator=rng, dtype=torch.float64) + 0.5
+            self.target = torch.rand(rows, classes, generator=rng, dtype=torch.float64).to(device).masked_fill(self.masked, 0.0)
+        weight = torch.rand(classes, generator=rng, dtype=torch.float64).to(device) + 0.5
         self.options = {"weight": weight, "label_smoothing": 0.1, "divergence": divergence, "hard_bias": 0.5}
 
-    def losses(self, input: Tensor, target: Tensor | None = None, **options: object) -> Tensor:
+    def losses(self, input: Tensor, target: Tensor | None = None, **options: Any) -> Tensor:
         target = self.target if target is None else target
         return large_margin_cross_entropy(input.masked_fill(self.masked, -INF), target, **{**self.options, **options})
 
@@ -50,8 +54,8 @@ class Problem:
 @each_divergence
 @each_kind
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_first_derivatives(reduction, kind, divergence, rng):
-    problem = Problem(kind, rng, divergence)
+def test_first_derivatives(reduction, kind, divergence, rng, device):
+    problem = Problem(kind, rng, device, divergence)
     assert gradcheck(
         lambda f: problem.losses(f, reduction=reduction),
         problem.input.requires_grad_(),
@@ -64,8 +68,8 @@ def test_first_derivatives(reduction, kind, divergence, rng):
 # sharp case 22
 @each_divergence
 @each_kind
-def test_case_22_second_derivatives(kind, divergence, rng):
-    problem = Problem(kind, rng, divergence, rows=2)
+def test_case_22_second_derivatives(kind, divergence, rng, device):
+    problem = Problem(kind, rng, device, divergence, rows=2)
     for smoothing in (0.0, 0.1):
         assert gradgradcheck(
             lambda f, smoothing=smoothing: problem.losses(f[:2], label_smoothing=smoothing),
@@ -75,8 +79,9 @@ def test_case_22_second_derivatives(kind, divergence, rng):
         )
 
 
-def test_case_22_derivatives_of_the_statistics(rng):
-    input, target = torch.randn(3, 5, generator=rng, dtype=torch.float64, requires_grad=True), torch.tensor([0, -100, 4])
+def test_case_22_derivatives_of_the_statistics(rng, device):
+    input = torch.randn(3, 5, generator=rng, dtype=torch.float64).to(device).requires_grad_()
+    target = torch.tensor([0, -100, 4], device=device)
 
     def smooth(f: Tensor) -> tuple[Tensor, ...]:
         return row_stats(f, target)[:5]
@@ -87,10 +92,10 @@ def test_case_22_derivatives_of_the_statistics(rng):
 
 @each_divergence
 @pytest.mark.parametrize("bias", [0.0, 1.5])
-def test_case_22_hessian_vector_product_has_its_closed_form(bias, divergence, rng):
-    input, target = torch.randn(6, 7, generator=rng, dtype=torch.float64) * 3, torch.tensor([0, 1, 2, 3, 4, 5])
+def test_case_22_hessian_vector_product_has_its_closed_form(bias, divergence, rng, device):
+    input, target = torch.randn(6, 7, generator=rng, dtype=torch.float64).to(device) * 3, torch.tensor([0, 1, 2, 3, 4, 5], device=device)
     input[0, 0] += 30.0  # where the form with p (v - p.v) has lost the row
-    v, lam = torch.randn(6, 7, generator=rng, dtype=torch.float64), 0.3
+    v, lam = torch.randn(6, 7, generator=rng, dtype=torch.float64).to(device), 0.3
     leaf = input.clone().requires_grad_()
     loss = large_margin_cross_entropy(leaf, target, lam=lam, divergence=divergence, hard_bias=bias, reduction="sum")
     (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
@@ -114,8 +119,8 @@ def test_case_22_hessian_vector_product_has_its_closed_form(bias, divergence, rn
 
 
 @each_kind
-def test_case_22_functorch_agrees_with_autograd(kind, rng):
-    problem = Problem(kind, rng)
+def test_case_22_functorch_agrees_with_autograd(kind, rng, device):
+    problem = Problem(kind, rng, device)
     input = problem.input.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(problem.losses(input), input)
     assert_within(torch.func.grad(problem.losses)(problem.input), gradient, 1.0, 2)
@@ -132,16 +137,16 @@ def test_case_22_functorch_agrees_with_autograd(kind, rng):
 @pytest.mark.parametrize("outer", [torch.func.jacrev, torch.func.jacfwd])
 @pytest.mark.parametrize("inner", [torch.func.jacrev, torch.func.jacfwd])
 @each_kind
-def test_case_22_hessians_in_every_order(kind, inner, outer, rng):
-    problem = Problem(kind, rng)
+def test_case_22_hessians_in_every_order(kind, inner, outer, rng, device):
+    problem = Problem(kind, rng, device)
     hessian = torch.autograd.functional.hessian(problem.losses, problem.input)
     assert hessian.any()
     assert_within(outer(inner(problem.losses))(problem.input), hessian, 8.0, 4)
 
 
 @each_kind
-def test_case_22_gradients_of_each_row_by_vmap(kind, rng):
-    problem = Problem(kind, rng)
+def test_case_22_gradients_of_each_row_by_vmap(kind, rng, device):
+    problem = Problem(kind, rng, device)
 
     def one(f: Tensor, y: Tensor) -> Tensor:
         return large_margin_cross_entropy(f, y, reduction="sum", **problem.options)
@@ -156,8 +161,8 @@ def test_case_22_gradients_of_each_row_by_vmap(kind, rng):
     assert_within(losses, problem.losses(problem.input, reduction="none"), 32.0, 2)
 
 
-def test_case_22_forward_mode_by_hand(rng):
-    problem, v = Problem("indices", rng), torch.randn(4, 5, generator=rng, dtype=torch.float64)
+def test_case_22_forward_mode_by_hand(rng, device):
+    problem, v = Problem("indices", rng, device), torch.randn(4, 5, generator=rng, dtype=torch.float64).to(device)
     leaf = problem.input.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(problem.losses(leaf), leaf)
     with forward_ad.dual_level():
@@ -166,8 +171,8 @@ def test_case_22_forward_mode_by_hand(rng):
 
 
 @pytest.mark.parametrize("hinge", [multiclass_hinge, crammer_singer_hinge, hard_margin_softplus], ids=lambda hinge: hinge.__name__)
-def test_hinges_under_transforms(hinge, rng):
-    input, target = torch.randn(4, 5, generator=rng, dtype=torch.float64), torch.tensor([0, 3, -100, 1])
+def test_hinges_under_transforms(hinge, rng, device):
+    input, target = torch.randn(4, 5, generator=rng, dtype=torch.float64).to(device), torch.tensor([0, 3, -100, 1], device=device)
 
     def each(f: Tensor) -> Tensor:
         return hinge(f, target, reduction="none")
@@ -187,8 +192,8 @@ def test_hinges_under_transforms(hinge, rng):
 
 @each_kind
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_without_gradients(context, kind, rng):
-    problem = Problem(kind, rng)
+def test_without_gradients(context, kind, rng, device):
+    problem = Problem(kind, rng, device)
     expected = problem.losses(problem.input)
     leaf = problem.input.clone().requires_grad_()
     with context():
@@ -200,8 +205,8 @@ def test_without_gradients(context, kind, rng):
 
 @each_kind
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpoint(use_reentrant, kind, rng):
-    problem = Problem(kind, rng)
+def test_checkpoint(use_reentrant, kind, rng, device):
+    problem = Problem(kind, rng, device)
     gradients = []
     for run in (problem.losses, lambda f: checkpoint(problem.losses, f, use_reentrant=use_reentrant)):
         leaf = problem.input.clone().requires_grad_()
@@ -236,12 +241,13 @@ def assert_compiled_equals_eager(run, input: Tensor, *targets: Tensor, backend: 
 @each_kind
 @pytest.mark.parametrize("dynamic", [True, None])
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "weight": torch.tensor([1.0, 2.0, 0.5, 1.5, 1.0]), "hard_bias": 1.0}])
-def test_case_19_compiled_with_a_changing_number_of_rows(options, dynamic, kind, rng):
-    input = torch.randn(8, 5, generator=rng) * 3
+def test_case_19_compiled_with_a_changing_number_of_rows(options, dynamic, kind, rng, device):
+    options = {name: value.to(device) if name == "weight" else value for name, value in options.items()}
+    input = torch.randn(8, 5, generator=rng).to(device) * 3
     if kind == "indices":
-        targets = [torch.tensor([0, 1, -100, 3, 4, 0, -100, 2]), torch.tensor([-100, 1, 2])]
+        targets = [torch.tensor([0, 1, -100, 3, 4, 0, -100, 2], device=device), torch.tensor([-100, 1, 2], device=device)]
     else:
-        targets = [torch.rand(8, 5, generator=rng), torch.rand(3, 5, generator=rng)]
+        targets = [torch.rand(8, 5, generator=rng).to(device), torch.rand(3, 5, generator=rng).to(device)]
 
     module = LargeMarginCrossEntropyLoss(**options)
     assert_compiled_equals_eager(module, input, *targets, backend="aot_eager", units=1, dynamic=dynamic)
@@ -252,16 +258,16 @@ def test_case_19_compiled_with_a_changing_number_of_rows(options, dynamic, kind,
 
 @compiles
 @pytest.mark.parametrize("function", [multiclass_hinge, crammer_singer_hinge, hard_margin_softplus], ids=lambda f: f.__name__)
-def test_case_19_compiled_hinges(function, rng):
-    input, target = torch.randn(8, 5, generator=rng) * 3, torch.tensor([0, 1, -100, 3, 4, 0, -100, 2])
+def test_case_19_compiled_hinges(function, rng, device):
+    input, target = torch.randn(8, 5, generator=rng).to(device) * 3, torch.tensor([0, 1, -100, 3, 4, 0, -100, 2], device=device)
     assert_compiled_equals_eager(lambda f, y: function(f, y), input, target, backend="aot_eager", units=1)
 
 
 @compiles
 @each_divergence
-def test_case_19_compiled_k_dimensions_without_gradient(divergence, rng):
+def test_case_19_compiled_k_dimensions_without_gradient(divergence, rng, device):
     torch._dynamo.reset()
-    input, target = torch.randn(2, 5, 3, generator=rng), torch.tensor([[0, 1, -100], [3, 4, 0]])
+    input, target = torch.randn(2, 5, 3, generator=rng).to(device), torch.tensor([[0, 1, -100], [3, 4, 0]], device=device)
     compiled = torch.compile(large_margin_cross_entropy, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         for reduction in ("none", "mean"):
@@ -270,9 +276,11 @@ def test_case_19_compiled_k_dimensions_without_gradient(divergence, rng):
 
 
 @compiles
-def test_case_19_compiled_layer_and_loss(rng):
+def test_case_19_compiled_layer_and_loss(rng, device):
     torch._dynamo.reset()
-    layer, features, target = torch.nn.Linear(4, 5), torch.randn(8, 4, generator=rng), torch.tensor([0, 1, -100, 3, 4, 0, -100, 2])
+    layer = torch.nn.Linear(4, 5).to(device)
+    features = torch.randn(8, 4, generator=rng).to(device)
+    target = torch.tensor([0, 1, -100, 3, 4, 0, -100, 2], device=device)
 
     def step(x: Tensor) -> Tensor:
         return large_margin_cross_entropy(layer(x), target)
@@ -285,9 +293,10 @@ def test_case_19_compiled_layer_and_loss(rng):
 @pytest.mark.slow  # the inductor builds C++ kernels
 @compiles
 @each_kind
-def test_case_19_inductor(kind, rng):
-    input = torch.randn(8, 5, generator=rng) * 3
+def test_case_19_inductor(kind, rng, device):
+    input = torch.randn(8, 5, generator=rng).to(device) * 3
     target = torch.tensor([0, 1, -100, 3, 4, 0, -100, 2]) if kind == "indices" else torch.rand(8, 5, generator=rng)
+    target = target.to(device)
     assert_compiled_equals_eager(
         lambda f, y: large_margin_cross_entropy(f, y, label_smoothing=0.1), input, target, backend="inductor", units=4
     )
@@ -301,10 +310,11 @@ class Criterion(torch.nn.Module):
 @compiles
 @each_kind
 @pytest.mark.parametrize("strict", [True, False])
-def test_export(strict, kind, rng):
+def test_export(strict, kind, rng, device):
     torch._dynamo.reset()
-    input = torch.randn(8, 5, generator=rng)
+    input = torch.randn(8, 5, generator=rng).to(device)
     target = torch.tensor([0, 1, -100, 3, 4, 0, -100, 2]) if kind == "indices" else torch.rand(8, 5, generator=rng)
+    target = target.to(device)
     rows = torch.export.Dim("rows", min=2, max=64)
     shapes = {"input": {0: rows}, "target": {0: rows}}
     exported = torch.export.export(Criterion(), (input, target), dynamic_shapes=shapes, strict=strict).module()
@@ -314,24 +324,25 @@ def test_export(strict, kind, rng):
 
 
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
-def test_make_fx_traces_the_loss(mode, rng):
+def test_make_fx_traces_the_loss(mode, rng, device):
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    input, target = torch.randn(4, 5, generator=rng), torch.tensor([0, 1, -100, 3])
+    input, target = torch.randn(4, 5, generator=rng).to(device), torch.tensor([0, 1, -100, 3], device=device)
     traced = make_fx(lambda input, target: large_margin_cross_entropy(input, target), tracing_mode=mode)(input, target)
     assert torch.equal(traced(input, target), large_margin_cross_entropy(input, target, backend="reference"))
 
 
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
-def test_forward_mode_outside_vmap(kind, rng):
-    x = torch.randn(3, 4, 5, generator=rng, dtype=torch.float64)
+def test_forward_mode_outside_vmap(kind, rng, device):
+    x = torch.randn(3, 4, 5, generator=rng, dtype=torch.float64).to(device)
     target = torch.randint(5, (3, 4), generator=rng) if kind == "indices" else torch.rand(3, 4, 5, generator=rng, dtype=torch.float64)
-    v = torch.randn(3, 4, 5, generator=rng, dtype=torch.float64)
+    target = target.to(device)
+    v = torch.randn(3, 4, 5, generator=rng, dtype=torch.float64).to(device)
 
     def losses(x):
         return torch.vmap(lambda x, t: large_margin_cross_entropy(x, t, label_smoothing=0.1))(x, target)
 
-    values, tangents = torch.func.jvp(losses, (x,), (v,))
+    values, tangents = torch.func.jvp(losses, (x,), (v,))[:2]
     leaf = x.clone().requires_grad_()
     for n in range(3):
         loss = large_margin_cross_entropy(leaf[n], target[n], label_smoothing=0.1)
