@@ -48,6 +48,7 @@ GRACE = 15.0  # seconds that a part has to write down what it has, and this scri
 LEAST = 20.0  # seconds of any part: fewer are not worth a start
 CELLS = ("table2/softmax", "table2/ours-0.3", "table2/lsr-0.1")
 SEEDS = ("0", "1", "2")
+WANTED = len(CELLS) * len(SEEDS)
 OF_LAB = ("jsonargparse", "rich", "jinja2", "scipy", "matplotlib", "numpy", "torchvision", "PIL", "accelerate", "safetensors")
 
 
@@ -154,7 +155,13 @@ def do(part: Part, left: tuple[Part, ...], ends: float, options: argparse.Namesp
     took = f"{time.monotonic() - started:.0f} s"
     if status is None:
         return f"stopped after {took}, what it has is kept"
+    if status == 0 and part.name == "cifar100" and not options.self_test and (missing_runs := WANTED - runs_done(options.out)) > 0:
+        return f"{missing_runs} of {WANTED} runs are left after {took}"
     return f"done in {took}" if status == 0 else f"failed after {took}: {last_line(log)}"
+
+
+def runs_done(out: Path) -> int:
+    return len(list((out / "cifar100" / "runs").glob("*/result.json")))
 
 
 def finished(path: Path) -> dict[str, Any] | None:
@@ -169,13 +176,18 @@ def command(part: Part, limit: float, options: argparse.Namespace) -> list[str]:
     if part.name == "cifar100":
         words = [sys.executable, "-m", "largemargin", "reproduce", "table2", "--cells", *CELLS, "--seeds", *SEEDS]
         words += ["--recipe.precision", "bfloat16", "--recipe.channels_last", "true", "--recipe.evaluate_every", "5"]
-        words += ["--data-root", str(options.data_root), "--out", str(options.out / "cifar100")]
+        words += ["--data-root", relative(options.data_root), "--out", relative(options.out / "cifar100")]
         words += ["--minutes", f"{max(0.0, limit - GRACE) / 60:.2f}"]
         return [*words, *(["--device", "cpu", "--recipe.width", "0.05", "--dry-run"] if options.self_test else ["--device", "cuda"])]
     script = {"tests": "gpu_tests.py", "kernels": "gpu.py", "linear": "gpu_linear.py", "training": "gpu_training.py"}[part.name]
     words = [sys.executable, str(BENCHMARKS / script), "--out", str(options.out / "gpu" / f"{part.name}.json")]
     words += ["--skip-tests"]  # they are a part of their own, whose record says how they ended
     return [*words, "--self-test"] if options.self_test else words
+
+
+def relative(path: Path) -> str:
+    """The path as a record is to have it: of the checkout, where it lies there."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 def run(words: list[str], limit: float, log: Path, variables: dict[str, str]) -> int | None:
@@ -208,9 +220,9 @@ def summary(options: argparse.Namespace, outcomes: dict[str, str]) -> list[str]:
     """All that was found, in the space of a terminal of 80 columns and 24 lines."""
     records = gpu_summary.load(options.out / "gpu")
     machine: dict[str, Any] = next((record["machine"] for record in records.values()), {})
-    runs, wanted = len(list((options.out / "cifar100" / "runs").glob("*/result.json"))), len(CELLS) * len(SEEDS)
+    runs = runs_done(options.out)
     found = gpu_summary.figures(records)
-    found.append(gpu_summary.Figure("CIFAR-100, Table 2", f"{runs} runs", f"{wanted} runs", runs >= wanted))
+    found.append(gpu_summary.Figure("CIFAR-100, Table 2", f"{runs} runs", f"{WANTED} runs", runs >= WANTED))
     head = f"{machine.get('gpu', 'no GPU')}, torch {machine.get('torch', 'unknown')}; records: {options.out / 'gpu'}"
     lines = [head[:80], *gpu_summary.lines(found)]
     absent = sorted({name for record in records.values() for name in record.get("not installed", [])})

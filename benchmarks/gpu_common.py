@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from common import ROOT, machine, refuse_if_wrong
+from largemargin.lab.cuda_graph import CudaGraph
 from largemargin.lab.environment import commit
 
 Step = Callable[[], object]
@@ -90,15 +91,10 @@ class Card:
 
     def captured(self, step: Step) -> Step:
         """The step as a graph: one launch."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = step()
+        graph = CudaGraph()
+        for _ in range(WARM_UP):
+            graph.warm_up(step)
+        results = graph.record(step)
 
         def replay() -> object:
             graph.replay()

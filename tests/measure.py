@@ -5,8 +5,10 @@ natural scale is the size of the terms that a result is the sum or difference of
 and at a common offset of 1e5 as it is in the middle. Tensors may live on any device: they are compared on the CPU.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -89,6 +91,18 @@ def loss_scale(
         top = max(f[c] for c in kept)
         scale += label_smoothing * sum(w[c] * (1 + math.log(len(kept)) + top - f[c]) for c in kept) / len(kept)
     return scale
+
+
+@contextlib.contextmanager
+def waiting_refused() -> Iterator[None]:
+    """What would make the host wait for the GPU raises meanwhile."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*prototype feature.*")  # torch's, of the mode itself
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def call_or_error(function: Callable[..., Tensor], *args: object, **options: Any) -> Tensor | Exception:

@@ -20,7 +20,7 @@ from torch import Tensor
 from devices import HAS_KERNELS, device_of
 from largemargin import LargeMarginCrossEntropyLoss, crammer_singer_hinge, hard_margin_softplus, large_margin_cross_entropy, row_stats
 from largemargin._backends import cpu, ladder
-from measure import INF, assert_within, compiles, roundings, same_bits
+from measure import INF, assert_within, compiles, roundings, same_bits, waiting_refused
 
 # the interpreter computes with numpy, which warns of infinities that are meant
 pytestmark = pytest.mark.filterwarnings(
@@ -836,11 +836,8 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 def test_case_19_nothing_waits_for_the_device(rng):
     input, target = torch.randn(64, 1000, device="cuda", requires_grad=True), torch.randint(1000, (64,), device="cuda")
     large_margin_cross_entropy(input, target).backward()  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_refused():
         (large_margin_cross_entropy(input, target, label_smoothing=0.1) * 0.5).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert input.grad.isfinite().all()
 
 

@@ -183,8 +183,8 @@ def test_a_contestant_that_fails_leaves_the_others_their_turns():
     assert found["tires"] == {"failed": "MemoryError: after one step"} and calls["tires"] == 2
     assert calls["sound"] == gpu_common.WARM_UP + 4 + 3  # its memory, its steps in a row and its kernels
     assert found["sound"]["ms"] == found["sound"]["us back to back"] == found["sound"]["launches"] == 1
-    found = gpu_common.measure({"sound": lambda: lambda: None}, Blind(), rounds=4, small=True)["sound"]
-    assert found["ms"] == 1 and found["failed"] == "RuntimeError: no profiler" and "launches" not in found
+    blind = gpu_common.measure({"sound": lambda: lambda: None}, Blind(), rounds=4, small=True)["sound"]
+    assert blind["ms"] == 1 and blind["failed"] == "RuntimeError: no profiler" and "launches" not in blind
 
 
 def test_an_interrupted_benchmark_leaves_what_it_has(tmp_path):

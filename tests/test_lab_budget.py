@@ -31,7 +31,7 @@ def clock(monkeypatch) -> Clock:
 
 def planned(minutes, jobs=1, start=0.0, of_a_pass=6.0, recipes=RECIPES):
     """A budget on a machine that takes a minute a run of ten epochs."""
-    given = Budget(minutes, measure=lambda recipe, runs: Cost(start, of_a_pass))
+    given = Budget(minutes, measure=lambda *_: Cost(start, of_a_pass))
     given.plan(recipes, Path("runs"), jobs)
     return given
 
@@ -62,23 +62,23 @@ def names(recipes):
 
 
 @pytest.mark.parametrize(
-    ("busy", "durations", "jobs", "end"),
+    ("places", "durations", "end"),
     [
-        ([], [], 2, 0),
-        ([], [5, 5, 5], 1, 15),
-        ([], [5, 5, 5], 2, 10),
-        ([4], [5, 5], 2, 9),
-        ([4, 4], [5], 2, 9),
-        ([1, 2, 30], [5], 3, 6),
+        ([0, 0], [], 0),
+        ([0], [5, 5, 5], 15),
+        ([0, 0], [5, 5, 5], 10),
+        ([4, 0], [5, 5], 9),
+        ([4, 4], [5], 9),
+        ([1, 2, 30], [5], 6),
     ],
 )
-def test_the_end_of_many_runs_is_that_of_a_queue(busy, durations, jobs, end):
-    assert finish(busy, durations, jobs) == end
+def test_the_end_of_many_runs_is_that_of_a_queue(places, durations, end):
+    assert finish(places, durations) == end
 
 
 def test_more_places_never_take_longer():
     durations = [3.0, 7.0, 2.0, 2.0, 9.0, 4.0]
-    ends = [finish([], durations, jobs) for jobs in range(1, 8)]
+    ends = [finish([0.0] * jobs, durations) for jobs in range(1, 8)]
     assert ends == sorted(ends, reverse=True) and ends[0] == sum(durations) and ends[-1] == max(durations)
 
 
@@ -132,10 +132,29 @@ def test_a_run_that_goes_on_from_a_checkpoint_is_not_taken_for_a_fast_one(clock)
     given = planned(100)
     given.started(RECIPES[0])
     clock.now += 6
-    given.epoch(RECIPES[0], 9)  # eight were done before
+    given.epoch(RECIPES[0], 8)  # seven were done before
+    assert given._places(RECIPES[1]) == [pytest.approx(12)]  # two epochs are left
     clock.now += 6
-    given.epoch(RECIPES[0], 10)
-    assert given.seconds(RECIPES[0]) == pytest.approx(60)
+    given.epoch(RECIPES[0], 9)
+    assert given.seconds(RECIPES[0]) == pytest.approx(60) and given._places(RECIPES[1]) == [pytest.approx(6)]
+
+
+def test_a_process_starts_once(clock):
+    given = planned(3.6, jobs=1, start=30.0)  # half a minute, and three runs
+    plan = Plan(RECIPES, budget=given)
+    assert len(simulated(plan, clock)) == 3
+    assert not simulated(Plan(RECIPES, budget=planned(3.4, start=30.0)), clock)
+
+
+def test_a_run_of_another_process_is_not_waited_for_beyond_the_time(clock):
+    short, long = RECIPES[0], dataclasses.replace(RECIPES[3], epochs=1000)
+    plan = Plan([short, long], budget=planned(3, recipes=[short, long]))
+    for _ in range(60):  # asked for every two seconds, among runs that do not fit
+        assert plan.unfinished and plan.take() == short
+        plan.ended(short, queue.Outcome("held"))
+        clock.now += 2
+    clock.now += 5  # now it does not fit any more either
+    assert plan.take() is None and not plan.unfinished
 
 
 def test_a_run_that_failed_is_tried_again_only_if_it_fits(clock):
@@ -160,19 +179,19 @@ def test_runs_of_the_same_cost_have_one_key():
 
 
 def test_a_queue_does_what_fits_and_says_what_is_left(tmp_path):
-    given = Budget(1, measure=lambda recipe, runs: Cost(0.0, 19.0))  # 19 s a run: three of them in a minute
+    given = Budget(1, measure=lambda *_: Cost(0.0, 19.0))  # 19 s a run: three of them in a minute
     records = queue.run_all(ONE_EPOCH, tmp_path, 1, lambda *_: None, work="lab_work:finish", budget=given)
     assert [record["recipe"]["seed"] for record in records] == [0, 0, 0]
     console = Console(record=True, width=200)
     progress.say_what_is_left(ONE_EPOCH, tmp_path, given, console)
     said = console.export_text()
     assert "9 of 12 runs left (seeds 1 2 3)" in said and "2.9 minutes" in said
-    again = Budget(10, measure=lambda recipe, runs: Cost(0.0, 19.0))
+    again = Budget(10, measure=lambda *_: Cost(0.0, 19.0))
     assert len(queue.run_all(ONE_EPOCH, tmp_path, 1, lambda *_: None, work="lab_work:finish", budget=again)) == 12
 
 
 def test_where_nothing_fits_the_command_says_how_long_it_takes(tmp_path):
-    given = Budget(0.5, measure=lambda recipe, runs: Cost(0.0, 60.0))
+    given = Budget(0.5, measure=lambda *_: Cost(0.0, 60.0))
     assert queue.run_all(RECIPES, tmp_path, 2, lambda *_: None, work="lab_work:finish", budget=given) == []
     with pytest.raises(LabError, match=r"--minutes 0.5: 12 of 12 runs left .*about 60.0 minutes"):
         progress.say_what_is_left(RECIPES, tmp_path, given, Console(quiet=True))
@@ -191,7 +210,7 @@ def small_comparison(**changes):
 
 def test_a_comparison_within_minutes_reports_what_is_done_and_goes_on(tmp_path, capsys):
     def within(minutes, seconds):
-        given = Budget(minutes, measure=lambda recipe, runs: Cost(0.0, seconds / 0.4))
+        given = Budget(minutes, measure=lambda *_: Cost(0.0, seconds / 0.4))
         return compare.compare(small_comparison(), tmp_path, 1, Console(width=300), budget=given)
 
     with pytest.raises(LabError, match="4 of 4 runs left"):
@@ -203,18 +222,38 @@ def test_a_comparison_within_minutes_reports_what_is_done_and_goes_on(tmp_path, 
 
 
 def test_a_choice_of_lam_within_minutes_stops_before_the_test_set(tmp_path):
-    given = Budget(1, measure=lambda recipe, runs: Cost(0.0, 29.0 / 0.32))  # two validating runs of four
+    given = Budget(1, measure=lambda *_: Cost(0.0, 29.0 / 0.32))  # two validating runs of four
     with pytest.raises(LabError, match="no run of its last comparison is finished yet"):
         compare.compare(small_comparison(lam=(0.1, 0.3)), tmp_path, 1, Console(quiet=True), budget=given)
     assert len(list((tmp_path / "runs").glob("*/result.json"))) == 2
-    given = Budget(1, measure=lambda recipe, runs: Cost(0.0, 0.01))
+    given = Budget(1, measure=lambda *_: Cost(0.0, 0.01))
     rows = compare.compare(small_comparison(lam=(0.1, 0.3)), tmp_path, 1, Console(quiet=True), budget=given)
     assert [row.n for row in rows] == [2, 2]
 
 
 def test_a_machine_measures_itself():
-    cost = budget.measured_cost(Recipe(loss="large_margin", seed=0, lam=0.3), Path("runs"))
+    cost = budget.measured_cost(Recipe(loss="large_margin", seed=0, lam=0.3, epochs=1), Path("runs"), patience=120.0)
     assert 0 < cost.of_a_pass < cost.start
+
+
+def test_what_cannot_be_measured_is_told():
+    unknown = Recipe(loss="softmax", seed=0, data_digest="of other digits")
+    with pytest.raises(LabError, match=r"could not be measured how long .* the run was planned for of other digits"):
+        budget.measured_cost(unknown, Path("runs"), patience=120.0)
+    assert budget.measured_cost(unknown, Path("runs"), patience=0.0).of_a_pass == float("inf")
+
+
+def test_many_refused_runs_are_looked_through_at_once(clock, monkeypatch):
+    many = [dataclasses.replace(recipe, seed=10 * recipe.seed + more, epochs=10_000) for recipe in RECIPES for more in range(10)]
+    given = planned(1, recipes=many)
+    asked: list[Recipe] = []
+
+    def seconds(recipe: Recipe) -> float:
+        asked.append(recipe)
+        return 1e9
+
+    monkeypatch.setattr(given, "seconds", seconds)
+    assert given.choose(many) is None and len(asked) == len(many)  # each once
 
 
 @pytest.mark.parametrize("command", [["compare"], ["reproduce", "table2"]])
@@ -250,7 +289,8 @@ def test_runs_go_on_on_the_device_where_they_began(monkeypatch, tmp_path):
 
 
 def test_a_gpu_does_a_few_runs_at_a_time(monkeypatch):
-    for cores, jobs in ((16, 3), (4, 2), (1, 1)):
+    for cores, memory, jobs in ((16, 80, 3), (4, 80, 2), (1, 80, 1), (16, 24, 2), (16, 8, 1)):
+        monkeypatch.setattr(environment.torch.cuda, "mem_get_info", lambda _, memory=memory: (memory * 2**30, 80 * 2**30))
         monkeypatch.setattr(environment.os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
         assert environment.default_jobs("cuda", False, on_cpu=2) == jobs
         assert environment.default_jobs("cuda", True, on_cpu=2) == 1  # its workers need the cores

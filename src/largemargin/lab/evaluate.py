@@ -27,11 +27,13 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(logits: Tensor, target: Tensor) -> Evaluation:
     """Evaluate logits (N, C) against class indices (N,)."""
-    logits, target = logits.cpu().double(), target.cpu()
+    if not logits.is_cuda:  # other accelerators have no float64
+        logits = logits.cpu()
+    logits, target = logits.double(), target.to(logits.device)
     stats = row_stats(logits, target)
     wrong = (logits.argmax(-1) != target) | logits.isnan().any(-1)  # a diverged network knows no class
     margins = stats.log_odds + stats.rho
-    counts = torch.histogram(margins.clamp(-40, 40).float(), MARGIN_EDGES).hist
+    counts = torch.histogram(margins.clamp(-40, 40).float().cpu(), MARGIN_EDGES).hist
     return Evaluation(
         error=100 * wrong.double().mean().item(),
         nll=F.cross_entropy(logits, target).item(),

@@ -63,11 +63,12 @@ class Plan:
 
     @property
     def unfinished(self) -> bool:
-        return bool(self._held or self._running) or self._next() is not None
+        waits = bool(self._held) and (self._budget is None or self._budget.left > 0)  # for another process
+        return waits or bool(self._running) or self._next() is not None
 
     def take(self) -> Recipe | None:
         """The next run, or None where there is none now."""
-        if not self._waiting and self._held and self._held[0][0] <= time.monotonic():
+        if self._held and self._held[0][0] <= time.monotonic() and (self._budget is not None or not self._waiting):
             self._waiting.append(self._held.popleft()[1])
         recipe = self._next()
         if recipe is None:
@@ -81,7 +82,7 @@ class Plan:
     def _next(self) -> Recipe | None:
         if self._budget is None:
             return self._waiting[0] if self._waiting else None
-        return next((recipe for recipe in self._waiting if self._budget.allows(recipe, self._waiting)), None)
+        return self._budget.choose(self._waiting)
 
     def epoch(self, recipe: Recipe, epoch: int) -> None:
         """Hear that a run has done an epoch."""
@@ -137,7 +138,7 @@ def run_all(
     plan = Plan(waiting, on_message, budget)
     if waiting:
         if budget is not None:
-            budget.plan(waiting, runs.resolve(), jobs)
+            budget.plan(waiting, runs.resolve(), jobs, on_message)
         if executor == "ray":
             from .executors.ray_cluster import execute
         else:

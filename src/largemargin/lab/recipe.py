@@ -117,7 +117,7 @@ class Recipe:
     processes: int = 1  # that share each batch, as torchrun starts them
     precision: str = "float32"  # of the network: float32, tf32 (of matrix products on a GPU) or bfloat16 (by autocast)
     channels_last: bool = False  # how images lie in memory
-    compile: str = ""  # a backend of torch.compile, inductor say, for full training batches; the first step waits for it
+    compile: str = ""  # a backend of torch.compile, inductor say, for full training batches; the first step compiles, which takes a while
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "milestones", tuple(self.milestones))  # JSON has lists

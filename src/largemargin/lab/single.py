@@ -12,7 +12,7 @@ from rich.console import Console
 
 from . import data
 from .checkpoint import check_same
-from .environment import default_device, device_label
+from .environment import check_device, default_device, device_label
 from .errors import LabError
 from .executors.locks import Lock
 from .files import UNFINISHED
@@ -48,6 +48,7 @@ def train_one(
         split = "test" if done["test"] else "validation"
         console.print(f"{out} holds this run, finished: {split} error {done[split]['error']:.2f}%", markup=False, highlight=False)
         return done
+    check_device(recipe.device if recipe.processes == 1 else "cpu")
     console.print(
         f"{recipe.loss_label}: {recipe.epochs} epochs of {recipe.network} on {recipe.data}, on {device_label(recipe.device)}, into {out}",
         markup=False,

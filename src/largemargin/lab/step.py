@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import row_stats
+from .cuda_graph import CudaGraph
 from .data import Batch
 from .methods import Step
 
@@ -84,84 +85,60 @@ class CompiledStep(EagerStep):
         return super().__call__(batch, seed)
 
 
-class CudaGraph:
-    """The work that a function gives to a GPU, recorded once and replayed."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)
-        self.graph = torch.cuda.CUDAGraph()
-        self.result: Tensor | None = None
-
-    def warm_up(self, function: Callable[[], Tensor]) -> Tensor:
-        """Call it on the stream of the recording, as torch's notes on CUDA graphs ask."""
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            result = function()
-        torch.cuda.current_stream().wait_stream(self.stream)
-        return result
-
-    def record(self, function: Callable[[], Tensor]) -> None:
-        """Record a call; the GPU does nothing yet."""
-        # thread_local: the thread that pins batches of image files may go on meanwhile
-        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
-            self.result = function()
-
-    def replay(self) -> Tensor:
-        """Have the GPU do the recorded work again; a copy of its result, which the next replay overwrites."""
-        assert self.result is not None
-        self.graph.replay()
-        return self.result.clone()
-
-
 class GraphedStep:
     """The same step, replayed from a graph. The first batches of a process, and those of another size, are done eagerly.
 
-    The first batches are the warm-up, so a warm-up leaves no trace. The seed is set before each replay: a graph holds torch's default
-    generator, not the numbers that it drew, so replayed and eager steps draw the same. Where a step cannot be recorded, all are eager, and
-    ``on_message`` hears why.
+    The first batches are the warm-up, so a warm-up leaves no trace. The seed is set before each replay, so that replayed and eager steps
+    draw the same numbers. If a step cannot be recorded, all steps are eager, and ``on_message`` is called with the reason.
     """
 
     def __init__(self, step: EagerStep, batch_size: int, graph: CudaGraph, on_message: Callable[[str], object]) -> None:
-        self.step, self.batch_size, self.graph, self.on_message = step, batch_size, graph, on_message
+        self.step, self.batch_size, self.on_message = step, batch_size, on_message
+        self.graph: CudaGraph | None = graph  # None: all steps are eager
         self.warm_ups = 0
         self.static: Batch | None = None  # what the recorded step reads
-        self.eager = False
 
     def __call__(self, batch: Batch, seed: int) -> Tensor:
-        if self.eager or len(batch.target) != self.batch_size:
+        if self.graph is None or len(batch.target) != self.batch_size:
             return self.step(batch, seed)
         if self.warm_ups < WARM_UP:
-            return self._warm_up(batch, seed)
-        if self.static is None and not self._record(batch):
+            return self._warm_up(self.graph, batch, seed)
+        if self.static is None and not self._record(self.graph, batch):
             return self.step(batch, seed)
         assert self.static is not None
         self.static.images.copy_(batch.images)
         self.static.target.copy_(batch.target)
-        torch.manual_seed(seed)
-        return self.graph.replay()
+        self.graph.seed(seed)
+        self.graph.replay()
+        return self.counted.clone()
 
-    def _warm_up(self, batch: Batch, seed: int) -> Tensor:
+    def _warm_up(self, graph: CudaGraph, batch: Batch, seed: int) -> Tensor:
         before = dict(self.step.model.named_buffers())
-        counted = self.graph.warm_up(lambda: self.step(batch, seed))
+        counted = graph.warm_up(lambda: self.step(batch, seed))
         self.warm_ups += 1
         if replaced := replaced_buffers(before, self.step.model):
             self._give_up(f"the loss replaces its state ({', '.join(replaced)}) instead of writing into it")
         return counted
 
-    def _record(self, batch: Batch) -> bool:
+    def _record(self, graph: CudaGraph, batch: Batch) -> bool:
         """Whether a step could be recorded."""
         static = Batch(batch.images.clone(), batch.target.clone(), batch.size)
         try:
-            self.graph.record(lambda: self.step.run(static))
+            self.counted = graph.record(lambda: self.step.run(static))
         except RuntimeError as error:
-            self._give_up(f"the capture failed ({str(error).strip().splitlines()[0]})")
+            self._give_up(f"the capture failed ({first_line(error)})")
             return False
         self.static = static
         return True
 
     def _give_up(self, reason: str) -> None:
-        self.eager = True
-        self.on_message(f"training steps run eagerly, not as a CUDA graph, which takes longer: {reason}")
+        self.graph = None
+        self.on_message(f"training steps run eagerly, which is slower than a CUDA graph: {reason}")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def replaced_buffers(before: dict[str, Tensor], model: nn.Module) -> list[str]:

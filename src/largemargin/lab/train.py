@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint
+from .cuda_graph import CudaGraph
 from .data import FileSet, ImageSet, feed_of, save_rows
 from .data.feeds import Feed, own_rows, samples_of_an_epoch
 from .environment import check_device, environment
@@ -25,7 +26,7 @@ from .methods import Method, Step, parameter_groups
 from .models import build, check_image
 from .recipe import Recipe
 from .seeds import seeded
-from .step import CompiledStep, CudaGraph, EagerStep, GraphedStep, TakesSteps
+from .step import CompiledStep, EagerStep, GraphedStep, TakesSteps, first_line
 from .stopping import Stopped, told_to_stop
 
 if TYPE_CHECKING:
@@ -103,6 +104,8 @@ class Run:
         step = self._eager_step(on_message)
         graphed = graph and self.device.type == "cuda" and self.world == 1
         self.step: TakesSteps = GraphedStep(step, recipe.batch_size, CudaGraph(self.device), on_message) if graphed else step
+        if graph and self.device.type == "cuda" and not graphed:
+            on_message("training steps run eagerly, which is slower than a CUDA graph: several processes share a batch")
         self.rates = learning_rates(recipe)
         self.counted: list[
             tuple[Tensor, int]
@@ -120,7 +123,7 @@ class Run:
 
         def give_up(error: RuntimeError) -> None:
             self.method.compiled = None
-            reason = str(error.__context__ or error).strip().splitlines()[0]  # dynamo raises its own errors from the compiler's
+            reason = first_line(error.__context__ or error)  # dynamo raises its own errors from the compiler's
             on_message(f"the network runs without torch.compile: {self.recipe.compile} failed ({reason})")
 
         return CompiledStep(*arguments, num_rows=num_rows, give_up=give_up)
@@ -215,8 +218,10 @@ class Run:
             if self.world == 1:
                 self.save_if_due()
         whole, target = self._all_of(logits, (len(self.feed.classes),)), self._all_of(targets, ())
-        own = sum(loss * size for loss, size in zip(torch.stack(losses).tolist(), sizes, strict=True)) if losses else 0.0
-        return evaluate(whole, target), self._sum(torch.tensor([own], dtype=torch.float64)).item() / self.feed.num_held_out
+        own = torch.zeros(1, dtype=torch.float64)
+        for loss, size in zip(torch.stack(losses).tolist() if losses else [], sizes, strict=True):
+            own += loss * size
+        return evaluate(whole, target), self._sum(own).item() / self.feed.num_held_out
 
     def _all_of(self, parts: list[Tensor], shape: tuple[int, ...]) -> Tensor:
         """The rows of all processes, in order: only the last shares may be short."""
@@ -287,10 +292,10 @@ def train(
 ) -> dict[str, Any]:
     """Train by the recipe and write ``result.json`` into ``folder``; goes on from a checkpoint found there.
 
-    ``on_epoch`` hears each epoch's measurements, ``on_end`` is shown the network in eval mode and its data. SIGTERM ends the run after a
-    checkpoint, by SystemExit. With ``keep_weights`` the trained network is left as ``network.safetensors``, with ``keep_checkpoint`` the
-    last state of the whole run. On a GPU the steps are replayed as a CUDA graph, without ``graph`` they run eagerly; ``on_message`` hears a
-    line for the user where a graph cannot be had. Returns what is in ``result.json``.
+    ``on_epoch`` is called with each epoch's measurements, ``on_end`` with the network in eval mode and its data, ``on_message`` with a line
+    for the user if a CUDA graph or compiled code cannot be used. SIGTERM ends the run after a checkpoint, by SystemExit. With
+    ``keep_weights`` the trained network is left as ``network.safetensors``, with ``keep_checkpoint`` the last state of the whole run. On a
+    GPU the steps are replayed as a CUDA graph; without ``graph`` they run eagerly. Returns what is in ``result.json``.
     """
     accelerator = start(recipe)
     with told_to_stop() as told:

@@ -101,7 +101,7 @@ def add_budget(parser: ArgumentParser) -> None:
         type=PositiveNumber,
         default=None,
         metavar="M",
-        help="start only the runs that can finish in so many minutes, those of one seed together; the same command goes on with the others",
+        help="start only runs that can finish within M minutes, all losses of a seed or none; repeat the command for the rest",
     )
     parser.add_argument("--eager", action="store_true", help="on a GPU, do not replay training steps as CUDA graphs: slower, for debugging")
 
@@ -119,7 +119,7 @@ def given_budget(options: Any) -> "Budget | None":
         raise LabError(f"--minutes is for --executor local, got --executor {options.executor}; leave one of them out")
     from ..budget import Budget
 
-    return Budget(float(options.minutes))
+    return Budget(float(options.minutes), graph=not options.eager)
 
 
 def check_network_name(name: str) -> None:
