@@ -1,0 +1,95 @@
+"""Whether a linear layer is a product and nothing else.
+
+A loss that is fused with its layer reads weight and bias, and never calls the layer. That is right only for a layer that does nothing else
+when it is called. Hooks, adapters, pruning, quantisation and offloading all act in the call: such a layer is called, and the loss is that
+of its logits.
+"""
+
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from .functional import large_margin_cross_entropy
+
+_HOOKS = {
+    "_forward_pre_hooks": "forward pre-hook",
+    "_forward_hooks": "forward hook",
+    "_backward_pre_hooks": "backward pre-hook",
+    "_backward_hooks": "backward hook",
+}
+_GLOBAL_HOOKS = {f"_global{name}": kind for name, kind in _HOOKS.items()}
+
+# as torch has defined them, so that a patch of the class or of F.linear is seen, before the import or after it
+_CALL = nn.Module.__call__
+_FORWARD = nn.Linear.forward if nn.Linear.forward.__globals__ is vars(nn.modules.linear) else None
+_PRODUCT = torch._C._nn.linear
+
+
+def weight_and_bias(layer: nn.Module, forward: Any = _FORWARD) -> tuple[Tensor, Tensor | None] | str:
+    """What ``layer(features)`` multiplies by and adds, or in words what else the call does.
+
+    ``forward`` is that of the class that the caller takes the layer to be. The weight is read once, as a call reads it: a
+    parametrisation may count how often.
+    """
+    reason = own_forward(layer, forward) or _hook(layer)
+    return reason or _parameters(layer)
+
+
+def own_forward(layer: nn.Module, forward: Any = _FORWARD) -> str | None:
+    """In words, why ``layer.forward`` is not ``forward``; None if it is. Hooks are another matter."""
+    kind = type(layer)
+    if kind.forward is not forward or kind.__call__ is not _CALL:
+        return f"is a {kind.__module__}.{kind.__qualname__}, which has a forward of its own"
+    if "forward" in vars(layer):
+        return f"has had its forward replaced{' by accelerate' if hasattr(layer, '_hf_hook') else ''}"
+    if F.linear is not _PRODUCT:
+        return "calls an F.linear that has been replaced"
+    return None
+
+
+def odd_parameter(layer: nn.Module) -> str | None:
+    """In words, why the product of ``layer`` is not that of the numbers in its weight and bias; None if it is."""
+    found = _parameters(layer)
+    return found if isinstance(found, str) else None
+
+
+def _hook(layer: nn.Module) -> str | None:
+    for owner, kinds, whose in ((layer, _HOOKS, "has"), (torch_module, _GLOBAL_HOOKS, "is called under")):
+        for name, kind in kinds.items():
+            hooks = getattr(owner, name, None)
+            if hooks:
+                hook = next(iter(hooks.values()))
+                return f"{whose} a {'global ' if owner is torch_module else ''}{kind}, {getattr(hook, '__qualname__', type(hook).__name__)}"
+    return None
+
+
+def _parameters(layer: Any) -> tuple[Tensor, Tensor | None] | str:
+    weight, bias = layer.weight, layer.bias
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and not _is_plain(parameter):
+            layout = str(parameter.layout).removeprefix("torch.")
+            return f"has a {name} that is a {type(parameter).__module__}.{type(parameter).__qualname__} ({layout})"
+    return weight, bias
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a product with the tensor is one with its numbers: no subclass, no other layout. A FakeTensor stands for a plain one."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return tensor.layout is torch.strided
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(tensor, module.FakeTensor)
+
+
+def loss_of_logits(logits: Tensor, target: Tensor, weight: Tensor | None, **options: Any) -> Tensor:
+    """The loss of logits (..., C), classes last as a layer gives them, and class indices (...)."""
+    if target.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"target must be int64 class indices of shape {tuple(logits.shape[:-1])} for logits of shape {tuple(logits.shape)}, got shape "
+            f"{tuple(target.shape)}; class probabilities need the logits: use large_margin_cross_entropy"
+        )
+    loss = large_margin_cross_entropy(logits.reshape(-1, logits.shape[-1]), target.reshape(-1), weight, **options)
+    return loss.reshape(target.shape) if options.get("reduction") == "none" else loss
