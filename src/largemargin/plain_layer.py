@@ -5,6 +5,7 @@ when it is called. Hooks, adapters, pruning, quantisation and offloading all act
 of its logits.
 """
 
+import functools
 import sys
 from typing import Any
 
@@ -39,16 +40,40 @@ def weight_and_bias(layer: nn.Module, forward: Any = _FORWARD) -> tuple[Tensor, 
     return reason or _parameters(layer)
 
 
-def own_forward(layer: nn.Module, forward: Any = _FORWARD) -> str | None:
-    """In words, why ``layer.forward`` is not ``forward``; None if it is. Hooks are another matter."""
+def own_forward(layer: nn.Module | None, forward: Any = _FORWARD, *, moved: bool = False) -> str | None:
+    """In words, why ``layer.forward`` is not ``forward``; None if it is. Hooks are another matter.
+
+    ``moved`` lets accelerate replace it, so as to move tensors between devices: the caller calls the layer all the same.
+    """
     kind = type(layer)
-    if kind.forward is not forward or kind.__call__ is not _CALL:
+    if getattr(kind, "forward", None) is not forward or kind.__call__ is not _CALL:
         return f"is a {kind.__module__}.{kind.__qualname__}, which has a forward of its own"
-    if "forward" in vars(layer):
+    if "forward" in vars(layer) and not (moved and _only_moves(layer, forward)):
         return f"has had its forward replaced{' by accelerate' if hasattr(layer, '_hf_hook') else ''}"
     if F.linear is not _PRODUCT:
         return "calls an F.linear that has been replaced"
     return None
+
+
+def _only_moves(layer: Any, forward: Any) -> bool:
+    """Whether the forward of ``layer`` is that of accelerate, around ``forward``, with hooks that move tensors and do nothing else."""
+    hooks, replaced = _hooks_of_accelerate(layer), vars(layer)["forward"]
+    return (
+        {type(hook).__name__ for hook in hooks} <= {"AlignDevicesHook", "ModelHook"}
+        and isinstance(replaced, functools.partial)
+        and replaced.func.__module__ == "accelerate.hooks"
+        and getattr(layer._old_forward, "__func__", None) is forward
+    )
+
+
+def is_offloaded(layer: nn.Module) -> bool:
+    """Whether accelerate takes the weights of ``layer`` away after its forward pass."""
+    return any(getattr(hook, "offload", False) for hook in _hooks_of_accelerate(layer))
+
+
+def _hooks_of_accelerate(layer: nn.Module) -> list[Any]:
+    hook = getattr(layer, "_hf_hook", None)
+    return list(getattr(hook, "hooks", [] if hook is None else [hook]))
 
 
 def odd_parameter(layer: nn.Module) -> str | None:
