@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import plain_on_ranks
@@ -164,6 +165,33 @@ def sparse(layer):
     return layer
 
 
+def with_call(layer):
+    layer._call_impl = lambda features: 3 * layer.forward(features)
+    return layer
+
+
+def compiled_in_place(layer):
+    layer.compile(backend="eager")
+    return layer
+
+
+def of_another_class(layer):
+    layer.__class__ = Scaled
+    return layer
+
+
+def traced(layer):
+    return torch.fx.symbolic_trace(layer)
+
+
+def checkpointed(layer):
+    return checkpoint_wrapper(layer)
+
+
+def averaged(layer):
+    return torch.optim.swa_utils.AveragedModel(layer)
+
+
 def in_a_sequence(layer):
     return nn.Sequential(nn.Identity(), layer)
 
@@ -193,6 +221,12 @@ OTHER = {
     "adapter": (LowRank, "LowRank"),
     "adapter of PEFT": (peft_adapter, "peft"),
     "wrapped": (in_a_sequence, "Sequential"),
+    "call": (with_call, "call replaced"),
+    "compiled in place": (compiled_in_place, "compiled"),
+    "class": (of_another_class, "Scaled"),
+    "traced": (traced, "GraphModule"),
+    "checkpointed": (checkpointed, "CheckpointWrapper"),
+    "averaged": (averaged, "AveragedModel"),
     "tensor subclass": (of_a_subclass, "Tagged"),
     "sparse": (sparse, "sparse_csr"),
 }
@@ -349,6 +383,25 @@ def test_a_patch_of_torch_itself_is_seen(patch, rng, monkeypatch):
     with pytest.warns(UserWarning, match=r"forward of its own|F\.linear"):
         loss = criterion(features, target)
     torch.testing.assert_close(loss, expected_of(criterion, features, target))
+
+
+class Tripling(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        return 3 * result if function is F.linear else result
+
+
+def test_a_mode_that_changes_products_is_seen(rng, fused):
+    criterion = criterion_of()
+    features, target = batch(rng)
+    with Tripling(), pytest.warns(UserWarning, match="under a Tripling"):
+        loss = criterion(features, target)
+    with Tripling():
+        expected = expected_of(criterion, features, target)
+    torch.testing.assert_close(loss, expected)
+    with torch.device("cpu"):  # the mode by which torch chooses a device
+        criterion(features, target)
+    assert len(fused) == 1
 
 
 def test_each_cause_is_named_once(rng):

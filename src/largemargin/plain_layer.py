@@ -25,7 +25,7 @@ _HOOKS = {
 _GLOBAL_HOOKS = {f"_global{name}": kind for name, kind in _HOOKS.items()}
 
 # as torch has defined them, so that a patch of the class or of F.linear is seen, before the import or after it
-_CALL = nn.Module.__call__
+_CALL = {name: getattr(nn.Module, name) for name in ("__call__", "_call_impl", "_slow_forward")}  # what stands between call and forward
 _FORWARD = nn.Linear.forward if nn.Linear.forward.__globals__ is vars(nn.modules.linear) else None
 _PRODUCT = torch._C._nn.linear
 
@@ -40,19 +40,31 @@ def weight_and_bias(layer: nn.Module, forward: Any = _FORWARD) -> tuple[Tensor, 
     return reason or _parameters(layer)
 
 
-def own_forward(layer: nn.Module | None, forward: Any = _FORWARD, *, moved: bool = False) -> str | None:
+def own_forward(layer: Any, forward: Any = _FORWARD, *, moved: bool = False) -> str | None:
     """In words, why ``layer.forward`` is not ``forward``; None if it is. Hooks are another matter.
 
     ``moved`` lets accelerate replace it, so as to move tensors between devices: the caller calls the layer all the same.
     """
     kind = type(layer)
-    if getattr(kind, "forward", None) is not forward or kind.__call__ is not _CALL:
+    if getattr(kind, "forward", None) is not forward or any(getattr(kind, name) is not call for name, call in _CALL.items()):
         return f"is a {kind.__module__}.{kind.__qualname__}, which has a forward of its own"
     if "forward" in vars(layer) and not (moved and _only_moves(layer, forward)):
         return f"has had its forward replaced{' by accelerate' if hasattr(layer, '_hf_hook') else ''}"
+    if any(name in vars(layer) for name in _CALL):
+        return "has had its call replaced"
+    if layer._compiled_call_impl is not None:
+        return "has been compiled by itself"
     if F.linear is not _PRODUCT:
         return "calls an F.linear that has been replaced"
-    return None
+    return _mode()
+
+
+def _mode() -> str | None:
+    """A mode that torch itself uses puts new tensors on a device; any other may make another product of F.linear."""
+    if torch.compiler.is_compiling() or not torch._C._len_torch_function_stack():
+        return None
+    modes = (type(mode) for mode in torch.overrides._get_current_function_mode_stack())
+    return next((f"is called under a {mode.__qualname__}" for mode in modes if mode.__module__ != "torch.utils._device"), None)
 
 
 def _only_moves(layer: Any, forward: Any) -> bool:
