@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from torch.nn.modules import module as modules
 from torch.nn.utils import prune
 
 from largemargin import large_margin_cross_entropy
@@ -19,6 +20,8 @@ transformers = pytest.importorskip("transformers")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # peft asks for it
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),  # which torch.compile asks for
+    pytest.mark.filterwarnings("ignore:For backward hooks to be called:UserWarning"),
 ]
 
 VOCABULARY = 64
@@ -39,7 +42,7 @@ def told(loss) -> list[str]:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         loss.backward()
-    return [str(warning.message) for warning in said]
+    return [str(warning.message) for warning in said if "fused head" in str(warning.message)]
 
 
 def loaded(folder) -> torch.nn.Module:
@@ -105,7 +108,7 @@ def test_an_adapter_of_the_head_trains():
     outputs = model(input_ids=TOKENS, labels=TOKENS)
     torch.testing.assert_close(outputs.loss, expected_of(model))
     (message,) = told(outputs.loss)
-    assert "LoRA" in message
+    assert "peft.tuners.lora" in message
     gradients = {name: weight.grad for name, weight in model.named_parameters() if "lora" in name and "lm_head" in name}
     assert len(gradients) == 2 and all(gradient.norm() > 0 for gradient in gradients.values())
     with pytest.raises(ValueError, match=r"whose head is a peft\..*forward of its own"):
@@ -147,15 +150,53 @@ def weight_of_a_subclass(head) -> None:
     head.weight = weight
 
 
-@pytest.mark.parametrize("change", [triple, triple_behind_accelerate, triple_by_accelerate, weight_of_a_subclass])
+def compile_it(head) -> None:
+    head.compile(backend="eager")
+
+
+def watch_gradients(head) -> None:
+    head.register_full_backward_hook(lambda *_: None)
+
+
+def watch_gradients_before(head) -> None:
+    head.register_full_backward_pre_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        triple, triple_behind_accelerate, triple_by_accelerate, weight_of_a_subclass, compile_it, watch_gradients, watch_gradients_before,
+        torch.nn.Sequential,
+    ],
+)  # fmt: skip
 def test_what_replaces_the_forward_of_a_fused_head_counts(change):
     model = fuse_large_margin_loss(llama()).train()
-    change(model.lm_head)
+    model.lm_head = change(model.lm_head) or model.lm_head
     outputs = model(TOKENS, labels=TOKENS)
     torch.testing.assert_close(outputs.loss, expected_of(model))
     assert outputs.logits.shape == (2, 16, VOCABULARY)
     (message,) = told(outputs.loss)
     assert "the head" in message
+
+
+GLOBAL_HOOKS = {
+    "forward": (modules.register_module_forward_hook, lambda args, output: 3 * output),
+    "forward pre": (modules.register_module_forward_pre_hook, lambda args: (3 * args[0],)),
+    "full backward": (modules.register_module_full_backward_hook, lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("kind", GLOBAL_HOOKS)
+def test_global_hooks_see_a_fused_head(kind):
+    model = fuse_large_margin_loss(llama()).train()
+    register, hook = GLOBAL_HOOKS[kind]
+    handle = register(lambda module, *args: hook(*args) if module is model.lm_head else None)
+    try:
+        outputs = model(TOKENS, labels=TOKENS)
+        torch.testing.assert_close(outputs.loss, expected_of(model))
+        assert len(told(outputs.loss)) == (0 if kind == "forward pre" else 1)
+    finally:
+        handle.remove()
 
 
 @pytest.mark.parametrize("change", [triple, triple_behind_accelerate, triple_by_accelerate])

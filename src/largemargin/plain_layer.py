@@ -36,7 +36,7 @@ def weight_and_bias(layer: nn.Module, forward: Any = _FORWARD) -> tuple[Tensor, 
     ``forward`` is that of the class that the caller takes the layer to be. The weight is read once, as a call reads it: a
     parametrisation may count how often.
     """
-    reason = own_forward(layer, forward) or _hook(layer)
+    reason = own_forward(layer, forward) or hook_of(layer)
     return reason or _parameters(layer)
 
 
@@ -94,13 +94,18 @@ def odd_parameter(layer: nn.Module) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _hook(layer: nn.Module) -> str | None:
-    for owner, kinds, whose in ((layer, _HOOKS, "has"), (torch_module, _GLOBAL_HOOKS, "is called under")):
+def hook_of(layer: nn.Module, *, called: bool = False) -> str | None:
+    """In words, a hook that sees or changes what the layer is called with, makes or gets back; None if there is none.
+
+    With ``called`` the layer is called, without rows, and its caller sees what the forward hooks of the layer change.
+    """
+    seen = ("_forward_pre_hooks", "_forward_hooks", "_global_forward_pre_hooks") if called else ()
+    for owner, kinds, whose in ((layer, _HOOKS, "has a"), (torch_module, _GLOBAL_HOOKS, "is called under a global")):
         for name, kind in kinds.items():
-            hooks = getattr(owner, name, None)
-            if hooks:
+            hooks = getattr(owner, name)
+            if hooks and name not in seen:
                 hook = next(iter(hooks.values()))
-                return f"{whose} a {'global ' if owner is torch_module else ''}{kind}, {getattr(hook, '__qualname__', type(hook).__name__)}"
+                return f"{whose} {kind}, {getattr(hook, '__qualname__', type(hook).__name__)}"
     return None
 
 

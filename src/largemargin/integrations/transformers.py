@@ -226,7 +226,12 @@ def _why_logits(model: Any, inner: Any, labelled: bool) -> str | None:
         return "labels were given by position: give them by name"
     if not model.training and inner.loss_function.when == "training":
         return "the model is in evaluation mode, as from_pretrained leaves it: call model.train()"
-    return "its head is another since, as by LoRA or resize_token_embeddings: call fuse_large_margin_loss again"
+    reason = plain_layer.own_forward(inner.get_output_embeddings(), moved=True)
+    return (
+        f"the head {reason}"
+        if reason is not None
+        else "its head is new, as after resize_token_embeddings: call fuse_large_margin_loss again"
+    )
 
 
 def _version(logits: Tensor) -> int:
@@ -271,7 +276,7 @@ def _ask_head(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None
         inner.loss_function = copy.copy(inner.loss_function)  # replicas of nn.DataParallel share one, and run in threads
     inner.loss_function.awaited = labelled
     fused = labelled and (model.training or inner.loss_function.when == "always") and not compiling
-    inner.loss_function.why_logits = _why_logits(model, inner, labelled)
+    inner.loss_function.why_logits = None if compiling else _why_logits(model, inner, labelled)
     inner.get_output_embeddings()._leave_out_logits = inner.loss_function if fused else None
 
 
@@ -291,7 +296,7 @@ def _no_rows(head: Any, args: tuple[Any, ...]) -> tuple[Tensor] | None:
     if loss is None:
         return None
     _check_whole(head)
-    reason = plain_layer.own_forward(head, moved=True) or plain_layer.odd_parameter(head)  # hooks run, and what they change is seen
+    reason = plain_layer.own_forward(head, moved=True) or plain_layer.hook_of(head, called=True) or plain_layer.odd_parameter(head)
     if reason is not None:
         loss.why_logits = f"the head {reason}"
         return None
