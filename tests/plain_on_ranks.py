@@ -1,6 +1,8 @@
 """What the ranks of test_plain_layer do: layers that are sharded, and shards whose module does more than multiply."""
 
+import copy
 import functools
+import warnings
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
 
 from largemargin import ClassParallelLinear, LinearLargeMarginCrossEntropyLoss, large_margin_cross_entropy
@@ -44,6 +48,49 @@ def sharded_linear(group: dist.ProcessGroup, kind: str) -> None:
     torch.testing.assert_close(whole, expected)
     if kind != "FullyShardedDataParallel":  # whose gradients are flat
         torch.testing.assert_close(criterion.linear.weight.grad.full_tensor(), right)
+
+
+def criterion_in_a_unit(group: dist.ProcessGroup, kind: str) -> None:
+    """The criterion as a whole under FSDP, of either kind, or DDP: in the forward pass its layer is whole, and fused."""
+    torch.manual_seed(0)
+    criterion = LinearLargeMarginCrossEntropyLoss(D, C).double()
+    features, target = torch.randn(8, D, dtype=torch.float64), torch.randint(C, (8,))
+    expected = large_margin_cross_entropy(criterion.linear(features), target)
+    (right,) = torch.autograd.grad(expected, criterion.linear.weight)
+    if kind == "fully_shard":
+        fully_shard(criterion, mesh=DeviceMesh.from_group(group, "cpu"))
+        outer = criterion
+    elif kind == "FullyShardedDataParallel":
+        outer = FullyShardedDataParallel(criterion, process_group=group, device_id=torch.device("cpu"), use_orig_params=True)
+    else:
+        outer = DistributedDataParallel(criterion, process_group=group)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*cannot be fused.*")
+        loss = outer(features, target)
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    gradient = criterion.linear.weight.grad
+    if kind == "fully_shard":
+        torch.testing.assert_close(gradient.full_tensor(), right)
+    elif kind == "DistributedDataParallel":
+        torch.testing.assert_close(gradient, right)
+
+
+def columns_over_ranks(group: dist.ProcessGroup) -> None:
+    """By parallelize_module: logits as DTensors are taken; the logits of one rank's classes alone are refused."""
+    mesh = DeviceMesh.from_group(group, "cpu")
+    torch.manual_seed(0)
+    criterion = LinearLargeMarginCrossEntropyLoss(D, 12).double()
+    features, target = torch.randn(8, D, dtype=torch.float64), torch.arange(8) + 4
+    expected = large_margin_cross_entropy(criterion.linear(features), target)
+    of_a_rank = copy.deepcopy(criterion)
+    parallelize_module(criterion.linear, mesh, ColwiseParallel(use_local_output=False))
+    with pytest.warns(UserWarning, match="linear has a forward"):
+        loss = criterion(features, target)
+    torch.testing.assert_close(loss.full_tensor(), expected)
+    parallelize_module(of_a_rank.linear, mesh, ColwiseParallel())
+    with pytest.warns(UserWarning, match="linear has a forward"), pytest.raises(IndexError, match="out of range"):
+        of_a_rank(features, target)
 
 
 def tripled(layer, args, output):

@@ -452,6 +452,35 @@ def test_targets_that_do_not_fit_are_refused_alike(change, rng):
                 criterion(torch.randn(4, D, generator=rng), target)
 
 
+def test_a_layer_is_plain_while_it_is_traced():
+    class Asking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(D, C)
+
+        def forward(self, features):
+            found.append(plain_layer.weight_and_bias(self.linear))
+            return self.linear(features)
+
+    found = []
+    torch.fx.symbolic_trace(Asking())
+    assert not isinstance(found[0], str)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda layer: layer, replaced(Scaled), hooked("register_forward_hook", lambda layer, args, output: 3 * output)]
+)
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_program_takes_the_layer_as_it_is(change, strict, rng):
+    criterion = criterion_of(change)
+    features, target = batch(rng)
+    expected = expected_of(criterion, features, target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(criterion, (features, target), strict=strict)
+    torch.testing.assert_close(program.module()(features, target), expected)
+
+
 def test_every_linear_layer_of_peft_trains(rng):
     peft = pytest.importorskip("peft")
 
@@ -496,6 +525,17 @@ def test_a_layer_under_fake_tensors_is_plain():
 @pytest.mark.parametrize("kind", ["fully_shard", "FullyShardedDataParallel", "tensor parallel"])
 def test_a_layer_that_is_sharded_is_called(ranks, kind):
     ranks.run(2, plain_on_ranks.sharded_linear, kind)
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("kind", ["fully_shard", "FullyShardedDataParallel", "DistributedDataParallel"])
+def test_a_criterion_that_is_sharded_as_a_whole_is_fused(ranks, kind):
+    ranks.run(2, plain_on_ranks.criterion_in_a_unit, kind)
+
+
+@pytest.mark.xdist_group("ranks")
+def test_a_layer_whose_columns_are_over_ranks_gives_dtensors_or_is_refused(ranks):
+    ranks.run(2, plain_on_ranks.columns_over_ranks)
 
 
 @pytest.mark.xdist_group("ranks")

@@ -292,6 +292,15 @@ def test_logits_of_the_size_of_the_labels_are_left_alone(rng):
 
 
 @pytest.mark.parametrize("size", [(8, 8), (32, 32)])
+def test_probabilities_of_dense_prediction_have_their_classes_where_the_logits_have_them(size, rng):
+    logits, labels = torch.randn(2, 5, *size, generator=rng), torch.randn(2, 5, 32, 32, generator=rng).softmax(1)
+    enlarged = torch.nn.functional.interpolate(logits, (32, 32), mode="bilinear")
+    torch.testing.assert_close(LargeMarginLoss(upsample="bilinear")(logits, labels), large_margin_cross_entropy(enlarged, labels))
+    with pytest.raises(ValueError, match="for dense prediction give LargeMarginLoss"):
+        LargeMarginLoss()(logits, labels)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (32, 32)])
 def test_the_error_of_dense_prediction_names_the_option(size, rng):
     with pytest.raises(ValueError, match=r'\(4, 32, 32\); for dense prediction give LargeMarginLoss\(upsample="bilinear"\)'):
         LargeMarginLoss()(torch.randn(4, 5, *size, generator=rng), torch.zeros(4, 32, 32).long())

@@ -24,10 +24,18 @@ _HOOKS = {
 }
 _GLOBAL_HOOKS = {f"_global{name}": kind for name, kind in _HOOKS.items()}
 
+_CALL = ("__call__", "_call_impl", "_slow_forward")  # what stands between a call and forward
+
 # as torch has defined them, so that a patch of the class or of F.linear is seen, before the import or after it
-_CALL = {name: getattr(nn.Module, name) for name in ("__call__", "_call_impl", "_slow_forward")}  # what stands between call and forward
 _FORWARD = nn.Linear.forward if nn.Linear.forward.__globals__ is vars(nn.modules.linear) else None
 _PRODUCT = torch._C._nn.linear
+
+# what stands for a plain tensor while programs are traced, by the module that has it
+_STAND_INS = {
+    "torch._subclasses.fake_tensor": "FakeTensor",
+    "torch._subclasses.functional_tensor": "FunctionalTensor",
+    "torch.fx.proxy": "Proxy",
+}
 
 
 def weight_and_bias(layer: nn.Module, forward: Any = _FORWARD) -> tuple[Tensor, Tensor | None] | str:
@@ -46,7 +54,7 @@ def own_forward(layer: Any, forward: Any = _FORWARD, *, moved: bool = False) -> 
     ``moved`` lets accelerate replace it, so as to move tensors between devices: the caller calls the layer all the same.
     """
     kind = type(layer)
-    if getattr(kind, "forward", None) is not forward or any(getattr(kind, name) is not call for name, call in _CALL.items()):
+    if getattr(kind, "forward", None) is not forward or any(getattr(kind, name) is not getattr(nn.Module, name) for name in _CALL):
         return f"is a {kind.__module__}.{kind.__qualname__}, which has a forward of its own"
     if "forward" in vars(layer) and not (moved and _only_moves(layer, forward)):
         return f"has had its forward replaced{' by accelerate' if hasattr(layer, '_hf_hook') else ''}"
@@ -119,11 +127,10 @@ def _parameters(layer: Any) -> tuple[Tensor, Tensor | None] | str:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a product with the tensor is one with its numbers: no subclass, no other layout. A FakeTensor stands for a plain one."""
+    """Whether a product with the tensor is one with its numbers: no subclass, no other layout."""
     if type(tensor) in (Tensor, nn.Parameter):
         return tensor.layout is torch.strided
-    module = sys.modules.get("torch._subclasses.fake_tensor")
-    return module is not None and isinstance(tensor, module.FakeTensor)
+    return any(name in sys.modules and isinstance(tensor, getattr(sys.modules[name], kind)) for name, kind in _STAND_INS.items())
 
 
 def loss_of_logits(logits: Tensor, target: Tensor, weight: Tensor | None, **options: Any) -> Tensor:

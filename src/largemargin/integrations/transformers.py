@@ -5,8 +5,8 @@ by that number, so that accumulated micro-batches are one large batch. What it c
 
 The fused head needs three hooks. One on the model sees whether labels came; one on the head then gives it no rows, so that it makes no
 logits; and one ties the features to the head's empty output, from which ``model.loss_function`` takes them. Everything else is the
-model's own forward pass. Where a hook does not run, logits are made and the loss is the same. Under autocast features and head are
-multiplied in its dtype, as its logits would be.
+model's own forward pass. Where a hook does not run, or the head does more than multiply, logits are made and the loss is theirs; whoever
+trains on them is told why. Under autocast features and head are multiplied in its dtype, as its logits would be.
 """
 
 import copy
@@ -36,7 +36,8 @@ def _checked(settings: dict[str, Any]) -> dict[str, Any]:
     for name in ("ignore_index", "reduction"):
         if name in settings:
             raise TypeError(
-                f"{name} must not be given, got {settings[name]!r}: the Trainer counts labels that are not {_IGNORED}, and divides"
+                f"{name} must not be given, got {settings[name]!r}: the Trainer counts labels that are not {_IGNORED}, and divides; "
+                f"write {_IGNORED} for labels to be left out"
             )
     LargeMarginCrossEntropyLoss(**settings)
     return settings
@@ -145,11 +146,13 @@ class LargeMarginLoss:
             raise ValueError("labels must be a torch.Tensor, got None; give the data set a column 'labels'")
         _check_smoothing()
         logits: Tensor = outputs if isinstance(outputs, Tensor) else outputs["logits" if isinstance(outputs, Mapping) else 0]
-        dense = logits.dim() == 4 and labels.dim() == 3 and len(logits) == len(labels)
-        if dense and self.upsample is not None:
-            logits = nn.functional.interpolate(logits, labels.shape[1:], mode=self.upsample, align_corners=False).movedim(1, -1)
         probabilities = labels.is_floating_point()
-        if labels.shape != (logits.shape if probabilities else logits.shape[:-1]):
+        dense = logits.dim() == 4 and len(logits) == len(labels) and labels.dim() == 3 + probabilities
+        if dense and self.upsample is not None:
+            logits = nn.functional.interpolate(logits, labels.shape[-2:], mode=self.upsample, align_corners=False).movedim(1, -1)
+            labels = labels.movedim(1, -1) if probabilities else labels
+        fits = labels.shape == (logits.shape if probabilities else logits.shape[:-1])
+        if not fits or (dense and probabilities and self.upsample is None):  # whose classes are not last
             raise ValueError(
                 f"labels must have the shape of the logits {tuple(logits.shape)} without the classes, got {tuple(labels.shape)}; "
                 + ('for dense prediction give LargeMarginLoss(upsample="bilinear")' if dense else _CLASSES_LAST)
@@ -354,10 +357,13 @@ def fuse_large_margin_loss(model: Any, *, lam: float = 0.3, when: Literal["train
     Raises:
         TypeError, ValueError: as :class:`~largemargin.LargeMarginCrossEntropyLoss`; TypeError for ``ignore_index`` and ``reduction``, which
             are the Trainer's; ValueError for a model whose loss is not that of a causal language model, one whose forward does not call
-            ``loss_function``, one that has an encoder too, or a head that is no ``nn.Linear``. In the first step ValueError for a model
-            that changes its logits between head and loss, for a head that is sharded or offloaded before the loss, for a forward pass that
-            leaves out ``loss_function`` after all (``use_liger_kernel``), and where the Trainer holds the labels back
-            (``label_smoothing_factor``, ``compute_loss_func``).
+            ``loss_function``, one that has an encoder too, or a head that does more than an ``nn.Linear``. In the first step ValueError
+            for a model that changes its logits between head and loss, for a head that is sharded or offloaded before the loss, for a
+            forward pass that leaves out ``loss_function`` after all (``use_liger_kernel``), for a trainer of TRL with a loss of its own,
+            and where the Trainer holds the labels back (``label_smoothing_factor``, ``compute_loss_func``).
+
+    Warns:
+        UserWarning: once for each cause, where a training step makes logits after all.
 
     Example:
         >>> from largemargin.integrations.transformers import fuse_large_margin_loss
