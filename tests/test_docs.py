@@ -18,7 +18,8 @@ from largemargin.lab._torchvision import import_torchvision
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-FRAMEWORKS = {"transformers", "accelerate", "lightning", "skorch", "sklearn", "timm", "torchmetrics"}
+FRAMEWORKS = {"transformers", "accelerate", "lightning", "skorch", "sklearn", "timm", "torchmetrics", "trl", "fastai", "monai", "keras"}
+FRAMEWORKS |= {"sentence_transformers", "opacus"}
 
 
 def name_of(page):

@@ -7,6 +7,7 @@ TypeError. Only labels are looked at by value, and only where that costs no sync
 import math
 import numbers
 import sys
+import warnings
 from collections.abc import Collection
 from typing import NoReturn, TypeGuard
 
@@ -21,6 +22,21 @@ def describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
     return f"{value!r} ({type(value).__name__})"
+
+
+def warn(message: str) -> None:
+    """Warn at the line of the user, who may have called through modules of torch."""
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("largemargin.", "torch.")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
+def warn_once(said: set[str], message: str) -> None:
+    """Warn unless ``said`` has the message. Code that is being compiled says nothing: it would not when it runs."""
+    if not torch.compiler.is_compiling() and message not in said:
+        said.add(message)
+        warn(message)
 
 
 def check_tensor(name: str, value: object) -> None:

@@ -13,8 +13,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _checks, layer, shards
+from . import _checks, layer, plain_layer, shards
 from .dtensors import is_dtensor
+from .functional import sharded_large_margin_cross_entropy
 from .sharded_linear import sharded_linear_large_margin_cross_entropy
 
 BLOCK = 1024  # classes that are initialised together
@@ -87,6 +88,7 @@ class ClassParallelLinear(nn.Module):
         self.shard = shards.Shard(group, start, stop - start, num_classes)
         self.weight = nn.Parameter(torch.empty(self.shard.size, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(self.shard.size, device=device, dtype=dtype)) if bias else None
+        self._said: set[str] = set()
         self.register_buffer("_own_start", torch.tensor(start, device=self.weight.device), persistent=False)
         self.reset_parameters()
         self.register_state_dict_post_hook(_as_dtensors)
@@ -150,20 +152,47 @@ class ClassParallelLinear(nn.Module):
     def loss(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
         """The loss of features (..., D) and targets (...), the same on every rank, without the logits.
 
+        It is always that of the logits that a call of this module gives. With hooks on the module, or in a subclass whose ``forward`` does
+        more, the loss makes these logits, and a warning names the cause, once.
+
         ``options`` (weight, lam, divergence, hard_bias, label_smoothing, ignore_index, reduction, backend) are those of
         :func:`sharded_linear_large_margin_cross_entropy`.
         """
         self._check_own()
+        own = plain_layer.weight_and_bias(self, ClassParallelLinear.forward)
+        if isinstance(own, str):
+            _checks.warn_once(self._said, f"ClassParallelLinear {own}: the loss cannot be fused with it, and is computed from its logits")
+            return self._loss_of_logits(input, target, options)
+        weight_shard, linear_bias_shard = own
         return sharded_linear_large_margin_cross_entropy(
             input,
-            self.weight,
+            weight_shard,
             target,
             group=self.group,
             class_start=self.class_start,
             num_classes=self.num_classes,
-            linear_bias_shard=self.bias,
+            linear_bias_shard=linear_bias_shard,
             **options,
         )
+
+    def _loss_of_logits(self, input: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
+        """By a call of this module, with all that hooks and subclasses do in it."""
+        loss = sharded_large_margin_cross_entropy(
+            self._called(input).flatten(0, -2),
+            target.reshape(-1),
+            group=self.group,
+            class_start=self.class_start,
+            num_classes=self.num_classes,
+            **options,
+        )
+        return loss.reshape(target.shape) if loss.dim() else loss
+
+    def _called(self, input: Tensor) -> Tensor:
+        """The logits of this rank's classes, (..., C_r), by a call of this module."""
+        from torch.distributed.tensor import Shard
+
+        logits: Any = self(input)
+        return logits.redistribute(placements=[Shard(logits.dim() - 1)]).to_local()  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def topk(self, input: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
@@ -182,9 +211,12 @@ class ClassParallelLinear(nn.Module):
         values = features.new_zeros((len(features), min(k, bounds[0][1])))
         classes = torch.zeros_like(values, dtype=torch.int64)
         rows_a_tile = max(1, layer.TILE // max(1, self.shard.size))
+        own = plain_layer.weight_and_bias(self, ClassParallelLinear.forward)
+        called = self._called(features) if isinstance(own, str) else None
         for start in range(0, len(features) if here else 0, rows_a_tile):
             rows = slice(start, start + rows_a_tile)
-            values[rows, :here], classes[rows, :here] = F.linear(features[rows], self.weight, self.bias).topk(here)
+            logits = F.linear(features[rows], *own) if called is None else called[rows]
+            values[rows, :here], classes[rows, :here] = logits.topk(here)
         of_ranks = [min(k, stop - start) for start, stop in bounds]  # what each has to offer
         candidates, classes = (
             torch.cat([found[:, :n] for found, n in zip(shards.all_gather(offer, self.group), of_ranks, strict=True)], dim=1)

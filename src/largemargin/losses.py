@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import _checks, hinges
+from . import _checks, hinges, plain_layer
 from . import functional as F
 from ._backends import Divergence
 from ._backends.ladder import BACKENDS, Backend
@@ -148,7 +148,9 @@ class LinearLargeMarginCrossEntropyLoss(nn.Module):
         lam, divergence, hard_bias, label_smoothing, ignore_index, reduction, backend: as in :func:`.large_margin_cross_entropy`.
         device, dtype: of the classifier.
 
-    The classifier is the attribute ``linear``, an ``nn.Linear``; ``criterion.linear(features)`` are the logits for prediction.
+    The classifier is the attribute ``linear``, an ``nn.Linear``; ``criterion.linear(features)`` are the logits for prediction. The loss is
+    always that of these logits. Where ``linear`` does more than multiply and add (an adapter, a hook, pruning, quantisation, offloading),
+    the loss calls it and needs the memory of the logits; a warning names the cause, once.
 
     Example:
         >>> import torch
@@ -198,6 +200,7 @@ class LinearLargeMarginCrossEntropyLoss(nn.Module):
         self.ignore_index = ignore_index
         self.reduction: Reduction = reduction
         self.backend: Backend | None = backend
+        self._said: set[str] = set()
 
     def _options(self) -> dict[str, Any]:
         names = ("lam", "divergence", "hard_bias", "label_smoothing", "ignore_index", "reduction", "backend")
@@ -205,8 +208,13 @@ class LinearLargeMarginCrossEntropyLoss(nn.Module):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of features ``input`` (..., D) and class indices ``target`` (...)."""
+        layer = plain_layer.weight_and_bias(self.linear)
+        if isinstance(layer, str):
+            _checks.warn_once(self._said, f"linear {layer}: the loss cannot be fused with it, and is computed from the logits it makes")
+            return plain_layer.loss_of_logits(self.linear(input), target, self.weight, **self._options())
+        linear_weight, linear_bias = layer
         return linear_large_margin_cross_entropy(
-            input, self.linear.weight, target, linear_bias=self.linear.bias, weight=self.weight, **self._options()
+            input, linear_weight, target, linear_bias=linear_bias, weight=self.weight, **self._options()
         )
 
     def extra_repr(self) -> str:

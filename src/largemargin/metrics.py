@@ -9,6 +9,7 @@ The prediction is the first of the largest logits, and confidence is its probabi
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -588,6 +589,12 @@ class MarginMetrics:
         return whole
 
 
+def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """What ``fn`` makes of a tensor, in the dtype that it had."""
+    applied = fn(tensor)
+    return applied if applied.dtype == tensor.dtype else tensor.to(applied.device)
+
+
 def as_torchmetric(*, num_bins: int = 15, top_k: int = 5, ignore_index: int = -100) -> Any:
     r"""A ``torchmetrics.Metric`` with the figures of :class:`MarginMetrics`; needs ``torchmetrics``.
 
@@ -597,7 +604,8 @@ def as_torchmetric(*, num_bins: int = 15, top_k: int = 5, ignore_index: int = -1
         ignore_index: rows with this target are not counted.
 
     Returns:
-        The metric; ``compute`` gives a dict of float64 scalars on its device. It can be copied, pickled and put into a collection.
+        The metric; ``compute`` gives a dict of float64 scalars on its device. It can be copied, pickled and put into a collection. A cast
+        of the metric, or of a module that holds it, moves the sums to another device but leaves them float64.
 
     Raises:
         ImportError: ``torchmetrics`` is not installed.
@@ -631,6 +639,10 @@ def as_torchmetric(*, num_bins: int = 15, top_k: int = 5, ignore_index: int = -1
 
         def compute(self) -> dict[str, Tensor]:
             return _figures(self.sums, num_bins, top_k)
+
+        def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
+            # torchmetrics guards against half() and the like; to(dtype), of a module around the metric, would round the sums
+            return super()._apply(lambda tensor: _moved(tensor, fn), exclude_state)
 
         def __reduce__(self) -> tuple[Any, ...]:  # pickle does not find a class inside a function
             return functools.partial(as_torchmetric, num_bins=num_bins, top_k=top_k, ignore_index=ignore_index), (), self.__getstate__()

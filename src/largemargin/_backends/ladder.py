@@ -9,8 +9,6 @@ Where a step fails, the reference computes. Who names a backend is told: an erro
 only these logits are not for it (3, 4).
 """
 
-import sys
-import warnings
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -134,7 +132,4 @@ def interprets_triton() -> bool:
 
 @cache
 def warn_once(backend: str, reason: str) -> None:
-    level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith("largemargin."):  # the line of the user, not ours
-        level, frame = level + 1, frame.f_back
-    warnings.warn(f"backend={backend!r} does not compute {reason}: the reference path does", stacklevel=level - 1)
+    _checks.warn(f"backend={backend!r} does not compute {reason}: the reference path does")

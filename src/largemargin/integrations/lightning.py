@@ -5,7 +5,7 @@ else the one that is installed.
 """
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -28,6 +28,8 @@ def _package() -> Any:
     raise ImportError("largemargin.integrations.lightning needs Lightning, which is not installed: pip install lightning")
 
 
+Batch = Sequence[Tensor] | Mapping[str, Tensor]
+
 _Module: Any = _package().LightningModule
 _Callback: Any = _package().Callback
 
@@ -35,8 +37,9 @@ _Callback: Any = _package().Callback
 class LargeMarginClassifier(_Module):  # type: ignore[misc]  # found at run time
     r"""A classifier trained with :class:`~largemargin.LargeMarginCrossEntropyLoss`, for Lightning's Trainer.
 
-    Batches are pairs of input and target; for prediction the input alone will do. It logs ``train_loss``, ``val_loss`` and ``test_loss``,
-    those of all labels of an epoch at once, and its steps return logits and target as :class:`MarginLogger` wants them.
+    Batches are pairs of input and target, or dicts whose ``keys`` name both; for prediction the input alone will do. The module logs
+    ``train_loss``, ``val_loss`` and ``test_loss``, those of all labels of an epoch at once, and its steps return logits and target as
+    :class:`MarginLogger` wants them.
 
     Checkpoints keep ``lam`` and ``settings``; what else it was made of is given again:
     ``LargeMarginClassifier.load_from_checkpoint(path, network=network)``.
@@ -46,13 +49,16 @@ class LargeMarginClassifier(_Module):  # type: ignore[misc]  # found at run time
         lam: the paper's lambda, at least 0.
         optimizer: makes the optimiser of the parameters, as ``functools.partial(torch.optim.SGD, lr=0.1)`` does.
         scheduler: makes the schedule of the optimiser, which steps once an epoch; ``None`` for none.
+        keys: under which names, or at which positions, a batch has its input and its target, as ``("image", "label")``; by default a
+            batch is a pair.
         settings: of :class:`~largemargin.LargeMarginCrossEntropyLoss`.
 
     Returns:
         When called with an input: logits. ``Trainer.predict`` gives those of each batch.
 
     Raises:
-        TypeError, ValueError: as :class:`~largemargin.LargeMarginCrossEntropyLoss`.
+        TypeError, ValueError: as :class:`~largemargin.LargeMarginCrossEntropyLoss`; ValueError in the first step for batches that do not
+            have what ``keys`` names.
 
     Example:
         >>> import torch
@@ -71,10 +77,13 @@ class LargeMarginClassifier(_Module):  # type: ignore[misc]  # found at run time
         lam: float = 0.3,
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = torch.optim.AdamW,
         scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+        keys: tuple[Any, Any] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
-        self.network = network
+        if keys is not None and (isinstance(keys, str) or len(keys) != 2):
+            raise ValueError(f'keys must name the input and the target of a batch, as ("image", "label"), got {keys!r}')
+        self.network, self.keys = network, keys
         self.criterion = LargeMarginCrossEntropyLoss(lam=lam, **settings)
         _checks.check_word("reduction", self.criterion.reduction, ("mean", "sum"))
         given = {"lam": lam, **settings}
@@ -87,29 +96,50 @@ class LargeMarginClassifier(_Module):  # type: ignore[misc]  # found at run time
         logits: Tensor = self.network(input)
         return logits
 
-    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> dict[str, Tensor]:
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """The loss of a batch, with logits and target."""
         return self._step("train", batch)
 
-    def validation_step(self, batch: Sequence[Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """The loss of a batch, with logits and target."""
         return self._step("val", batch)
 
-    def test_step(self, batch: Sequence[Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """The loss of a batch, with logits and target."""
         return self._step("test", batch)
 
-    def predict_step(self, batch: Tensor | Sequence[Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """The logits of a batch: an input, or a sequence that begins with it."""
-        return self.forward(batch if isinstance(batch, Tensor) else batch[0])
+    def predict_step(self, batch: Tensor | Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """The logits of a batch: an input, or what has it under the first of ``keys``, by default a sequence that begins with it."""
+        return self.forward(batch if isinstance(batch, Tensor) else self._of_batch(batch, 0))
 
     def configure_optimizers(self) -> Any:
         """The optimiser, with its schedule if there is one."""
         optimizer = self.optimizer(self.parameters())
         return optimizer if self.scheduler is None else ([optimizer], [self.scheduler(optimizer)])
 
-    def _step(self, stage: str, batch: Sequence[Tensor]) -> dict[str, Tensor]:
-        input, target = batch
+    def _of_batch(self, batch: Any, position: int) -> Tensor:
+        """The input (0) or the target (1) of a batch."""
+        key = position if self.keys is None else self.keys[position]
+        if self.keys is None and not isinstance(batch, Sequence):
+            kind = f"a {type(batch).__name__}" + (f" with {sorted(map(str, batch))}" if isinstance(batch, Mapping) else "")
+            raise ValueError(
+                f"batches must be pairs of input and target, got {kind}; give the names of both, as in "
+                'LargeMarginClassifier(network, keys=("image", "label"))'
+            )
+        try:
+            value: Tensor = batch[key]
+        except (KeyError, IndexError, TypeError) as error:
+            came = sorted(map(str, batch)) if isinstance(batch, Mapping) else f"a {type(batch).__name__} of {len(batch)}"
+            raise ValueError(f"batches must have {key!r}, which keys={self.keys} names, got {came}") from error
+        return value
+
+    def _step(self, stage: str, batch: Batch) -> dict[str, Tensor]:
+        if self.keys is None and isinstance(batch, Sequence) and len(batch) != 2:
+            raise ValueError(
+                f"batches must be pairs of input and target, got {len(batch)} in one; name the positions of both, as in "
+                "LargeMarginClassifier(network, keys=(0, 1))"
+            )
+        input, target = self._of_batch(batch, 0), self._of_batch(batch, 1)
         logits = self(input)
         loss = self.criterion(logits, target)
         counted = self._denominator(logits, target)

@@ -5,19 +5,29 @@ by that number, so that accumulated micro-batches are one large batch. What it c
 
 The fused head needs three hooks. One on the model sees whether labels came; one on the head then gives it no rows, so that it makes no
 logits; and one ties the features to the head's empty output, from which ``model.loss_function`` takes them. Everything else is the
-model's own forward pass. Where a hook does not run, logits are made and the loss is the same. Under autocast features and head are
-multiplied in its dtype, as its logits would be.
+model's own forward pass. Where a hook does not run, or the head does more than multiply, logits are made and the loss is theirs; whoever
+trains on them is told why. Under autocast features and head are multiplied in its dtype, as its logits would be.
 """
 
 import copy
+import functools
 import inspect
+import sys
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from largemargin import LargeMarginCrossEntropyLoss, dtensors, large_margin_cross_entropy, linear_large_margin_cross_entropy
+from largemargin import (
+    LargeMarginCrossEntropyLoss,
+    _checks,
+    dtensors,
+    large_margin_cross_entropy,
+    linear_large_margin_cross_entropy,
+    plain_layer,
+)
 
 _IGNORED = -100
 
@@ -26,7 +36,8 @@ def _checked(settings: dict[str, Any]) -> dict[str, Any]:
     for name in ("ignore_index", "reduction"):
         if name in settings:
             raise TypeError(
-                f"{name} must not be given, got {settings[name]!r}: the Trainer counts labels that are not {_IGNORED}, and divides"
+                f"{name} must not be given, got {settings[name]!r}: the Trainer counts labels that are not {_IGNORED}, and divides; "
+                f"write {_IGNORED} for labels to be left out"
             )
     LargeMarginCrossEntropyLoss(**settings)
     return settings
@@ -69,17 +80,36 @@ def _shifted(labels: Tensor, ignore_index: int = _IGNORED) -> Tensor:
     return nn.functional.pad(labels[..., 1:].long(), (0, 1), value=ignore_index)
 
 
+_CLASSES_LAST = "logits are (N, C) or (N, L, C) here, the classes last"
+
+
+def _check_smoothing() -> None:
+    """Refuse a Trainer that is asked to smooth labels: it does not where it has a function for the loss, and does not pass that on."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "compute_loss":
+            smoother = getattr(frame.f_locals.get("self"), "label_smoother", None)
+            if smoother is not None:
+                raise ValueError(
+                    f"label_smoothing_factor must be 0 beside a compute_loss_func, got {smoother.epsilon}: the Trainer ignores it; give "
+                    f"LargeMarginLoss(label_smoothing={smoother.epsilon})"
+                )
+        frame = frame.f_back
+
+
 class LargeMarginLoss:
     r"""The loss of a model's outputs for ``Trainer(compute_loss_func=...)``.
 
     It takes logits (N, C) with labels (N,), as of sequences and images, logits (N, L, C) with labels (N, L), as of tokens, and
-    probabilities of the shape of the logits. Labels of -100 are left out. With ``num_items_in_batch`` the losses of the rows, times
-    ``weight`` if any, are added and divided by it; without it is the mean. Rows of several labels (``multi_label_classification``) are
-    no probabilities, and are not told from them. The Trainer's ``label_smoothing_factor`` has no effect: give ``label_smoothing`` here.
+    probabilities of the shape of the logits; with ``upsample`` also the logits (N, C, h, w) of dense prediction with labels (N, H, W).
+    Labels of -100 are left out. With ``num_items_in_batch`` the losses of the rows, times ``weight`` if any, are added and divided by it;
+    without it is the mean. Rows of several labels (``multi_label_classification``) are no probabilities, and are not told from them.
+    The Trainer does not use its ``label_smoothing_factor`` beside a ``compute_loss_func``: give ``label_smoothing`` here.
 
     Args:
         lam: the paper's lambda, at least 0.
         causal: whether position i predicts label i + 1, as in causal language models.
+        upsample: ``"bilinear"`` enlarges the logits of dense prediction to the labels, as the losses of SegFormer, BEiT and UperNet do.
         settings: ``weight``, ``divergence``, ``hard_bias``, ``label_smoothing``, ``backend`` of
             :class:`~largemargin.LargeMarginCrossEntropyLoss`.
 
@@ -89,7 +119,8 @@ class LargeMarginLoss:
 
     Raises:
         TypeError, ValueError: as :class:`~largemargin.LargeMarginCrossEntropyLoss`; TypeError for ``ignore_index`` and ``reduction``, which
-            are the Trainer's; ValueError for labels that are missing or do not fit the logits.
+            are the Trainer's; ValueError for labels that are missing or do not fit the logits, and for a Trainer that has a
+            ``label_smoothing_factor``.
 
     Example:
         >>> import torch
@@ -102,20 +133,29 @@ class LargeMarginLoss:
     Source: Kobayashi, BMVC 2019, eqs. (8) and (11); the signature is that of the Trainer.
     """
 
-    def __init__(self, *, lam: float = 0.3, causal: bool = False, **settings: Any) -> None:
-        self.causal = causal
+    def __init__(self, *, lam: float = 0.3, causal: bool = False, upsample: Literal["bilinear"] | None = None, **settings: Any) -> None:
+        _checks.check_word("upsample", upsample, (None, "bilinear"))
+        if causal and upsample is not None:
+            raise ValueError(f"upsample must be None with causal=True, got {upsample!r}; it enlarges images")
+        self.causal, self.upsample = causal, upsample
         self.settings = _checked({"lam": lam, **settings})
 
     def __call__(self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | float | None = None) -> Tensor:
         """The loss of one (micro-)batch."""
         if labels is None:
             raise ValueError("labels must be a torch.Tensor, got None; give the data set a column 'labels'")
+        _check_smoothing()
         logits: Tensor = outputs if isinstance(outputs, Tensor) else outputs["logits" if isinstance(outputs, Mapping) else 0]
         probabilities = labels.is_floating_point()
-        if labels.shape != (logits.shape if probabilities else logits.shape[:-1]):
+        dense = logits.dim() == 4 and len(logits) == len(labels) and labels.dim() == 3 + probabilities
+        if dense and self.upsample is not None:
+            logits = nn.functional.interpolate(logits, labels.shape[-2:], mode=self.upsample, align_corners=False).movedim(1, -1)
+            labels = labels.movedim(1, -1) if probabilities else labels
+        fits = labels.shape == (logits.shape if probabilities else logits.shape[:-1])
+        if not fits or (dense and probabilities and self.upsample is None):  # whose classes are not last
             raise ValueError(
                 f"labels must have the shape of the logits {tuple(logits.shape)} without the classes, got {tuple(labels.shape)}; "
-                "logits are (N, C) or (N, L, C) here, the classes last"
+                + ('for dense prediction give LargeMarginLoss(upsample="bilinear")' if dense else _CLASSES_LAST)
             )
         if self.causal:
             if probabilities:
@@ -126,7 +166,7 @@ class LargeMarginLoss:
         return _loss(logits, labels, num_items_in_batch, self.settings)
 
     def __repr__(self) -> str:
-        settings = {"causal": self.causal, **self.settings}
+        settings = {"causal": self.causal, "upsample": self.upsample, **self.settings}
         return f"LargeMarginLoss({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
 
 
@@ -136,6 +176,8 @@ class _CausalLoss:
     def __init__(self, when: str, settings: dict[str, Any], hooks: list[Any]) -> None:
         self.when, self.settings, self.hooks = when, settings, hooks
         self.awaited = False  # whether the forward pass under way has labels, and has not come here yet
+        self.why_logits: str | None = _HOOKS_ASLEEP  # why logits come, in words; None where they are wanted
+        self.said: set[str] = set()
 
     def __call__(
         self,
@@ -166,7 +208,33 @@ class _CausalLoss:
             )
         if head is not None:
             _check_whole(head)
-        return _loss(input, shift_labels, num_items_in_batch, {**self.settings, "ignore_index": ignore_index}, head)
+        loss = _loss(input, shift_labels, num_items_in_batch, {**self.settings, "ignore_index": ignore_index}, head)
+        if head is None and self.why_logits is not None and loss.requires_grad and not torch.compiler.is_compiling():
+            loss.register_hook(functools.partial(self._tell, self.why_logits))  # whoever trains on logits is told; evaluation wants them
+        return loss
+
+    def _tell(self, why: str, gradient: Tensor) -> None:
+        _checks.warn_once(self.said, f"the fused head makes logits in training and saves no memory: {why}. The loss is right")
+
+
+_HOOKS_ASLEEP = (
+    "the hooks of fuse_large_margin_loss did not run; the model has been wrapped or unwrapped since, as by merge_and_unload: "
+    "call fuse_large_margin_loss again"
+)
+
+
+def _why_logits(model: Any, inner: Any, labelled: bool) -> str | None:
+    """Why a forward pass that begins makes logits in spite of its labels, in words; None where they are wanted."""
+    if not labelled:
+        return "labels were given by position: give them by name"
+    if not model.training and inner.loss_function.when == "training":
+        return "the model is in evaluation mode, as from_pretrained leaves it: call model.train()"
+    reason = plain_layer.own_forward(inner.get_output_embeddings(), moved=True)
+    return (
+        f"the head {reason}"
+        if reason is not None
+        else "its head is new, as after resize_token_embeddings: call fuse_large_margin_loss again"
+    )
 
 
 def _version(logits: Tensor) -> int:
@@ -180,8 +248,7 @@ def _check_whole(head: nn.Linear) -> None:
             f"the weight of the head must be whole until the model has its loss, got a DTensor {tuple(head.weight.shape)}; with "
             "fully_shard leave the head in the unit of the model, or give it reshard_after_forward=False; it cannot be tensor parallel"
         )
-    hook = getattr(head, "_hf_hook", None)  # of accelerate: one, or a sequence of them
-    if any(getattr(each, "offload", False) for each in getattr(hook, "hooks", [hook])):
+    if plain_layer.is_offloaded(head):
         raise ValueError(
             "the weight of the head must stay where it is until the model has its loss, got one that accelerate offloads after the head's "
             "forward pass; give the head a GPU in device_map, or use LargeMarginLoss(causal=True)"
@@ -195,6 +262,12 @@ def _without_adapter(model: Any) -> Any:
 
 def _ask_head(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     inner = _without_adapter(model)
+    if kwargs.get("fused_lm_head"):
+        raise ValueError(
+            "a fused model must compute its own loss, got fused_lm_head=True: the trainers of TRL compute a softmax loss of log "
+            "probabilities. For supervised fine-tuning derive a trainer, class LargeMarginTrainer(SFTTrainer), with the line "
+            "compute_loss = transformers.Trainer.compute_loss; the other trainers of TRL have no use for a fused model"
+        )
     labelled = kwargs.get("labels") is not None
     if not labelled and not args and kwargs.get("num_items_in_batch") is not None:  # among args there may be labels
         raise ValueError(
@@ -206,12 +279,14 @@ def _ask_head(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None
         inner.loss_function = copy.copy(inner.loss_function)  # replicas of nn.DataParallel share one, and run in threads
     inner.loss_function.awaited = labelled
     fused = labelled and (model.training or inner.loss_function.when == "always") and not compiling
-    inner.get_output_embeddings()._leave_out_logits = fused
+    inner.loss_function.why_logits = None if compiling else _why_logits(model, inner, labelled)
+    inner.get_output_embeddings()._leave_out_logits = inner.loss_function if fused else None
 
 
 def _release_head(model: Any, args: tuple[Any, ...], outputs: Any) -> None:
     inner = _without_adapter(model)
-    inner.get_output_embeddings()._leave_out_logits = False
+    inner.get_output_embeddings()._leave_out_logits = None
+    inner.loss_function.why_logits = _HOOKS_ASLEEP  # until they run again
     if inner.loss_function.awaited and outputs is not None:  # None where the forward pass raised an error
         raise ValueError(
             "model must call self.loss_function in its forward pass where labels come, got one that did not: use_liger_kernel replaces "
@@ -220,9 +295,14 @@ def _release_head(model: Any, args: tuple[Any, ...], outputs: Any) -> None:
 
 
 def _no_rows(head: Any, args: tuple[Any, ...]) -> tuple[Tensor] | None:
-    if torch.compiler.is_compiling() or not getattr(head, "_leave_out_logits", False):
+    loss = None if torch.compiler.is_compiling() else getattr(head, "_leave_out_logits", None)
+    if loss is None:
         return None
     _check_whole(head)
+    reason = plain_layer.own_forward(head, moved=True) or plain_layer.hook_of(head, called=True) or plain_layer.odd_parameter(head)
+    if reason is not None:
+        loss.why_logits = f"the head {reason}"
+        return None
     features = args[0]
     empty = features[..., :0, :]
     empty._features = features
@@ -247,10 +327,8 @@ def _refusal(model: Any) -> str | None:
     forwards = [inspect.unwrap(vars(base)["forward"]) for base in type(model).__mro__ if "forward" in vars(base)]
     if not any("loss_function" in forward.__code__.co_names for forward in forwards):
         return "whose forward does not call self.loss_function"
-    head = model.get_output_embeddings()
-    if getattr(type(head), "forward", None) is not nn.Linear.forward:
-        return f"whose head is a {type(head).__module__}.{type(head).__qualname__}"  # those of LoRA are named Linear too
-    return None
+    reason = plain_layer.own_forward(model.get_output_embeddings(), moved=True)
+    return None if reason is None else f"whose head {reason}"  # those of LoRA are named Linear too
 
 
 def fuse_large_margin_loss(model: Any, *, lam: float = 0.3, when: Literal["training", "always"] = "training", **settings: Any) -> Any:
@@ -279,10 +357,13 @@ def fuse_large_margin_loss(model: Any, *, lam: float = 0.3, when: Literal["train
     Raises:
         TypeError, ValueError: as :class:`~largemargin.LargeMarginCrossEntropyLoss`; TypeError for ``ignore_index`` and ``reduction``, which
             are the Trainer's; ValueError for a model whose loss is not that of a causal language model, one whose forward does not call
-            ``loss_function``, one that has an encoder too, or a head that is no ``nn.Linear``. In the first step ValueError for a model
-            that changes its logits between head and loss, for a head that is sharded or offloaded before the loss, for a forward pass that
-            leaves out ``loss_function`` after all (``use_liger_kernel``), and where the Trainer holds the labels back
-            (``label_smoothing_factor``, ``compute_loss_func``).
+            ``loss_function``, one that has an encoder too, or a head that does more than an ``nn.Linear``. In the first step ValueError
+            for a model that changes its logits between head and loss, for a head that is sharded or offloaded before the loss, for a
+            forward pass that leaves out ``loss_function`` after all (``use_liger_kernel``), for a trainer of TRL with a loss of its own,
+            and where the Trainer holds the labels back (``label_smoothing_factor``, ``compute_loss_func``).
+
+    Warns:
+        UserWarning: once for each cause, where a training step makes logits after all.
 
     Example:
         >>> from largemargin.integrations.transformers import fuse_large_margin_loss

@@ -1,0 +1,144 @@
+"""Whether a linear layer is a product and nothing else.
+
+A loss that is fused with its layer reads weight and bias, and never calls the layer. That is right only for a layer that does nothing else
+when it is called. Hooks, adapters, pruning, quantisation and offloading all act in the call: such a layer is called, and the loss is that
+of its logits.
+"""
+
+import functools
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from .functional import large_margin_cross_entropy
+
+_HOOKS = {
+    "_forward_pre_hooks": "forward pre-hook",
+    "_forward_hooks": "forward hook",
+    "_backward_pre_hooks": "backward pre-hook",
+    "_backward_hooks": "backward hook",
+}
+_GLOBAL_HOOKS = {f"_global{name}": kind for name, kind in _HOOKS.items()}
+
+_CALL = ("__call__", "_call_impl", "_slow_forward")  # what stands between a call and forward
+
+# as torch has defined them, so that a patch of the class or of F.linear is seen, before the import or after it
+_FORWARD = nn.Linear.forward if nn.Linear.forward.__globals__ is vars(nn.modules.linear) else None
+_PRODUCT = torch._C._nn.linear
+
+# what stands for a plain tensor while programs are traced, by the module that has it
+_STAND_INS = {
+    "torch._subclasses.fake_tensor": "FakeTensor",
+    "torch._subclasses.functional_tensor": "FunctionalTensor",
+    "torch.fx.proxy": "Proxy",
+}
+
+
+def weight_and_bias(layer: nn.Module, forward: Any = _FORWARD) -> tuple[Tensor, Tensor | None] | str:
+    """What ``layer(features)`` multiplies by and adds, or in words what else the call does.
+
+    ``forward`` is that of the class that the caller takes the layer to be. The weight is read once, as a call reads it: a
+    parametrisation may count how often.
+    """
+    reason = own_forward(layer, forward) or hook_of(layer)
+    return reason or _parameters(layer)
+
+
+def own_forward(layer: Any, forward: Any = _FORWARD, *, moved: bool = False) -> str | None:
+    """In words, why ``layer.forward`` is not ``forward``; None if it is. Hooks are another matter.
+
+    ``moved`` lets accelerate replace it, so as to move tensors between devices: the caller calls the layer all the same.
+    """
+    kind = type(layer)
+    if getattr(kind, "forward", None) is not forward or any(getattr(kind, name) is not getattr(nn.Module, name) for name in _CALL):
+        return f"is a {kind.__module__}.{kind.__qualname__}, which has a forward of its own"
+    if "forward" in vars(layer) and not (moved and _only_moves(layer, forward)):
+        return f"has had its forward replaced{' by accelerate' if hasattr(layer, '_hf_hook') else ''}"
+    if any(name in vars(layer) for name in _CALL):
+        return "has had its call replaced"
+    if layer._compiled_call_impl is not None:
+        return "has been compiled by itself"
+    if F.linear is not _PRODUCT:
+        return "calls an F.linear that has been replaced"
+    return _mode()
+
+
+def _mode() -> str | None:
+    """A mode that torch itself uses puts new tensors on a device; any other may make another product of F.linear."""
+    if torch.compiler.is_compiling() or not torch._C._len_torch_function_stack():
+        return None
+    modes = (type(mode) for mode in torch.overrides._get_current_function_mode_stack())
+    return next((f"is called under a {mode.__qualname__}" for mode in modes if mode.__module__ != "torch.utils._device"), None)
+
+
+def _only_moves(layer: Any, forward: Any) -> bool:
+    """Whether the forward of ``layer`` is that of accelerate, around ``forward``, with hooks that move tensors and do nothing else."""
+    hooks, replaced = _hooks_of_accelerate(layer), vars(layer)["forward"]
+    return (
+        {type(hook).__name__ for hook in hooks} <= {"AlignDevicesHook", "ModelHook"}
+        and isinstance(replaced, functools.partial)
+        and replaced.func.__module__ == "accelerate.hooks"
+        and getattr(layer._old_forward, "__func__", None) is forward
+    )
+
+
+def is_offloaded(layer: nn.Module) -> bool:
+    """Whether accelerate takes the weights of ``layer`` away after its forward pass."""
+    return any(getattr(hook, "offload", False) for hook in _hooks_of_accelerate(layer))
+
+
+def _hooks_of_accelerate(layer: nn.Module) -> list[Any]:
+    hook = getattr(layer, "_hf_hook", None)
+    return list(getattr(hook, "hooks", [] if hook is None else [hook]))
+
+
+def odd_parameter(layer: nn.Module) -> str | None:
+    """In words, why the product of ``layer`` is not that of the numbers in its weight and bias; None if it is."""
+    found = _parameters(layer)
+    return found if isinstance(found, str) else None
+
+
+def hook_of(layer: nn.Module, *, called: bool = False) -> str | None:
+    """In words, a hook that sees or changes what the layer is called with, makes or gets back; None if there is none.
+
+    With ``called`` the layer is called, without rows, and its caller sees what the forward hooks of the layer change.
+    """
+    seen = ("_forward_pre_hooks", "_forward_hooks", "_global_forward_pre_hooks") if called else ()
+    for owner, kinds, whose in ((layer, _HOOKS, "has a"), (torch_module, _GLOBAL_HOOKS, "is called under a global")):
+        for name, kind in kinds.items():
+            hooks = getattr(owner, name)
+            if hooks and name not in seen:
+                hook = next(iter(hooks.values()))
+                return f"{whose} {kind}, {getattr(hook, '__qualname__', type(hook).__name__)}"
+    return None
+
+
+def _parameters(layer: Any) -> tuple[Tensor, Tensor | None] | str:
+    weight, bias = layer.weight, layer.bias
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and not _is_plain(parameter):
+            layout = str(parameter.layout).removeprefix("torch.")
+            return f"has a {name} that is a {type(parameter).__module__}.{type(parameter).__qualname__} ({layout})"
+    return weight, bias
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a product with the tensor is one with its numbers: no subclass, no other layout."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return tensor.layout is torch.strided
+    return any(name in sys.modules and isinstance(tensor, getattr(sys.modules[name], kind)) for name, kind in _STAND_INS.items())
+
+
+def loss_of_logits(logits: Tensor, target: Tensor, weight: Tensor | None, **options: Any) -> Tensor:
+    """The loss of logits (..., C), classes last as a layer gives them, and class indices (...)."""
+    if target.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"target must be int64 class indices of shape {tuple(logits.shape[:-1])} for logits of shape {tuple(logits.shape)}, got shape "
+            f"{tuple(target.shape)}; class probabilities need the logits: use large_margin_cross_entropy"
+        )
+    loss = large_margin_cross_entropy(logits.reshape(-1, logits.shape[-1]), target.reshape(-1), weight, **options)
+    return loss.reshape(target.shape) if options.get("reduction") == "none" else loss
