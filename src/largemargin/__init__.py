@@ -7,6 +7,8 @@ line starts without torch.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import _operators
+
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
@@ -82,3 +84,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+_operators.register()
