@@ -25,6 +25,7 @@ from .dtensors import check_indices_only, is_dtensor, local_rows
 from .ops import checked_rows, class_index, classes_last, stats_of_all_classes, stats_of_rows
 from .rowstats import RowStats, accumulation_dtype
 from .shards import Shard, SplitStats, check_all_here, check_eager, eagerly, shard_of, stats_of_shard
+from .tracing import is_symbolic, no_script, record
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # there are builds of torch without it
@@ -115,6 +116,7 @@ def _weighted_mean_cross_entropy(logits: Tensor, weight: Tensor | None) -> Tenso
     return losses.sum(-1) / kept.sum(-1)
 
 
+@no_script
 def large_margin_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -178,6 +180,8 @@ def large_margin_cross_entropy(
 
     Source: Kobayashi, *Large Margin In Softmax Cross-Entropy Loss*, BMVC 2019, eqs. (8), (11), (13) and (15).
     """
+    if is_symbolic(input, target):
+        return record(large_margin_cross_entropy, locals())  # type: ignore[no-any-return]
     options = checked_options(lam, divergence, hard_bias, label_smoothing, ignore_index, reduction)
     _checks.check_input(input, target)
     _checks.check_weight(weight, input)

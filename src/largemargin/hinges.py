@@ -15,8 +15,10 @@ from ._reduce import REDUCTIONS, Reduction, reduce_rows
 from .functional import softplus
 from .ops import Rows, checked_rows, stats_of_rows
 from .rowstats import accumulation_dtype
+from .tracing import is_symbolic, no_script, record
 
 
+@no_script
 def hard_margin_softplus(
     input: Tensor,
     target: Tensor,
@@ -53,10 +55,13 @@ def hard_margin_softplus(
 
     Source: Kobayashi, BMVC 2019, Sec. 3.
     """
+    if is_symbolic(input, target):
+        return record(hard_margin_softplus, locals())  # type: ignore[no-any-return]
     margins, rows = _margins(input, target, weight, margin, ignore_index, reduction)
     return reduce_rows(softplus(margin - margins), rows.class_index, weight, reduction)
 
 
+@no_script
 def crammer_singer_hinge(
     input: Tensor,
     target: Tensor,
@@ -93,10 +98,13 @@ def crammer_singer_hinge(
 
     Source: Crammer and Singer, JMLR 2, 2001; eq. (1) with the hinge in Kobayashi, BMVC 2019.
     """
+    if is_symbolic(input, target):
+        return record(crammer_singer_hinge, locals())  # type: ignore[no-any-return]
     margins, rows = _margins(input, target, weight, margin, ignore_index, reduction)
     return reduce_rows((margin - margins).relu(), rows.class_index, weight, reduction)
 
 
+@no_script
 def multiclass_hinge(
     input: Tensor,
     target: Tensor,
@@ -134,6 +142,8 @@ def multiclass_hinge(
 
     Source: Kobayashi, BMVC 2019, eq. (14).
     """
+    if is_symbolic(input, target):
+        return record(multiclass_hinge, locals())  # type: ignore[no-any-return]
     rows = _checked_hinge_rows(input, target, weight, margin, ignore_index, reduction)
     logits = rows.logits.to(accumulation_dtype(rows.logits.dtype))
     target_logit = logits.gather(-1, rows.class_index.clamp(min=0).unsqueeze(-1))

@@ -15,6 +15,7 @@ from ._backends import Divergence
 from ._backends.ladder import BACKENDS, Backend
 from ._reduce import REDUCTIONS, Reduction
 from .linear import linear_large_margin_cross_entropy
+from .tracing import refuse_script
 
 
 class LargeMarginCrossEntropyLoss(nn.CrossEntropyLoss):
@@ -27,6 +28,8 @@ class LargeMarginCrossEntropyLoss(nn.CrossEntropyLoss):
         >>> criterion(torch.tensor([[3.0, 1.0, 0.0]]), torch.tensor([0]))
         tensor(0.2045)
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -160,6 +163,7 @@ class LinearLargeMarginCrossEntropyLoss(nn.Module):
     """
 
     weight: Tensor | None
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -221,6 +225,7 @@ class _HingeLoss(nn.Module):
     """What the losses on the classification margin store. They are no cross-entropies: their input is not a softmax away from p."""
 
     weight: Tensor | None
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self, weight: Tensor | None = None, *, margin: float = 1.0, ignore_index: int = -100, reduction: Reduction = "mean"

@@ -15,8 +15,9 @@ from . import _checks
 from ._backends import ladder
 from ._backends.ladder import Backend
 from .allclasses import all_row_stats, all_row_stats_jvp, all_row_stats_vjp
-from .rowstats import IGNORED, RowStats, row_stats_jvp, row_stats_vjp
+from .rowstats import IGNORED, RowStats, row_stats_by_autograd, row_stats_jvp, row_stats_vjp
 from .rowstats import row_stats as row_stats_reference
+from .tracing import is_symbolic, no_script, record
 
 
 class _RowsFunction(torch.autograd.Function):
@@ -48,6 +49,11 @@ class _RowStats(_RowsFunction):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None]:
         logits, target = ctx.saved_tensors
         return row_stats_vjp(logits, target, grads), None
+
+
+def is_recording() -> bool:
+    """Whether the operations make a program that is to be stored: torch.jit.trace, torch.export and torch.onnx.export."""
+    return torch._C._get_tracing_state() is not None or torch.compiler.is_exporting()
 
 
 def differentiable_jvp() -> Any:
@@ -151,7 +157,9 @@ def class_index(target: Tensor, num_classes: int, ignore_index: int) -> tuple[Te
 def stats_of_rows(rows: Rows, backend: Backend | None) -> RowStats:
     """The statistics of each row about its target; NaN where the label was out of range."""
     fields: tuple[Tensor, ...]
-    if torch.compiler.is_compiling():
+    if is_recording():
+        fields = row_stats_by_autograd(rows.logits, rows.class_index)
+    elif torch.compiler.is_compiling():
         if ladder.compiled_kernels(rows.logits, backend):
             fields = torch.ops.largemargin.row_stats(rows.logits, rows.class_index)[:6]
         else:
@@ -168,10 +176,13 @@ def stats_of_rows(rows: Rows, backend: Backend | None) -> RowStats:
 def stats_of_all_classes(logits: Tensor, backend: Backend | None) -> RowStats:
     """The statistics of each row for every class as its target; ``logits`` and every field (..., C)."""
     ladder.refuse_all_classes(backend)
+    if is_recording():
+        return all_row_stats(logits, row_stats_by_autograd)
     op = _AllRowStats if torch.compiler.is_compiling() else _AllRowStatsWithJvp
     return RowStats(*op.apply(logits))
 
 
+@no_script
 def row_stats(input: Tensor, target: Tensor, *, ignore_index: int = -100, backend: Backend | None = None) -> RowStats:
     r"""The statistics of each row of logits about its target; differentiable, and all a loss needs.
 
@@ -205,4 +216,6 @@ def row_stats(input: Tensor, target: Tensor, *, ignore_index: int = -100, backen
 
     Source: Kobayashi, *Large Margin In Softmax Cross-Entropy Loss*, BMVC 2019, Sec. 2.
     """
+    if is_symbolic(input, target):
+        return record(row_stats, locals())  # type: ignore[no-any-return]
     return stats_of_rows(checked_rows(input, target, ignore_index), backend)
