@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         LargeMarginInSoftmaxLoss,
         LinearLargeMarginCrossEntropyLoss,
         MulticlassHingeLoss,
+        OpaqueLargeMarginLoss,
     )
     from .ops import row_stats
     from .rowstats import RowStats
@@ -45,6 +46,7 @@ _HOME = {
     "LargeMarginInSoftmaxLoss": "losses",
     "LinearLargeMarginCrossEntropyLoss": "losses",
     "MulticlassHingeLoss": "losses",
+    "OpaqueLargeMarginLoss": "losses",
     "CrammerSingerHingeLoss": "losses",
     "HardMarginSoftplusLoss": "losses",
 }
@@ -57,6 +59,7 @@ __all__ = [
     "LargeMarginInSoftmaxLoss",
     "LinearLargeMarginCrossEntropyLoss",
     "MulticlassHingeLoss",
+    "OpaqueLargeMarginLoss",
     "RowStats",
     "crammer_singer_hinge",
     "divergence",
