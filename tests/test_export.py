@@ -18,6 +18,7 @@ from largemargin import (
     MulticlassHingeLoss,
     crammer_singer_hinge,
     hard_margin_softplus,
+    heads,
     large_margin_cross_entropy,
     linear_large_margin_cross_entropy,
     multiclass_hinge,
@@ -258,3 +259,57 @@ def test_onnx_programs_compute_the_same(name, tmp_path):
     names = [given.name for given in session.get_inputs()]
     (found,) = session.run(None, dict(zip(names, (tensor.numpy() for tensor in batch(6)), strict=True)))
     torch.testing.assert_close(torch.from_numpy(found), model(name)(*batch(6)).detach(), rtol=1e-4, atol=1e-5)
+
+
+# heads
+
+HEADS: dict[str, Callable[[], nn.Module]] = {
+    "cosface": lambda: heads.CosineLinear(WIDTH, CLASSES),
+    "arcface": lambda: heads.CosineLinear(WIDTH, CLASSES, kind="arcface"),
+    "lsoftmax": lambda: heads.LSoftmaxLinear(WIDTH, CLASSES, 2),
+    "mixture": lambda: heads.GaussianMixtureHead(WIDTH, CLASSES, covariance="diagonal"),
+    "super_symmetric": lambda: heads.SuperSymmetricLinear(WIDTH, CLASSES),
+    "noisy": lambda: heads.NoisySoftmaxLinear(WIDTH, CLASSES, alpha_squared=0.0),
+    "center": lambda: heads.CenterLoss(WIDTH, CLASSES, as_parameter=True),
+}
+each_head = pytest.mark.parametrize("name", HEADS)
+
+
+class WithHead(nn.Module):
+    """A network whose last layer is a head."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.network = nn.Linear(WIDTH, WIDTH)
+        self.head = head
+
+    def forward(self, features: Tensor, target: Tensor) -> Tensor:
+        return self.head(self.network(features), target=target).sin().sum()
+
+
+def with_head(name: str) -> WithHead:
+    torch.manual_seed(0)
+    return WithHead(HEADS[name]())
+
+
+@each_head
+def test_programs_hold_heads_too(name, tmp_path):
+    model = with_head(name)
+    assert_same(torch.fx.symbolic_trace(model), model, 6)
+    traced = torch.jit.trace(model, batch(6))
+    torch.jit.save(traced, tmp_path / "traced.pt")
+    assert_same(torch.jit.load(tmp_path / "traced.pt"), model, 4)
+    program = torch.export.export(model, batch(6))
+    assert operators(program.graph) <= {"aten"}
+    assert_same(program.module(), model, 6)
+
+
+@each_head
+def test_script_of_a_head_is_refused_and_told_of_export(name):
+    with pytest.raises(NotImplementedError, match=r"torch\.jit\.script.*torch\.export"):
+        torch.jit.script(with_head(name))
+
+
+def test_a_head_alone_is_no_model_to_trace():
+    with pytest.raises(TypeError, match="trace a module that calls it"):
+        torch.fx.symbolic_trace(HEADS["lsoftmax"]())

@@ -16,6 +16,7 @@ from .. import _checks
 from ..products import linear
 from ..rowstats import accumulation_dtype
 from ..schedules import Schedule, check_schedule
+from ..tracing import as_one_node, refuse_script
 from ._target import check_features, logit_of_target, rows_of_target, with_logit_of_target
 
 Covariance = Literal["identity", "diagonal"]
@@ -62,6 +63,8 @@ class GaussianMixtureHead(nn.Module):
     Source: Wan et al., "Rethinking Feature Distribution for Loss Functions in Image Classification", CVPR 2018.
     """
 
+    __prepare_scriptable__ = refuse_script
+
     def __init__(
         self,
         in_features: int,
@@ -98,6 +101,7 @@ class GaussianMixtureHead(nn.Module):
         if isinstance(self.alpha, Schedule):
             self.alpha.reset()
 
+    @as_one_node
     def forward(self, features: Tensor, target: Tensor | None = None) -> Tensor:
         """The logits (..., C) of features (..., D), with the margin of classes ``target`` (...), int64, in training mode."""
         check_features(features, target, self.in_features, self.num_classes)

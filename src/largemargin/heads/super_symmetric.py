@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .. import _checks
 from ..products import linear
 from ..rowstats import accumulation_dtype
+from ..tracing import as_one_node, refuse_script
 from ._target import check_features
 
 Frame = Literal["fixed", "learned"]
@@ -58,6 +59,7 @@ class SuperSymmetricLinear(nn.Module):
 
     frame: Tensor
     log_scale: Tensor
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -106,6 +108,7 @@ class SuperSymmetricLinear(nn.Module):
         length = (self.log_scale.to(dtype).exp() * num_classes / (num_classes - 1)).sqrt()
         return (length * corners).to(self.frame.dtype)
 
+    @as_one_node
     def forward(self, features: Tensor, target: Tensor | None = None) -> Tensor:
         """The logits (..., C) of features (..., D), the same with and without ``target``."""
         check_features(features, target, self.in_features, self.num_classes)
