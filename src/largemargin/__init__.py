@@ -7,6 +7,8 @@ line starts without torch.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import _operators
+
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
         LargeMarginInSoftmaxLoss,
         LinearLargeMarginCrossEntropyLoss,
         MulticlassHingeLoss,
+        OpaqueLargeMarginLoss,
     )
     from .ops import row_stats
     from .rowstats import RowStats
@@ -43,6 +46,7 @@ _HOME = {
     "LargeMarginInSoftmaxLoss": "losses",
     "LinearLargeMarginCrossEntropyLoss": "losses",
     "MulticlassHingeLoss": "losses",
+    "OpaqueLargeMarginLoss": "losses",
     "CrammerSingerHingeLoss": "losses",
     "HardMarginSoftplusLoss": "losses",
 }
@@ -55,6 +59,7 @@ __all__ = [
     "LargeMarginInSoftmaxLoss",
     "LinearLargeMarginCrossEntropyLoss",
     "MulticlassHingeLoss",
+    "OpaqueLargeMarginLoss",
     "RowStats",
     "crammer_singer_hinge",
     "divergence",
@@ -82,3 +87,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+_operators.register()

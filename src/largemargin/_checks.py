@@ -46,8 +46,12 @@ def check_tensor(name: str, value: object) -> None:
 
 def check_given_first(weight: object, meant: str) -> None:
     """The first argument of a loss is the weight, as torch's, and not what a user may mean."""
-    if weight is not None and not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a torch.Tensor or None, got {describe(weight)}; all else is by name: {meant}={weight!r}")
+    if weight is None or isinstance(weight, Tensor):
+        return
+    said = f"weight must be a torch.Tensor or None, got {describe(weight)}"
+    if is_number(weight) or isinstance(weight, str):
+        raise TypeError(f"{said}; all else is by name: {meant}={weight!r}")
+    raise TypeError(f"{said}; one factor for each class is torch.as_tensor(weight)")
 
 
 def check_word(name: str, value: object, allowed: Collection[object]) -> None:
@@ -199,8 +203,8 @@ def check_weight(weight: object, input: Tensor, of_classes: int | None = None) -
     """``of_classes``: where ``input`` does not have all of them."""
     if weight is None:
         return
-    check_tensor("weight", weight)
-    assert isinstance(weight, Tensor)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a torch.Tensor, got {describe(weight)}; one factor for each class is torch.as_tensor(weight)")
     expected = (num_classes(input) if of_classes is None else of_classes,)
     if tuple(weight.shape) != expected:
         raise RuntimeError(f"weight must have one entry for each of the {expected[0]} classes, shape {expected}, got {describe(weight)}")

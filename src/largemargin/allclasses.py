@@ -11,6 +11,7 @@ Nothing overflows, and ``s - x_y`` is never negative. (The plain downdate ``sum 
 nats.) The derivatives are written by hand: autograd through ``z = f - f_j`` would lose entry j.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -55,10 +56,10 @@ def _peel(logits: Tensor) -> _Peeled:
     return _Peeled(top, is_top, kept, x, xz, S, torch.log1p(rest), tau, mean_u_z, num_nontargets)
 
 
-def all_row_stats(logits: Tensor) -> RowStats:
+def all_row_stats(logits: Tensor, row_stats: Callable[[Tensor, Tensor], RowStats] = row_stats) -> RowStats:
     """The statistics of every class as target, each field shaped like ``logits`` (..., C).
 
-    A masked class has ``log_odds`` -inf, and all classes of the row as its non-targets.
+    A masked class has ``log_odds`` -inf, and all classes of the row as its non-targets. ``row_stats`` are those of the arg-max.
     """
     logits = logits.to(accumulation_dtype(logits.dtype))
     row = _peel(logits)

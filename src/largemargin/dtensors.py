@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from ._reduce import Reduction, row_weights
 from .shards import Shard
 
 
@@ -29,7 +30,16 @@ class LocalRows(NamedTuple):
     shard: Shard | None  # None: all classes are here
 
 
-def local_rows(input: Any, target: Tensor, weight: Tensor | None) -> tuple[LocalRows, Callable[[Tensor, bool], Tensor]]:
+Whole = Callable[[Tensor, bool], Tensor]
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """A DTensor as the plain tensor that it stands for, with its gradient; any other tensor as it is."""
+    whole: Tensor = tensor.full_tensor() if is_dtensor(tensor) else tensor
+    return whole
+
+
+def local_rows(input: Any, target: Tensor, weight: Tensor | None) -> tuple[LocalRows, Whole]:
     """The part that this rank has of DTensor logits, and a function that makes the results of all ranks one DTensor.
 
     That function takes the losses of the rows here, or (True) a part of a sum over all rows.
@@ -83,6 +93,13 @@ def local_rows(input: Any, target: Tensor, weight: Tensor | None) -> tuple[Local
         return DTensor.from_local(result, mesh, of_rows, run_check=False, shape=shape, stride=stride)
 
     return LocalRows(logits, target, weight, shard), whole
+
+
+def reduced(loss: Tensor, rows: LocalRows, ignore_index: int, reduction: Reduction, whole: Whole) -> Tensor:
+    """From the losses of the rows here (``"none"``) or else their sum, that of all rows."""
+    if reduction != "mean":
+        return whole(loss, reduction == "sum")
+    return whole(loss, True) / whole(row_weights(rows.target, rows.weight, ignore_index).sum().to(loss.dtype), True)
 
 
 def _shape_without(input: Tensor, class_dim: int) -> tuple[torch.Size, tuple[int, ...]]:

@@ -20,11 +20,12 @@ from torch import Tensor
 from . import _checks, fused
 from ._backends import Divergence, LossOptions
 from ._backends.ladder import Backend
-from ._reduce import REDUCTIONS, Reduction, reduce, reduce_rows, row_weights
-from .dtensors import check_indices_only, is_dtensor, local_rows
+from ._reduce import REDUCTIONS, Reduction, reduce, reduce_rows
+from .dtensors import check_indices_only, is_dtensor, local_rows, reduced
 from .ops import checked_rows, class_index, classes_last, stats_of_all_classes, stats_of_rows
 from .rowstats import RowStats, accumulation_dtype
 from .shards import Shard, SplitStats, check_all_here, check_eager, eagerly, shard_of, stats_of_shard
+from .tracing import is_symbolic, no_script, record
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # there are builds of torch without it
@@ -115,6 +116,7 @@ def _weighted_mean_cross_entropy(logits: Tensor, weight: Tensor | None) -> Tenso
     return losses.sum(-1) / kept.sum(-1)
 
 
+@no_script
 def large_margin_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -178,6 +180,8 @@ def large_margin_cross_entropy(
 
     Source: Kobayashi, *Large Margin In Softmax Cross-Entropy Loss*, BMVC 2019, eqs. (8), (11), (13) and (15).
     """
+    if is_symbolic(input, target):
+        return record(large_margin_cross_entropy, locals())  # type: ignore[no-any-return]
     options = checked_options(lam, divergence, hard_bias, label_smoothing, ignore_index, reduction)
     _checks.check_input(input, target)
     _checks.check_weight(weight, input)
@@ -340,9 +344,7 @@ def _loss_of_dtensor(input: Tensor, target: Tensor, weight: Tensor | None, optio
         loss = large_margin_cross_entropy(rows.logits, rows.target, rows.weight, **local._asdict(), backend=backend)
     else:
         loss = _loss_of_shard(rows.logits, rows.target, rows.weight, local, backend, rows.shard)
-    if options.reduction != "mean":
-        return whole(loss, not a_row)
-    return whole(loss, True) / whole(row_weights(rows.target, rows.weight, options.ignore_index).sum().to(loss.dtype), True)
+    return reduced(loss, rows, options.ignore_index, options.reduction, whole)
 
 
 def _loss_of_probabilities(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, backend: Backend | None) -> Tensor:

@@ -180,7 +180,7 @@ class HalfLayerGradients(LayerGradients):
             self.dense += dense.sum()
         if self.weight is not None:
             _add_product(gradient.t(), x, self.weight, int(rows.start > 0))
-            self.dense_input += dense @ x.to(dense.dtype)
+            torch.addmv(self.dense_input, x.t().to(dense.dtype), dense, out=self.dense_input)  # not @, which autocast would round
 
     def finish(self) -> Gradients:
         if self.weight is not None:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks, fused, shards
@@ -21,8 +20,11 @@ from ._reduce import Reduction, row_weights
 from .functional import LossOfRows, checked_options, large_margin_cross_entropy
 from .layer import Gradients, HalfLayerGradients, Layer, LayerGradients
 from .ops import class_index
+from .products import linear
+from .tracing import is_symbolic, no_script, record
 
 
+@no_script
 def linear_large_margin_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -78,6 +80,8 @@ def linear_large_margin_cross_entropy(
 
     Source: Kobayashi, BMVC 2019, eqs. (8), (11), (13) and (15); the chunks over rows are folklore.
     """
+    if is_symbolic(input, target):
+        return record(linear_large_margin_cross_entropy, locals())  # type: ignore[no-any-return]
     options = checked_options(lam, divergence, hard_bias, label_smoothing, ignore_index, reduction)
     _checks.check_linear(input, linear_weight, target, linear_bias, num_classes)
     if num_classes is not None and num_classes != len(linear_weight):  # the gradient of the padding is 0, as autograd makes it
@@ -128,7 +132,9 @@ def _with_logits(problem: Problem) -> Tensor:
     """The same by its definition, with all logits at once: what transforms, compiled code and higher derivatives take."""
     dtype = problem.layer.dtype
     input, weight, bias = problem.layer
-    logits = F.linear(input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    logits = linear(input.to(dtype), weight.to(dtype))
+    if bias is not None:
+        logits = logits + bias.to(dtype)
     return large_margin_cross_entropy(logits, problem.target, problem.weight, **problem.options._asdict(), backend=problem.backend)
 
 

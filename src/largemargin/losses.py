@@ -1,7 +1,7 @@
 """The losses of :mod:`.functional` as modules: each stores the arguments, and its ``forward`` delegates.
 
 Where the input is logits of a softmax the module is an ``nn.CrossEntropyLoss``: frameworks ask ``isinstance`` to decide whether
-predictions are a softmax away.
+predictions are a softmax away. Tools that put the softmax's own formulas in place of such a loss take :class:`OpaqueLargeMarginLoss`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from ._backends import Divergence
 from ._backends.ladder import BACKENDS, Backend
 from ._reduce import REDUCTIONS, Reduction
 from .linear import linear_large_margin_cross_entropy
+from .tracing import refuse_script
 
 
 class LargeMarginCrossEntropyLoss(nn.CrossEntropyLoss):
@@ -27,6 +28,8 @@ class LargeMarginCrossEntropyLoss(nn.CrossEntropyLoss):
         >>> criterion(torch.tensor([[3.0, 1.0, 0.0]]), torch.tensor([0]))
         tensor(0.2045)
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -137,6 +140,69 @@ class LargeMarginInSoftmaxLoss(LargeMarginCrossEntropyLoss):
         return f"reg_lambda={self.lam}, deg_logit={self.hard_bias}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
 
 
+class OpaqueLargeMarginLoss(nn.Module):
+    """:class:`LargeMarginCrossEntropyLoss` as a module that is no ``nn.CrossEntropyLoss``: the same arguments, values and ``state_dict``.
+
+    It is for tools that ask ``isinstance(loss, nn.CrossEntropyLoss)`` and then compute with the softmax's own curvature or sampling, which
+    is not that of this loss (docs/guide.md names them). They differentiate such a module instead, or refuse it.
+
+    Example:
+        >>> import torch
+        >>> from largemargin import OpaqueLargeMarginLoss
+        >>> criterion = OpaqueLargeMarginLoss(lam=0.3)
+        >>> criterion(torch.tensor([[3.0, 1.0, 0.0]]), torch.tensor([0]))
+        tensor(0.2045)
+        >>> isinstance(criterion, torch.nn.CrossEntropyLoss)
+        False
+    """
+
+    weight: Tensor | None
+    __prepare_scriptable__ = refuse_script
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        lam: float = 0.3,
+        divergence: Divergence = "symmetric",
+        hard_bias: float = 0.0,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        backend: Backend | None = None,
+        donate: bool = False,
+    ) -> None:
+        super().__init__()
+        self._options: dict[str, Any] = {
+            "lam": lam,
+            "divergence": divergence,
+            "hard_bias": hard_bias,
+            "label_smoothing": label_smoothing,
+            "ignore_index": ignore_index,
+            "reduction": reduction,
+            "backend": backend,
+            "donate": donate,
+        }
+        LargeMarginCrossEntropyLoss(weight, **self._options)  # which checks them
+        self.register_buffer("weight", weight)
+
+    @property
+    def reduction(self) -> Reduction:
+        reduction: Reduction = self._options["reduction"]
+        return reduction
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of logits ``input`` and class indices or probabilities ``target``."""
+        return F.large_margin_cross_entropy(input, target, self.weight, **self._options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self._options.items())
+
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor, target: Tensor) -> Tensor: ...
+
+
 class LinearLargeMarginCrossEntropyLoss(nn.Module):
     """A linear classifier and its loss in one, :func:`.linear_large_margin_cross_entropy`: the logits are never held.
 
@@ -162,6 +228,7 @@ class LinearLargeMarginCrossEntropyLoss(nn.Module):
     """
 
     weight: Tensor | None
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -229,6 +296,7 @@ class _HingeLoss(nn.Module):
     """What the losses on the classification margin store. They are no cross-entropies: their input is not a softmax away from p."""
 
     weight: Tensor | None
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self, weight: Tensor | None = None, *, margin: float = 1.0, ignore_index: int = -100, reduction: Reduction = "mean"

@@ -5,6 +5,8 @@ its value is NaN in every function here, and so is a mean over it; as a predicti
 as ``invalid_rows`` and leaves them out of its other means. A class whose logit is -inf is not in the row. Half precision is computed
 in float32, and sums are float64. Nothing here is differentiable: for that there is ``row_stats``.
 
+DTensor logits are gathered: every rank then has all of them in memory, and gets the same plain tensors as results.
+
 The prediction is the first of the largest logits, and confidence is its probability.
 """
 
@@ -19,6 +21,7 @@ from torch import Tensor
 from . import _checks, shards
 from ._backends import Divergence
 from ._reduce import REDUCTIONS, Reduction, reduce_rows
+from .dtensors import gathered
 from .functional import DIVERGENCES, softplus
 from .functional import divergence as divergence_of_stats
 from .ops import Rows, checked_rows, stats_of_rows
@@ -27,7 +30,7 @@ from .rowstats import IGNORED, RowStats
 
 def _measure(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Rows, RowStats]:
     """The rows and their statistics, NaN in every field where a row has none."""
-    rows = checked_rows(input, target, ignore_index)
+    rows = checked_rows(gathered(input), gathered(target), ignore_index)
     stats = stats_of_rows(rows, None)
     invalid = stats.log_odds.isnan()
     return rows, RowStats(*(field.masked_fill(invalid, torch.nan) for field in stats))
@@ -469,7 +472,7 @@ def super_symmetry(weight: Tensor) -> Tensor:
     if weight.dim() != 2 or len(weight) < 2 or weight.dtype not in _checks.FLOATING:
         raise ValueError(f"weight must be floating of shape (C, D) with C >= 2, got {_checks.describe(weight)}; pass the layer's .weight")
     num_classes, num_features = weight.shape
-    centred = _wide(weight.detach())
+    centred = _wide(gathered(weight.detach()))
     centred = centred - centred.mean(0)
     centred = centred / centred.abs().amax()  # its fourth powers are summed
     if num_features < num_classes:  # the same eigenvalues, less zeros

@@ -15,8 +15,11 @@ from . import _checks
 from ._backends import ladder
 from ._backends.ladder import Backend
 from .allclasses import all_row_stats, all_row_stats_jvp, all_row_stats_vjp
-from .rowstats import IGNORED, RowStats, row_stats_jvp, row_stats_vjp
+from .dtensors import LocalRows, Whole, check_indices_only, is_dtensor, local_rows
+from .rowstats import IGNORED, RowStats, row_stats_by_autograd, row_stats_jvp, row_stats_vjp
 from .rowstats import row_stats as row_stats_reference
+from .shards import stats_of_shard
+from .tracing import is_symbolic, no_script, record
 
 
 class _RowsFunction(torch.autograd.Function):
@@ -48,6 +51,11 @@ class _RowStats(_RowsFunction):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None]:
         logits, target = ctx.saved_tensors
         return row_stats_vjp(logits, target, grads), None
+
+
+def is_recording() -> bool:
+    """Whether the operations make a program that is to be stored: torch.jit.trace, torch.export and torch.onnx.export."""
+    return torch._C._get_tracing_state() is not None or torch.compiler.is_exporting()
 
 
 def differentiable_jvp() -> Any:
@@ -151,7 +159,9 @@ def class_index(target: Tensor, num_classes: int, ignore_index: int) -> tuple[Te
 def stats_of_rows(rows: Rows, backend: Backend | None) -> RowStats:
     """The statistics of each row about its target; NaN where the label was out of range."""
     fields: tuple[Tensor, ...]
-    if torch.compiler.is_compiling():
+    if is_recording():
+        fields = row_stats_by_autograd(rows.logits, rows.class_index)
+    elif torch.compiler.is_compiling():
         if ladder.compiled_kernels(rows.logits, backend):
             fields = torch.ops.largemargin.row_stats(rows.logits, rows.class_index)[:6]
         else:
@@ -165,13 +175,37 @@ def stats_of_rows(rows: Rows, backend: Backend | None) -> RowStats:
     return RowStats(*fields)
 
 
+def rows_of_dtensor(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> tuple[LocalRows, Rows, Whole]:
+    """The part that this rank has of DTensor logits, the same as rows, and what makes the results of all ranks one DTensor."""
+    _checks.check_input(input, target)
+    check_indices_only(input, target)
+    _checks.check_indices(input, target, ignore_index)
+    _checks.check_weight(weight, input)
+    local, whole = local_rows(input, target, weight)
+    logits = classes_last(local.logits)
+    num_classes = _checks.num_classes(input)
+    rows = Rows(logits, *class_index(local.target.long().reshape(logits.shape[:-1]), num_classes, ignore_index))
+    return local, rows, whole
+
+
+def stats_of_local_rows(local: LocalRows, rows: Rows, backend: Backend | None) -> RowStats:
+    """The statistics of the rows of this rank, whichever ranks have their classes."""
+    if local.shard is None:
+        return stats_of_rows(rows, backend)
+    stats = stats_of_shard(rows.logits, local.shard.local(rows.class_index), None, local.shard.group, backend).stats
+    return stats if rows.valid is None else RowStats(*(torch.where(rows.valid, field, torch.nan) for field in stats))
+
+
 def stats_of_all_classes(logits: Tensor, backend: Backend | None) -> RowStats:
     """The statistics of each row for every class as its target; ``logits`` and every field (..., C)."""
     ladder.refuse_all_classes(backend)
+    if is_recording():
+        return all_row_stats(logits, row_stats_by_autograd)
     op = _AllRowStats if torch.compiler.is_compiling() else _AllRowStatsWithJvp
     return RowStats(*op.apply(logits))
 
 
+@no_script
 def row_stats(input: Tensor, target: Tensor, *, ignore_index: int = -100, backend: Backend | None = None) -> RowStats:
     r"""The statistics of each row of logits about its target; differentiable, and all a loss needs.
 
@@ -188,7 +222,7 @@ def row_stats(input: Tensor, target: Tensor, *, ignore_index: int = -100, backen
 
     Returns:
         :class:`RowStats`, a named tuple of ``log_odds``, ``neg_entropy``, ``mean_log_q``, ``rho``, ``spread`` and ``num_nontargets``,
-        each shaped like ``target``, in float32 or (for float64 input) float64.
+        each shaped like ``target``, in float32 or (for float64 input) float64; DTensors for a DTensor, on the ranks that have the rows.
 
     Raises:
         TypeError, ValueError, RuntimeError, IndexError: as :func:`torch.nn.functional.cross_entropy` does for the same mistake; also
@@ -205,4 +239,9 @@ def row_stats(input: Tensor, target: Tensor, *, ignore_index: int = -100, backen
 
     Source: Kobayashi, *Large Margin In Softmax Cross-Entropy Loss*, BMVC 2019, Sec. 2.
     """
+    if is_symbolic(input, target):
+        return record(row_stats, locals())  # type: ignore[no-any-return]
+    if is_dtensor(input):
+        local, rows, whole = rows_of_dtensor(input, target, None, ignore_index)
+        return RowStats(*(whole(field, False) for field in stats_of_local_rows(local, rows, backend)))
     return stats_of_rows(checked_rows(input, target, ignore_index), backend)

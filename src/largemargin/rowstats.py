@@ -130,6 +130,16 @@ def row_stats(logits: Tensor, target: Tensor) -> RowStats:
     return RowStats(*(torch.where(target >= 0, field, 0.0) for field in stats))
 
 
+def row_stats_by_autograd(logits: Tensor, target: Tensor) -> RowStats:
+    """The same, for stored programs: autograd through these operations is right, also for rho."""
+    stats = row_stats(logits, target)
+    others = nontargets(logits.to(stats.rho.dtype), target)
+    largest = others.gather(-1, others.detach().argmax(-1, keepdim=True)).squeeze(-1)
+    # 0, with the derivative of -max_N f, which is a constant in the sums
+    minus_largest = torch.where(stats.num_nontargets == 0, 0.0, largest.detach() - largest)
+    return stats._replace(rho=stats.rho + minus_largest)
+
+
 class _Row(NamedTuple):
     """What both derivatives share; shaped like the logits or broadcasting against them."""
 

@@ -243,10 +243,18 @@ def part_of(logits: Tensor, target: Tensor, weight: Tensor | None, kernels: Any)
 
 def merged(part: Part, target: Tensor, group: dist.ProcessGroup) -> Part:
     """The parts of all ranks as one, the same on every rank."""
+    return _whole(_gathered(part, target, group))
+
+
+def _gathered(part: Part, target: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, ...]:
+    """The fields of every rank's part, each with the ranks in its first dimension."""
     fields = torch.stack([field for field in part if field is not None])
     empty = fields.new_tensor([-torch.inf, 0, 0, 0, 0, -torch.inf, 0, 0])[: len(fields)]
     fields = torch.where(target == IGNORED, empty.reshape(-1, *[1] * target.dim()), fields)
-    gathered = all_gather(fields, group).unbind(1)
+    return all_gather(fields, group).unbind(1)
+
+
+def _whole(gathered: Sequence[Tensor]) -> Part:
     whole = merge_stacked(Record(*gathered[:5]))
     target_logit = gathered[5].amax(0)
     if len(gathered) == 6:
@@ -265,7 +273,7 @@ def of_three(grads: Grads, like: Part) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class SplitStats(NamedTuple):
-    """The statistics of rows that may be split; of the fields of RowStats rho carries no gradient."""
+    """The statistics of rows that may be split."""
 
     stats: RowStats
     # of the non-targets, for label smoothing with class weights: sum w_c and sum w_c log q_c
@@ -295,22 +303,20 @@ def gradient_of(
     grads: Grads,
     kernels: Any,
     out: Tensor | None = None,
+    has_largest: Tensor | None = None,
 ) -> Tensor:
-    """The gradient of a rank's logits (..., C), from those of the fields that :func:`finished` returns; in ``out`` if that is given."""
+    """The gradient of a rank's logits (..., C), from those of the fields that :func:`finished` returns; in ``out`` if that is given.
+
+    ``has_largest`` (...) says in which rows the largest non-target c* is one of these classes; without it rho has no gradient.
+    """
     if logits.shape[-1] == 0:
         return torch.zeros_like(logits) if out is None else out
-    of_weights = grads[6] if len(grads) > 6 else None
-    extra = None
-    if of_weights is not None and weight is not None and whole.sum_weight is not None:
-        others = nontargets(logits.to(whole.max.dtype), target)
-        present = others != -torch.inf
-        q = torch.where(present, (others - whole.max.unsqueeze(-1)).exp() / whole.sum_exp.unsqueeze(-1), 0.0)
-        extra = of_weights.unsqueeze(-1) * (present * weight - whole.sum_weight.unsqueeze(-1) * q)
+    extra = _of_weights_and_rho(logits, target, weight, whole, grads, has_largest)
     plain = all(grad is None or ladder.is_plain_gradient(grad) for grad in grads) and ladder.is_plain(logits)
     single = all(field is None or field.dtype == torch.float32 for field in whole)  # hooks on saved tensors may return what they like
     gradient: Tensor
     if kernels is None or not plain or not single or logits.dtype not in kernels.DTYPES:
-        gradient = row_stats_vjp(logits, target, grads[:5], Record(*whole[:5]))
+        gradient = row_stats_vjp(logits, target, [*grads[:3], None, grads[4]], Record(*whole[:5]))
         if extra is not None:
             gradient = (gradient + extra).to(logits.dtype)
         return gradient if out is None else out.copy_(gradient)
@@ -320,6 +326,25 @@ def gradient_of(
     if extra is not None:
         gradient += extra
     return gradient
+
+
+def _of_weights_and_rho(
+    logits: Tensor, target: Tensor, weight: Tensor | None, whole: Part, grads: Grads, has_largest: Tensor | None
+) -> Tensor | None:
+    """The part of the gradient that comes from the sums with class weights and from rho, if any."""
+    of_rho, of_weights = grads[3], grads[6] if len(grads) > 6 else None
+    if (of_weights is None or weight is None) and (of_rho is None or has_largest is None):
+        return None
+    others = nontargets(logits.to(whole.max.dtype), target)
+    present = others != -torch.inf
+    q = torch.where(present, (others - whole.max.unsqueeze(-1)).exp() / whole.sum_exp.unsqueeze(-1), 0.0)
+    extra = torch.zeros_like(q)
+    if of_weights is not None and weight is not None and whole.sum_weight is not None:
+        extra = extra + of_weights.unsqueeze(-1) * (present * weight - whole.sum_weight.unsqueeze(-1) * q)
+    if of_rho is not None and has_largest is not None:
+        at_largest = torch.zeros_like(q).scatter(-1, others.argmax(-1, keepdim=True), has_largest.unsqueeze(-1).to(q.dtype))
+        extra = extra + of_rho.unsqueeze(-1) * (q - at_largest)
+    return extra
 
 
 def once(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -339,20 +364,23 @@ class _StatsOfShard(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, group: dist.ProcessGroup, kernels: Any
     ) -> tuple[Tensor, ...]:
-        whole = merged(part_of(logits, target, weight, kernels), target, group)
+        gathered = _gathered(part_of(logits, target, weight, kernels), target, group)
+        whole = _whole(gathered)
+        # c* is the first of the largest, so it is on the first rank that has one
+        has_largest = (gathered[0].argmax(0) == dist.get_rank(group)) & (whole.num_classes > 0)
         fields = finished(whole, target)
         ctx.kernels = kernels
-        ctx.save_for_backward(logits, target, weight, *whole)
-        constants = [fields[3], fields[5]] if whole.sum_weight is None else [fields[3], fields[5], whole.sum_weight]
+        ctx.save_for_backward(logits, target, weight, has_largest, *whole)
+        constants = [fields[5]] if whole.sum_weight is None else [fields[5], whole.sum_weight]
         ctx.mark_non_differentiable(*constants)
         ctx.set_materialize_grads(False)
-        return *fields, *constants[2:]
+        return *fields, *constants[1:]
 
     @staticmethod
     @once
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, target, weight, *whole = ctx.saved_tensors
-        gradient = gradient_of(logits, target, weight, Part(*whole), list(grads[:7]), ctx.kernels)
+        logits, target, weight, has_largest, *whole = ctx.saved_tensors
+        gradient = gradient_of(logits, target, weight, Part(*whole), list(grads[:7]), ctx.kernels, has_largest=has_largest)
         return gradient, None, None, None, None
 
 

@@ -99,10 +99,10 @@ def compiled_kernels(logits: Tensor, backend: Backend | None) -> bool:
     name = _name(logits, backend)
     if name is None or forward_ad._current_level >= 0:
         return False
-    from . import registered  # torch.library and torch._dynamo bring sympy, which eager mode does without
+    from .compiled import takes  # torch._dynamo brings sympy, which eager mode does without
 
-    takes: bool = registered.takes(name, str(logits.dtype))
-    return takes
+    taken: bool = takes(name, str(logits.dtype))
+    return taken
 
 
 def _name(logits: Tensor, backend: Backend | None) -> str | None:

@@ -1,6 +1,7 @@
 """The kernels as operators of torch, for compiled code: ``torch.ops.largemargin.row_stats`` and its backward, on any device.
 
 Compiled code cannot trace a kernel; an operator it takes as it is, without a break in its graph. In eager mode nobody comes this way.
+Importing this module is cheap, because ``import largemargin`` does it: stored programs may name these operators.
 """
 
 from typing import Any
@@ -9,16 +10,6 @@ import torch
 from torch import Tensor
 
 from . import ladder
-
-
-@torch.compiler.assume_constant_result
-def takes(name: str, dtype: str) -> bool:
-    """Whether these kernels are there, take the dtype, and no functorch transform is compiled with them; asked, not traced."""
-    module = ladder.load(name)
-    if torch._C._are_functorch_transforms_active():
-        return False
-    return not isinstance(module, str) and dtype in map(str, module.DTYPES)
-
 
 Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import _checks
 from ..rowstats import accumulation_dtype
+from ..tracing import as_one_node, refuse_script
 from ._target import check_features, rows_of_target
 
 
@@ -42,6 +43,7 @@ class CenterLoss(nn.Module):
     """
 
     centers: Tensor
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -73,6 +75,7 @@ class CenterLoss(nn.Module):
         """Centers by Xavier's rule, as in the authors' code."""
         nn.init.xavier_uniform_(self.centers)
 
+    @as_one_node
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
         """The loss, a scalar, of features (..., D) and class indices (...); in training the centers move."""
         _checks.check_tensor("target", target)

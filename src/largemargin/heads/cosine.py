@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .. import _checks
 from ..rowstats import accumulation_dtype
+from ..tracing import as_one_node, refuse_script
 from ._target import check_features, logit_of_target, rows_of_target, with_logit_of_target
 
 Kind = Literal["cosface", "arcface", "arcface_insightface"]
@@ -60,6 +61,8 @@ class CosineLinear(nn.Module):
 
     Source: Wang et al., CosFace, CVPR 2018; Wang et al., AM-Softmax, 2018; Deng et al., ArcFace, CVPR 2019.
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -106,6 +109,7 @@ class CosineLinear(nn.Module):
             raise ValueError(f"hard_bias is the margin of kind='cosface', and kind is {self.kind!r}: call the head with the target instead")
         return self.scale * self.margin
 
+    @as_one_node
     def forward(self, features: Tensor, target: Tensor | None = None) -> Tensor:
         """The logits (..., C) of features (..., D); in training those of ``target`` (...) with the margin."""
         check_features(features, target, self.in_features, self.num_classes)
@@ -126,6 +130,10 @@ class CosineLinear(nn.Module):
         if self.kind == "arcface_insightface":
             return plain + (shifted - plain).detach()
         return torch.where(cos > -cos_m, shifted, self.scale * (cos + cos_m - 1))
+
+    def __dir__(self) -> list[str]:
+        names: list[str] = super().__dir__()  # type: ignore[no-untyped-call]
+        return [name for name in names if name != "hard_bias" or self.kind == "cosface"]  # torch.jit.trace asks for each of them
 
     def extra_repr(self) -> str:
         return (

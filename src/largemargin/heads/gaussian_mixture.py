@@ -10,12 +10,13 @@ import math
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks
+from ..products import linear
 from ..rowstats import accumulation_dtype
 from ..schedules import Schedule, check_schedule
+from ..tracing import as_one_node, refuse_script
 from ._target import check_features, logit_of_target, rows_of_target, with_logit_of_target
 
 Covariance = Literal["identity", "diagonal"]
@@ -62,6 +63,8 @@ class GaussianMixtureHead(nn.Module):
     Source: Wan et al., "Rethinking Feature Distribution for Loss Functions in Image Classification", CVPR 2018.
     """
 
+    __prepare_scriptable__ = refuse_script
+
     def __init__(
         self,
         in_features: int,
@@ -98,16 +101,16 @@ class GaussianMixtureHead(nn.Module):
         if isinstance(self.alpha, Schedule):
             self.alpha.reset()
 
+    @as_one_node
     def forward(self, features: Tensor, target: Tensor | None = None) -> Tensor:
         """The logits (..., C) of features (..., D), with the margin of classes ``target`` (...), int64, in training mode."""
         check_features(features, target, self.in_features, self.num_classes)
-        with torch.autocast(features.device.type, enabled=False):
-            logits = self._log_densities(features)
-            if target is None or not self.training:
-                return logits
-            alpha = self.alpha() if isinstance(self.alpha, Schedule) else self.alpha
-            margin = alpha * self._distance_to_target(features, target)  # (...)
-            return with_logit_of_target(logits, target, logit_of_target(logits, target) - margin)
+        logits = self._log_densities(features)
+        if target is None or not self.training:
+            return logits
+        alpha = self.alpha() if isinstance(self.alpha, Schedule) else self.alpha
+        margin = alpha * self._distance_to_target(features, target)  # (...)
+        return with_logit_of_target(logits, target, logit_of_target(logits, target) - margin)
 
     def likelihood(self, features: Tensor, target: Tensor) -> Tensor:
         r"""The likelihood term of the loss, to be added to it; 0 where all rows are ignored.
@@ -125,12 +128,11 @@ class GaussianMixtureHead(nn.Module):
             TypeError, ValueError, RuntimeError, IndexError: for features and targets that do not fit the head or each other.
         """
         check_features(features, target, self.in_features, self.num_classes)
-        with torch.autocast(features.device.type, enabled=False):
-            terms = self._distance_to_target(features, target)
-            if self.log_variances is not None:
-                half_log_det = 0.5 * self._log_covariance(terms.dtype).sum(-1) / self._divisor
-                terms = terms + torch.where(target >= 0, half_log_det[target.clamp(min=0)], 0.0)
-            return self.likelihood_weight * terms.sum() / (target >= 0).sum().clamp(min=1)
+        terms = self._distance_to_target(features, target)
+        if self.log_variances is not None:
+            half_log_det = 0.5 * self._log_covariance(terms.dtype).sum(-1) / self._divisor
+            terms = terms + torch.where(target >= 0, half_log_det[target.clamp(min=0)], 0.0)
+        return self.likelihood_weight * terms.sum() / (target >= 0).sum().clamp(min=1)
 
     def param_groups(self, lr: float, means_factor: float = 2.0) -> list[dict[str, Any]]:
         """Groups for an optimiser: the means with ``means_factor`` times the learning rate, the authors' 2, any variances with ``lr``."""
@@ -159,11 +161,11 @@ class GaussianMixtureHead(nn.Module):
         center = means.detach().mean(0)
         x, means = features.to(dtype) - center, means - center
         if self.log_variances is None:
-            distances = 0.5 * (x.square().sum(-1, keepdim=True) + means.square().sum(-1)) - F.linear(x, means)
+            distances = 0.5 * (x.square().sum(-1, keepdim=True) + means.square().sum(-1)) - linear(x, means)
             return -distances / self._divisor
         log_covariance = self._log_covariance(dtype)
         precision = torch.exp(-log_covariance)
-        distances = 0.5 * (F.linear(x.square(), precision) + (means.square() * precision).sum(-1)) - F.linear(x, means * precision)
+        distances = 0.5 * (linear(x.square(), precision) + (means.square() * precision).sum(-1)) - linear(x, means * precision)
         return -(distances + 0.5 * log_covariance.sum(-1)) / self._divisor
 
     def _distance_to_target(self, features: Tensor, target: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import _checks
 from ..rowstats import accumulation_dtype
 from ..schedules import Schedule, check_schedule
+from ..tracing import as_one_node, refuse_script
 from ._target import check_features, logit_of_target, rows_of_target, with_logit_of_target
 
 
@@ -50,6 +51,8 @@ class LSoftmaxLinear(nn.Module):
     Source: Liu et al., "Large-Margin Softmax Loss for Convolutional Neural Networks", ICML 2016.
     """
 
+    __prepare_scriptable__ = refuse_script
+
     def __init__(
         self,
         in_features: int,
@@ -77,6 +80,7 @@ class LSoftmaxLinear(nn.Module):
         if self.schedule is not None:
             self.schedule.reset()
 
+    @as_one_node
     def forward(self, features: Tensor, target: Tensor | None = None) -> Tensor:
         """The logits (..., C) of features (..., D), with the margin of classes ``target`` (...), int64, in training mode."""
         check_features(features, target, self.in_features, self.num_classes)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import _checks
 from ..rowstats import accumulation_dtype
+from ..tracing import as_one_node, refuse_script
 from ._target import check_features, logit_of_target, rows_of_target, with_logit_of_target
 
 
@@ -38,6 +39,8 @@ class NoisySoftmaxLinear(nn.Module):
     Source: Chen, Deng and Du, Noisy Softmax, CVPR 2017.
     """
 
+    __prepare_scriptable__ = refuse_script
+
     def __init__(
         self,
         in_features: int,
@@ -64,6 +67,7 @@ class NoisySoftmaxLinear(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
 
+    @as_one_node
     def forward(self, features: Tensor, target: Tensor | None = None) -> Tensor:
         """The logits (..., C) of features (..., D); in training those of ``target`` (...) with noise."""
         check_features(features, target, self.in_features, self.num_classes)

@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks
+from ..products import linear
 from ..rowstats import accumulation_dtype
+from ..tracing import as_one_node, refuse_script
 from ._target import check_features
 
 Frame = Literal["fixed", "learned"]
@@ -57,6 +59,7 @@ class SuperSymmetricLinear(nn.Module):
 
     frame: Tensor
     log_scale: Tensor
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -99,15 +102,13 @@ class SuperSymmetricLinear(nn.Module):
     def weight(self) -> Tensor:
         """The classes (C, D), for any loss that takes the weight of an ``nn.Linear``."""
         num_classes, dtype = self.num_classes, accumulation_dtype(self.frame.dtype)
-        frame = self.frame.to(dtype)
-        if self.frame_is_learned:
-            q, r = torch.linalg.qr(frame.mT)
-            frame = (q * r.diagonal().sgn()).mT  # the signs make it unique, so that it moves continuously
+        frame = _orthonormal(self.frame).to(dtype) if self.frame_is_learned else self.frame.to(dtype)
         total = frame.sum(0, keepdim=True)
         corners = torch.cat([-total / math.sqrt(num_classes), frame - total / (num_classes + math.sqrt(num_classes))])
         length = (self.log_scale.to(dtype).exp() * num_classes / (num_classes - 1)).sqrt()
         return (length * corners).to(self.frame.dtype)
 
+    @as_one_node
     def forward(self, features: Tensor, target: Tensor | None = None) -> Tensor:
         """The logits (..., C) of features (..., D), the same with and without ``target``."""
         check_features(features, target, self.in_features, self.num_classes)
@@ -123,6 +124,15 @@ class SuperSymmetricLinear(nn.Module):
     if TYPE_CHECKING:
 
         def __call__(self, features: Tensor, target: Tensor | None = None) -> Tensor: ...
+
+
+def _orthonormal(frame: Tensor) -> Tensor:
+    """Orthonormal rows in the span of those of ``frame``, in float64 where the device has it."""
+    # the derivative of QR is made of products, which autocast rounds unless they are float64
+    wide = frame.to(accumulation_dtype(frame.dtype) if frame.device.type == "mps" else torch.float64)
+    q, r = torch.linalg.qr(wide.mT)
+    rows: Tensor = (q * r.diagonal().sgn()).mT  # the signs make it unique, so that it moves continuously
+    return rows
 
 
 def _register(module: nn.Module, name: str, value: Tensor, learned: bool) -> None:
@@ -173,8 +183,7 @@ def super_symmetry_penalty(weight: Tensor) -> Tensor:
     largest = classes.detach().abs().amax()  # its fourth power is neither to vanish nor to overflow
     classes = classes / largest.masked_fill(largest == 0, 1.0)
     centred = classes - classes.mean(0)
-    with torch.autocast(weight.device.type, enabled=False):
-        gram = centred @ centred.mT  # (C, C)
+    gram = linear(centred, centred)  # (C, C)
     norm: Tensor = torch.linalg.vector_norm(gram)
     ideal = (torch.eye(num_classes, dtype=gram.dtype, device=gram.device) - 1 / num_classes) / math.sqrt(num_classes - 1)
     return (gram / norm.masked_fill(norm == 0, 1.0) - ideal).square().sum() / 2

@@ -1,0 +1,118 @@
+"""What the ranks of the tests of DTensors do: each function runs in a process of its own, on every rank of ``group``."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from largemargin import ClassParallelLinear, crammer_singer_hinge, hard_margin_softplus, metrics, multiclass_hinge, row_stats
+from largemargin.lab._torchvision import import_torchvision
+from measure import assert_within, same_bits
+from on_ranks import Rows
+
+HINGES: dict[str, Callable[..., Tensor]] = {
+    "hard_margin": hard_margin_softplus,
+    "crammer_singer": crammer_singer_hinge,
+    "multiclass": multiclass_hinge,
+}
+PLACES = {"rows": Shard(0), "classes": Shard(1), "inner": Shard(-1), "": Replicate()}
+
+
+def placed(rows: Rows, mesh_shape: tuple[int, ...], places: tuple[str, ...]) -> DTensor:
+    mesh = init_device_mesh("cpu", mesh_shape)
+    return distribute_tensor(rows.logits, mesh, [PLACES[place] for place in places])
+
+
+def tied(num_classes: int) -> Rows:
+    """Rows in whose largest non-target classes there are ties, within a rank and between ranks, and one row with a masked target."""
+    rows = Rows(num_classes, 10, (3,))
+    rows.logits[3, 1:] = 2.0
+    rows.logits[4, [0, num_classes - 1]] = 9.0
+    rows.logits[5, rows.target[5, 0]] = -torch.inf
+    return rows
+
+
+def hinge_equals_whole(
+    group: dist.ProcessGroup, name: str, mesh_shape: tuple[int, ...], places: tuple[str, ...], num_classes: int, options: dict
+) -> Tensor:
+    function, rows = HINGES[name], tied(num_classes)
+    weight = rows.weight if options.pop("weighted", False) else None
+    logits = placed(rows, mesh_shape, places).requires_grad_()
+    loss = function(logits, rows.target, weight, **options)
+    assert isinstance(loss, DTensor)
+    upstream = rows.upstream if loss.dim() else rows.upstream.flatten()[0]
+    (loss * distribute_tensor(upstream, loss.device_mesh, loss.placements) if loss.dim() else loss * upstream).sum().backward()
+
+    leaf = rows.logits.clone().requires_grad_()
+    expected = function(leaf, rows.target, weight, **options)
+    (expected * upstream).nan_to_num(posinf=0.0).sum().backward()
+    assert_within(loss.full_tensor(), expected.detach(), 16 + expected.detach().abs().nan_to_num(posinf=0.0), 4)
+    if expected.isfinite().all():
+        assert_within(logits.grad.full_tensor(), leaf.grad, 16, 4)
+    return loss.full_tensor().detach()
+
+
+def statistics_equal_whole(group: dist.ProcessGroup, mesh_shape: tuple[int, ...], places: tuple[str, ...], num_classes: int) -> Tensor:
+    rows = tied(num_classes)
+    logits = placed(rows, mesh_shape, places).requires_grad_()
+    leaf = rows.logits.clone().requires_grad_()
+    found, expected = row_stats(logits, rows.target), row_stats(leaf, rows.target)
+    for name in found._fields:
+        field, whole = getattr(found, name), getattr(expected, name)
+        assert isinstance(field, DTensor)
+        assert_within(field.full_tensor(), whole.detach(), 16, 8)
+        if name == "num_nontargets":
+            continue
+        upstream = distribute_tensor(rows.upstream, field.device_mesh, field.placements)
+        (gradient,) = torch.autograd.grad((field * upstream).sum(), logits, retain_graph=True)
+        (truth,) = torch.autograd.grad((whole * rows.upstream).sum(), leaf, retain_graph=True)
+        assert_within(gradient.full_tensor(), truth, 16, 8)
+    return found.rho.full_tensor().detach()
+
+
+MEASURES: dict[str, Callable[..., Tensor]] = {
+    "margin": metrics.margin,
+    "rho_hat": metrics.rho_hat,
+    "divergence": metrics.divergence,
+    "log_odds": metrics.log_odds,
+    "nontarget_entropy": metrics.nontarget_entropy,
+    "nll": metrics.nll,
+    "accuracy": metrics.accuracy,
+    "topk_error": metrics.topk_error,
+    "ece": metrics.ece,
+    "adaptive_ece": metrics.adaptive_ece,
+}
+
+
+def metrics_equal_whole(group: dist.ProcessGroup, mesh_shape: tuple[int, ...], places: tuple[str, ...]) -> None:
+    rows = Rows(9, 10, (3,))
+    logits = placed(rows, mesh_shape, places)
+    for measure in MEASURES.values():
+        assert same_bits(measure(logits, rows.target), measure(rows.logits, rows.target))
+        target = distribute_tensor(rows.target, logits.device_mesh, [Replicate()] * logits.device_mesh.ndim)
+        assert same_bits(measure(logits, target), measure(rows.logits, rows.target))
+    streams = metrics.MarginMetrics(), metrics.MarginMetrics()
+    for stream, input in zip(streams, (logits, rows.logits), strict=True):
+        stream.update(input, rows.target)
+    assert streams[0].compute() == streams[1].compute()
+    import_torchvision()  # torchmetrics imports it, and it may not import by itself
+    torchmetric = metrics.as_torchmetric(num_bins=4)
+    torchmetric.update(logits, rows.target)
+    assert float(torchmetric.compute()["accuracy"]) == streams[1].compute()["accuracy"]
+
+
+def logits_of_a_class_parallel_layer_go_everywhere(group: dist.ProcessGroup) -> None:
+    head = ClassParallelLinear(5, 11, group=group, dtype=torch.float64)
+    features, target = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64), torch.arange(7)
+    logits = head(features)
+    whole = logits.full_tensor().detach()
+    for function in HINGES.values():
+        assert_within(function(logits, target).full_tensor(), function(whole, target), 16, 4)
+    assert_within(row_stats(logits, target).rho.full_tensor(), row_stats(whole, target).rho, 16, 4)
+    for measure in MEASURES.values():
+        assert same_bits(measure(logits.detach(), target), measure(whole, target))
+    weight = head.state_dict()["weight"]
+    assert same_bits(metrics.super_symmetry(weight), metrics.super_symmetry(weight.full_tensor()))

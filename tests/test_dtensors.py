@@ -1,0 +1,36 @@
+"""DTensor logits: every loss, the statistics and every metric are those of the full tensor, wherever its rows and classes are."""
+
+import itertools
+
+import pytest
+
+import on_ranks_dtensors
+
+pytestmark = [
+    pytest.mark.xdist_group("ranks"),
+    pytest.mark.filterwarnings("ignore:.*:FutureWarning"),
+]
+LAYOUTS = [((4,), ("classes",)), ((4,), ("rows",)), ((4,), ("",)), ((2, 2), ("rows", "classes")), ((2, 2), ("classes", "inner"))]
+each_layout = pytest.mark.parametrize(("mesh", "places"), LAYOUTS, ids=str)
+
+
+@each_layout
+@pytest.mark.parametrize("name", on_ranks_dtensors.HINGES)
+def test_hinges_equal_those_of_the_full_tensor(ranks, name, mesh, places):
+    for num_classes, reduction, options in itertools.product((9, 3), ("none", "sum", "mean"), ({}, {"weighted": True, "margin": 0.5})):
+        ranks.run(4, on_ranks_dtensors.hinge_equals_whole, name, mesh, places, num_classes, {**options, "reduction": reduction})
+
+
+@each_layout
+def test_statistics_equal_those_of_the_full_tensor(ranks, mesh, places):
+    for num_classes in (9, 3):
+        ranks.run(4, on_ranks_dtensors.statistics_equal_whole, mesh, places, num_classes)
+
+
+@each_layout
+def test_metrics_equal_those_of_the_full_tensor(ranks, mesh, places):
+    ranks.run(4, on_ranks_dtensors.metrics_equal_whole, mesh, places)
+
+
+def test_logits_of_a_class_parallel_layer_go_everywhere(ranks):
+    ranks.run(3, on_ranks_dtensors.logits_of_a_class_parallel_layer_go_everywhere)

@@ -1,0 +1,315 @@
+"""The losses in programs: traced, exported, saved, and loaded where nothing but the package has been imported."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from largemargin import (
+    CrammerSingerHingeLoss,
+    HardMarginSoftplusLoss,
+    LargeMarginCrossEntropyLoss,
+    LargeMarginInSoftmaxLoss,
+    LinearLargeMarginCrossEntropyLoss,
+    MulticlassHingeLoss,
+    crammer_singer_hinge,
+    hard_margin_softplus,
+    heads,
+    large_margin_cross_entropy,
+    linear_large_margin_cross_entropy,
+    multiclass_hinge,
+    row_stats,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),  # of shapes that are compared, which is meant
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # torch's own exporter
+]
+WIDTH, CLASSES = 8, 5
+WEIGHT = torch.linspace(0.5, 1.5, CLASSES)
+
+
+class OfFunction(nn.Module):
+    """A function of logits and targets as a criterion."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return self.function(input, target)
+
+
+def statistics(input: Tensor, target: Tensor) -> Tensor:
+    stats = row_stats(input, target)
+    return (stats.log_odds * stats.rho + stats.neg_entropy.sin() - stats.mean_log_q + stats.spread).sum()
+
+
+def of_features(input: Tensor, target: Tensor) -> Tensor:
+    classifier = torch.linspace(-1, 1, CLASSES * CLASSES).reshape(CLASSES, CLASSES)
+    return linear_large_margin_cross_entropy(input, classifier, target)
+
+
+FUNCTIONS = [
+    large_margin_cross_entropy,
+    linear_large_margin_cross_entropy,
+    multiclass_hinge,
+    crammer_singer_hinge,
+    hard_margin_softplus,
+    row_stats,
+]
+CRITERIA: dict[str, nn.Module] = {
+    "large_margin": LargeMarginCrossEntropyLoss(),
+    "weighted": LargeMarginCrossEntropyLoss(WEIGHT, divergence="kl_uq", hard_bias=1.0, label_smoothing=0.1),
+    "sum": LargeMarginCrossEntropyLoss(reduction="sum", divergence="kl_qu", label_smoothing=0.1),
+    "author": LargeMarginInSoftmaxLoss(0.3, True),
+    "hinge": MulticlassHingeLoss(WEIGHT),
+    "crammer_singer": CrammerSingerHingeLoss(),
+    "hard_margin": HardMarginSoftplusLoss(),
+    "linear": LinearLargeMarginCrossEntropyLoss(CLASSES, CLASSES),
+    "function": OfFunction(large_margin_cross_entropy),
+    "function_hinge": OfFunction(multiclass_hinge),
+    "function_crammer_singer": OfFunction(crammer_singer_hinge),
+    "function_hard_margin": OfFunction(hard_margin_softplus),
+    "function_linear": OfFunction(of_features),
+    "row_stats": OfFunction(statistics),
+}
+each_criterion = pytest.mark.parametrize("name", CRITERIA)
+
+
+class Model(nn.Module):
+    """A network that computes its own loss."""
+
+    def __init__(self, criterion: nn.Module) -> None:
+        super().__init__()
+        self.network = nn.Linear(WIDTH, CLASSES)
+        self.criterion = criterion
+
+    def forward(self, features: Tensor, target: Tensor) -> Tensor:
+        return self.criterion(self.network(features), target)
+
+
+def batch(rows: int, probabilities: bool = False) -> tuple[Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(rows)
+    features = torch.randn(rows, WIDTH, generator=rng)
+    if probabilities:
+        return features, torch.rand(rows, CLASSES, generator=rng).softmax(-1)
+    target = torch.arange(rows) % CLASSES
+    target[1] = -100
+    return features, target
+
+
+def model(name: str) -> Model:
+    torch.manual_seed(0)
+    return Model(CRITERIA[name])
+
+
+def assert_same(program: Callable[..., Tensor], model: Model, rows: int, probabilities: bool = False) -> None:
+    """The program has the value and the gradients of the model."""
+    inputs = batch(rows, probabilities)
+    torch.testing.assert_close(program(*inputs), model(*inputs), rtol=1e-5, atol=1e-6)
+    found = []
+    for function in (program, model):
+        features = inputs[0].clone().requires_grad_()
+        found.append(torch.autograd.grad(function(features, inputs[1]), features)[0])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+def operators(graph: torch.fx.Graph) -> set[str]:
+    return {str(node.target).split(".")[0] for node in graph.nodes if node.op == "call_function"}
+
+
+# torch.fx
+
+
+@each_criterion
+def test_symbolic_trace_keeps_the_loss_as_one_node(name):
+    traced = torch.fx.symbolic_trace(model(name))
+    assert_same(traced, model(name), 6)
+    ours = [node for node in traced.graph.nodes if node.op == "call_function" and node.target.__module__.startswith("largemargin")]
+    assert len(ours) == 1
+
+
+def test_a_traced_model_can_be_transformed_and_pickled(tmp_path):
+    traced = torch.fx.symbolic_trace(model("weighted"))
+    torch.fx.Transformer(traced).transform()
+    torch.save(traced, tmp_path / "traced.pt")
+    assert_same(torch.load(tmp_path / "traced.pt", weights_only=False), model("weighted"), 6)
+
+
+# torch.jit
+
+
+@each_criterion
+def test_a_saved_trace_computes_for_other_batches(name, tmp_path):
+    traced = torch.jit.trace(model(name), batch(6))
+    torch.jit.save(traced, tmp_path / "traced.pt")
+    loaded = torch.jit.load(tmp_path / "traced.pt")
+    for rows in (6, 4):
+        assert_same(loaded, model(name), rows)
+
+
+def test_a_trace_of_probabilities_computes_for_other_batches(tmp_path):
+    traced = torch.jit.trace(model("weighted"), batch(6, probabilities=True))
+    torch.jit.save(traced, tmp_path / "traced.pt")
+    for rows in (6, 4):
+        assert_same(torch.jit.load(tmp_path / "traced.pt"), model("weighted"), rows, probabilities=True)
+
+
+@pytest.mark.parametrize("name", [name for name, criterion in CRITERIA.items() if not isinstance(criterion, OfFunction)])
+def test_script_of_a_criterion_is_refused_and_told_of_export(name):
+    for scripted in (CRITERIA[name], model(name)):
+        with pytest.raises(NotImplementedError, match=r"torch\.jit\.script.*torch\.export"):
+            torch.jit.script(scripted)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_script_of_a_function_is_refused_and_told_of_export(function):
+    with pytest.raises(NotImplementedError, match=r"torch\.jit\.script.*torch\.export"):
+        torch.jit.script(function)
+
+
+# torch.export
+
+
+@each_criterion
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_programs_hold_operations_of_aten_only(name, strict, tmp_path):
+    rows = torch.export.Dim("rows", min=3, max=64)
+    program = torch.export.export(model(name), batch(6), dynamic_shapes=({0: rows}, {0: rows}), strict=strict)
+    assert operators(program.graph) <= {"aten", "<built-in function getitem>"}
+    torch.export.save(program, tmp_path / "program.pt2")
+    loaded = torch.export.load(tmp_path / "program.pt2")
+    for rows in (6, 4):
+        assert_same(loaded.module(), model(name), rows)
+    assert operators(program.run_decompositions().graph) <= {"aten"}
+
+
+@pytest.mark.parametrize("name", ["large_margin", "weighted"])
+def test_exported_programs_take_probabilities(name):
+    program = torch.export.export(model(name), batch(6, probabilities=True))
+    assert operators(program.graph) <= {"aten"}
+    assert_same(program.module(), model(name), 6, probabilities=True)
+
+
+def in_a_new_process(code: str, *arguments: object) -> str:
+    result = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+LOAD = """
+import sys
+{imports}
+program = torch.export.load(sys.argv[1])
+inputs = torch.load(sys.argv[2])
+print(repr(program.module()(*inputs).item()))
+"""
+ORDERS = ["import largemargin\nimport torch", "import torch\nimport largemargin", "from largemargin import row_stats\nimport torch"]
+
+
+class WithOperator(nn.Module):
+    """What exported programs held before: the operator of the kernels."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return torch.ops.largemargin.row_stats(input, target)[0].sum()
+
+
+@pytest.mark.parametrize("imports", ORDERS)
+@pytest.mark.parametrize("of_before", [True, False], ids=["operator", "aten"])
+def test_saved_programs_load_after_the_import_of_the_package_alone(of_before, imports, tmp_path):
+    inputs = torch.randn(6, CLASSES), torch.arange(6) % CLASSES
+    module = WithOperator() if of_before else LargeMarginCrossEntropyLoss()
+    program = torch.export.export(module, inputs)
+    assert ("largemargin" in operators(program.graph)) is of_before
+    torch.export.save(program, tmp_path / "program.pt2")
+    torch.save(inputs, tmp_path / "inputs.pt")
+    found = in_a_new_process(LOAD.format(imports=imports), tmp_path / "program.pt2", tmp_path / "inputs.pt")
+    assert float(found) == pytest.approx(module(*inputs).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("imports", ORDERS)
+def test_the_operators_are_registered_without_sympy_and_the_compiler(imports):
+    code = f"import sys\n{imports}\nprint(torch.ops.largemargin.row_stats.default, *(m in sys.modules for m in ('sympy', 'torch._dynamo')))"
+    assert in_a_new_process(code) == "largemargin.row_stats.default False False"
+
+
+def test_a_machine_without_torch_can_still_import_the_package():
+    code = "import sys, largemargin\nsys.modules['torch'] = None\nprint(largemargin.__version__)"
+    assert in_a_new_process(code)
+
+
+# ONNX
+
+
+@each_criterion
+def test_onnx_programs_compute_the_same(name, tmp_path):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    exported = torch.onnx.export(model(name).eval(), batch(6), dynamo=True, verbose=False)
+    path = tmp_path / "program.onnx"
+    exported.save(path)
+    session = runtime.InferenceSession(Path(path).read_bytes())
+    names = [given.name for given in session.get_inputs()]
+    (found,) = session.run(None, dict(zip(names, (tensor.numpy() for tensor in batch(6)), strict=True)))
+    torch.testing.assert_close(torch.from_numpy(found), model(name)(*batch(6)).detach(), rtol=1e-4, atol=1e-5)
+
+
+# heads
+
+HEADS: dict[str, Callable[[], nn.Module]] = {
+    "cosface": lambda: heads.CosineLinear(WIDTH, CLASSES),
+    "arcface": lambda: heads.CosineLinear(WIDTH, CLASSES, kind="arcface"),
+    "lsoftmax": lambda: heads.LSoftmaxLinear(WIDTH, CLASSES, 2),
+    "mixture": lambda: heads.GaussianMixtureHead(WIDTH, CLASSES, covariance="diagonal"),
+    "super_symmetric": lambda: heads.SuperSymmetricLinear(WIDTH, CLASSES),
+    "noisy": lambda: heads.NoisySoftmaxLinear(WIDTH, CLASSES, alpha_squared=0.0),
+    "center": lambda: heads.CenterLoss(WIDTH, CLASSES, as_parameter=True),
+}
+each_head = pytest.mark.parametrize("name", HEADS)
+
+
+class WithHead(nn.Module):
+    """A network whose last layer is a head."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.network = nn.Linear(WIDTH, WIDTH)
+        self.head = head
+
+    def forward(self, features: Tensor, target: Tensor) -> Tensor:
+        return self.head(self.network(features), target=target).sin().sum()
+
+
+def with_head(name: str) -> WithHead:
+    torch.manual_seed(0)
+    return WithHead(HEADS[name]())
+
+
+@each_head
+def test_programs_hold_heads_too(name, tmp_path):
+    model = with_head(name)
+    assert_same(torch.fx.symbolic_trace(model), model, 6)
+    traced = torch.jit.trace(model, batch(6))
+    torch.jit.save(traced, tmp_path / "traced.pt")
+    assert_same(torch.jit.load(tmp_path / "traced.pt"), model, 4)
+    program = torch.export.export(model, batch(6))
+    assert operators(program.graph) <= {"aten"}
+    assert_same(program.module(), model, 6)
+
+
+@each_head
+def test_script_of_a_head_is_refused_and_told_of_export(name):
+    with pytest.raises(NotImplementedError, match=r"torch\.jit\.script.*torch\.export"):
+        torch.jit.script(with_head(name))
+
+
+def test_a_head_alone_is_no_model_to_trace():
+    with pytest.raises(TypeError, match="trace a module that calls it"):
+        torch.fx.symbolic_trace(HEADS["lsoftmax"]())
