@@ -22,6 +22,8 @@ class Evaluation:
     margin: float  # f_y - f_c*, nats
     rho: float  # eq. (7), nats
     margin_histogram: list[int]  # counts between MARGIN_EDGES
+    predicted_classes: int  # different ones
+    target_classes: int
 
 
 @torch.no_grad()
@@ -29,7 +31,8 @@ def evaluate(logits: Tensor, target: Tensor) -> Evaluation:
     """Evaluate logits (N, C) against class indices (N,)."""
     logits, target = logits.cpu().double(), target.cpu()
     stats = row_stats(logits, target)
-    wrong = (logits.argmax(-1) != target) | logits.isnan().any(-1)  # a diverged network knows no class
+    predicted = logits.argmax(-1)
+    wrong = (predicted != target) | logits.isnan().any(-1)  # a diverged network knows no class
     margins = stats.log_odds + stats.rho
     counts = torch.histogram(margins.clamp(-40, 40).float(), MARGIN_EDGES).hist
     return Evaluation(
@@ -39,4 +42,6 @@ def evaluate(logits: Tensor, target: Tensor) -> Evaluation:
         margin=margins.mean().item(),
         rho=stats.rho.mean().item(),
         margin_histogram=counts.long().tolist(),
+        predicted_classes=len(set(predicted.tolist())),
+        target_classes=len(set(target.tolist())),
     )

@@ -92,6 +92,8 @@ def _verify(names: tuple[str, ...], root: "Path", console: Console, asked: bool)
         elif asked or (root / name).is_dir():
             files = streamed_set(name, root)
             counts = f"{len(files.train_files)} training and {len(files.test_files)} validation images of {len(files.classes)} classes"
+            for note in files.notes:
+                console.print(f"{name}: {note}", markup=False, highlight=False)
             console.print(f"{name}: {counts}; images carry no md5 of their own", markup=False, highlight=False)
         else:
             continue

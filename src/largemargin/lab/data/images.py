@@ -22,13 +22,14 @@ class ImageSet:
     test_images: Tensor
     test_labels: Tensor
     classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()  # what the user should know of the files
 
     def digest(self) -> str:
         """Twelve characters that change with any pixel, label or class name."""
         whole = hashlib.sha256(repr(self.classes).encode())
         for part in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             whole.update(repr(tuple(part.shape)).encode())
-            whole.update(part.numpy().tobytes())
+            whole.update(part.reshape(-1).numpy().data)  # not a copy of the images
         return whole.hexdigest()[:12]
 
     def few(self, count: int) -> "ImageSet":
@@ -69,7 +70,10 @@ def channel_moments(images: Tensor) -> tuple[Tensor, Tensor]:
     values = torch.arange(256, dtype=torch.float64)
     means, stds = [], []
     for channel in images.unbind(1):
-        share = torch.bincount(channel.flatten(), minlength=256) / channel.numel()  # no float copy of the data set
+        counts = torch.zeros(256, dtype=torch.int64)
+        for start in range(0, len(channel), 1000):  # part by part: no other copy of the data set
+            counts += torch.bincount(channel[start : start + 1000].flatten(), minlength=256)
+        share = counts / channel.numel()
         means.append((share * values).sum())
         stds.append((share * (values - means[-1]) ** 2).sum().sqrt())
     return torch.stack(means).float(), torch.stack(stds).float().clamp(min=1)
