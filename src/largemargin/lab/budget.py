@@ -2,7 +2,6 @@
 
 import dataclasses
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -139,13 +138,14 @@ def measured_cost(recipe: Recipe, runs: Path) -> Cost:
 
 def _measured_pass(recipe: Recipe, runs: Path) -> float:
     from .executors.attempt import DataSets
+    from .stopping import Told
     from .train import Run, start
 
     whole = DataSets().of(recipe, runs)
     few = whole.few(recipe.batch_size * (CPU_BATCHES if recipe.device == "cpu" else GPU_BATCHES))
     alone = dataclasses.replace(recipe, train_fraction=1.0, label_noise=0.0, validation_fraction=0.0)
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(alone, few, Path(folder), start(alone), threading.Event())
+        run = Run(alone, few, Path(folder), start(alone), Told())
         for epoch in range(2):  # the first compiles and warms up
             began = time.monotonic()
             run.train_epoch()

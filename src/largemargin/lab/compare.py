@@ -17,6 +17,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from . import data
+from .asked import missing
 from .budget import Budget
 from .diverged import kept, verdict_of, who_diverged, why_diverged
 from .environment import check_device, default_device, default_jobs, device_label
@@ -25,8 +26,10 @@ from .executors.attempt import decoded_images
 from .files import write_json, write_text
 from .models import build, check_image, weights_digest
 from .progress import interrupted, reading_images, run_with_progress, say_what_is_left
-from .queue import num_finished, result_of
+from .queue import result_of
 from .recipe import BASELINE, LOSSES, OF_SOME_LOSSES, SYMBOLS, Recipe, check_image_size, check_settings, has_setting, suited_to
+from .records import check_complete
+from .stopping import interrupts_end_at_once
 from .words import counted
 
 MARKER = "compare.json"  # tells a folder of ours from one that is not
@@ -206,7 +209,8 @@ def paired_difference(errors: dict[int, float], baseline: dict[int, float], conf
     differences = [errors[seed] - baseline[seed] for seed in errors.keys() & baseline.keys()]
     if len(differences) < 2:
         return None
-    from scipy import stats
+    with interrupts_end_at_once():
+        from scipy import stats
 
     mean = statistics.fmean(differences)
     half = stats.t.ppf((1 + confidence) / 2, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
@@ -299,6 +303,21 @@ def choice_note(comparison: Comparison) -> str:
     )
 
 
+def ties(choices: Sequence[Choice]) -> list[str]:
+    """A sentence for each choice that could as well have been another."""
+    sentences = []
+    for choice in choices:
+        if choice.ties:
+            *first, last = [f"{lam:g}" for lam in sorted([choice.lam, *choice.ties])]
+            noise = f" at label noise {choice.label_noise:g}" if choice.label_noise else ""
+            name = choice.loss.replace("_", " ")
+            sentences.append(
+                f"lam {', '.join(first)} and {last} are equally good for {name}{noise}: the smallest was taken, and the validation error "
+                "does not say that it is the best."
+            )
+    return sentences
+
+
 def choice_cells(choices: Sequence[Choice]) -> list[tuple[str, ...]]:
     """The lines of the table of choices as text, under CHOICE_COLUMNS."""
     lines: list[tuple[str, ...]] = []
@@ -324,6 +343,8 @@ def print_choices(comparison: Comparison, choices: Sequence[Choice], console: Co
         result.add_row(*line)
     console.print("\nthe choice of lam", style="bold", highlight=False)
     console.print(result)
+    for sentence in ties(choices):
+        console.print(sentence, markup=False, highlight=False)
     console.print(choice_note(comparison), style="dim")
 
 
@@ -426,10 +447,9 @@ def compare(
     check_network(comparison.example, images)
     if (out / MARKER).is_file() and reopen(out) != comparison:
         console.print(f"{out} held a comparison with other options: its runs are kept, its table and report are replaced", markup=False)
-    found = (
-        f"{comparison.data}: {len(images.train_labels)} training and {len(images.test_labels)} test images of {len(images.classes)} classes"
-    )
-    console.print(found, markup=False, highlight=False)
+    for recipe in (comparison.example, *comparison.validating_recipes()[:1]):
+        data.choose_rows(recipe, images.train_labels, len(images.classes))  # refuses too small a share
+    console.print(data.sizes(comparison.example, images), markup=False, highlight=False)
     for note in images.notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     if len(images.classes) == 2:
@@ -445,13 +465,16 @@ def compare(
     del images
 
     def stage(recipes: list[Recipe], what: str) -> None:
-        done = num_finished(recipes, runs)
+        finished = [runs / recipe.id for recipe in recipes if result_of(recipe, runs) is not None]
+        done = len(finished)
         console.print(
             f"{counted(len(recipes), what)} of {counted(recipes[0].epochs, 'epoch')} on {comparison.data}, {jobs} at a time on "
             f"{device_label(comparison.device)}, into {out}" + (f"; {done} already done" if done else ""),
             markup=False,
             highlight=False,
         )
+        for line in missing(finished, **options):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         try:
             run_with_progress(recipes, runs, jobs, console, executor, budget=budget, **options)
         except KeyboardInterrupt:
@@ -476,7 +499,8 @@ def compare(
 
 def print_and_write(comparison: Comparison, out: Path, console: Console, choices_too: bool = True) -> list[Row]:
     """The tables, and the files of the report, of the runs that are finished."""
-    from . import report  # matplotlib is slow to import: not before the runs
+    with interrupts_end_at_once():
+        from . import report  # matplotlib is slow to import: not before the runs
 
     validating, records = finished_records(comparison, out)
     choices = choose(validating)
@@ -526,8 +550,19 @@ def finished_records(comparison: Comparison, out: Path) -> tuple[list[dict[str, 
 
     A lam is chosen when all of its validating runs are finished; runs with it are counted from then on.
     """
-    validating = [(recipe, result_of(recipe, out / "runs")) for recipe in comparison.validating_recipes()]
-    missing = {(recipe.loss, recipe.label_noise) for recipe, record in validating if record is None}
-    complete = [record for recipe, record in validating if record is not None and (recipe.loss, recipe.label_noise) not in missing]
+    validating = [(recipe, complete_record(recipe, out / "runs")) for recipe in comparison.validating_recipes()]
+    unfinished = {(recipe.loss, recipe.label_noise) for recipe, record in validating if record is None}
+    complete = [record for recipe, record in validating if record is not None and (recipe.loss, recipe.label_noise) not in unfinished]
     recipes = comparison.recipes(chosen_of(choose(complete)))
-    return complete, [record for recipe in recipes if (record := result_of(recipe, out / "runs")) is not None]
+    return complete, [record for recipe in recipes if (record := complete_record(recipe, out / "runs")) is not None]
+
+
+def complete_record(recipe: Recipe, runs: Path) -> dict[str, Any] | None:
+    """The record of a finished run with all that a report needs, or None."""
+    record = result_of(recipe, runs)
+    if record is not None:
+        try:
+            check_complete(record)
+        except ValueError as error:
+            raise LabError(f"{runs / recipe.id / 'result.json'} is not a whole record ({error}); remove it to run it again") from error
+    return record

@@ -52,5 +52,5 @@ def who_diverged(records: Sequence[dict[str, Any]]) -> list[str]:
     rest = f"; and {len(found) - 10} more" if len(found) > 10 else ""
     return [
         f"{len(found)} of {counted(len(records), 'run')} diverged: {'; '.join(names)}{rest}. Means and pairs leave them out, and a loss "
-        "with a diverged run is not called better. A smaller learning rate may help."
+        "with a diverged run is not called better. A smaller learning rate, or more epochs, may help."
     ]

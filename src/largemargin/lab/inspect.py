@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import metrics
 from .logit_files import Labelled, Numbers, chunks, read
+from .words import printable
 
 CHUNK = 2**22  # logits that are in float64 at a time: 32 MiB
 # column -> key of MarginMetrics.compute(), factor, decimals
@@ -134,5 +135,5 @@ def _print_table(console: Console, columns: list[str], rows: list[list[str]]) ->
     for column in columns:
         table.add_column(column, justify="left" if column == "class" else "right", overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     console.print(table)

@@ -23,6 +23,7 @@ from .compare import (
     choice_note,
     error_text,
     remarks,
+    ties,
 )
 from .diverged import kept
 from .evaluate import MARGIN_EDGES
@@ -72,7 +73,7 @@ def render(comparison: Comparison, records: Records, rows: Sequence[Row], choice
         note=NOTE,
         choice=choice_cells(choices),
         choice_columns=CHOICE_COLUMNS,
-        choice_note=choice_note(comparison),
+        choice_note=" ".join([*ties(choices), choice_note(comparison)]),
         changed=changed(Recipe(**first["recipe"])),
         comparison=comparison,
         first=first,

@@ -10,7 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
-from . import data
+from . import data, records
+from .asked import missing
 from .checkpoint import check_same
 from .diverged import why_diverged
 from .environment import default_device, device_label
@@ -49,7 +50,11 @@ def train_one(
     done = finished(recipe, out)
     if done is not None:
         console.print(f"{out} holds this run, finished: {error_of(done)}", markup=False, highlight=False)
+        for line in missing([out], tensorboard=tensorboard, keep_checkpoint=keep_checkpoint, keep_weights=True):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         return done
+    data.choose_rows(recipe, images.train_labels, len(images.classes))  # refuses too small a share before anything is written
+    console.print(data.sizes(recipe, images), markup=False, highlight=False)
     console.print(
         f"{recipe.loss_label}: {recipe.epochs} epochs of {recipe.network} on {recipe.data}, on {device_label(recipe.device)}, into {out}",
         markup=False,
@@ -122,6 +127,9 @@ def finished(recipe: Recipe, out: Path) -> dict[str, Any] | None:
             return None
         there = Recipe(**json.loads((out / "recipe.json").read_text()))
         record: dict[str, Any] | None = json.loads((out / "result.json").read_text()) if (out / "result.json").is_file() else None
+        if record is not None:
+            records.check(record)
+            records.check_complete(record)
     except (OSError, ValueError, TypeError) as error:
         raise not_a_run(out) from error
     check_same(out, there.to_dict(), recipe)

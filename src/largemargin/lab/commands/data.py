@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..errors import LabError
+from ..stopping import interrupts_end_at_once
 from .options import new_parser, path_of
 
 if TYPE_CHECKING:
@@ -28,8 +29,9 @@ def parser() -> ArgumentParser:
 
 
 def run(options: Any, console: Console) -> None:
-    from ..data.archives import ARCHIVED
-    from ..data.folders import STREAMED
+    with interrupts_end_at_once():
+        from ..data.archives import ARCHIVED
+        from ..data.folders import STREAMED
 
     root = path_of(options.data_root)
     names = (*ARCHIVED, *STREAMED)

@@ -6,6 +6,7 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 
+from ..stopping import interrupts_end_at_once
 from .options import new_parser, path_of
 
 HELP = "say what a file of logits says about a classifier"
@@ -28,6 +29,7 @@ def parser() -> ArgumentParser:
 
 
 def run(options: Any, console: Console) -> None:
-    from ..inspect import inspect
+    with interrupts_end_at_once():
+        from ..inspect import inspect
 
     inspect(path_of(options.file), int(options.top), options.json, console, options.probabilities)

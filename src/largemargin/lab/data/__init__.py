@@ -7,7 +7,7 @@ import torch
 from ..recipe import Recipe
 from .archives import ARCHIVED, archived
 from .decode import OnImage
-from .degrade import Rows, choose_rows, load_rows, pollute_labels, save_rows, subsample
+from .degrade import Rows, choose_rows, load_rows, pollute_labels, samples_used, save_rows, subsample
 from .feeds import Batch, Feed, InMemory
 from .folders import STREAMED, FileSet, image_folder, streamed_folder, streamed_set
 from .images import ImageSet, channel_moments, digits
@@ -31,6 +31,7 @@ __all__ = [
     "load_rows",
     "pollute_labels",
     "save_rows",
+    "sizes",
     "subsample",
 ]
 
@@ -50,6 +51,14 @@ def load(data: str, data_root: str, image_size: int, streamed: bool = False, on_
         return streamed_set(data, Path(data_root).expanduser())
     folder = Path(data).expanduser()
     return streamed_folder(folder) if streamed else image_folder(folder, image_size, on_image)
+
+
+def sizes(recipe: Recipe, images: ImageSet | FileSet) -> str:
+    """How many images a run has, in words."""
+    whole = len(images.train_labels)
+    used = samples_used(whole, recipe.train_fraction)
+    training = str(whole) if used == whole else f"{used} of {whole}"
+    return f"{recipe.data}: {training} training and {len(images.test_labels)} test images of {len(images.classes)} classes"
 
 
 def feed_of(recipe: Recipe, data: ImageSet | FileSet, device: torch.device, rank: int = 0, world: int = 1) -> Feed:

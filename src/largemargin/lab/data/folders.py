@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._torchvision import import_torchvision
 from ..errors import LabError
+from ..stopping import interrupts_end_at_once
 from ..words import counted
 from . import duplicates, skipped
 from .decode import OnImage, broken_files, decode
@@ -179,7 +180,8 @@ def _list_images(folder: Path, part: str, classes_of: Any) -> tuple[tuple[str, .
 
 
 def _hold_out_a_fifth(folder: Path, files: Labelled, classes: tuple[str, ...]) -> tuple[Labelled, Labelled]:
-    from sklearn.model_selection import train_test_split
+    with interrupts_end_at_once():
+        from sklearn.model_selection import train_test_split
 
     labels = [label for _, label in files]
     counts = Counter(labels)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..files import write_atomically
+from ..stopping import interrupts_end_at_once
 
 SPLIT_SEED = 0  # where a data set comes without a test set, this seed, the same for every run, chooses one
 
@@ -55,8 +56,9 @@ def spread(num_samples: int, count: int) -> slice:
 
 def digits() -> ImageSet:
     """scikit-learn's handwritten digits: 1,797 real images of 8x8 pixels, one third of them held out as test."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    with interrupts_end_at_once():
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
 
     bunch = load_digits()
     images = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)  # stored as 0..16
