@@ -74,6 +74,9 @@ NO_CLASSES = {
     "the index of a part": ({"key": 7 * SHUFFLED + 3}, "column key holds whole numbers"),
     "an id of a part": ({"Sample_ID": 7 * SHUFFLED + 3}, "column Sample_ID has another whole number in each row"),
     "predictions": ({"prediction": LOGITS.argmax(1)}, "column prediction holds whole numbers"),
+    "times": ({"time": 1.7e9 + 60.5 * COUNTS}, "column time changes by the same amount"),
+    "halves": ({"at": 0.1 * COUNTS}, "column at changes by the same amount"),
+    "names of files": ({"file": [f"img{i}.png" for i in COUNTS]}, "every column but label must hold numbers"),
     "folds": ({"fold": COUNTS % 5}, "column fold holds whole numbers"),
 }
 
@@ -99,6 +102,13 @@ def test_constant_and_masked_classes_are_classes(tmp_path, capsys):
     assert found["classes"] == 15 and found["overall"]["error"] == pytest.approx((logits.argmax(1) != LABELS).mean())
 
 
+@pytest.mark.parametrize("name", ["confidence", "Entropy", "score", "id"])
+def test_a_name_that_is_hardly_that_of_a_class_is_warned_of(name, tmp_path, capsys):
+    path = write(tmp_path / "a.csv", {**table(), name: softmax(LOGITS).max(1)})
+    (warning,) = summary(capsys, path)["warnings"]
+    assert f"column {name} was taken for the logit of a class" in warning
+
+
 def test_names_are_unique(tmp_path, capsys):
     (tmp_path / "a.csv").write_text("label,a,b,a\n0,1,2,3\n")
     assert "two columns are called a" in refused(capsys, tmp_path / "a.csv")
@@ -120,6 +130,12 @@ def test_numbered_columns_are_matched_by_number(form, first, order, tmp_path, ca
     found = summary(capsys, write(tmp_path / "a.csv", table(names, LABELS + first, order=order)))
     assert found["overall"]["error"] == pytest.approx(ERROR)
     assert [of_class["name"] for of_class in found["per_class"]] == names
+
+
+def test_numbers_may_be_negative(tmp_path, capsys):
+    found = summary(capsys, write(tmp_path / "a.csv", table(["1", "-1"], 2 * (LABELS % 2) - 1, LOGITS[:, :2])))
+    assert found["overall"]["error"] == pytest.approx((LOGITS[:, :2].argmax(1) != (LABELS + 1) % 2).mean())
+    assert [of_class["name"] for of_class in found["per_class"]] == ["-1", "1"]
 
 
 def test_numbers_that_do_not_count_are_names(tmp_path, capsys):
@@ -245,6 +261,21 @@ def test_probabilities_are_warned_of_and_their_logarithms_are_taken(kind, dtype,
     assert found["overall"]["nll"] == pytest.approx(-np.log(wide / wide.sum(1, keepdims=True))[np.arange(60), LABELS].mean())
     assert cli.main(["inspect", str(path)]) == 0
     assert "warning: these look like probabilities" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        (np.round(softmax(LOGITS), 2), "give --probabilities"),
+        (100 * softmax(LOGITS), "divide them by 100"),
+        (1 / (1 + np.exp(-LOGITS)), "sigmoids"),
+    ],
+    ids=["rounded", "percent", "sigmoid"],
+)
+def test_other_numbers_that_are_no_logits_are_warned_of(numbers, said, tmp_path, capsys):
+    np.savez(tmp_path / "a.npz", logits=numbers, labels=LABELS)
+    (warning,) = summary(capsys, tmp_path / "a.npz")["warnings"]
+    assert said in warning
 
 
 def test_logits_are_not_warned_of(tmp_path, capsys):

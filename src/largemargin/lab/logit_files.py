@@ -20,7 +20,11 @@ CHECKED_AT_ONCE = 2**22  # logits
 SEPARATORS = (",", ";", "\t")
 ENOUGH_ROWS = 5  # from here on a column of whole numbers is no accident
 INDICES = ("id", "index", "idx", "row", "row_id", "sample", "sample_id", "image_id")  # names that are hardly those of classes
-ONE = 1e-3  # by which the sum of a row of probabilities may differ from 1, as half precision does
+OTHERS = (  # names of what is written beside logits
+    *("confidence", "probability", "prediction", "predicted", "pred", "score", "entropy", "loss", "margin", "weight"),
+    *("split", "fold", "epoch", "seed", "time", "timestamp"),
+)
+ROUNDED = 0.05  # by which the sum of a row of probabilities may differ from 1, where they were rounded
 
 Numbers = np.ndarray[Any, np.dtype[Any]]
 
@@ -64,12 +68,8 @@ def read(path: Path, probabilities: bool = False) -> Labelled:
         _check(path, labelled, "probabilities" if probabilities else "logits")
         if probabilities:
             labelled = labelled._replace(logits=_logarithms(path, labelled.logits))
-        elif all(_are_probabilities(labelled.logits[rows]).all() for rows in chunks(labelled.logits.shape, CHECKED_AT_ONCE)):
-            warning = (
-                "these look like probabilities: every row is in [0, 1] and sums to 1. They were taken for logits; "
-                "if they are probabilities, give --probabilities"
-            )
-            labelled = labelled._replace(warnings=(*labelled.warnings, warning))
+        else:
+            labelled = labelled._replace(warnings=(*labelled.warnings, *_warnings(labelled.logits)))
         labelled = labelled._replace(labels=labelled.labels.astype(np.int64))
         _check_masks(path, labelled, "a probability of 0" if probabilities else "-inf")
     except OSError as error:
@@ -118,7 +118,7 @@ def _read_npz(path: Path) -> Labelled:
             raise LabError(
                 f"{path}: classes must have a name for each of the {num_classes} columns of logits, got the shape {classes.shape}"
             )
-        names = [str(name) for name in classes]
+        names = [str(name) for name in classes.astype(str)]
         _check_names(path, names)
     if labels.dtype.kind == "U" and labels.ndim == 1:
         if classes is None:
@@ -157,14 +157,17 @@ def _read_csv(path: Path) -> Labelled:
     except UnicodeDecodeError as error:
         raise LabError(f"{path} is not a text file in UTF-8; write it as CSV") from error
     except ValueError as error:
-        raise LabError(f"{path}: {str(error).split(';')[0].rstrip('.')}, counting from the line below the header") from error
+        raise LabError(
+            f"{path}: {str(error).split(';')[0].rstrip('.')}, counting from the line below the header; every column but label must hold "
+            "numbers, so delete the others"
+        ) from error
     if not len(table):
         raise LabError(f"{path} has a header and no rows")
     if table.shape[1] != len(header):
         raise LabError(f"{path}: the header names {len(header)} columns and the rows have {table.shape[1]}")
     names, logits = [name for name in header if name != "label"], np.delete(table, at, 1)
-    _check_columns(path, names, logits)
-    return _matched(path, names, logits, list(texts), table[:, at].astype(np.int64))
+    odd = _check_columns(path, names, logits)
+    return _matched(path, names, logits, list(texts), table[:, at].astype(np.int64))._replace(warnings=tuple(odd))
 
 
 def _header(path: Path, line: str) -> tuple[str, list[str]]:
@@ -193,24 +196,34 @@ def _check_names(path: Path, names: Sequence[str]) -> None:
         raise LabError(f"{path}: two columns are called {twice}; give each class a name of its own")
 
 
-def _check_columns(path: Path, names: Sequence[str], logits: Numbers) -> None:
-    """Refuse columns that count rows or hold predictions: each would be taken for one class more."""
+def _check_columns(path: Path, names: Sequence[str], logits: Numbers) -> list[str]:
+    """Refuse columns that count rows or hold predictions, each of which would be taken for one class more; warn of names that say so."""
     whole = [bool((column == np.floor(column)).all()) for column in logits.T]
     for name, column, is_whole in zip(names, logits.T, whole, strict=True):
-        different = np.unique(column[np.isfinite(column)]) if is_whole else column[:0]
-        if len(different) < 2:  # a masked or a constant class
-            continue
-        is_count = len(different) == len(column) and different[-1] - different[0] == len(column) - 1
-        enough = len(column) >= ENOUGH_ROWS
-        if is_count and (enough or name.lower() in INDICES):
-            what = "numbers the rows"
-        elif name.lower() in INDICES and len(different) == len(column):
-            what = "has another whole number in each row"
-        elif enough and not all(whole):
-            what = "holds whole numbers, and the others do not"
-        else:
-            continue
-        raise LabError(f"{path}: column {name} {what}, so it is not the logit of a class; delete every column that is not label or a class")
+        what = _no_logit(name, column, is_whole, all(whole))
+        if what:
+            raise LabError(
+                f"{path}: column {name} {what}, so it is not the logit of a class; delete every column that is not label or a class"
+            )
+    odd = [name for name in names if name.lower() in INDICES + OTHERS]
+    return [f"column {', '.join(odd)} was taken for the logit of a class; if it is not, delete it from the file"] if odd else []
+
+
+def _no_logit(name: str, column: Numbers, is_whole: bool, all_whole: bool) -> str:
+    """What shows that the column is no class, or an empty string."""
+    known = column[np.isfinite(column)]
+    different = np.unique(known)
+    if len(different) < 2:  # a masked or a constant class
+        return ""
+    enough = len(column) >= ENOUGH_ROWS
+    steps = np.diff(column) if len(known) == len(column) else np.zeros(0)
+    if is_whole and len(different) == len(column) and different[-1] - different[0] == len(column) - 1:
+        return "numbers the rows" if enough or name.lower() in INDICES else ""
+    if enough and len(steps) and np.allclose(steps, steps[0], rtol=1e-9, atol=0):
+        return "changes by the same amount from row to row"
+    if is_whole and name.lower() in INDICES and len(different) == len(column):
+        return "has another whole number in each row"
+    return "holds whole numbers, and the others do not" if enough and is_whole and not all_whole else ""
 
 
 def _matched(path: Path, names: list[str], logits: Numbers, texts: Sequence[str], codes: Numbers) -> Labelled:
@@ -248,15 +261,15 @@ def _number(text: str) -> float | None:
 
 def _numbers_of(path: Path, names: Sequence[str]) -> list[int] | None:
     """The numbers in the names of the columns (``7``, ``logit_7``) where they are those of the classes; None: they count by place."""
-    found = [re.fullmatch(r"(\D*)(\d+)(?:\.0+)?", name) for name in names]
-    matches = [match for match in found if match is not None]
-    plain = [match for match in matches if not match[1]]
+    found = [re.fullmatch(r"(?P<plain>-?\d+)(?:\.0+)?|(?P<prefix>\D+)(?P<number>\d+)(?:\.0+)?", name) for name in names]
+    matches = [(match["prefix"] or "", int(match["number"] or match["plain"])) for match in found if match is not None]
+    plain = [number for prefix, number in matches if not prefix]
     if plain and len(plain) < len(names):
-        rest = next(name for name in names if _number(name) is None)
+        rest = next(name for name, match in zip(names, found, strict=True) if match is None or match["prefix"])
         raise LabError(f"{path}: some columns are numbers and {rest} is not; name all classes by their numbers, or none")
-    if not names or len(matches) < len(names) or len({match[1] for match in matches}) > 1:
+    if not names or len(matches) < len(names) or len({prefix for prefix, _ in matches}) > 1:
         return None
-    numbers = [int(match[2]) for match in matches]
+    numbers = [number for _, number in matches]
     if len(set(numbers)) < len(numbers):
         raise LabError(f"{path}: two columns have the same number; give each class a number of its own")
     counted = sorted(numbers) in (list(range(len(names))), list(range(1, len(names) + 1)))
@@ -304,8 +317,22 @@ def _check(path: Path, labelled: Labelled, what: str) -> None:
 def _are_probabilities(rows: Numbers) -> Numbers:
     """Which rows are in [0, 1] and sum to 1."""
     rows = rows.astype(np.float64)
-    result: Numbers = (rows >= 0).all(1) & (rows <= 1).all(1) & (np.abs(rows.sum(1) - 1) <= ONE)
+    result: Numbers = (rows >= 0).all(1) & (rows <= 1).all(1) & (np.abs(rows.sum(1) - 1) <= ROUNDED)
     return result
+
+
+def _warnings(logits: Numbers) -> list[str]:
+    """A line where the numbers may be no logits, of which no row would be in [0, 1] or [0, 100] but by chance."""
+    parts = [logits[rows] for rows in chunks(logits.shape, CHECKED_AT_ONCE)]
+    if all(_are_probabilities(part).all() for part in parts):
+        what, fix = "probabilities: every row is in [0, 1] and sums to 1", "give --probabilities"
+    elif all(_are_probabilities(part / np.float64(100)).all() for part in parts):
+        what, fix = "percentages: every row is in [0, 100] and sums to 100", "divide them by 100 and give --probabilities"
+    elif all(((part >= 0) & (part <= 1)).all() for part in parts):
+        what, fix = "outputs of sigmoids: every number is in [0, 1]", "write what goes into the sigmoids"
+    else:
+        return []
+    return [f"these look like {what}. They were taken for logits; if they are not, {fix}"]
 
 
 def _logarithms(path: Path, probabilities: Numbers) -> Numbers:
