@@ -10,7 +10,6 @@ import dataclasses
 import multiprocessing
 import statistics
 import tempfile
-import threading
 import time
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
@@ -27,6 +26,7 @@ from training_cpu import RECIPE as FLOAT32
 from largemargin.lab.data import InMemory
 from largemargin.lab.models import build
 from largemargin.lab.recipe import Recipe
+from largemargin.lab.stopping import Told
 from largemargin.lab.train import Run
 from largemargin.lab.train import start as accelerator_of
 
@@ -90,7 +90,7 @@ class Engine:
     def __init__(self, case: Case, graph: bool, card: Card, folder: Path) -> None:
         recipe = case.recipe
         self.card = card
-        self.run = Run(recipe, random_images(case.num_images), folder, accelerator_of(recipe), threading.Event(), graph=graph)
+        self.run = Run(recipe, random_images(case.num_images), folder, accelerator_of(recipe), Told(), graph=graph)
         self.epoch()
 
     def epoch(self) -> None:

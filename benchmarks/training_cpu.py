@@ -8,7 +8,6 @@ process, in turns. The input pipelines are measured alone as well, on one thread
 import dataclasses
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,6 +21,7 @@ from largemargin.lab.data import ImageSet
 from largemargin.lab.data.feeds import InMemory
 from largemargin.lab.models import build
 from largemargin.lab.recipe import Recipe
+from largemargin.lab.stopping import Told
 from largemargin.lab.train import Run, start
 
 BATCH, MEAN, STD = 128, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
@@ -81,7 +81,7 @@ def script(data: ImageSet, workers: int) -> Callable[[], None]:
 
 def engine(recipe: Recipe, data: ImageSet, folder: Path) -> Callable[[], None]:
     """An epoch of the lab's."""
-    run = Run(recipe, data, folder, start(recipe), threading.Event())
+    run = Run(recipe, data, folder, start(recipe), Told())
 
     def epoch() -> None:
         run.train_epoch()

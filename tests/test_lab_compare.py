@@ -74,10 +74,10 @@ def test_one_seed_has_no_interval_and_a_missing_baseline_no_difference():
     assert alone[0].difference is None
 
 
-def test_a_diverged_run_is_shown_as_nan_and_does_not_break_the_table():
+def test_a_diverged_run_is_counted_and_does_not_break_the_table():
     broken = record("softmax", 0, 90.0)
     broken["test"]["margin"] = broken["test"]["nll"] = None
-    assert compare.cells(compare.summarise([broken, record("softmax", 1, 10.0)])[0])[4] == "nan"
+    assert compare.cells(compare.summarise([broken, record("softmax", 1, 10.0)])[0])[1] == "10.00 (1 diverged)"
 
 
 def test_recipes_are_every_loss_with_every_seed_at_every_noise():
@@ -243,7 +243,7 @@ def test_a_diverged_run_is_reported(tmp_path, capsys):
         str(tmp_path / "out"),
     ]
     assert cli.main(command) == 0
-    assert "nan" in capsys.readouterr().out and (tmp_path / "out" / "report.html").is_file()
+    assert "2 of 4 runs diverged" in capsys.readouterr().out and (tmp_path / "out" / "report.html").is_file()
 
 
 def test_a_config_file_of_someone_else_is_not_taken_for_ours(tmp_path, capsys):

@@ -174,7 +174,7 @@ BAD_ARRAYS = {
         {"logits": with_value(LOGITS, math.nan), "labels": LABELS},
         "logits must be finite and in the range of float32, row 1 has nan for class 1",
     ),
-    "inf": ({"logits": with_value(LOGITS, -math.inf), "labels": LABELS}, "row 1 has -inf for class 1"),
+    "inf": ({"logits": with_value(LOGITS, math.inf), "labels": LABELS}, "row 1 has inf for class 1"),
     "huge": ({"logits": with_value(LOGITS, 1e300), "labels": LABELS}, "row 1 has 1e+300 for class 1"),
     "label too large": (
         {"logits": LOGITS, "labels": with_value(LABELS, 4)},

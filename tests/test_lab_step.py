@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import threading
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from largemargin.lab.methods import Method, parameter_groups
 from largemargin.lab.recipe import LOSSES, Recipe
 from largemargin.lab.seeds import seeded
 from largemargin.lab.step import EagerStep, GraphedStep, replaced_buffers
+from largemargin.lab.stopping import Told
 from measure import waiting_refused
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -338,7 +338,7 @@ def test_graph_and_eager_agree_over_50_steps(loss, network, tmp_path):
         accelerator = train.start(one)
         with deterministic():
             folder = tmp_path / str(graph)
-            run = train.Run(one, image_set(160, 12), folder, accelerator, threading.Event(), graph=graph, on_message=messages.append)
+            run = train.Run(one, image_set(160, 12), folder, accelerator, Told(), graph=graph, on_message=messages.append)
             for epoch in range(10):
                 run.train_epoch()
                 run.progress.epoch, run.progress.step = epoch + 1, 0

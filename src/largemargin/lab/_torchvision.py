@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 
+from .stopping import interrupts_end_at_once
+
 _libraries: list[Any] = []  # a declared schema lives as long as its library
 
 
 def import_torchvision() -> Any:
     """torchvision; raises ImportError where it is not installed."""
     try:
-        import torchvision.transforms.v2
+        with interrupts_end_at_once():
+            import torchvision.transforms.v2
     except RuntimeError as error:
         if "operator torchvision::nms does not exist" not in str(error) or torch.version.cuda is not None:
             raise

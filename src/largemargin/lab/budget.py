@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import multiprocessing
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -189,13 +188,14 @@ def _measure_a_pass(pipe: Any, recipe: Recipe, runs: Path, graph: bool) -> None:
 def _measured_pass(recipe: Recipe, runs: Path, graph: bool) -> tuple[float, float]:
     """The seconds of a pass, and those of the epoch from which they follow."""
     from .executors.attempt import DataSets
+    from .stopping import Told
     from .train import Run, start
 
     whole = DataSets().of(recipe, runs)
     few = whole.few(recipe.batch_size * (CPU_BATCHES if recipe.device == "cpu" else GPU_BATCHES))
     alone = dataclasses.replace(recipe, train_fraction=1.0, label_noise=0.0, validation_fraction=0.0, epochs=2, milestones=())
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(alone, few, Path(folder), start(alone), threading.Event(), graph=graph)
+        run = Run(alone, few, Path(folder), start(alone), Told(), graph=graph)
         for epoch in range(2):  # the first compiles and warms up
             began = time.monotonic()
             run.train_epoch()

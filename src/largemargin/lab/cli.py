@@ -1,4 +1,7 @@
-"""The command ``largemargin``. Help and wrong options cost no import of torch."""
+"""The command ``largemargin``. Help and wrong options cost no import of torch.
+
+Exit statuses: 0, the command did its work; 1, a run failed; 2, something that the user can mend, as a wrong option; 130, an interrupt.
+"""
 
 import importlib
 import importlib.util
@@ -8,7 +11,9 @@ from typing import TYPE_CHECKING
 
 from .. import __version__
 from . import NEEDED, SPARED
-from .errors import LabError, how_to_install
+from .errors import LabError, RunFailed, how_to_install
+from .stopping import INTERRUPTED, by_interrupt, interrupts_end_at_once
+from .words import printable
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -29,32 +34,47 @@ def build_parser() -> "ArgumentParser":
 
 
 def run(arguments: "Namespace") -> None:
-    from rich.console import Console
+    with interrupts_end_at_once():
+        from .screen import Screen, spell_out
 
-    console = Console(width=None if sys.stdout.isatty() else 140, emoji=False)
-    importlib.import_module(f".commands.{arguments.command}", __package__).run(arguments[arguments.command], console)
+        command = importlib.import_module(f".commands.{arguments.command}", __package__)
+    spell_out()
+    command.run(arguments[arguments.command], Screen(width=None if sys.stdout.isatty() else 140, emoji=False))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
+    try:
+        return answer(argv)
+    except BaseException as error:
+        if isinstance(error, SystemExit) or not by_interrupt(error):
+            raise
+        print("largemargin: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def answer(argv: Sequence[str] | None) -> int:
+    """Do what the arguments say; the exit status, with a line for the user where something is wrong."""
     words = sys.argv[1:] if argv is None else list(argv)
     if words == ["doctor"]:  # which needs torch alone
-        from .doctor import main as doctor
+        with interrupts_end_at_once():
+            from .doctor import main as doctor
 
         return doctor()
-    spared = SPARED.get(words[0], ()) if words else ()
-    missing = [name for name in NEEDED if name not in spared and importlib.util.find_spec(name) is None]
-    if missing:
-        print(
-            f"largemargin: the command line needs {', '.join(missing)}; install it with: {how_to_install('lab')} "
-            "(largemargin doctor works without)",
-            file=sys.stderr,
-        )
-        return 2
-    from jsonargparse import ArgumentError
+    with interrupts_end_at_once():
+        spared = SPARED.get(words[0], ()) if words else ()
+        missing = [name for name in NEEDED if name not in spared and importlib.util.find_spec(name) is None]
+        if missing:
+            print(
+                f"largemargin: the command line needs {', '.join(missing)}; install it with: {how_to_install('lab')} "
+                "(largemargin doctor works without)",
+                file=sys.stderr,
+            )
+            return 2
+        from jsonargparse import ArgumentError
 
-    try:
         parser = build_parser()
+    try:
         try:
             arguments = parser.parse_args(argv)
         except (AssertionError, TypeError, UnicodeDecodeError) as error:  # the parser's own, for odd values in a --config file
@@ -63,11 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(arguments)
     except (LabError, ArgumentError) as error:
         lists = LISTS if str(error).endswith("object is not iterable") else ""  # the parser's own words
-        print(f"largemargin: {' '.join(str(error).split())}{lists}", file=sys.stderr)
-        return 130 if isinstance(error.__context__, KeyboardInterrupt) else 2
-    except KeyboardInterrupt:
-        print("largemargin: interrupted", file=sys.stderr)
-        return 130
+        print(f"largemargin: {printable(' '.join(str(error).split()))}{lists}", file=sys.stderr)
+        return INTERRUPTED if by_interrupt(error) else 1 if isinstance(error, RunFailed) else 2
     return 0
 
 

@@ -17,15 +17,19 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from . import data
+from .asked import missing
 from .budget import Budget
+from .diverged import kept, verdict_of, who_diverged, why_diverged
 from .environment import check_device, default_device, default_jobs, device_label
 from .errors import LabError
 from .executors.attempt import decoded_images
 from .files import write_json, write_text
 from .models import build, check_image, weights_digest
-from .progress import interrupted, run_with_progress, say_what_is_left
-from .queue import num_finished, result_of
+from .progress import interrupted, reading_images, run_with_progress, say_what_is_left
+from .queue import result_of
 from .recipe import BASELINE, LOSSES, OF_SOME_LOSSES, SYMBOLS, Recipe, check_image_size, check_settings, has_setting, suited_to
+from .records import check_complete
+from .stopping import interrupts_end_at_once
 from .words import counted
 
 MARKER = "compare.json"  # tells a folder of ours from one that is not
@@ -120,22 +124,36 @@ class Choice:
 
     loss: str
     label_noise: float
-    errors: dict[float, list[float]]  # lam: the validation errors of the seeds
+    errors: dict[float, list[float]]  # lam: the validation errors of the seeds that did not diverge
+    diverged: dict[float, int]  # lam: how many seeds did
+
+    def _rank(self, lam: float) -> tuple[int, float]:
+        """The smallest is the best: seeds that diverged count before errors."""
+        return self.diverged[lam], round(statistics.fmean(self.errors[lam]), 9) if self.errors[lam] else 100.0
 
     @property
     def lam(self) -> float:
-        """The one of least mean error; of equals the smallest."""
-        return min(self.errors, key=lambda lam: (round(statistics.fmean(self.errors[lam]), 9), lam))
+        """The one of fewest diverged seeds and least mean error; of equals the smallest."""
+        return min(self.errors, key=lambda lam: (*self._rank(lam), lam))
+
+    @property
+    def ties(self) -> list[float]:
+        """The other values of lam that were as good as the chosen one."""
+        return [lam for lam in sorted(self.errors) if lam != self.lam and self._rank(lam) == self._rank(self.lam)]
 
 
 def choose(records: Sequence[dict[str, Any]]) -> list[Choice]:
     """The choices that validating runs make, in the order in which losses and noise first come."""
-    groups: dict[tuple[str, float], dict[float, list[float]]] = {}
+    groups: dict[tuple[str, float], dict[float, list[dict[str, Any]]]] = {}
     for record in records:
         recipe = record["recipe"]
         group = groups.setdefault((recipe["loss"], recipe["label_noise"]), {})
-        group.setdefault(recipe["lam"], []).append(record["validation"]["error"])
-    return [Choice(loss, noise, errors) for (loss, noise), errors in sorted(groups.items(), key=lambda item: item[0][1])]
+        group.setdefault(recipe["lam"], []).append(record)
+    choices = []
+    for (loss, noise), by_lam in sorted(groups.items(), key=lambda item: item[0][1]):
+        errors = {lam: [record["validation"]["error"] for record in kept(group)] for lam, group in by_lam.items()}
+        choices.append(Choice(loss, noise, errors, {lam: len(group) - len(errors[lam]) for lam, group in by_lam.items()}))
+    return choices
 
 
 def chosen_of(choices: Sequence[Choice]) -> dict[tuple[str, float], float]:
@@ -163,12 +181,16 @@ class Difference:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a loss at a share of label noise, over its seeds. ``std`` is over seeds, with n - 1."""
+    """One line of the table: a loss at a share of label noise, over its seeds. ``std`` is over seeds, with n - 1.
+
+    Runs that diverged are counted and are in no mean; where all did, the means are NaN.
+    """
 
     label: str
     loss: str
     label_noise: float
-    n: int
+    n: int  # runs, with those that diverged
+    diverged: int
     error: float
     error_std: float | None
     difference: Difference | None
@@ -177,22 +199,27 @@ class Row:
     ece: float
     nll: float
 
+    @property
+    def verdict(self) -> str:
+        return "n/a" if self.difference is None else verdict_of(self.difference.verdict, self.diverged)
+
 
 def paired_difference(errors: dict[int, float], baseline: dict[int, float], confidence: float = 0.95) -> Difference | None:
     """The mean of ``errors - baseline`` over the seeds that both have, with its Student-t interval; None for fewer than two pairs."""
     differences = [errors[seed] - baseline[seed] for seed in errors.keys() & baseline.keys()]
     if len(differences) < 2:
         return None
-    from scipy import stats
+    with interrupts_end_at_once():
+        from scipy import stats
 
     mean = statistics.fmean(differences)
     half = stats.t.ppf((1 + confidence) / 2, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
     return Difference(mean, float(mean - half), float(mean + half))
 
 
-def mean_or_nan(values: Sequence[float | None]) -> float:
-    """The mean; NaN where a run that diverged left a null."""
-    return statistics.fmean(float("nan") if value is None else value for value in values)
+def mean_or_nan(values: Sequence[float]) -> float:
+    """The mean; NaN of none."""
+    return statistics.fmean(values) if values else float("nan")
 
 
 def summarise(records: Sequence[dict[str, Any]]) -> list[Row]:
@@ -202,19 +229,20 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[Row]:
         groups.setdefault((record["recipe"]["label_noise"], record["recipe"]["loss"]), []).append(record)
 
     def errors_by_seed(noise: float, loss: str) -> dict[int, float]:
-        return {record["recipe"]["seed"]: record["test"]["error"] for record in groups.get((noise, loss), [])}
+        return {record["recipe"]["seed"]: record["test"]["error"] for record in kept(groups.get((noise, loss), []))}
 
     rows = []
     for (noise, loss), group in sorted(groups.items(), key=lambda item: item[0][0]):
         errors = errors_by_seed(noise, loss)
-        means = {name: mean_or_nan([record["test"][name] for record in group]) for name in ("margin", "rho", "ece", "nll")}
+        means = {name: mean_or_nan([record["test"][name] for record in kept(group)]) for name in ("margin", "rho", "ece", "nll")}
         rows.append(
             Row(
                 label=Recipe(**group[0]["recipe"]).loss_label,
                 loss=loss,
                 label_noise=noise,
-                n=len(errors),
-                error=statistics.fmean(errors.values()),
+                n=len(group),
+                diverged=len(group) - len(errors),
+                error=mean_or_nan(list(errors.values())),
                 error_std=statistics.stdev(errors.values()) if len(errors) > 1 else None,
                 difference=None if loss == BASELINE else paired_difference(errors, errors_by_seed(noise, BASELINE)),
                 **means,
@@ -226,7 +254,7 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[Row]:
 COLUMNS = ("loss", "test error %", "minus softmax [95%]", "verdict", "margin", "rho-hat", "ECE %", "NLL")
 NOTE = (
     "Test error at the last epoch, mean ± std (n-1) over seeds. The interval is of the paired difference over seeds (Student t): "
-    "it covers the seeds, not the choice of test samples. One seed has no interval."
+    "it covers the seeds, not the choice of test samples. One seed has no interval. Runs that diverged are in no mean and no pair."
 )
 
 
@@ -236,13 +264,21 @@ def spread(mean: float, std: float | None) -> str:
 
 def cells(row: Row) -> tuple[str, ...]:
     """The cells of a row as text, under COLUMNS."""
-    difference, verdict = "n/a", "n/a"
+    difference = "n/a" if row.difference is None else row.difference.text
+    verdict = row.verdict
     if row.loss == BASELINE:
         difference, verdict = "–", "–"
-    elif row.difference is not None:
-        difference, verdict = row.difference.text, row.difference.verdict
-    error = spread(row.error, row.error_std)
+    error = error_text(row)
+    if row.diverged == row.n:
+        return (row.label, error, difference, verdict, *["n/a"] * 4)
     return (row.label, error, difference, verdict, f"{row.margin:.2f}", f"{row.rho:.2f}", f"{row.ece:.2f}", f"{row.nll:.3f}")
+
+
+def error_text(row: Row) -> str:
+    """Mean and spread, and how many runs diverged."""
+    if row.diverged == row.n:
+        return "diverged"
+    return spread(row.error, row.error_std) + (f" ({row.diverged} diverged)" if row.diverged else "")
 
 
 def remarks(records: Sequence[dict[str, Any]]) -> list[str]:
@@ -253,7 +289,7 @@ def remarks(records: Sequence[dict[str, Any]]) -> list[str]:
         sentences.append(f"{BASELINE} is not among the losses, so there is nothing to measure differences from; add it to --losses.")
     if len(records[0]["classes"]) == 2 and any("lam" in LOSSES[loss] for loss in losses):
         sentences.append("With two classes the large-margin regulariser is 0: lam changes nothing.")
-    return sentences
+    return sentences + who_diverged(records)
 
 
 CHOICE_COLUMNS = ("loss", "label noise", "lam", "validation error %", "")
@@ -267,14 +303,31 @@ def choice_note(comparison: Comparison) -> str:
     )
 
 
+def ties(choices: Sequence[Choice]) -> list[str]:
+    """A sentence for each choice that could as well have been another."""
+    sentences = []
+    for choice in choices:
+        if choice.ties:
+            *first, last = [f"{lam:g}" for lam in sorted([choice.lam, *choice.ties])]
+            noise = f" at label noise {choice.label_noise:g}" if choice.label_noise else ""
+            name = choice.loss.replace("_", " ")
+            sentences.append(
+                f"lam {', '.join(first)} and {last} are equally good for {name}{noise}: the smallest was taken, and the validation error "
+                "does not say that it is the best."
+            )
+    return sentences
+
+
 def choice_cells(choices: Sequence[Choice]) -> list[tuple[str, ...]]:
     """The lines of the table of choices as text, under CHOICE_COLUMNS."""
     lines: list[tuple[str, ...]] = []
     for choice in choices:
         for lam, errors in choice.errors.items():
-            error = spread(statistics.fmean(errors), statistics.stdev(errors) if len(errors) > 1 else None)
+            error = spread(statistics.fmean(errors), statistics.stdev(errors) if len(errors) > 1 else None) if errors else "diverged"
+            if errors and choice.diverged[lam]:
+                error += f" ({choice.diverged[lam]} diverged)"
             name = choice.loss.replace("_", " ")
-            mark = "chosen" if lam == choice.lam else ""
+            mark = "chosen" if lam == choice.lam else "as good" if lam in choice.ties else ""
             lines.append((name, f"{choice.label_noise:g}", f"{lam:g}", error, mark))
     return lines
 
@@ -290,6 +343,8 @@ def print_choices(comparison: Comparison, choices: Sequence[Choice], console: Co
         result.add_row(*line)
     console.print("\nthe choice of lam", style="bold", highlight=False)
     console.print(result)
+    for sentence in ties(choices):
+        console.print(sentence, markup=False, highlight=False)
     console.print(choice_note(comparison), style="dim")
 
 
@@ -333,11 +388,12 @@ def results_csv(records: Sequence[dict[str, Any]], split: str = "test") -> str:
     """One line a run."""
     text = io.StringIO()
     names = ("data", "network", "loss", *SYMBOLS, "label_noise", "train_fraction", "seed", "epochs")
-    measured = ("error", "margin", "rho", "ece", "nll")
+    numbers = ("error", "margin", "rho", "ece", "nll")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*names, *(f"{split}_{name}" for name in measured), "seconds"])
+    writer.writerow([*names, *(f"{split}_{name}" for name in numbers), "seconds", "diverged"])
     for record in records:
-        values = [record["recipe"].get(name) for name in names] + [record[split][name] for name in measured] + [round(record["seconds"], 2)]
+        values = [record["recipe"].get(name) for name in names] + [record[split][name] for name in numbers]
+        values += [round(record["seconds"], 2), why_diverged(record)]
         writer.writerow(["" if value is None else value for value in values])
     return text.getvalue()
 
@@ -384,15 +440,18 @@ def compare(
         digest = weights_digest(comparison.overrides["weights"])
         comparison = dataclasses.replace(comparison, overrides=comparison.overrides | {"weights_digest": digest})
     # bad data and weights stop here, before anything is written
-    images = data.load(comparison.data, comparison.data_root, comparison.example.image_size, streamed=comparison.example.streamed)
+    example = comparison.example
+    with reading_images(console) as on_image:
+        images = data.load(comparison.data, comparison.data_root, example.image_size, example.streamed, on_image)
     comparison = dataclasses.replace(comparison, data_digest=images.digest())
     check_network(comparison.example, images)
     if (out / MARKER).is_file() and reopen(out) != comparison:
         console.print(f"{out} held a comparison with other options: its runs are kept, its table and report are replaced", markup=False)
-    found = (
-        f"{comparison.data}: {len(images.train_labels)} training and {len(images.test_labels)} test images of {len(images.classes)} classes"
-    )
-    console.print(found, markup=False, highlight=False)
+    for recipe in (comparison.example, *comparison.validating_recipes()[:1]):
+        data.choose_rows(recipe, images.train_labels, len(images.classes))  # refuses too small a share
+    console.print(data.sizes(comparison.example, images), markup=False, highlight=False)
+    for note in images.notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     if len(images.classes) == 2:
         console.print("with two classes the large-margin regulariser is 0: lam changes nothing", highlight=False)
     runs, jobs = out / "runs", jobs or default_jobs(comparison.device, comparison.example.streamed, on_cpu=2)
@@ -406,13 +465,16 @@ def compare(
     del images
 
     def stage(recipes: list[Recipe], what: str) -> None:
-        done = num_finished(recipes, runs)
+        finished = [runs / recipe.id for recipe in recipes if result_of(recipe, runs) is not None]
+        done = len(finished)
         console.print(
             f"{counted(len(recipes), what)} of {counted(recipes[0].epochs, 'epoch')} on {comparison.data}, {jobs} at a time on "
             f"{device_label(comparison.device)}, into {out}" + (f"; {done} already done" if done else ""),
             markup=False,
             highlight=False,
         )
+        for line in missing(finished, **options):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         try:
             run_with_progress(recipes, runs, jobs, console, executor, budget=budget, **options)
         except KeyboardInterrupt:
@@ -437,7 +499,8 @@ def compare(
 
 def print_and_write(comparison: Comparison, out: Path, console: Console, choices_too: bool = True) -> list[Row]:
     """The tables, and the files of the report, of the runs that are finished."""
-    from . import report  # matplotlib is slow to import: not before the runs
+    with interrupts_end_at_once():
+        from . import report  # matplotlib is slow to import: not before the runs
 
     validating, records = finished_records(comparison, out)
     choices = choose(validating)
@@ -487,8 +550,19 @@ def finished_records(comparison: Comparison, out: Path) -> tuple[list[dict[str, 
 
     A lam is chosen when all of its validating runs are finished; runs with it are counted from then on.
     """
-    validating = [(recipe, result_of(recipe, out / "runs")) for recipe in comparison.validating_recipes()]
-    missing = {(recipe.loss, recipe.label_noise) for recipe, record in validating if record is None}
-    complete = [record for recipe, record in validating if record is not None and (recipe.loss, recipe.label_noise) not in missing]
+    validating = [(recipe, complete_record(recipe, out / "runs")) for recipe in comparison.validating_recipes()]
+    unfinished = {(recipe.loss, recipe.label_noise) for recipe, record in validating if record is None}
+    complete = [record for recipe, record in validating if record is not None and (recipe.loss, recipe.label_noise) not in unfinished]
     recipes = comparison.recipes(chosen_of(choose(complete)))
-    return complete, [record for recipe in recipes if (record := result_of(recipe, out / "runs")) is not None]
+    return complete, [record for recipe in recipes if (record := complete_record(recipe, out / "runs")) is not None]
+
+
+def complete_record(recipe: Recipe, runs: Path) -> dict[str, Any] | None:
+    """The record of a finished run with all that a report needs, or None."""
+    record = result_of(recipe, runs)
+    if record is not None:
+        try:
+            check_complete(record)
+        except ValueError as error:
+            raise LabError(f"{runs / recipe.id / 'result.json'} is not a whole record ({error}); remove it to run it again") from error
+    return record

@@ -15,6 +15,7 @@ from .._backends import ladder
 from . import NEEDED
 from .environment import commit, processor
 from .errors import how_to_install
+from .words import printable
 
 BESIDE = (
     *("numpy", "triton", "torchvision", "accelerate"),
@@ -158,7 +159,7 @@ def without_home(line: str) -> str:
 def main() -> int:
     """Print the report; the exit status."""
     lines, fine = report()
-    print("\n".join(lines))
+    print("\n".join(map(printable, lines)))
     return 0 if fine else 1
 
 

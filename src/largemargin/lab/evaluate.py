@@ -22,6 +22,8 @@ class Evaluation:
     margin: float  # f_y - f_c*, nats
     rho: float  # eq. (7), nats
     margin_histogram: list[int]  # counts between MARGIN_EDGES
+    predicted_classes: int  # different ones
+    target_classes: int
 
 
 @torch.no_grad()
@@ -31,7 +33,8 @@ def evaluate(logits: Tensor, target: Tensor) -> Evaluation:
         logits = logits.cpu()
     logits, target = logits.double(), target.to(logits.device)
     stats = row_stats(logits, target)
-    wrong = (logits.argmax(-1) != target) | logits.isnan().any(-1)  # a diverged network knows no class
+    predicted = logits.argmax(-1)
+    wrong = (predicted != target) | logits.isnan().any(-1)  # a diverged network knows no class
     margins = stats.log_odds + stats.rho
     counts = torch.histogram(margins.clamp(-40, 40).float().cpu(), MARGIN_EDGES).hist
     return Evaluation(
@@ -41,4 +44,6 @@ def evaluate(logits: Tensor, target: Tensor) -> Evaluation:
         margin=margins.mean().item(),
         rho=stats.rho.mean().item(),
         margin_histogram=counts.long().tolist(),
+        predicted_classes=len(set(predicted.tolist())),
+        target_classes=len(set(target.tolist())),
     )

@@ -11,7 +11,7 @@ TEMPLATES = files("largemargin.lab") / "templates"
 def page(template: str, **content: Any) -> str:
     """A template of this package with its content; a name that it uses and is not given is an error."""
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(lambda name: (TEMPLATES / name).read_text()),
+        loader=jinja2.FunctionLoader(lambda name: (TEMPLATES / name).read_text(encoding="utf-8")),
         autoescape=template.endswith(".html.j2"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

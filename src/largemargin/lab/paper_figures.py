@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .compare import paired_difference
+from .diverged import NOT_FINITE, why_diverged
 from .paper import Entry
-from .paper_lines import Line, diverged, join, moments, recipe_of, setting, split_of, unique_records
+from .paper_lines import Line, join, moments, recipe_of, setting, split_of, unique_records
 from .recipe import BASELINE, LOSSES, Recipe
 from .report import STYLE, axes, color_of
 from .words import counted
@@ -45,13 +46,13 @@ def usual(recipe: Recipe) -> bool:
 
 
 def settings_of(entries: Sequence[Entry]) -> dict[str, tuple[Curves, Curves]]:
-    """The runs that did not diverge, by setting and method: those to show, and those left out.
+    """The runs whose numbers are finite, by setting and method: those to show, and those left out.
 
     All are shown where they are at most MOST_CURVES; else one of each loss, with the paper's own numbers, or the first there is.
     """
     groups: dict[Any, dict[Recipe, dict[str, Any]]] = {}
     for record in unique_records(entries):
-        if not diverged(record):
+        if why_diverged(record) != NOT_FINITE:
             recipe = recipe_of(record)
             groups.setdefault(setting(recipe), {})[recipe] = record
     result: dict[str, tuple[Curves, Curves]] = {}

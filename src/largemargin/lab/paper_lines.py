@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .compare import Difference, paired_difference, spread
+from .diverged import kept, measured, verdict_of
 from .paper import SCALES, Cell, Entry, Number, Scale
 from .recipe import BASELINE, OF_SOME_LOSSES, Recipe
 
@@ -20,18 +21,8 @@ def recipe_of(record: dict[str, Any]) -> Recipe:
     return Recipe(**record["recipe"])
 
 
-def measured(record: dict[str, Any]) -> dict[str, Any]:
-    """The last epoch on the set the run measured itself on."""
-    return record["test"] or record["validation"] or {}
-
-
 def split_of(record: dict[str, Any]) -> str:
     return "validation" if record["test"] is None and record["validation"] else "test"
-
-
-def diverged(record: dict[str, Any]) -> bool:
-    """A run that ended in numbers that are not finite: they are null in its record."""
-    return measured(record).get("error") is None or measured(record).get("nll") is None or record["epochs"][-1]["train_loss"] is None
 
 
 def best_error(record: dict[str, Any]) -> float:
@@ -99,7 +90,7 @@ class Line:
 
     @property
     def verdict(self) -> str:
-        return self.difference.verdict if self.difference is not None else "–"
+        return verdict_of(self.difference.verdict, self.diverged) if self.difference is not None else "–"
 
     @property
     def paper_difference(self) -> float | None:
@@ -161,7 +152,7 @@ def number_text(number: Number | None) -> str:
 
 
 def errors_of(entry: Entry) -> dict[int, float]:
-    return {record["recipe"]["seed"]: measured(record)["error"] for record in entry.records if not diverged(record)}
+    return {record["recipe"]["seed"]: measured(record)["error"] for record in kept(entry.records)}
 
 
 def baseline_of(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
@@ -186,8 +177,8 @@ def lines_of(entries: Sequence[Entry], scale: Scale) -> list[Line]:
             Line(
                 entry=entry,
                 errors=errors,
-                best={record["recipe"]["seed"]: best_error(record) for record in entry.records if not diverged(record)},
-                diverged=sum(map(diverged, entry.records)),
+                best={record["recipe"]["seed"]: best_error(record) for record in kept(entry.records)},
+                diverged=len(entry.records) - len(kept(entry.records)),
                 baseline=baseline,
                 pairs={seed: errors[seed] - others[seed] for seed in sorted(errors.keys() & others.keys())},
                 difference=paired_difference(errors, others),

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from .diverged import kept, who_diverged
 from .errors import LabError
 from .files import write_text
 from .pages import page
@@ -26,7 +27,6 @@ from .paper_lines import (
     column_text,
     deviations,
     differing,
-    diverged,
     full_size,
     join,
     lines_of,
@@ -100,7 +100,7 @@ def headline(entries: Sequence[Entry], scale: Scale) -> list[str]:
     planned = {recipe.id for entry in entries for recipe in entry.recipes}
     runs = unique_records(entries)
     seeds = sorted({record["recipe"]["seed"] for record in runs})
-    lost = sum(map(diverged, runs))
+    lost = len(runs) - len(kept(runs))
     done = f"{len(runs)} of {counted(len(planned), 'run')} done" if len(runs) < len(planned) else counted(len(runs), "run")
     sentences = [
         f"{join(tables)}: {counted(len(entries), 'cell')}, {done}"
@@ -117,7 +117,7 @@ def headline(entries: Sequence[Entry], scale: Scale) -> list[str]:
             "This is not the paper's experiment at full size: its numbers are not comparable in level with the paper's. "
             "Only the order of the methods and the sign of their differences can be compared."
         )
-    return sentences
+    return sentences + who_diverged(runs)
 
 
 def other_than_at_scale(entries: Sequence[Entry], scale: Scale) -> set[tuple[str, Any, Any]]:
@@ -128,7 +128,7 @@ def other_than_at_scale(entries: Sequence[Entry], scale: Scale) -> set[tuple[str
 
 def table_sentences(lines: Sequence[Line]) -> list[str]:
     """What a table says as a whole."""
-    told = [line.difference.verdict for line in lines if line.difference is not None]
+    told = [line.verdict for line in lines if line.difference is not None]
     sentences = []
     if told:
         counts = [f"{told.count(word)} {word}" for word in ("better", "worse", "not told apart") if word in told]
@@ -211,7 +211,7 @@ def results_csv(lines: Sequence[Line], scale: Scale) -> str:
         values += [len(entry.records), len(entry.recipes), line.diverged, " ".join(map(str, sorted(line.errors)))]
         values += [line.baseline.cell.name if line.baseline else None]
         mean = statistics.fmean(line.pairs.values()) if line.pairs else None
-        values += [mean, *((d.low, d.high, d.verdict) if d else (None, None, None)), line.paper_difference, line.inside, line.command]
+        values += [mean, *((d.low, d.high, line.verdict) if d else (None, None, None)), line.paper_difference, line.inside, line.command]
         writer.writerow(["" if value is None else round(value, 6) if isinstance(value, float) else value for value in values])
     return text.getvalue()
 

@@ -1,7 +1,8 @@
 """How many runs are shown while they last."""
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,33 @@ def say_what_is_left(recipes: Sequence[Recipe], runs: Path, budget: Budget, cons
     if len(left) == len(recipes):
         raise LabError(line)
     console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def reading_images(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """Hears how many images of how many are decoded, and shows it: a bar on a terminal, elsewhere a line at the start and each minute."""
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("reading images", start=False)
+
+            def show(done: int, total: int) -> None:
+                if done == 1:
+                    progress.start_task(task)
+                progress.update(task, completed=done, total=total)
+
+            yield show
+        return
+    last = 0.0
+
+    def say(done: int, total: int) -> None:
+        nonlocal last
+        if done == 1 or time.monotonic() - last > 60:
+            last = time.monotonic()
+            line = f"reading {counted(total, 'image')}" if done == 1 else f"{done} of {total} images read"
+            console.print(line, markup=False, highlight=False)
+
+    yield say
 
 
 def run_with_progress(

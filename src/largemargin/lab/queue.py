@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import records
 from .budget import Budget
-from .errors import LabError
+from .errors import LabError, RunFailed
 from .executors import EXECUTORS
 from .executors.attempt import Job, Outcome
 from .recipe import Recipe
@@ -30,9 +31,10 @@ def result_of(recipe: Recipe, runs: Path) -> dict[str, Any] | None:
         return None
     try:
         record: dict[str, Any] = json.loads(path.read_text())
+        records.check(record)
         if Recipe(**record["recipe"]).id != recipe.id or not {"test", "epochs", "environment"} <= record.keys():
             raise ValueError("it is of another run")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise LabError(f"{path} is not the record of its run ({error}); remove it to run it again") from error
     return record
 
@@ -60,6 +62,7 @@ class Plan:
         self._budget = budget
         self._said: set[str] = set()
         self.reasons: dict[str, str] = {}  # of the last failure of each run
+        self.refused: set[str] = set()  # runs for which the user must mend something
 
     @property
     def unfinished(self) -> bool:
@@ -108,6 +111,8 @@ class Plan:
         elif outcome.kind != "done":
             self.reasons[recipe.id] = outcome.reason
             self._failures[recipe.id] += 1
+            if outcome.kind == "refused":
+                self.refused.add(recipe.id)
             if outcome.kind == "failed" and self._failures[recipe.id] < ATTEMPTS:  # an error of the user's is no better the second time
                 self._waiting.append(recipe)
 
@@ -149,7 +154,8 @@ def run_all(
         reason = plan.reasons.get(failed[0].id, "it left no record")
         if (text := runs / failed[0].id / "error.txt").is_file():
             reason += f" (whole text: {text})"
-        raise LabError(
+        kind = LabError if all(recipe.id in plan.refused for recipe in failed) else RunFailed
+        raise kind(
             f"{len(failed)} of {counted(len(recipes), 'run')} could not be done: {reason}. The others are kept; the same command goes on."
         )
     return [record for recipe in recipes if (record := result_of(recipe, runs)) is not None]

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import LabError
@@ -58,66 +58,79 @@ AUGMENTATIONS = ("shift", "inception")
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
 
+def option(default: Any, help: str) -> Any:
+    """A field with its default and what ``--help`` says of it."""
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One run. The seed fixes initial weights, order, augmentation, subset and noise, so runs of the same seed are pairs."""
 
-    loss: str  # a word of LOSSES
-    seed: int
+    loss: str = field(metadata={"help": "a word of LOSSES"})
+    seed: int = field(metadata={"help": "of initial weights, order, augmentation, subset and noise; runs of the same seed are pairs"})
     # data
-    data: str = "digits"  # digits, cifar10, cifar100, svhn, imagenet, places365 or the path of an image folder
-    data_root: str = "data"  # where the files of the named data sets are
-    data_digest: str = ""  # of all images and labels, or of the list of files: other data, another run
-    image_size: int = 32  # pixels; image folders only
-    train_fraction: float = 1.0  # this share of the training set is used
-    label_noise: float = 0.0  # this share of the training labels is moved to another class
-    validation_fraction: float = 0.0  # this share of what is used is held out; such a run measures itself there and never sees the test set
-    augmentation: str = "shift"  # shift: by crop_padding and flip; inception: random resized crops, flip, colours, PCA lighting
-    crop_padding: int = 0  # pixels by which a training image is moved at most
-    crop_fill: str = "mean"  # what comes in at the border: mean (of the channel) or reflect
-    flip: bool = False  # whether a training image is mirrored half the time
-    # network
-    network: str = "small"  # a name of NETWORKS
-    width: float = 1.0  # this share of the channels of layer13
-    dropout: float = 0.0  # in the blocks of wrn28_10; before the classifier of a timm model
-    weights: str = ""  # a local file of pretrained weights; a classifier of another size in it is left out
-    weights_digest: str = ""  # of that file
-    # training: the defaults are the paper's (Sec. 4.1)
-    epochs: int = 30
-    batch_size: int = 128  # of all processes together
-    learning_rate: float = 0.1  # of the first epoch
-    schedule: str = (
-        "log"  # once an epoch; log: evenly in log scale to final_factor in the last; cosine: to final_factor; steps: at milestones
+    data: str = option("digits", "digits, cifar10, cifar100, svhn, imagenet, places365 or the path of an image folder")
+    data_root: str = option("data", "where the files of the named data sets are")
+    data_digest: str = option("", "the digest of all images and labels, or of the list of files: other data, another run")
+    image_size: int = option(32, "pixels to which the images of a folder are resized and cropped")
+    train_fraction: float = option(1.0, "this share of the training set is used")
+    label_noise: float = option(0.0, "this share of the training labels is moved to another class")
+    validation_fraction: float = option(
+        0.0, "this share of what is used is held out; such a run measures itself there and never sees the test set"
     )
-    final_factor: float = 1e-3  # the last learning rate over the first; log and cosine
-    milestones: tuple[int, ...] = ()  # epochs (from 0) at which the learning rate is multiplied by step_factor
-    step_factor: float = 0.1  # at each milestone
-    momentum: float = 0.9  # of SGD
-    nesterov: bool = False  # whether the momentum is Nesterov's
-    weight_decay: float = 1e-4  # times half the squared weights, added to the loss
-    decay_all: bool = True  # also biases and what normalisation learns
-    clip_norm: float | None = None  # of the gradient of all parameters
-    evaluate_every: int = 1  # epochs; the last is always evaluated
+    augmentation: str = option("shift", "shift: by crop_padding and flip; inception: random resized crops, flip, colours, PCA lighting")
+    crop_padding: int = option(0, "pixels by which a training image is moved at most")
+    crop_fill: str = option("mean", "what comes in at the border: mean (of the channel) or reflect")
+    flip: bool = option(False, "whether a training image is mirrored half the time")
+    # network
+    network: str = option("small", f"one of {' '.join(NETWORKS)}")
+    width: float = option(1.0, "this share of the channels of layer13")
+    dropout: float = option(0.0, "the share of dropout in the blocks of wrn28_10, or before the classifier of a timm model")
+    weights: str = option("", "a local file of pretrained weights; a classifier of another size in it is left out")
+    weights_digest: str = option("", "the digest of that file")
+    # training: the defaults are the paper's (Sec. 4.1)
+    epochs: int = option(30, "passes over the training set")
+    batch_size: int = option(128, "samples in a batch, of all processes together")
+    learning_rate: float = option(0.1, "the learning rate of the first epoch")
+    schedule: str = option(
+        "log",
+        "of the learning rate, set once an epoch: log falls evenly in log scale to final_factor in the last, "
+        "cosine falls to final_factor, steps changes at milestones",
+    )
+    final_factor: float = option(1e-3, "the last learning rate over the first; log and cosine")
+    milestones: tuple[int, ...] = option((), "epochs (from 0) at which the learning rate is multiplied by step_factor")
+    step_factor: float = option(0.1, "the factor of the learning rate at each milestone")
+    momentum: float = option(0.9, "the momentum of SGD")
+    nesterov: bool = option(False, "whether the momentum is Nesterov's")
+    weight_decay: float = option(1e-4, "times half the squared weights, added to the loss")
+    decay_all: bool = option(True, "whether the weight decay acts on biases and on what normalisation learns, too")
+    clip_norm: float | None = option(None, "the largest norm of the gradient of all parameters; a longer gradient is scaled down to it")
+    evaluate_every: int = option(1, "epochs from one evaluation to the next; the last is always evaluated")
     # the loss: what LOSSES names of it
-    lam: float | None = None  # the paper's lambda, eq. (11)
-    hard_bias: float | None = None  # b of eq. (15): the head start of the other classes over the target
-    label_smoothing: float | None = None  # epsilon of eq. (13)
-    divergence: str | None = None  # symmetric (8), kl_qu or kl_uq (10); None: symmetric
-    margin: float | None = None  # rho of the hinges and the softplus; of cosface a cosine, of arcface radians
-    angular_multiplier: int | None = None  # m of lsoftmax: 1 to 4
-    alpha: float | None = None  # of gaussian_mixture: its margin
-    alpha_squared: float | None = None  # of noisy_softmax: of the noise
-    likelihood: float | None = None  # the weight of gaussian_mixture's likelihood term
-    scale: float | None = None  # s of cosface and arcface: the length of the features
-    center: float | None = None  # the weight of the center loss
-    symmetry: float | None = None  # the weight of the distance from the super-symmetric classifier at the end of the run
+    lam: float | None = option(None, "the paper's lambda, eq. (11)")
+    hard_bias: float | None = option(None, "b of eq. (15): the head start of the other classes over the target")
+    label_smoothing: float | None = option(None, "epsilon of eq. (13)")
+    divergence: str | None = option(None, "symmetric (8), kl_qu or kl_uq (10); None: symmetric")
+    margin: float | None = option(None, "rho of the hinges and the softplus; of cosface a cosine, of arcface radians")
+    angular_multiplier: int | None = option(None, "m of lsoftmax: 1 to 4")
+    alpha: float | None = option(None, "the margin of gaussian_mixture")
+    alpha_squared: float | None = option(None, "the strength of the noise of noisy_softmax")
+    likelihood: float | None = option(None, "the weight of gaussian_mixture's likelihood term")
+    scale: float | None = option(None, "s of cosface and arcface: the length of the features")
+    center: float | None = option(None, "the weight of the center loss")
+    symmetry: float | None = option(None, "the weight of the distance from the super-symmetric classifier at the end of the run")
     # the machine, where it changes the digits
-    device: str = "cpu"
-    threads: int = 1  # of a run on the CPU
-    processes: int = 1  # that share each batch, as torchrun starts them
-    precision: str = "float32"  # of the network: float32, tf32 (of matrix products on a GPU) or bfloat16 (by autocast)
-    channels_last: bool = False  # how images lie in memory
-    compile: str = ""  # a backend of torch.compile, inductor say, for full training batches; the first step compiles, which takes a while
+    device: str = option("cpu", "cpu, cuda, cuda:1, mps, ...")
+    threads: int = option(1, "threads of a run on the CPU")
+    processes: int = option(1, "processes that share each batch, as torchrun starts them")
+    precision: str = option(
+        "float32", "the precision of the network: float32, tf32 (of matrix products on a GPU) or bfloat16 (by autocast)"
+    )
+    channels_last: bool = option(False, "whether images lie in memory with their channels last")
+    compile: str = option(
+        "", "a backend of torch.compile, inductor say, for full training batches; the first step compiles, which takes a while. Empty: none"
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "milestones", tuple(self.milestones))  # JSON has lists

@@ -3,7 +3,7 @@
 import io
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -21,9 +21,11 @@ from .compare import (
     cells,
     choice_cells,
     choice_note,
-    mean_or_nan,
+    error_text,
     remarks,
+    ties,
 )
+from .diverged import kept
 from .evaluate import MARGIN_EDGES
 from .pages import page
 from .recipe import BASELINE, OF_SOME_LOSSES, Recipe
@@ -56,25 +58,10 @@ def render(comparison: Comparison, records: Records, rows: Sequence[Row], choice
     for noise in noises:
         group = [row for row in rows if row.label_noise == noise]
         of_noise = [record for record in records if record["recipe"]["label_noise"] == noise]
-        figures = [
-            (
-                "Learning curves",
-                learning_curves(of_noise),
-                "Test error after each epoch that was measured: the mean over seeds, and the span of all seeds as a band.",
-            ),
-            (
-                "Margins",
-                margin_histograms(of_noise),
-                "f<sub>y</sub> − max f<sub>c</sub> of the test samples of all seeds; left of 0 they are misclassified.",
-            ),
-            (
-                "The margin hidden in the loss",
-                rho_curves(of_noise),
-                "ρ̂ (eq. 7), the mean of each training batch, over training; the mean over seeds.",
-            ),
-        ]
         groups = by_loss(of_noise)
-        legend = [(label_of(group), color_of(list(groups))[loss]) for loss, group in groups.items()]
+        colors = color_of(list(groups))
+        figures = figures_of(kept(of_noise), colors)
+        legend = [(label_of(group), colors[loss]) for loss, group in groups.items()]
         sections.append({"noise": noise, "legend": legend, "rows": [(row, cells(row)) for row in group], "figures": figures})
     first = records[0]
     return page(
@@ -86,7 +73,7 @@ def render(comparison: Comparison, records: Records, rows: Sequence[Row], choice
         note=NOTE,
         choice=choice_cells(choices),
         choice_columns=CHOICE_COLUMNS,
-        choice_note=choice_note(comparison),
+        choice_note=" ".join([*ties(choices), choice_note(comparison)]),
         changed=changed(Recipe(**first["recipe"])),
         comparison=comparison,
         first=first,
@@ -98,6 +85,29 @@ def render(comparison: Comparison, records: Records, rows: Sequence[Row], choice
         seconds=sum(record["seconds"] for record in records),
         baseline=BASELINE,
     )
+
+
+def figures_of(records: Records, colors: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """Title, drawing and caption of each figure; none where every run diverged."""
+    if not records:
+        return []
+    return [
+        (
+            "Learning curves",
+            learning_curves(records, colors),
+            "Test error after each epoch that was measured: the mean over seeds, and the span of all seeds as a band.",
+        ),
+        (
+            "Margins",
+            margin_histograms(records, colors),
+            "f<sub>y</sub> − max f<sub>c</sub> of the test samples of all seeds; left of 0 they are misclassified.",
+        ),
+        (
+            "The margin hidden in the loss",
+            rho_curves(records, colors),
+            "ρ̂ (eq. 7), the mean of each training batch, over training; the mean over seeds.",
+        ),
+    ]
 
 
 def changed(recipe: Recipe) -> list[str]:
@@ -142,9 +152,9 @@ def headline(rows: Sequence[Row]) -> list[str]:
     for noise in dict.fromkeys(row.label_noise for row in rows):
         where = f"With {100 * noise:g}% wrong training labels" if noise else "With the labels as they are"
         compared = [row for row in rows if row.label_noise == noise and row.difference is not None]
-        told = [row for row in compared if row.difference is not None and row.difference.verdict != "not told apart"]
+        told = [row for row in compared if row.verdict != "not told apart"]
         parts = [
-            f"{row.label} is {row.difference.verdict} than {BASELINE} by {abs(row.difference.mean):.2f} points"
+            f"{row.label} is {row.verdict} than {BASELINE} by {abs(row.difference.mean):.2f} points"
             for row in sorted(told, key=lambda row: row.error)
             if row.difference is not None
         ]
@@ -193,11 +203,10 @@ def overview(rows: Sequence[Row], background: str = "none") -> str:
         for panel, noise in zip(panels, noises, strict=True):
             group = [row for row in rows if row.label_noise == noise][::-1]
             for y, row in enumerate(group):
-                panel.barh(y, row.error, 0.62, color=colors[row.loss], alpha=0.85)
-                panel.errorbar(row.error, y, xerr=row.error_std, color="#222222", capsize=3, linewidth=1)
-                panel.annotate(
-                    f"{row.error:.2f}", (row.error + (row.error_std or 0), y), (5, 0), textcoords="offset points", va="center", fontsize=9
-                )
+                error, note = (0.0, error_text(row)) if row.diverged == row.n else (row.error, f"{row.error:.2f}")
+                panel.barh(y, error, 0.62, color=colors[row.loss], alpha=0.85)
+                panel.errorbar(error, y, xerr=row.error_std, color="#222222", capsize=3, linewidth=1)
+                panel.annotate(note, (error + (row.error_std or 0), y), (5, 0), textcoords="offset points", va="center", fontsize=9)
             panel.set_yticks(range(len(group)), [row.label for row in group])
             panel.grid(axis="y", visible=False)
             panel.margins(x=0.12)
@@ -208,14 +217,12 @@ def overview(rows: Sequence[Row], background: str = "none") -> str:
         return svg(figure, background)
 
 
-def learning_curves(records: Records) -> str:
+def learning_curves(records: Records, colors: Mapping[str, str]) -> str:
     """Test error after each epoch: the mean over seeds, and the span of the seeds."""
     with matplotlib.rc_context(STYLE):
         figure, ax = axes()
-        groups = by_loss(records)
-        colors = color_of(list(groups))
         settled = 0.0
-        for loss, group in groups.items():
+        for loss, group in by_loss(records).items():
             measured = [[row for row in record["epochs"] if row["test_error"] is not None] for record in group]
             by_epoch = list(zip(*([row["test_error"] for row in rows] for rows in measured), strict=True))
             epochs = [row["epoch"] for row in measured[0]]
@@ -236,15 +243,13 @@ def learning_curves(records: Records) -> str:
         return svg(figure)
 
 
-def margin_histograms(records: Records) -> str:
+def margin_histograms(records: Records, colors: Mapping[str, str]) -> str:
     """The margins of the test samples of all seeds."""
     with matplotlib.rc_context(STYLE):
         figure, ax = axes()
-        groups = by_loss(records)
-        colors = color_of(list(groups))
         edges = MARGIN_EDGES.tolist()
         used = [0.0]
-        for loss, group in groups.items():
+        for loss, group in by_loss(records).items():
             counts = [sum(bins) for bins in zip(*(record["test"]["margin_histogram"] for record in group), strict=True)]
             total = sum(counts) or 1
             ax.stairs([100 * count / total for count in counts], edges, color=colors[loss], linewidth=1.4)
@@ -256,17 +261,15 @@ def margin_histograms(records: Records) -> str:
         return svg(figure)
 
 
-def rho_curves(records: Records) -> str:
+def rho_curves(records: Records, colors: Mapping[str, str]) -> str:
     """The margin hidden in the loss, over training batches: the paper's Fig. 3."""
     with matplotlib.rc_context(STYLE):
         figure, ax = axes()
-        groups = by_loss(records)
-        colors = color_of(list(groups))
-        for loss, group in groups.items():
+        for loss, group in by_loss(records).items():
             curves = [record["rho_of_batches"] for record in group]
             ax.plot(
                 curves[0]["batch"],
-                [mean_or_nan(v) for v in zip(*(c["rho"] for c in curves), strict=True)],
+                [statistics.fmean(v) if None not in v else math.nan for v in zip(*(c["rho"] for c in curves), strict=True)],
                 color=colors[loss],
                 linewidth=1.3,
             )

@@ -27,6 +27,7 @@ from .paper_lines import number_text, recipe_options
 from .progress import interrupted, run_with_progress, say_what_is_left
 from .queue import num_finished, result_of
 from .recipe import Recipe
+from .stopping import interrupts_end_at_once
 from .words import counted
 
 MARKER = "reproduce.json"  # tells a folder of ours from one that is not
@@ -162,7 +163,8 @@ def reproduce(
         raise interrupted(recipes, runs) from None
     entries = entries_of(reproduction, digests, out)
     if any(entry.records for entry in entries):
-        from . import paper_report  # matplotlib is slow to import: not before the runs
+        with interrupts_end_at_once():
+            from . import paper_report  # matplotlib is slow to import: not before the runs
 
         paper_report.write(out, entries, reproduction.of_scale, command, console)
     if budget is not None and failure is None:

@@ -10,13 +10,16 @@ from typing import Any
 
 from rich.console import Console
 
-from . import data
+from . import data, records
+from .asked import missing
 from .checkpoint import check_same
+from .diverged import why_diverged
 from .environment import check_device, default_device, device_label
 from .errors import LabError
 from .executors.locks import Lock
 from .files import UNFINISHED
 from .models import weights_digest
+from .progress import reading_images
 from .recipe import Recipe
 from .stopping import Stopped
 from .train import WEIGHTS, train
@@ -40,20 +43,26 @@ def train_one(
     recipe: Recipe, out: Path, console: Console, tensorboard: bool = False, keep_checkpoint: bool = False, graph: bool = True
 ) -> dict[str, Any]:
     """Train by the recipe into the folder ``out``, and say what came of it; a finished run is not repeated."""
-    images = data.load(recipe.data, recipe.data_root, recipe.image_size, streamed=recipe.streamed)
+    with reading_images(console) as on_image:
+        images = data.load(recipe.data, recipe.data_root, recipe.image_size, recipe.streamed, on_image)
     weights = weights_digest(recipe.weights) if recipe.weights else ""
     recipe = dataclasses.replace(recipe, data_digest=images.digest(), weights_digest=weights)
     done = finished(recipe, out)
     if done is not None:
-        split = "test" if done["test"] else "validation"
-        console.print(f"{out} holds this run, finished: {split} error {done[split]['error']:.2f}%", markup=False, highlight=False)
+        console.print(f"{out} holds this run, finished: {error_of(done)}", markup=False, highlight=False)
+        for line in missing([out], tensorboard=tensorboard, keep_checkpoint=keep_checkpoint, keep_weights=True):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         return done
     check_device(recipe.device if recipe.processes == 1 else "cpu")
+    data.choose_rows(recipe, images.train_labels, len(images.classes))  # refuses too small a share before anything is written
+    console.print(data.sizes(recipe, images), markup=False, highlight=False)
     console.print(
         f"{recipe.loss_label}: {recipe.epochs} epochs of {recipe.network} on {recipe.data}, on {device_label(recipe.device)}, into {out}",
         markup=False,
         highlight=False,
     )
+    for note in images.notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
 
     def say(row: dict[str, Any]) -> None:
         measured = ", ".join(f"{name} {value:.3f}" for name, value in row.items() if name != "epoch" and value is not None)
@@ -77,15 +86,20 @@ def train_one(
         raise
     except OSError as error:
         raise LabError(f"--out {out} cannot be written: {error.strerror or error}; make room, or choose another folder") from error
-    split = "test" if record["test"] else "validation"
     console.print(
-        f"{split} error {record[split]['error']:.2f}% after {recipe.epochs} epochs, {record['images_per_second']:.0f} images a second; "
+        f"{error_of(record)} after {recipe.epochs} epochs, {record['images_per_second']:.0f} images a second; "
         f"{out}: result.json metrics.csv {WEIGHTS}",
         markup=False,
         highlight=False,
         soft_wrap=True,
     )
     return record
+
+
+def error_of(record: dict[str, Any]) -> str:
+    """The error in words, and whether the run diverged."""
+    split, reason = "test" if record["test"] else "validation", why_diverged(record)
+    return f"{split} error {record[split]['error']:.2f}%" + (f" (diverged: {reason})" if reason else "")
 
 
 @contextlib.contextmanager
@@ -114,6 +128,9 @@ def finished(recipe: Recipe, out: Path) -> dict[str, Any] | None:
             return None
         there = Recipe(**json.loads((out / "recipe.json").read_text()))
         record: dict[str, Any] | None = json.loads((out / "result.json").read_text()) if (out / "result.json").is_file() else None
+        if record is not None:
+            records.check(record)
+            records.check_complete(record)
     except (OSError, ValueError, TypeError) as error:
         raise not_a_run(out) from error
     check_same(out, there.to_dict(), recipe)

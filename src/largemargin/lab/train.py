@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import io
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from .models import build, check_image
 from .recipe import Recipe
 from .seeds import seeded
 from .step import CompiledStep, EagerStep, GraphedStep, TakesSteps, first_line
-from .stopping import Stopped, told_to_stop
+from .stopping import Stopped, Told, interrupts_end_at_once, told_to_stop
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -75,7 +74,7 @@ class Run:
         data: ImageSet | FileSet,
         folder: Path,
         accelerator: "Accelerator",
-        told: threading.Event,
+        told: Told,
         *,
         graph: bool = True,
         on_message: Callable[[str], object] = lambda _: None,
@@ -156,7 +155,7 @@ class Run:
         if told or due:
             self.save()
         if told:
-            raise Stopped
+            raise Stopped(self.told.number)
 
     def _set_learning_rate(self) -> None:
         """That of the epoch, as a number, or where the optimiser is fused as a tensor that stays the same."""
@@ -335,7 +334,8 @@ def train(
 
 def start(recipe: Recipe) -> "Accelerator":
     """Set the machine as the recipe says; the processes of the run."""
-    from accelerate import Accelerator
+    with interrupts_end_at_once():
+        from accelerate import Accelerator
 
     check_device(recipe.device if recipe.processes == 1 else "cpu")  # each of several has a device of its own
     if recipe.compile and recipe.compile not in torch.compiler.list_backends(exclude_tags=()):

@@ -1,6 +1,22 @@
-"""Numbers with their nouns."""
+"""Numbers with their nouns, and text that is safe to print."""
+
+import unicodedata
+
+# controls, formats (which turn the direction of a line), surrogates, and what ends a line or a paragraph
+NOT_PRINTED = ("Cc", "Cf", "Cs", "Zl", "Zp")
+JOINERS = "\u200c\u200d"  # without which some scripts are not written rightly
 
 
 def counted(number: int, noun: str) -> str:
     """``1 run``, ``2 runs``."""
     return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""The text with escapes (``\x1b``) in place of what a terminal would obey; characters of ``keep`` stay as they are."""
+    if text.isprintable():
+        return text
+    kept = keep + JOINERS
+    return "".join(
+        one if one in kept or unicodedata.category(one) not in NOT_PRINTED else one.encode("unicode_escape").decode() for one in text
+    )

@@ -10,6 +10,7 @@ from rich.console import Console
 from ..errors import LabError
 from ..executors import EXECUTORS
 from ..recipe import LOSSES, NETWORKS
+from ..stopping import interrupts_end_at_once
 from .options import (
     DEVICE_HELP,
     NonNegativeNumber,
@@ -125,7 +126,8 @@ def run(options: Any, console: Console) -> None:
     names = ("data", "data_root", "image_size", "network", "validation_fraction", "epochs", "train_fraction")
     settings: dict[str, Any] = {name: options[name] for name in names}
     settings |= {name: list(dict.fromkeys(options[name])) for name in ("losses", "lam", "seeds", "label_noise")}
-    from ..compare import Comparison, compare, device_of
+    with interrupts_end_at_once():
+        from ..compare import Comparison, compare, device_of
 
     settings["device"] = options.device or device_of(path_of(options.out))
     comparison = Comparison.from_dict(plain(settings) | {"overrides": given_fields(options.recipe)})

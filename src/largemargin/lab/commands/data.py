@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..errors import LabError
+from ..stopping import interrupts_end_at_once
 from .options import new_parser, path_of
 
 if TYPE_CHECKING:
@@ -28,8 +29,9 @@ def parser() -> ArgumentParser:
 
 
 def run(options: Any, console: Console) -> None:
-    from ..data.archives import ARCHIVED
-    from ..data.folders import STREAMED
+    with interrupts_end_at_once():
+        from ..data.archives import ARCHIVED
+        from ..data.folders import STREAMED
 
     root = path_of(options.data_root)
     names = (*ARCHIVED, *STREAMED)
@@ -92,6 +94,8 @@ def _verify(names: tuple[str, ...], root: "Path", console: Console, asked: bool)
         elif asked or (root / name).is_dir():
             files = streamed_set(name, root)
             counts = f"{len(files.train_files)} training and {len(files.test_files)} validation images of {len(files.classes)} classes"
+            for note in files.notes:
+                console.print(f"{name}: {note}", markup=False, highlight=False)
             console.print(f"{name}: {counts}; images carry no md5 of their own", markup=False, highlight=False)
         else:
             continue

@@ -1,11 +1,8 @@
 """What the commands share: parsers, types of options, and every field of a recipe as an option."""
 
 import dataclasses
-import functools
-import inspect
 import json
 import math
-import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,6 +75,7 @@ CHECKED: dict[str, Any] = {
     "threads": PositiveInt,
     "precision": typing.Literal[PRECISIONS],
 }
+BY_DATA = ("image_size", "epochs", "batch_size", "schedule", "milestones", "augmentation", "crop_padding", "flip")  # what suited_to() sets
 COMPUTED = ("data_digest", "weights_digest", "processes")  # what a run finds out itself
 
 
@@ -88,7 +86,15 @@ def add_recipe_fields(parser: ArgumentParser, prefix: str = "", leave_out: Seque
         if field.name not in (*leave_out, *COMPUTED):
             kind = CHECKED.get(field.name, hints[field.name])
             name = f"--{prefix}{field.name}" if prefix else f"--{field.name.replace('_', '-')}"
-            parser.add_argument(name, type=kind, default=None, help=comments()[field.name], metavar="VALUE")
+            parser.add_argument(name, type=kind, default=None, help=help_of(field), metavar="VALUE")
+
+
+def help_of(field: "dataclasses.Field[Any]") -> str:
+    """What ``--help`` says of a field of a recipe, with its default; where another is usual for some data, that too."""
+    text = str(field.metadata["help"]).replace("%", "%%")
+    if field.name in BY_DATA:
+        return f"{text}; default: what suits the data, else {field.default or 'none'}"
+    return text if field.default in (dataclasses.MISSING, None, "") else f"{text}; default: {field.default}"
 
 
 DEVICE_HELP = "cpu, cuda, cuda:1, mps, ...; default: that of the runs in DIR, else cuda where torch sees a GPU, else cpu"
@@ -137,11 +143,3 @@ def given_fields(options: Any) -> dict[str, Any]:
 def plain(value: Any) -> Any:
     """The value through JSON: the parser's own restricted types cannot be sent to another process."""
     return json.loads(json.dumps(value))
-
-
-@functools.cache
-def comments() -> dict[str, str]:
-    """What stands beside each field of :class:`Recipe` in its source."""
-    lines = inspect.getsource(Recipe).splitlines()
-    found = (re.match(r"    (\w+): [^#]*(?:# (.*))?$", line) for line in lines)
-    return {match[1]: (match[2] or "").replace("%", "%%") for match in found if match}

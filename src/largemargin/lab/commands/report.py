@@ -5,6 +5,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
+from ..stopping import interrupts_end_at_once
 from .options import new_parser, path_of
 
 HELP = "print and write the report of a comparison or a reproduction again"
@@ -20,13 +21,12 @@ def parser() -> ArgumentParser:
 
 def run(options: Any, console: Console) -> None:
     out = path_of(options.out)
-    from .. import reproduce
-
-    if (out / reproduce.MARKER).is_file():
+    with interrupts_end_at_once():
+        from .. import reproduce
+        from ..compare import print_and_write, reopen
         from ..paper_report import write
 
+    if (out / reproduce.MARKER).is_file():
         write(out, *reproduce.reopen(out), console)
         return
-    from ..compare import print_and_write, reopen
-
     print_and_write(reopen(out), out, console)

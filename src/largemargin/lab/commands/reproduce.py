@@ -10,6 +10,7 @@ from ..errors import LabError
 from ..executors import EXECUTORS
 from ..paper import SCALES, TARGETS
 from ..recipe import OF_SOME_LOSSES, Recipe
+from ..stopping import interrupts_end_at_once
 from .options import (
     DEVICE_HELP,
     add_budget,
@@ -83,13 +84,15 @@ def run(options: Any, console: Console) -> None:
     if options.target in FIGURES:
         if ignored := of_runs(options):
             raise LabError(f"{ignored[0]} is nothing that {options.target} has: it is computed at once, without runs; leave it out")
-        from ..figures import reproduce as draw
+        with interrupts_end_at_once():
+            from ..figures import reproduce as draw
 
         draw(options.target, path_of(options.out or "runs/figures"), console)
         return
     if options.recipe.network is not None:
         check_network_name(options.recipe.network)
-    from ..reproduce import Reproduction, device_of, dry_run, list_cells, reproduce
+    with interrupts_end_at_once():
+        from ..reproduce import Reproduction, device_of, dry_run, list_cells, reproduce
 
     out = path_of(options.out or "runs/paper")
     device = options.device or device_of(out)

@@ -8,7 +8,8 @@ from jsonargparse.typing import NonNegativeInt
 from rich.console import Console
 
 from ..recipe import LOSSES, Recipe, check_image_size, check_settings, suited_to
-from .options import add_recipe_fields, given_fields, new_parser, path_of
+from ..stopping import interrupts_end_at_once
+from .options import DEVICE_HELP, add_recipe_fields, given_fields, new_parser, path_of
 
 HELP = "train one network with one loss; under torchrun or accelerate launch, in several processes"
 
@@ -16,7 +17,8 @@ HELP = "train one network with one loss; under torchrun or accelerate launch, in
 def parser() -> ArgumentParser:
     train = new_parser("Train one network with one loss; the same command goes on where it was interrupted.")
     train.add_argument("--config", action="config", help="a YAML file with any of these options")
-    add_recipe_fields(train, leave_out=("loss", "seed"))
+    add_recipe_fields(train, leave_out=("loss", "seed", "device"))
+    train.add_argument("--device", type=str, default=None, metavar="VALUE", help=DEVICE_HELP)
     train.add_argument("--loss", choices=list(LOSSES), default="large_margin", metavar="LOSS", help=" ".join(LOSSES))
     train.add_argument("--seed", type=NonNegativeInt, default=0, help="of initial weights, order, augmentation, subset and noise")
     train.add_argument("--out", type=str, default="runs/train", metavar="DIR", help="the folder of this run")
@@ -27,7 +29,8 @@ def parser() -> ArgumentParser:
 
 
 def run(options: Any, console: Console) -> None:
-    from ..single import device_of, train_one
+    with interrupts_end_at_once():
+        from ..single import device_of, train_one
 
     out = path_of(options.out)
     given = {"device": device_of(out), **given_fields(options), "processes": int(os.environ.get("WORLD_SIZE", 1))}

@@ -6,9 +6,10 @@ import torch
 
 from ..recipe import Recipe
 from .archives import ARCHIVED, archived
-from .degrade import Rows, choose_rows, load_rows, pollute_labels, save_rows, subsample
+from .decode import OnImage
+from .degrade import Rows, choose_rows, load_rows, pollute_labels, samples_used, save_rows, subsample
 from .feeds import Batch, Feed, InMemory
-from .folders import STREAMED, FileSet, image_folder, listed_folder, streamed_set
+from .folders import STREAMED, FileSet, image_folder, streamed_folder, streamed_set
 from .images import ImageSet, channel_moments, digits
 from .streams import Streamed
 
@@ -30,14 +31,18 @@ __all__ = [
     "load_rows",
     "pollute_labels",
     "save_rows",
+    "sizes",
     "subsample",
 ]
 
 NAMED = ("digits", *ARCHIVED, *STREAMED)  # what --data can be beside a folder
 
 
-def load(data: str, data_root: str, image_size: int, streamed: bool = False) -> ImageSet | FileSet:
-    """The data set called ``data``, one of :data:`NAMED` or the path of an image folder, which ``streamed`` leaves in its files."""
+def load(data: str, data_root: str, image_size: int, streamed: bool = False, on_image: OnImage = lambda *_: None) -> ImageSet | FileSet:
+    """The data set called ``data``, one of :data:`NAMED` or the path of an image folder, which ``streamed`` leaves in its files.
+
+    ``on_image`` hears how many images of how many are decoded.
+    """
     if data == "digits":
         return digits()
     if data in ARCHIVED:
@@ -45,7 +50,15 @@ def load(data: str, data_root: str, image_size: int, streamed: bool = False) -> 
     if data in STREAMED:
         return streamed_set(data, Path(data_root).expanduser())
     folder = Path(data).expanduser()
-    return listed_folder(folder) if streamed else image_folder(folder, image_size)
+    return streamed_folder(folder) if streamed else image_folder(folder, image_size, on_image)
+
+
+def sizes(recipe: Recipe, images: ImageSet | FileSet) -> str:
+    """How many images a run has, in words."""
+    whole = len(images.train_labels)
+    used = samples_used(whole, recipe.train_fraction)
+    training = str(whole) if used == whole else f"{used} of {whole}"
+    return f"{recipe.data}: {training} training and {len(images.test_labels)} test images of {len(images.classes)} classes"
 
 
 def feed_of(recipe: Recipe, data: ImageSet | FileSet, device: torch.device, rank: int = 0, world: int = 1) -> Feed:

@@ -13,10 +13,14 @@ from ..recipe import Recipe
 from ..seeds import seeded
 
 
+def samples_used(num_samples: int, fraction: float) -> int:
+    """How many samples a share is: at least one."""
+    return max(1, round(fraction * num_samples))
+
+
 def subsample(num_samples: int, fraction: float, generator: torch.Generator) -> Tensor:
     """The indices of ``round(fraction * num_samples)`` samples, at least one, drawn without replacement; in their old order."""
-    count = max(1, round(fraction * num_samples))
-    return torch.randperm(num_samples, generator=generator)[:count].sort().values
+    return torch.randperm(num_samples, generator=generator)[: samples_used(num_samples, fraction)].sort().values
 
 
 def pollute_labels(labels: Tensor, noise: float, num_classes: int, generator: torch.Generator) -> Tensor:
@@ -49,6 +53,13 @@ def choose_rows(recipe: Recipe, labels: Tensor, num_classes: int) -> Rows:
             raise LabError(
                 f"validation_fraction {recipe.validation_fraction:g} of {len(chosen)} samples leaves none to train on; give less"
             )
+    if (recipe.train_fraction < 1 or recipe.validation_fraction) and len(chosen) - int(held_out.sum()) < num_classes:
+        shares = f"train_fraction {recipe.train_fraction:g}"
+        shares += f" less validation_fraction {recipe.validation_fraction:g}" if recipe.validation_fraction else ""
+        raise LabError(
+            f"{shares} of {len(labels)} samples leaves {len(chosen) - int(held_out.sum())} to train on, fewer than the {num_classes} "
+            "classes; use more of them"
+        )
     return Rows(chosen[~held_out], believed[~held_out], chosen[held_out], believed[held_out])
 
 

@@ -13,7 +13,8 @@ from .crops import Moves, apply_moves, draw_moves
 from .degrade import Rows, choose_rows
 from .images import ImageSet, channel_moments
 
-EVALUATED_AT_ONCE = 500  # images in memory
+EVALUATED_AT_ONCE = 500  # images of up to 32x32 pixels
+PIXELS_AT_ONCE = EVALUATED_AT_ONCE * 32 * 32
 
 
 class Batch(NamedTuple):
@@ -64,6 +65,14 @@ def own_rows(rank: int, world: int) -> slice:
     return slice(rank, None, world)
 
 
+def evaluated_at_once(recipe: Recipe, image_size: int, world: int = 1) -> int:
+    """Images in a forward pass of an evaluation: as many as a training batch of a process has where they are large, but never more than
+    EVALUATED_AT_ONCE.
+    """
+    of_a_batch = -(-recipe.batch_size // world)
+    return min(EVALUATED_AT_ONCE, max(of_a_batch, PIXELS_AT_ONCE // image_size**2))
+
+
 class InMemory:
     """A data set of uint8 images, whole on the device and augmented there in batches."""
 
@@ -81,7 +90,8 @@ class InMemory:
         mean, std = channel_moments(data.train_images)
         self.mean, self.std = mean.to(device).view(1, -1, 1, 1), std.to(device).view(1, -1, 1, 1)
         self.fill = mean.to(device) if recipe.crop_fill == "mean" else None
-        self.images = data.train_images[self.rows.training].to(device)
+        every = len(self.rows.training) == len(data.train_labels)  # then they are in their old order, and no copy is made
+        self.images = (data.train_images if every else data.train_images[self.rows.training]).to(device)
         self.labels = self.rows.training_labels.to(device)
         if self.split == "test":
             held_out, target = data.test_images, data.test_labels
@@ -121,8 +131,9 @@ class InMemory:
         return plan.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else plan.to(self.device)
 
     def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, len(self.held_out_labels), EVALUATED_AT_ONCE):
-            part = slice(start, start + EVALUATED_AT_ONCE)
+        size = evaluated_at_once(self.recipe, self.image_size, self.world)
+        for start in range(0, len(self.held_out_labels), size):
+            part = slice(start, start + size)
             yield self.normalize(self.held_out_images[part]), self.held_out_labels[part]
 
     def normalize(self, images: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import hashlib
 import math
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,10 @@ from torch import Tensor
 
 from .._torchvision import import_torchvision
 from ..errors import LabError
+from ..stopping import interrupts_end_at_once
+from ..words import counted
+from . import duplicates, skipped
+from .decode import OnImage, broken_files, decode
 from .images import SPLIT_SEED, ImageSet, spread
 
 SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation"}
@@ -31,18 +35,22 @@ class FileSet:
     test_files: tuple[str, ...]
     test_labels: Tensor
     classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()  # what the user should know of the files
 
     def digest(self) -> str:
         """Twelve characters that change with the name or the size of any file, and with any label or class name."""
-        whole = hashlib.sha256(repr(self.classes).encode())
+        whole, broken = hashlib.sha256(repr(self.classes).encode()), []
         for files, labels in ((self.train_files, self.train_labels), (self.test_files, self.test_labels)):
             for name in files:
                 try:
                     size = os.stat(self.folder / name).st_size
                 except OSError as error:
-                    raise LabError(f"cannot read the image {self.folder / name}: {error.strerror}; mend or remove it") from error
+                    broken.append(f"{self.folder / name}: {error.strerror}")
+                    continue
                 whole.update(f"{size} {name}\0".encode(errors="surrogateescape"))
             whole.update(labels.numpy().tobytes())
+        if broken:
+            raise broken_files(broken, len(self.train_files) + len(self.test_files))
         return whole.hexdigest()[:12]
 
     def few(self, count: int) -> "FileSet":
@@ -58,18 +66,35 @@ class FileSet:
         )
 
 
-def image_folder(folder: Path, image_size: int) -> ImageSet:
+def image_folder(folder: Path, image_size: int, on_image: OnImage = lambda *_: None) -> ImageSet:
     """A folder of images, class per sub-folder: ``train/`` with ``test/`` or ``val/``, else a stratified fifth is held out.
 
-    Each image is converted to RGB, its shorter side resized to ``image_size`` and its centre cropped.
+    Each image is decoded to RGB as a viewer shows it, its shorter side resized to ``image_size`` and its centre cropped.
     """
     files = listed_folder(folder)
-    train, test = (_decode(files.folder, names, image_size) for names in (files.train_files, files.test_files))
-    return ImageSet(train, files.train_labels, test, files.test_labels, files.classes)
+    decoded = decode(files.folder, files.train_files + files.test_files, image_size, on_image)
+    at = len(files.train_files)
+    notes = list(files.notes)
+    if decoded.turned:
+        notes.append(f"{counted(decoded.turned, 'image')} turned upright, as the EXIF orientation says")
+    if decoded.transparent:
+        notes.append(f"{counted(decoded.transparent, 'image')} with transparency laid on white")
+    notes += duplicates.warning(duplicates.in_both(decoded.digests[:at], decoded.digests[at:]), len(files.test_files))
+    return ImageSet(decoded.images[:at], files.train_labels, decoded.images[at:], files.test_labels, files.classes, tuple(notes))
+
+
+def streamed_folder(folder: Path) -> FileSet:
+    """The same folder with its images left in their files."""
+    files = listed_folder(folder)
+    try:
+        found = duplicates.files_in_both(folder, files.train_files, files.test_files)
+    except OSError:
+        return files  # a file that cannot be read: digest() names all of them
+    return replace(files, notes=(*files.notes, *duplicates.warning(found, len(files.test_files))))
 
 
 def listed_folder(folder: Path) -> FileSet:
-    """The same folder with its images left in their files."""
+    """The files of such a folder, with notes on what it holds beside them."""
     if not folder.is_dir():
         raise LabError(
             f"data {folder}: no such folder; give digits, cifar10, cifar100, svhn, imagenet, places365 or a folder with one "
@@ -81,9 +106,9 @@ def listed_folder(folder: Path) -> FileSet:
     parts = sorted(entry.name for entry in folder.iterdir() if entry.name.lower() in SPLIT_NAMES)
     if parts:
         raise LabError(f"data {folder}: {', '.join(parts)} looks like a part of a split; name the parts train/ and test/ (or val/)")
-    classes, files = _list_images(folder, "", _classes_of)
+    classes, files, notes = _list_images(folder, "", _classes_of)
     train, test = _hold_out_a_fifth(folder, files, classes)
-    return _file_set(folder, classes, train, test)
+    return _file_set(folder, classes, train, test, notes)
 
 
 def streamed_set(name: str, root: Path) -> FileSet:
@@ -99,18 +124,21 @@ def streamed_set(name: str, root: Path) -> FileSet:
 
 
 def _split_folder(folder: Path, held_out: str, classes_of: Any) -> FileSet:
-    classes, train = _list_images(folder, "train", classes_of)
-    test_classes, test = _list_images(folder, held_out, classes_of)
+    classes, train, notes = _list_images(folder, "train", classes_of)
+    test_classes, test, test_notes = _list_images(folder, held_out, classes_of)
     if test_classes != classes:
         differing = sorted(set(classes) ^ set(test_classes))
         rest = f" and {len(differing) - 10} more" if len(differing) > 10 else ""
         raise LabError(f"data {folder}: the classes of {held_out}/ differ from those of train/: {', '.join(differing[:10])}{rest}")
-    return _file_set(folder, classes, train, test)
+    ignored = sorted(f"{entry.name}/" for entry in folder.iterdir() if entry.is_dir() and entry.name not in ("train", held_out))
+    if ignored:
+        notes = [f"{', '.join(ignored)} not read: training images are those of train/, test images those of {held_out}/", *notes]
+    return _file_set(folder, classes, train, test, notes + test_notes)
 
 
-def _file_set(folder: Path, classes: tuple[str, ...], train: Labelled, test: Labelled) -> FileSet:
+def _file_set(folder: Path, classes: tuple[str, ...], train: Labelled, test: Labelled, notes: list[str]) -> FileSet:
     (train_files, train_labels), (test_files, test_labels) = (zip(*part, strict=True) for part in (train, test))
-    return FileSet(folder, train_files, torch.tensor(train_labels), test_files, torch.tensor(test_labels), classes)
+    return FileSet(folder, train_files, torch.tensor(train_labels), test_files, torch.tensor(test_labels), classes, tuple(notes))
 
 
 def _classes_of(folder: Path) -> tuple[str, ...]:
@@ -119,40 +147,41 @@ def _classes_of(folder: Path) -> tuple[str, ...]:
 
 def _nested_classes_of(folder: Path) -> tuple[str, ...]:
     """Every folder that itself holds images, by its path under ``folder``."""
-    found = {os.path.dirname(name) for name in _images_under(folder)}
+    found = {os.path.dirname(name) for name in skipped.walk(folder, is_image)[0]}
     return tuple(sorted(Path(name).as_posix() for name in found if name))
 
 
-def _images_under(folder: Path) -> list[str]:
-    """The images in a folder and the folders in it, hidden ones left out: their names under ``folder``, in a fixed order."""
-    extensions = tuple(import_torchvision().datasets.folder.IMG_EXTENSIONS)
-    found = []
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        prefix = os.path.relpath(place, folder)
-        names = [name for name in files if name.lower().endswith(extensions) and not name.startswith(".")]
-        found += names if prefix == "." else [os.path.join(prefix, name) for name in names]
-    return sorted(found, key=lambda name: name.split(os.sep))
+def is_image(name: str) -> bool:
+    """Whether the suffix of a file is one of those that are read."""
+    return name.lower().endswith(tuple(import_torchvision().datasets.folder.IMG_EXTENSIONS))
 
 
-def _list_images(folder: Path, part: str, classes_of: Any) -> tuple[tuple[str, ...], Labelled]:
-    """The classes of a part, and every image in it with its label, in a fixed order."""
+def _list_images(folder: Path, part: str, classes_of: Any) -> tuple[tuple[str, ...], Labelled, list[str]]:
+    """The classes of a part, every image in it with its label, in a fixed order, and what is left out."""
     whole = folder / part
     classes: tuple[str, ...] = classes_of(whole)
     if len(classes) < 2:
         raise LabError(f"data {whole}: found {len(classes)} sub-folders, need at least 2: one for each class, with its images inside")
-    labelled = []
+    labelled, left_out, read = [], {}, {}
     for label, name in enumerate(classes):
-        images = _images_under(whole / name)
+        images, others = skipped.walk(whole / name, is_image)
         if not images:
             extensions = " ".join(import_torchvision().datasets.folder.IMG_EXTENSIONS)
-            raise LabError(f"data {whole}: the class folder {name} holds no image ({extensions})")
+            there = f", but {skipped.amounts(others)}" if others else ""
+            raise LabError(f"data {whole}: the class folder {name} holds no image ({extensions}){there}")
         labelled += [(os.path.join(part, name, image), label) for image in images]
-    return classes, labelled
+        place = os.path.join(part, name)
+        left_out[place], read[place] = others, len(images)
+    notes = skipped.lines_of(left_out, read)
+    stray = sum(entry.is_file() and not entry.name.startswith(".") and entry.name.lower() not in skipped.USUAL for entry in whole.iterdir())
+    if stray:
+        notes.append(f"{counted(stray, 'file')} beside the class folders{f' of {part}/' if part else ''} left out")
+    return classes, labelled, notes
 
 
 def _hold_out_a_fifth(folder: Path, files: Labelled, classes: tuple[str, ...]) -> tuple[Labelled, Labelled]:
-    from sklearn.model_selection import train_test_split
+    with interrupts_end_at_once():
+        from sklearn.model_selection import train_test_split
 
     labels = [label for _, label in files]
     counts = Counter(labels)
@@ -164,26 +193,3 @@ def _hold_out_a_fifth(folder: Path, files: Labelled, classes: tuple[str, ...]) -
         )
     train, test = train_test_split(files, test_size=0.2, stratify=labels, random_state=SPLIT_SEED)
     return train, test
-
-
-def read_image(path: Path) -> Any:
-    """A PIL image in RGB."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"its pixels have more than 8 bits (mode {image.mode}); convert it to 8 bits")
-            return image.convert("RGB")
-    except Exception as error:  # PIL raises many types for a broken file
-        reason = "empty file" if path.is_file() and path.stat().st_size == 0 else str(error) or type(error).__name__
-        raise LabError(f"cannot read the image {path}: {reason}; mend or remove it") from error
-
-
-def _decode(folder: Path, names: tuple[str, ...], image_size: int) -> Tensor:
-    transforms = import_torchvision().transforms.v2
-    transform = transforms.Compose([transforms.Resize(image_size), transforms.CenterCrop(image_size), transforms.PILToTensor()])
-    images = torch.zeros((len(names), 3, image_size, image_size), dtype=torch.uint8)
-    for slot, name in zip(images, names, strict=True):
-        slot.copy_(transform(read_image(folder / name)))
-    return images

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..files import write_atomically
+from ..stopping import interrupts_end_at_once
 
 SPLIT_SEED = 0  # where a data set comes without a test set, this seed, the same for every run, chooses one
 
@@ -22,13 +23,14 @@ class ImageSet:
     test_images: Tensor
     test_labels: Tensor
     classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()  # what the user should know of the files
 
     def digest(self) -> str:
         """Twelve characters that change with any pixel, label or class name."""
         whole = hashlib.sha256(repr(self.classes).encode())
         for part in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             whole.update(repr(tuple(part.shape)).encode())
-            whole.update(part.numpy().tobytes())
+            whole.update(part.reshape(-1).numpy().data)  # not a copy of the images
         return whole.hexdigest()[:12]
 
     def few(self, count: int) -> "ImageSet":
@@ -54,8 +56,9 @@ def spread(num_samples: int, count: int) -> slice:
 
 def digits() -> ImageSet:
     """scikit-learn's handwritten digits: 1,797 real images of 8x8 pixels, one third of them held out as test."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    with interrupts_end_at_once():
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
 
     bunch = load_digits()
     images = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)  # stored as 0..16
@@ -69,7 +72,10 @@ def channel_moments(images: Tensor) -> tuple[Tensor, Tensor]:
     values = torch.arange(256, dtype=torch.float64)
     means, stds = [], []
     for channel in images.unbind(1):
-        share = torch.bincount(channel.flatten(), minlength=256) / channel.numel()  # no float copy of the data set
+        counts = torch.zeros(256, dtype=torch.int64)
+        for start in range(0, len(channel), 1000):  # part by part: no other copy of the data set
+            counts += torch.bincount(channel[start : start + 1000].flatten(), minlength=256)
+        share = counts / channel.numel()
         means.append((share * values).sum())
         stds.append((share * (values - means[-1]) ** 2).sum().sqrt())
     return torch.stack(means).float(), torch.stack(stds).float().clamp(min=1)

@@ -16,9 +16,10 @@ from .._torchvision import import_torchvision
 from ..errors import LabError
 from ..recipe import Recipe
 from ..seeds import seeded
+from .decode import read_image
 from .degrade import choose_rows
 from .feeds import Batch, order_of, own_rows, share_of
-from .folders import FileSet, read_image
+from .folders import FileSet
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training images, in [0, 1]
 LIGHTING_STD = 0.1
@@ -79,7 +80,7 @@ class ImageFiles(Dataset[Any]):
         epoch, place = where
         index = int(self.indices[place])
         try:
-            image = read_image(self.folder / self.files[index])
+            image = read_image(self.folder / self.files[index]).image
         except LabError as error:
             return error  # raised in the training process: a worker's exception would come with its traceback as its text
         state = torch.get_rng_state()  # torchvision draws from the global generator

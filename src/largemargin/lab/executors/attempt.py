@@ -118,7 +118,7 @@ def died(recipe: Recipe, runs: Path, how: str) -> Outcome:
     folder = runs / recipe.id
     with contextlib.suppress(OSError):  # a full disk, say: the reason is reported all the same
         write_text(folder / "error.txt", how + "\n")
-        with (folder / "log.txt").open("a") as log:
+        with (folder / "log.txt").open("a", encoding="utf-8", errors="backslashreplace") as log:
             log.write(stamped(how))
     return Outcome("failed", how)
 

@@ -1,0 +1,102 @@
+"""From the file of an image to its pixels, as a viewer shows them."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._torchvision import import_torchvision
+from ..errors import LabError
+
+NAMED = 10  # broken files in a message; the others are counted
+
+OnImage = Callable[[int, int], object]  # hears how many images of how many are decoded
+
+
+class Picture(NamedTuple):
+    """A PIL image in RGB, and what had to be done for it."""
+
+    image: Any
+    turned: bool  # as its EXIF orientation says
+    was_transparent: bool  # somewhere: it lies on white
+
+
+class Decoded(NamedTuple):
+    """Images (N, 3, size, size) uint8, and what there is to say of them."""
+
+    images: Tensor
+    digests: list[bytes]  # of the pixels of each whole image
+    turned: int
+    transparent: int
+
+
+def read_image(path: Path) -> Picture:
+    """The picture as a viewer shows it."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            if file.mode.startswith(("I", "F")):
+                raise ValueError(f"its pixels have more than 8 bits (mode {file.mode}); convert it to 8 bits")
+            turn = _turn(file)
+            image = file if turn is None else file.transpose(turn)
+            layer = image.convert("RGBA") if file.has_transparency_data else None
+            if layer is None or layer.getchannel("A").getextrema()[0] == 255:  # opaque all over
+                return Picture(image.convert("RGB"), turn is not None, False)
+            white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+            return Picture(Image.alpha_composite(white, layer).convert("RGB"), turn is not None, True)
+    except Exception as error:  # PIL raises many types for a broken file
+        reason = "empty file" if path.is_file() and path.stat().st_size == 0 else str(error) or type(error).__name__
+        raise LabError(f"cannot read the image {path}: {reason}; mend or remove it") from error
+
+
+def _turn(file: Any) -> Any:
+    """The transposition that its EXIF orientation asks for, or None; EXIF data that cannot be read ask for none."""
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    try:
+        return turns.get(file.getexif().get(0x0112))
+    except Exception:  # PIL raises many types; viewers show such an image as it is
+        return None
+
+
+def decode(folder: Path, names: Sequence[str], image_size: int, on_image: OnImage = lambda *_: None) -> Decoded:
+    """Each image with its shorter side resized to ``image_size`` and its centre cropped; all broken files are named at once."""
+    transforms = import_torchvision().transforms.v2
+    transform = transforms.Compose([transforms.Resize(image_size), transforms.CenterCrop(image_size), transforms.PILToTensor()])
+    images = torch.zeros((len(names), 3, image_size, image_size), dtype=torch.uint8)
+    digests, turned, transparent, broken = [], 0, 0, []
+    for i, name in enumerate(names):
+        try:
+            picture = read_image(folder / name)
+        except LabError as error:
+            broken.append(str(error).removeprefix("cannot read the image ").removesuffix("; mend or remove it"))
+        else:
+            images[i].copy_(transform(picture.image))
+            pixels = f"{picture.image.size}".encode() + picture.image.tobytes()
+            digests.append(hashlib.blake2b(pixels, digest_size=16).digest())
+            turned, transparent = turned + picture.turned, transparent + picture.was_transparent
+        on_image(i + 1, len(names))
+    if broken:
+        raise broken_files(broken, len(names))
+    return Decoded(images, digests, turned, transparent)
+
+
+def broken_files(reasons: Sequence[str], num_files: int) -> LabError:
+    """One error for all files that cannot be read."""
+    if len(reasons) == 1:
+        return LabError(f"cannot read the image {reasons[0]}; mend or remove it")
+    rest = f"; and {len(reasons) - NAMED} more" if len(reasons) > NAMED else ""
+    return LabError(f"cannot read {len(reasons)} of {num_files} images: {'; '.join(reasons[:NAMED])}{rest}; mend or remove them")
