@@ -452,6 +452,15 @@ def test_targets_that_do_not_fit_are_refused_alike(change, rng):
                 criterion(torch.randn(4, D, generator=rng), target)
 
 
+def test_a_layer_that_gives_no_tensor_is_refused(rng):
+    class Pair(nn.Linear):
+        def forward(self, features):
+            return super().forward(features), features
+
+    with pytest.warns(UserWarning, match="Pair"), pytest.raises(TypeError, match=r"logits must be a torch\.Tensor"):
+        criterion_of(replaced(Pair))(*batch(rng))
+
+
 def test_a_layer_is_plain_while_it_is_traced():
     class Asking(nn.Module):
         def __init__(self):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from . import _checks
 from .functional import large_margin_cross_entropy
 
 _HOOKS = {
@@ -135,6 +136,8 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def loss_of_logits(logits: Tensor, target: Tensor, weight: Tensor | None, **options: Any) -> Tensor:
     """The loss of logits (..., C), classes last as a layer gives them, and class indices (...)."""
+    _checks.check_tensor("logits", logits)
+    _checks.check_tensor("target", target)
     if target.shape != logits.shape[:-1]:
         raise ValueError(
             f"target must be int64 class indices of shape {tuple(logits.shape[:-1])} for logits of shape {tuple(logits.shape)}, got shape "
