@@ -2,13 +2,26 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from largemargin import ClassParallelLinear, crammer_singer_hinge, hard_margin_softplus, metrics, multiclass_hinge, row_stats
+from largemargin import (
+    ClassParallelLinear,
+    crammer_singer_hinge,
+    hard_margin_softplus,
+    large_margin_cross_entropy,
+    linear_large_margin_cross_entropy,
+    metrics,
+    multiclass_hinge,
+    row_stats,
+    sharded_large_margin_cross_entropy,
+    sharded_linear_large_margin_cross_entropy,
+)
+from largemargin.heads.super_symmetric import super_symmetry_penalty
 from largemargin.lab._torchvision import import_torchvision
 from measure import assert_within, same_bits
 from on_ranks import Rows
@@ -116,3 +129,30 @@ def logits_of_a_class_parallel_layer_go_everywhere(group: dist.ProcessGroup) -> 
         assert same_bits(measure(logits.detach(), target), measure(whole, target))
     weight = head.state_dict()["weight"]
     assert same_bits(metrics.super_symmetry(weight), metrics.super_symmetry(weight.full_tensor()))
+
+
+def a_plain_input_wants_a_plain_target(group: dist.ProcessGroup) -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(group),))
+    logits, target = torch.randn(7, 9), distribute_tensor(torch.arange(7), mesh, [Replicate()])
+    probabilities = distribute_tensor(torch.full((7, 9), 1 / 9), mesh, [Replicate()])
+    for function in (*HINGES.values(), row_stats, large_margin_cross_entropy):
+        with pytest.raises(TypeError, match=r"^target is a DTensor.*target\.full_tensor\(\)"):
+            function(logits, target)
+    with pytest.raises(TypeError, match=r"^target is a DTensor"):
+        large_margin_cross_entropy(logits, probabilities)
+    with pytest.raises(TypeError, match=r"^target is a DTensor"):
+        linear_large_margin_cross_entropy(logits, torch.eye(9), target)
+    with pytest.raises(TypeError, match=r"^target is a DTensor"):
+        sharded_large_margin_cross_entropy(logits, target, group=group)
+    with pytest.raises(TypeError, match=r"^target is a DTensor"):
+        sharded_linear_large_margin_cross_entropy(logits, torch.eye(9), target, group=group)
+
+
+def penalty_equals_whole(group: dist.ProcessGroup) -> None:
+    weight = torch.randn(9, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    placed = distribute_tensor(weight.detach(), init_device_mesh("cpu", (dist.get_world_size(group),)), [Shard(0)]).requires_grad_()
+    penalty, whole = super_symmetry_penalty(placed), super_symmetry_penalty(weight)
+    assert same_bits(penalty.detach(), whole.detach())
+    penalty.backward()
+    whole.backward()
+    assert_within(placed.grad.full_tensor(), weight.grad, 1, 4)

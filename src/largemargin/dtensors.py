@@ -108,6 +108,12 @@ def _shape_without(input: Tensor, class_dim: int) -> tuple[torch.Size, tuple[int
     return like.shape, like.stride()
 
 
+def check_plain(name: str, value: object) -> None:
+    """For what goes with plain logits."""
+    if is_dtensor(value):
+        raise TypeError(f"{name} is a DTensor, and input is not; pass {name}.full_tensor(), or input as a DTensor too")
+
+
 def check_indices_only(input: Tensor, target: Tensor) -> None:
     if _checks.is_probabilities(input, target):
         raise NotImplementedError(

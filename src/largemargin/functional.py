@@ -21,7 +21,7 @@ from . import _checks, fused
 from ._backends import Divergence, LossOptions
 from ._backends.ladder import Backend
 from ._reduce import REDUCTIONS, Reduction, reduce, reduce_rows
-from .dtensors import check_indices_only, is_dtensor, local_rows, reduced
+from .dtensors import check_indices_only, check_plain, is_dtensor, local_rows, reduced
 from .ops import checked_rows, class_index, classes_last, stats_of_all_classes, stats_of_rows
 from .rowstats import RowStats, accumulation_dtype
 from .shards import Shard, SplitStats, check_all_here, check_eager, eagerly, shard_of, stats_of_shard
@@ -190,6 +190,7 @@ def large_margin_cross_entropy(
         return _loss_of_dtensor(input, target, weight, options, backend)
     if _checks.is_probabilities(input, target):
         _checks.check_probabilities(input, target, ignore_index)
+        check_plain("target", target)
         return _loss_of_probabilities(input, target, weight, options, backend)
     _checks.check_indices(input, target, ignore_index)
     if donate:
@@ -312,6 +313,7 @@ def sharded_large_margin_cross_entropy(
         check_all_here(_checks.num_classes(input_shard), class_start, num_classes)
         return large_margin_cross_entropy(input_shard, target, weight, **options._asdict(), backend=backend)
     _checks.check_indices(input_shard, target, ignore_index)
+    check_plain("target", target)
     check_eager("sharded_large_margin_cross_entropy")
     shard, _ = shard_of(_checks.num_classes(input_shard), target, group, class_start, num_classes)
     return _loss_of_shard(input_shard, target, weight, options, backend, shard)

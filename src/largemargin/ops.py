@@ -15,7 +15,7 @@ from . import _checks
 from ._backends import ladder
 from ._backends.ladder import Backend
 from .allclasses import all_row_stats, all_row_stats_jvp, all_row_stats_vjp
-from .dtensors import LocalRows, Whole, check_indices_only, is_dtensor, local_rows
+from .dtensors import LocalRows, Whole, check_indices_only, check_plain, is_dtensor, local_rows
 from .rowstats import IGNORED, RowStats, row_stats_by_autograd, row_stats_jvp, row_stats_vjp
 from .rowstats import row_stats as row_stats_reference
 from .shards import stats_of_shard
@@ -141,6 +141,7 @@ def checked_rows(input: Tensor, target: Tensor, ignore_index: int) -> Rows:
     """The rows of logits ``input`` (C,), (N, C) or (N, C, d1, ..., dk) with class indices ``target``; bad input raises."""
     _checks.check_input(input, target)
     _checks.check_indices(input, target, ignore_index)
+    check_plain("target", target)
     num_classes = _checks.num_classes(input)
     logits = classes_last(input)
     return Rows(logits, *class_index(target.long().reshape(logits.shape[:-1]), num_classes, ignore_index))
@@ -166,7 +167,7 @@ def stats_of_rows(rows: Rows, backend: Backend | None) -> RowStats:
             fields = torch.ops.largemargin.row_stats(rows.logits, rows.class_index)[:6]
         else:
             fields = _RowStats.apply(rows.logits, rows.class_index)
-    elif (kernels := ladder.kernels(rows.logits, backend)) is not None:
+    elif (kernels := ladder.kernels(rows.logits, backend)) is not None and ladder.is_plain(rows.class_index):
         fields = _RowStatsByKernels.apply(rows.logits, rows.class_index, kernels)
     else:
         fields = _RowStatsWithJvp.apply(rows.logits, rows.class_index)

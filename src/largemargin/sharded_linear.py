@@ -17,6 +17,7 @@ from . import _checks, shards
 from ._backends import Divergence, ladder
 from ._backends.ladder import Backend
 from ._reduce import Reduction
+from .dtensors import check_plain
 from .functional import LossOfRows, checked_options
 from .layer import Layer
 from .linear import (
@@ -103,6 +104,7 @@ def sharded_linear_large_margin_cross_entropy(
             input, linear_weight_shard, target, linear_bias=linear_bias_shard, weight=weight, **options._asdict(), backend=backend
         )
     _checks.check_linear(input, linear_weight_shard, target, linear_bias_shard, None, may_be_empty=True)
+    check_plain("target", target)
     check_eager("sharded_linear_large_margin_cross_entropy")
     needed = [_needs_gradient(tensor) for tensor in (input, linear_weight_shard, linear_bias_shard)]
     later = reduction == "none" or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks
+from ..dtensors import gathered
 from ..products import linear
 from ..rowstats import accumulation_dtype
 from ..tracing import as_one_node, refuse_script
@@ -179,7 +180,7 @@ def super_symmetry_penalty(weight: Tensor) -> Tensor:
     if weight.dim() != 2 or len(weight) < 2 or weight.dtype not in _checks.FLOATING:
         raise ValueError(f"weight must be floating of shape (C, D) with C at least 2, got {_checks.describe(weight)}")
     num_classes = len(weight)
-    classes = weight.to(accumulation_dtype(weight.dtype))
+    classes = gathered(weight).to(accumulation_dtype(weight.dtype))
     largest = classes.detach().abs().amax()  # its fourth power is neither to vanish nor to overflow
     classes = classes / largest.masked_fill(largest == 0, 1.0)
     centred = classes - classes.mean(0)
