@@ -53,7 +53,7 @@ def train_one(
         for line in missing([out], tensorboard=tensorboard, keep_checkpoint=keep_checkpoint, keep_weights=True):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         return done
-    data.choose_rows(recipe, images.train_labels, len(images.classes))  # refuses too small a share before anything is written
+    data.check_shares(recipe, len(images.train_labels), len(images.classes))  # before anything is written
     console.print(data.sizes(recipe, images), markup=False, highlight=False)
     console.print(
         f"{recipe.loss_label}: {recipe.epochs} epochs of {recipe.network} on {recipe.data}, on {device_label(recipe.device)}, into {out}",
