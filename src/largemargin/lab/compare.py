@@ -448,7 +448,7 @@ def compare(
     if (out / MARKER).is_file() and reopen(out) != comparison:
         console.print(f"{out} held a comparison with other options: its runs are kept, its table and report are replaced", markup=False)
     for recipe in (comparison.example, *comparison.validating_recipes()[:1]):
-        data.choose_rows(recipe, images.train_labels, len(images.classes))  # refuses too small a share
+        data.check_shares(recipe, len(images.train_labels), len(images.classes))
     console.print(data.sizes(comparison.example, images), markup=False, highlight=False)
     for note in images.notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)

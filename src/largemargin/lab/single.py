@@ -54,7 +54,7 @@ def train_one(
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         return done
     check_device(recipe.device if recipe.processes == 1 else "cpu")
-    data.choose_rows(recipe, images.train_labels, len(images.classes))  # refuses too small a share before anything is written
+    data.check_shares(recipe, len(images.train_labels), len(images.classes))  # before anything is written
     console.print(data.sizes(recipe, images), markup=False, highlight=False)
     console.print(
         f"{recipe.loss_label}: {recipe.epochs} epochs of {recipe.network} on {recipe.data}, on {device_label(recipe.device)}, into {out}",

@@ -7,7 +7,7 @@ import torch
 from ..recipe import Recipe
 from .archives import ARCHIVED, archived
 from .decode import OnImage
-from .degrade import Rows, choose_rows, load_rows, pollute_labels, samples_used, save_rows, subsample
+from .degrade import Rows, check_shares, choose_rows, load_rows, pollute_labels, samples_used, save_rows, subsample
 from .feeds import Batch, Feed, InMemory
 from .folders import STREAMED, FileSet, image_folder, streamed_folder, streamed_set
 from .images import ImageSet, channel_moments, digits
@@ -23,6 +23,7 @@ __all__ = [
     "Rows",
     "Streamed",
     "channel_moments",
+    "check_shares",
     "choose_rows",
     "digits",
     "feed_of",

@@ -41,6 +41,7 @@ def read_image(path: Path) -> Picture:
         with Image.open(path) as file:
             if file.mode.startswith(("I", "F")):
                 raise ValueError(f"its pixels have more than 8 bits (mode {file.mode}); convert it to 8 bits")
+            file.load()  # first: of a TIFF this turns the pixels and removes the orientation
             turn = _turn(file)
             image = file if turn is None else file.transpose(turn)
             layer = image.convert("RGBA") if file.has_transparency_data else None

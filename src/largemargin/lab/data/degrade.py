@@ -53,14 +53,19 @@ def choose_rows(recipe: Recipe, labels: Tensor, num_classes: int) -> Rows:
             raise LabError(
                 f"validation_fraction {recipe.validation_fraction:g} of {len(chosen)} samples leaves none to train on; give less"
             )
-    if (recipe.train_fraction < 1 or recipe.validation_fraction) and len(chosen) - int(held_out.sum()) < num_classes:
+    return Rows(chosen[~held_out], believed[~held_out], chosen[held_out], believed[held_out])
+
+
+def check_shares(recipe: Recipe, num_samples: int, num_classes: int) -> None:
+    """Raises LabError where the shares of the recipe leave fewer training samples than there are classes."""
+    used = samples_used(num_samples, recipe.train_fraction)
+    left = used - samples_used(used, recipe.validation_fraction) if recipe.validation_fraction else used
+    if left < num_classes and left < num_samples:
         shares = f"train_fraction {recipe.train_fraction:g}"
         shares += f" less validation_fraction {recipe.validation_fraction:g}" if recipe.validation_fraction else ""
         raise LabError(
-            f"{shares} of {len(labels)} samples leaves {len(chosen) - int(held_out.sum())} to train on, fewer than the {num_classes} "
-            "classes; use more of them"
+            f"{shares} of {num_samples} samples leaves {left} to train on, fewer than the {num_classes} classes; use more of them"
         )
-    return Rows(chosen[~held_out], believed[~held_out], chosen[held_out], believed[held_out])
 
 
 def save_rows(rows: Rows, path: Path) -> None:

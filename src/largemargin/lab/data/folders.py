@@ -130,9 +130,9 @@ def _split_folder(folder: Path, held_out: str, classes_of: Any) -> FileSet:
         differing = sorted(set(classes) ^ set(test_classes))
         rest = f" and {len(differing) - 10} more" if len(differing) > 10 else ""
         raise LabError(f"data {folder}: the classes of {held_out}/ differ from those of train/: {', '.join(differing[:10])}{rest}")
-    ignored = sorted(f"{entry.name}/" for entry in folder.iterdir() if entry.is_dir() and entry.name not in ("train", held_out))
+    ignored = skipped.beside(folder, ("train", held_out))
     if ignored:
-        notes = [f"{', '.join(ignored)} not read: training images are those of train/, test images those of {held_out}/", *notes]
+        notes = [f"{ignored} not read: training images are those of train/, test images those of {held_out}/", *notes]
     return _file_set(folder, classes, train, test, notes + test_notes)
 
 
@@ -173,9 +173,9 @@ def _list_images(folder: Path, part: str, classes_of: Any) -> tuple[tuple[str, .
         place = os.path.join(part, name)
         left_out[place], read[place] = others, len(images)
     notes = skipped.lines_of(left_out, read)
-    stray = sum(entry.is_file() and not entry.name.startswith(".") and entry.name.lower() not in skipped.USUAL for entry in whole.iterdir())
-    if stray:
-        notes.append(f"{counted(stray, 'file')} beside the class folders{f' of {part}/' if part else ''} left out")
+    unused = skipped.beside(whole, {name.split("/")[0] for name in classes})  # those of Places are nested
+    if unused:
+        notes.append(f"{unused} beside the class folders{f' of {part}/' if part else ''} not read")
     return classes, labelled, notes
 
 

@@ -73,8 +73,8 @@ def channel_moments(images: Tensor) -> tuple[Tensor, Tensor]:
     means, stds = [], []
     for channel in images.unbind(1):
         counts = torch.zeros(256, dtype=torch.int64)
-        for start in range(0, len(channel), 1000):  # part by part: no other copy of the data set
-            counts += torch.bincount(channel[start : start + 1000].flatten(), minlength=256)
+        for start in range(0, len(channel), 100):  # part by part: no other copy of the data set
+            counts += torch.bincount(channel[start : start + 100].flatten(), minlength=256)
         share = counts / channel.numel()
         means.append((share * values).sum())
         stds.append((share * (values - means[-1]) ** 2).sum().sqrt())

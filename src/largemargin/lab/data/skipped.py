@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from ..words import counted
@@ -30,6 +30,15 @@ def walk(folder: Path, is_image: Callable[[str], bool]) -> tuple[list[str], Coun
             elif name.lower() not in USUAL:
                 skipped[os.path.splitext(name)[1].lower() or "file without a suffix"] += 1
     return sorted(found, key=lambda name: name.split(os.sep)), +skipped
+
+
+def beside(folder: Path, used: Collection[str]) -> str:
+    """What stands in a folder beside the folders that are used: ``val/, 2 files``; an empty string where there is nothing."""
+    others = [entry for entry in sorted(folder.iterdir()) if entry.name not in used and entry.name.lower() not in USUAL]
+    folders = [f"{entry.name}/" for entry in others if entry.is_dir()]
+    files = sum(not entry.is_dir() and not entry.name.startswith(".") for entry in others)
+    rest = [f"{len(folders) - SHOWN} more folders"] if len(folders) > SHOWN else []
+    return ", ".join([*folders[:SHOWN], *rest, *([counted(files, "file")] if files else [])])
 
 
 def lines_of(skipped: Mapping[str, Counter[str]], read: Mapping[str, int]) -> list[str]:
