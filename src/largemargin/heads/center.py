@@ -1,11 +1,12 @@
 """Center loss: features are drawn to the center of their class; beside a softmax loss, which keeps the centers apart."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from .. import _checks
+from .. import _checks, _state
 from ..rowstats import accumulation_dtype
 from ._target import check_features, rows_of_target
 
@@ -42,6 +43,7 @@ class CenterLoss(nn.Module):
     """
 
     centers: Tensor
+    _seen: Tensor  # by the last forward pass in training: its classes' centers before they moved
 
     def __init__(
         self,
@@ -67,6 +69,7 @@ class CenterLoss(nn.Module):
             self.centers = nn.Parameter(centers)
         else:
             self.register_buffer("centers", centers)
+            self.register_buffer("_seen", torch.zeros_like(centers), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -80,20 +83,27 @@ class CenterLoss(nn.Module):
         dtype = accumulation_dtype(torch.promote_types(features.dtype, self.centers.dtype))
         rows, labels = features.reshape(-1, features.shape[-1]).to(dtype), target.reshape(-1)
         kept = labels >= 0
-        difference = rows_of_target(self.centers, labels).to(dtype) - rows  # (N, D)
-        difference = torch.where(kept.unsqueeze(-1), difference, 0.0)
+        moves = self.training and not self.as_parameter
+        centers, alpha = self._centers_and_rate(labels, dtype) if moves else (rows_of_target(self.centers, labels), None)
+        difference = torch.where(kept.unsqueeze(-1), centers.to(dtype) - rows, 0.0)  # (N, D)
         loss = difference.square().sum() / (2 * kept.sum().clamp(min=1))
-        if self.training and not self.as_parameter:
-            self._update(difference.detach(), labels.clamp(min=0), kept)
+        if alpha is not None:
+            self._move(centers, alpha * difference.detach(), labels.clamp(min=0), kept)
         return loss
 
+    def _centers_and_rate(self, labels: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
+        """The center of each label (N, D), and alpha; in a recomputation those of the first time, and 0."""
+        first = [rows_of_target(self.centers, labels), self.centers.new_full((), self.alpha, dtype=dtype)]
+        again = [rows_of_target(self._seen, labels), self.centers.new_zeros((), dtype=dtype)]
+        return _state.first_or_again(self.centers, first, again)
+
     @torch.no_grad()
-    def _update(self, difference: Tensor, labels: Tensor, kept: Tensor) -> None:
-        """The step of the centers; ``difference`` (N, D) is c_y - x, and 0 in rows that are not kept."""
-        counts = difference.new_zeros(len(self.centers)).index_add_(0, labels, kept.to(difference.dtype))
-        step = self.alpha * difference / (1 + counts[labels]).unsqueeze(-1)
-        # not in place: compiled code may compute the loss again for its gradient, and would from the centers as they are then
-        self.centers = self.centers.index_add(0, labels, -step.to(self.centers.dtype))
+    def _move(self, seen: Tensor, steps: Tensor, labels: Tensor, kept: Tensor) -> None:
+        """Move the centers by ``steps`` (N, D), which are 0 in rows that are not kept; ``seen`` (N, D) is what the loss was made of."""
+        counts = steps.new_zeros(len(self.centers)).index_add_(0, labels, kept.to(steps.dtype))
+        steps = steps / (1 + counts[labels]).unsqueeze(-1)
+        _state.write(self._seen, Tensor.index_copy_, 0, labels, seen)
+        _state.write(self.centers, Tensor.index_add_, 0, labels, -steps.to(self.centers.dtype))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, num_classes={self.num_classes}, alpha={self.alpha}, as_parameter={self.as_parameter}"
