@@ -1,5 +1,7 @@
 """What the heads share: they take features and classes, and edit the logit of the target."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,3 +53,9 @@ def with_logit_of_target(logits: Tensor, labels: Tensor, edited: Tensor) -> Tens
     at = labels.clamp(min=0).unsqueeze(-1)
     kept = (labels >= 0).unsqueeze(-1)
     return logits.scatter(-1, at, torch.where(kept, edited.unsqueeze(-1).to(logits.dtype), logits.gather(-1, at)))
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Autocast is off for the device of ``tensor``; the meta device has none, and asking for it is an error."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import _checks
 from ..rowstats import accumulation_dtype
 from ..schedules import Schedule, check_schedule
-from ._target import check_features, logit_of_target, rows_of_target, with_logit_of_target
+from ._target import check_features, logit_of_target, rows_of_target, with_logit_of_target, without_autocast
 
 Covariance = Literal["identity", "diagonal"]
 MIN_VARIANCE = 1e-4  # the authors' too; without it the log-likelihood has no bound and variances run to 0
@@ -101,7 +101,7 @@ class GaussianMixtureHead(nn.Module):
     def forward(self, features: Tensor, target: Tensor | None = None) -> Tensor:
         """The logits (..., C) of features (..., D), with the margin of classes ``target`` (...), int64, in training mode."""
         check_features(features, target, self.in_features, self.num_classes)
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features):
             logits = self._log_densities(features)
             if target is None or not self.training:
                 return logits
@@ -125,7 +125,7 @@ class GaussianMixtureHead(nn.Module):
             TypeError, ValueError, RuntimeError, IndexError: for features and targets that do not fit the head or each other.
         """
         check_features(features, target, self.in_features, self.num_classes)
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features):
             terms = self._distance_to_target(features, target)
             if self.log_variances is not None:
                 half_log_det = 0.5 * self._log_covariance(terms.dtype).sum(-1) / self._divisor

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import _checks
 from ..rowstats import accumulation_dtype
-from ._target import check_features
+from ._target import check_features, without_autocast
 
 Frame = Literal["fixed", "learned"]
 
@@ -173,7 +173,7 @@ def super_symmetry_penalty(weight: Tensor) -> Tensor:
     largest = classes.detach().abs().amax()  # its fourth power is neither to vanish nor to overflow
     classes = classes / largest.masked_fill(largest == 0, 1.0)
     centred = classes - classes.mean(0)
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight):
         gram = centred @ centred.mT  # (C, C)
     norm: Tensor = torch.linalg.vector_norm(gram)
     ideal = (torch.eye(num_classes, dtype=gram.dtype, device=gram.device) - 1 / num_classes) / math.sqrt(num_classes - 1)
