@@ -1,6 +1,7 @@
 """State of a loss: written in place, the same in compiled code, and moved once where a forward pass is recomputed."""
 
 import copy
+import functools
 import io
 import weakref
 from collections.abc import Callable
@@ -10,11 +11,13 @@ import torch
 from functorch.compile import min_cut_rematerialization_partition, nop
 from torch import Tensor, nn
 from torch._decomp import core_aten_decompositions
+from torch._dynamo import compiled_autograd
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch import config as functorch_config
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.func import functional_call, grad, vmap
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, set_checkpoint_early_stop
 
 from largemargin import LargeMarginCrossEntropyLoss, _state
 from largemargin.heads import CenterLoss, GaussianMixtureHead, LSoftmaxLinear
@@ -50,9 +53,12 @@ MAKERS = {
     "stepped": lambda: SteppedAlpha(every=1),
     "gradual": lambda: GradualWeight(7, 1.0, 3.0),
 }
-REFUSED = "recomputed that was not the last of its module"
+REFUSED = "it is not of the last forward pass"
 REFUSED_WRITE = "writes the buffers of its module in place, which torch refuses here"
 each_loss = pytest.mark.parametrize("name", MAKERS)
+some_slow = pytest.mark.parametrize(
+    "name", [name if name in ("center", "gradual") else pytest.param(name, marks=pytest.mark.slow) for name in MAKERS]
+)
 both_ways = pytest.mark.parametrize("use_reentrant", [True, False])
 
 
@@ -121,6 +127,16 @@ def test_reset_writes_in_place(name):
     (loss.stateful.reset if isinstance(loss.stateful, Schedule) else loss.stateful.reset_parameters)()
     assert [buffer.data_ptr() for buffer in loss.buffers()] == pointers
     assert all(not buffer for key, buffer in loss.named_buffers() if key.endswith("step"))
+
+
+@each_loss
+def test_a_module_without_data_takes_a_checkpoint_by_assignment(name):
+    with torch.device("meta"):
+        loss = made(name)
+    expected = made(name)
+    loss.load_state_dict(state(expected), assign=True)
+    torch.testing.assert_close(gradient(loss, *batches(1)[0]), gradient(expected, *batches(1)[0]), rtol=0, atol=0)
+    assert_same_state(loss, state(expected))
 
 
 @each_loss
@@ -238,8 +254,16 @@ def test_three_partitioned_steps_have_the_gradients_of_eager_ones(name):
 
 @compiles
 @partitions
-@pytest.mark.slow
-@each_loss
+@some_slow
+@pytest.mark.parametrize("options", [{"activation_memory_budget": 0.0}, {"aggressive_recomputation": True}], ids=str)
+def test_a_partitioner_that_recomputes_more_recomputes_no_state(name, options):
+    with functorch_config.patch(options):
+        assert_compiled_is_eager(name, partitioner)
+
+
+@compiles
+@partitions
+@pytest.mark.parametrize("name", ["gradual", *(pytest.param(name, marks=pytest.mark.slow) for name in MAKERS if name != "gradual")])
 def test_three_compiled_steps_have_the_gradients_of_eager_ones(name):
     assert_compiled_is_eager(name, "inductor")
 
@@ -264,6 +288,30 @@ def test_the_partitioner_recomputes_a_plain_buffer_from_what_it_is_then():
     one, other = ((lambda features, _, loss=loss: loss(features)) for loss in (compiled, expected))
     features, target = batches(1)[0]
     assert (gradient(one, features, target) - gradient(other, features, target)).abs().max() > 0.01
+
+
+@compiles
+@partitions
+@some_slow
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_several_forward_passes_may_wait_where_nothing_is_recomputed(name, is_compiled):
+    torch._dynamo.reset()
+    loss, expected = made(name), made(name)
+    step = torch.compile(loss, backend=partitioner, fullgraph=True) if is_compiled else loss
+    leaves = [features.clone().requires_grad_() for features, _ in batches(3)]
+    torch.stack([step(leaf, target) for leaf, (_, target) in zip(leaves, batches(3), strict=True)]).sum().backward()
+    for leaf, batch in zip(leaves, batches(3), strict=True):
+        torch.testing.assert_close(leaf.grad, gradient(expected, *batch), rtol=0, atol=1e-6)
+
+
+def test_the_operator_keeps_torchs_rules():
+    module = made("gradual").stateful
+    module()
+    arguments = module.step, [module.step + 1, torch.ones(3)], [module.step, torch.zeros(3)]
+    torch.library.opcheck(torch.ops.largemargin.first_or_again.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    first, again = torch.ops.largemargin.first_or_again(*arguments), arguments[2]
+    assert first[0] == 2 and first[1].data_ptr() != arguments[1][1].data_ptr() and again[0] == 1
+    assert torch.Tag.cudagraph_unsafe in torch.ops.largemargin.first_or_again.default.tags
 
 
 @each_loss
@@ -406,8 +454,37 @@ def test_two_checkpointed_calls_in_one_graph_are_refused(name, use_reentrant):
 def test_two_calls_in_one_checkpoint_are_refused(name, use_reentrant):
     loss, (features, target) = made(name), batches(1)[0]
     part = checkpointed(lambda features, target: loss(features, target) + loss(2 * features, target), use_reentrant)
-    with pytest.raises(RuntimeError, match="calls a module with state twice"):
+    with pytest.raises(RuntimeError, match="the checkpointed part calls the module twice"):
         part(features.clone().requires_grad_(), target).backward()
+
+
+@each_loss
+def test_a_first_forward_pass_within_a_backward_pass_is_refused(name):
+    loss, (features, target) = made(name), batches(1)[0]
+    leaf = features.clone().requires_grad_()
+    leaf.register_hook(lambda _: loss(features, target))
+    with pytest.raises(RuntimeError, match="no forward pass came before it"):
+        leaf.sum().backward()
+
+
+def test_compiled_autograd_refuses_what_it_cannot_tell_apart():
+    torch._dynamo.reset()
+    with compiled_autograd._enable(torch.compile(backend="eager")), pytest.raises(RuntimeError, match="compiled autograd does not say"):
+        gradient(checkpointed(made("gradual"), False), *batches(1)[0])
+
+
+@each_loss
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_options_of_checkpoints(name, early_stop):
+    loss, expected = made(name), made(name)
+
+    def of_step(features: Tensor, target: Tensor) -> Tensor:
+        with set_checkpoint_early_stop(early_stop):
+            context_fn = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+            options = {} if early_stop else {"context_fn": context_fn}
+            return checkpoint(loss, features, target, use_reentrant=False, preserve_rng_state=False, **options)
+
+    assert_steps_equal(loss, expected, lambda *batch: gradient(of_step, *batch))
 
 
 @both_ways
@@ -442,7 +519,7 @@ def test_a_whole_network_is_checkpointed_with_its_loss(name, use_reentrant):
 
 @compiles
 @partitions
-@each_loss
+@some_slow
 @both_ways
 def test_compiled_code_that_is_checkpointed(name, use_reentrant):
     torch._dynamo.reset()
@@ -457,7 +534,7 @@ def test_compiled_code_that_is_checkpointed(name, use_reentrant):
 
 @compiles
 @partitions
-@each_loss
+@some_slow
 def test_checkpoints_within_compiled_code(name):
     torch._dynamo.reset()
     loss, expected = made(name), made(name)

@@ -28,11 +28,6 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils.weak import WeakTensorKeyDictionary
 
 NEVER = sys.maxsize  # later than any node
-ADVICE = (
-    "with activation checkpointing, run the backward pass of each forward pass before the next one, call the module once in a checkpointed "
-    "part, or leave it out of that part"
-)
-
 REFUSED = "a forward pass in training mode writes the buffers of its module in place, which torch refuses here"
 
 
@@ -80,16 +75,26 @@ def _is_recomputation(owner: Tensor) -> bool:
     if task == -1:
         _last[owner] = Pass(_first_node())
         return False
-    last, node = _last.get(owner), torch._C._current_autograd_node()._sequence_nr()
-    asks = task, node, torch.is_grad_enabled()  # a reentrant checkpoint in another runs without a graph, then with one
-    if last is None or node < last.begins:
-        raise RuntimeError(f"a forward pass is recomputed that was not the last of its module, whose state has moved since; {ADVICE}")
+    last, node = _last.get(owner), torch._C._current_autograd_node()
+    if last is None:
+        raise _unknown("no forward pass came before it")
+    if node is None:
+        raise _unknown("compiled autograd does not say of which")
+    asks = task, node._sequence_nr(), torch.is_grad_enabled()  # a reentrant checkpoint in another runs without a graph, then with one
+    if node._sequence_nr() < last.begins:
+        raise _unknown("it is not of the last forward pass, and the module's state has moved since")
     if last.again == asks:
-        raise RuntimeError(
-            f"a recomputation calls a module with state twice, which knows the state of its last forward pass only; {ADVICE}"
-        )
+        raise _unknown("the checkpointed part calls the module twice")
     _last[owner] = last._replace(again=asks)
     return True
+
+
+def _unknown(reason: str) -> RuntimeError:
+    return RuntimeError(
+        "a forward pass in training mode runs within a backward pass, where it recomputes one for activation checkpointing; a module with "
+        f"state knows what its last forward pass saw, but {reason}. Run the backward pass of each forward pass before the next one, call "
+        "the module once in the checkpointed part, or leave it out of that part"
+    )
 
 
 def _first_node() -> int:
@@ -108,7 +113,9 @@ def _first_node() -> int:
 
 
 _library = torch.library.Library("largemargin", "FRAGMENT")
-_library.define("first_or_again(Tensor owner, Tensor[] first, Tensor[] again) -> Tensor[]")
+# a CUDA graph of compiled code would repeat the answer of its recording in a recomputation
+_tags = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
+_library.define("first_or_again(Tensor owner, Tensor[] first, Tensor[] again) -> Tensor[]", tags=_tags)
 
 
 def _choose(owner: Tensor, first: list[Tensor], again: list[Tensor]) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Center loss: features are drawn to the center of their class; beside a softmax loss, which keeps the centers apart."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,11 @@ class CenterLoss(nn.Module):
     N is the number of rows whose target is not negative; the others take no part, and without any the loss is 0. It is added to a loss of
     the logits with a small factor: ``loss + 0.003 * center(features, target)`` in the paper.
 
-    The centers are a buffer, updated by every forward pass in training, after the loss; an optimizer does not see them. With
-    ``as_parameter=True`` they are a parameter with the plain gradient :math:`\sum_{i: y_i = j} (c_j - x_i) / N`, and ``alpha`` has no
-    effect. With several processes every one updates its buffer from its own rows, and ``DistributedDataParallel`` sends that of the
+    The centers are a buffer, updated by every forward pass in training, after the loss; an optimizer does not see them. A second buffer
+    of their size, which no checkpoint holds, keeps what the last forward pass saw, for a recomputation of it (activation checkpointing).
+
+    With ``as_parameter=True`` the centers are a parameter with the plain gradient :math:`\sum_{i: y_i = j} (c_j - x_i) / N`, and ``alpha``
+    has no effect. With several processes every one updates its buffer from its own rows, and ``DistributedDataParallel`` sends that of the
     first to all, so that only its rows count: use :func:`.gather_rows` first, or ``as_parameter=True``.
 
     Args:
@@ -75,6 +77,11 @@ class CenterLoss(nn.Module):
     def reset_parameters(self) -> None:
         """Centers by Xavier's rule, as in the authors' code."""
         nn.init.xavier_uniform_(self.centers)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        if not self.as_parameter and self._seen.device != self.centers.device:  # centers were assigned to a module without data
+            self._seen = torch.zeros_like(self.centers)
 
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
         """The loss, a scalar, of features (..., D) and class indices (...); in training the centers move."""
