@@ -5,6 +5,7 @@ import functools
 import io
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ MAKERS = {
     "stepped": lambda: SteppedAlpha(every=1),
     "gradual": lambda: GradualWeight(7, 1.0, 3.0),
 }
-REFUSED = "it is not of the last forward pass"
+REFUSED = "this is of another, or cannot be told from another"
 REFUSED_WRITE = "writes the buffers of its module in place, which torch refuses here"
 each_loss = pytest.mark.parametrize("name", MAKERS)
 some_slow = pytest.mark.parametrize(
@@ -315,13 +316,16 @@ def test_the_operator_keeps_torchs_rules():
 
 
 @each_loss
-def test_exported_programs_hold_no_operator_of_ours_and_move_their_state(name):
+def test_exported_programs_hold_no_operator_of_ours_can_be_saved_and_move_their_state(name):
     loss, expected = made(name), made(name)
     (features, target), *_ = batches()
     program = torch.export.export(loss, (features, target))
     names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert not [name for name in names if "first_or_again" in name]
-    module = program.module()
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    module = torch.export.load(file).module()
     for features, target in batches():
         torch.testing.assert_close(module(features, target), expected(features, target), rtol=1e-6, atol=1e-6)
 
@@ -456,6 +460,31 @@ def test_two_calls_in_one_checkpoint_are_refused(name, use_reentrant):
     part = checkpointed(lambda features, target: loss(features, target) + loss(2 * features, target), use_reentrant)
     with pytest.raises(RuntimeError, match="the checkpointed part calls the module twice"):
         part(features.clone().requires_grad_(), target).backward()
+
+
+@each_loss
+@both_ways
+@pytest.mark.parametrize("which", ["forward", "backward"])
+def test_passes_in_a_thread_of_their_own(name, use_reentrant, which):
+    loss, expected, (features, target) = made(name), made(name), batches(1)[0]
+    leaf = features.clone().requires_grad_()
+    with ThreadPoolExecutor(1) as thread:
+        if which == "forward":
+            thread.submit(checkpointed(loss, use_reentrant), leaf, target).result().backward()
+        else:
+            thread.submit(checkpointed(loss, use_reentrant)(leaf, target).backward).result()
+    torch.testing.assert_close(leaf.grad, gradient(expected, features, target), rtol=0, atol=0)
+
+
+@each_loss
+@both_ways
+def test_a_pass_in_another_thread_is_noticed(name, use_reentrant):
+    loss, (features, target) = made(name), batches(1)[0]
+    result = checkpointed(loss, use_reentrant)(features.clone().requires_grad_(), target)
+    with ThreadPoolExecutor(1) as thread:  # its nodes have low numbers
+        thread.submit(loss, features.clone().requires_grad_(), target).result()
+    with pytest.raises(RuntimeError, match=REFUSED):
+        result.backward()
 
 
 @each_loss

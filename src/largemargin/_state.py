@@ -18,6 +18,7 @@ thread in the order of their making.
 """
 
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, NamedTuple, cast
@@ -34,6 +35,7 @@ REFUSED = "a forward pass in training mode writes the buffers of its module in p
 class Pass(NamedTuple):
     """The last forward pass of the owner of a buffer."""
 
+    thread: threading.Thread  # each numbers its own nodes
     begins: int  # no node of a graph that can ask for its recomputation has a lower number
     again: tuple[int, int, bool] | None = None  # the last recomputation: its backward pass, the node that asked, whether it has a graph
 
@@ -71,18 +73,18 @@ def write(buffer: Tensor, method: Callable[..., Tensor], *arguments: object) -> 
 
 
 def _is_recomputation(owner: Tensor) -> bool:
-    task = torch._C._current_graph_task_id()
+    last, task, thread = _last.get(owner), torch._C._current_graph_task_id(), threading.current_thread()
     if task == -1:
-        _last[owner] = Pass(_first_node())
+        _last[owner] = Pass(thread, _first_node() if last is None or last.thread is thread else NEVER)
         return False
-    last, node = _last.get(owner), torch._C._current_autograd_node()
+    node = torch._C._current_autograd_node()
     if last is None:
         raise _unknown("no forward pass came before it")
     if node is None:
         raise _unknown("compiled autograd does not say of which")
     asks = task, node._sequence_nr(), torch.is_grad_enabled()  # a reentrant checkpoint in another runs without a graph, then with one
     if node._sequence_nr() < last.begins:
-        raise _unknown("it is not of the last forward pass, and the module's state has moved since")
+        raise _unknown("this is of another, or cannot be told from another")
     if last.again == asks:
         raise _unknown("the checkpointed part calls the module twice")
     _last[owner] = last._replace(again=asks)

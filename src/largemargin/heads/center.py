@@ -95,7 +95,7 @@ class CenterLoss(nn.Module):
         difference = torch.where(kept.unsqueeze(-1), centers.to(dtype) - rows, 0.0)  # (N, D)
         loss = difference.square().sum() / (2 * kept.sum().clamp(min=1))
         if alpha is not None:
-            self._move(centers, alpha * difference.detach(), labels.clamp(min=0), kept)
+            self._move(centers.detach(), alpha * difference.detach(), labels.clamp(min=0), kept)
         return loss
 
     def _centers_and_rate(self, labels: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
@@ -104,7 +104,6 @@ class CenterLoss(nn.Module):
         again = [rows_of_target(self._seen, labels), self.centers.new_zeros((), dtype=dtype)]
         return _state.first_or_again(self.centers, first, again)
 
-    @torch.no_grad()
     def _move(self, seen: Tensor, steps: Tensor, labels: Tensor, kept: Tensor) -> None:
         """Move the centers by ``steps`` (N, D), which are 0 in rows that are not kept; ``seen`` (N, D) is what the loss was made of."""
         counts = steps.new_zeros(len(self.centers)).index_add_(0, labels, kept.to(steps.dtype))
