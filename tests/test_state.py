@@ -140,6 +140,13 @@ def test_a_module_without_data_takes_a_checkpoint_by_assignment(name):
     assert_same_state(loss, state(expected))
 
 
+def test_center_loss_takes_centers_of_another_dtype_by_assignment():
+    center, expected = CenterLoss(8, 5), CenterLoss(8, 5).bfloat16()
+    center.load_state_dict(state(expected), assign=True)
+    torch.testing.assert_close(gradient(center, *batches(1)[0]), gradient(expected, *batches(1)[0]), rtol=0, atol=0)
+    assert_same_state(center, state(expected))
+
+
 @each_loss
 def test_after_a_forward_pass_in_inference_mode_a_checkpoint_loads_and_training_goes_on(name):
     loss, expected = made(name), made(name)

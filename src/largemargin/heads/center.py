@@ -80,8 +80,9 @@ class CenterLoss(nn.Module):
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
-        if not self.as_parameter and self._seen.device != self.centers.device:  # centers were assigned to a module without data
-            self._seen = torch.zeros_like(self.centers)
+        if self.as_parameter or (self._seen.device, self._seen.dtype) == (self.centers.device, self.centers.dtype):
+            return
+        self._seen = torch.zeros_like(self.centers)  # load_state_dict(assign=True) brought centers of another device or dtype
 
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
         """The loss, a scalar, of features (..., D) and class indices (...); in training the centers move."""
