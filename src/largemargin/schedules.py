@@ -6,9 +6,11 @@ r"""Numbers that change while a model trains: each a module that counts its trai
 
 The number t of a training step is 1 at the first. In training mode ``schedule()`` goes on to the next step and returns its value, in eval
 mode it stays and returns the value of the last one (of the first, before there is one). So one schedule belongs to one caller, which asks
-once a forward pass: several passes a step (accumulated gradients, recomputed activations) count as several steps.
+once a forward pass. Several passes a step (accumulated gradients) count as several steps. A forward pass that activation checkpointing
+recomputes counts once, and has the same value both times; see the rule in :mod:`largemargin._state`, which all losses with state keep.
 
-The count is a buffer, ``step``, and the value a 0-d tensor made of it: nothing is synchronised, compiled code sees no changing number.
+The count is a buffer, ``step``, written in place, and the value a 0-d tensor made of it. Nothing waits for the device, and compiled code
+sees no changing number.
 """
 
 import math
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor, nn
 
-from . import _checks
+from . import _checks, _state
 
 SMALL = 1e-2  # a lambda that counts as none
 
@@ -33,7 +35,7 @@ class Schedule(nn.Module):
 
     def reset(self) -> None:
         """Back to the beginning."""
-        self.step = torch.zeros_like(self.step)
+        self.step.zero_()
 
     def at(self, step: Tensor) -> Tensor:
         """The value at training steps ``step``, floating and at least 1; elementwise."""
@@ -41,11 +43,12 @@ class Schedule(nn.Module):
 
     def forward(self) -> Tensor:
         """The value of the next step, in training mode, or again of the last: a 0-d tensor."""
+        step = self.step
         if self.training:
-            # not in place: the backward pass of compiled code recomputes the value from the buffer, then one step late (torch 2.13)
-            self.step = self.step + 1
+            (step,) = _state.first_or_again(self.step, [self.step + 1], [self.step])
+            _state.write(self.step, Tensor.copy_, step)
         # a 0-d float64 promotes 0-d tensors alone; Apple's GPUs have none
-        return self.at(self.step.clamp(min=1).to(torch.float32 if self.step.is_mps else torch.float64))
+        return self.at(step.clamp(min=1).to(torch.float32 if step.is_mps else torch.float64))
 
     if TYPE_CHECKING:
 

@@ -1,11 +1,12 @@
 """Center loss: features are drawn to the center of their class; beside a softmax loss, which keeps the centers apart."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import _checks
+from .. import _checks, _state
 from ..rowstats import accumulation_dtype
 from ..tracing import as_one_node, refuse_script
 from ._target import check_features, rows_of_target
@@ -20,9 +21,11 @@ class CenterLoss(nn.Module):
     N is the number of rows whose target is not negative; the others take no part, and without any the loss is 0. It is added to a loss of
     the logits with a small factor: ``loss + 0.003 * center(features, target)`` in the paper.
 
-    The centers are a buffer, updated by every forward pass in training, after the loss; an optimizer does not see them. With
-    ``as_parameter=True`` they are a parameter with the plain gradient :math:`\sum_{i: y_i = j} (c_j - x_i) / N`, and ``alpha`` has no
-    effect. With several processes every one updates its buffer from its own rows, and ``DistributedDataParallel`` sends that of the
+    The centers are a buffer, updated by every forward pass in training, after the loss; an optimizer does not see them. A second buffer
+    of their size, which no checkpoint holds, keeps what the last forward pass saw, for a recomputation of it (activation checkpointing).
+
+    With ``as_parameter=True`` the centers are a parameter with the plain gradient :math:`\sum_{i: y_i = j} (c_j - x_i) / N`, and ``alpha``
+    has no effect. With several processes every one updates its buffer from its own rows, and ``DistributedDataParallel`` sends that of the
     first to all, so that only its rows count: use :func:`.gather_rows` first, or ``as_parameter=True``.
 
     Args:
@@ -44,6 +47,7 @@ class CenterLoss(nn.Module):
 
     centers: Tensor
     __prepare_scriptable__ = refuse_script
+    _seen: Tensor  # by the last forward pass in training: its classes' centers before they moved
 
     def __init__(
         self,
@@ -69,11 +73,18 @@ class CenterLoss(nn.Module):
             self.centers = nn.Parameter(centers)
         else:
             self.register_buffer("centers", centers)
+            self.register_buffer("_seen", torch.zeros_like(centers), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Centers by Xavier's rule, as in the authors' code."""
         nn.init.xavier_uniform_(self.centers)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        if self.as_parameter or (self._seen.device, self._seen.dtype) == (self.centers.device, self.centers.dtype):
+            return
+        self._seen = torch.zeros_like(self.centers)  # load_state_dict(assign=True) brought centers of another device or dtype
 
     @as_one_node
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
@@ -83,20 +94,26 @@ class CenterLoss(nn.Module):
         dtype = accumulation_dtype(torch.promote_types(features.dtype, self.centers.dtype))
         rows, labels = features.reshape(-1, features.shape[-1]).to(dtype), target.reshape(-1)
         kept = labels >= 0
-        difference = rows_of_target(self.centers, labels).to(dtype) - rows  # (N, D)
-        difference = torch.where(kept.unsqueeze(-1), difference, 0.0)
+        moves = self.training and not self.as_parameter
+        centers, alpha = self._centers_and_rate(labels, dtype) if moves else (rows_of_target(self.centers, labels), None)
+        difference = torch.where(kept.unsqueeze(-1), centers.to(dtype) - rows, 0.0)  # (N, D)
         loss = difference.square().sum() / (2 * kept.sum().clamp(min=1))
-        if self.training and not self.as_parameter:
-            self._update(difference.detach(), labels.clamp(min=0), kept)
+        if alpha is not None:
+            self._move(centers.detach(), alpha * difference.detach(), labels.clamp(min=0), kept)
         return loss
 
-    @torch.no_grad()
-    def _update(self, difference: Tensor, labels: Tensor, kept: Tensor) -> None:
-        """The step of the centers; ``difference`` (N, D) is c_y - x, and 0 in rows that are not kept."""
-        counts = difference.new_zeros(len(self.centers)).index_add_(0, labels, kept.to(difference.dtype))
-        step = self.alpha * difference / (1 + counts[labels]).unsqueeze(-1)
-        # not in place: compiled code may compute the loss again for its gradient, and would from the centers as they are then
-        self.centers = self.centers.index_add(0, labels, -step.to(self.centers.dtype))
+    def _centers_and_rate(self, labels: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
+        """The center of each label (N, D), and alpha; in a recomputation those of the first time, and 0."""
+        first = [rows_of_target(self.centers, labels), self.centers.new_full((), self.alpha, dtype=dtype)]
+        again = [rows_of_target(self._seen, labels), self.centers.new_zeros((), dtype=dtype)]
+        return _state.first_or_again(self.centers, first, again)
+
+    def _move(self, seen: Tensor, steps: Tensor, labels: Tensor, kept: Tensor) -> None:
+        """Move the centers by ``steps`` (N, D), which are 0 in rows that are not kept; ``seen`` (N, D) is what the loss was made of."""
+        counts = steps.new_zeros(len(self.centers)).index_add_(0, labels, kept.to(steps.dtype))
+        steps = steps / (1 + counts[labels]).unsqueeze(-1)
+        _state.write(self._seen, Tensor.index_copy_, 0, labels, seen)
+        _state.write(self.centers, Tensor.index_add_, 0, labels, -steps.to(self.centers.dtype))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, num_classes={self.num_classes}, alpha={self.alpha}, as_parameter={self.as_parameter}"
