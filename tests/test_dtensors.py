@@ -37,8 +37,8 @@ def test_logits_of_a_class_parallel_layer_go_everywhere(ranks):
 
 
 def test_a_plain_input_wants_a_plain_target(ranks):
-    ranks.run(2, on_ranks_dtensors.a_plain_input_wants_a_plain_target)
+    ranks.run(4, on_ranks_dtensors.a_plain_input_wants_a_plain_target)
 
 
 def test_the_penalty_equals_that_of_the_full_tensor(ranks):
-    ranks.run(3, on_ranks_dtensors.penalty_equals_whole)
+    ranks.run(4, on_ranks_dtensors.penalty_equals_whole)
