@@ -638,7 +638,7 @@ def test_case_22_functorch_inside_compiled_code_takes_the_reference(kernel_devic
 
 
 def test_the_operators_are_well_formed(kernel, rng):
-    from largemargin._backends import registered
+    from largemargin import _registered as registered
 
     problem = Problem(logits((5, 7), rng), rng, kernel)
     if kernel == "triton" and not HAS_KERNELS:

@@ -1,5 +1,6 @@
 """The losses in programs: traced, exported, saved, and loaded where nothing but the package has been imported."""
 
+import pkgutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import largemargin
 from largemargin import (
     CrammerSingerHingeLoss,
     HardMarginSoftplusLoss,
@@ -237,6 +239,17 @@ def test_saved_programs_load_after_the_import_of_the_package_alone(of_before, im
 def test_the_operators_are_registered_without_sympy_and_the_compiler(imports):
     code = f"import sys\n{imports}\nprint(torch.ops.largemargin.row_stats.default, *(m in sys.modules for m in ('sympy', 'torch._dynamo')))"
     assert in_a_new_process(code) == "largemargin.row_stats.default False False"
+
+
+MODULES = sorted(
+    module.name for module in pkgutil.iter_modules(largemargin.__path__) if module.name not in ("lab", "integrations", "__main__")
+)
+
+
+@pytest.mark.parametrize("name", [*MODULES, "_backends.cpu", "_backends.ladder", "_backends.compiled", "heads.center"])
+def test_every_module_can_be_the_first_to_import_torch(name):
+    code = f"import largemargin.{name}, sys, torch\nprint(torch.ops.largemargin.row_stats.default)"
+    assert in_a_new_process(code) == "largemargin.row_stats.default"
 
 
 def test_a_machine_without_torch_can_still_import_the_package():

@@ -12,7 +12,7 @@ from typing import Any
 def register() -> None:
     """Register the operators now if torch is here, otherwise as soon as it is imported; this imports no torch of its own."""
     if "torch" in sys.modules:
-        import_module("._backends.registered", __package__)
+        import_module("._registered", __package__)
     else:
         sys.meta_path.insert(0, _AfterTorch())
 

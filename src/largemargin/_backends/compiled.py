@@ -1,10 +1,8 @@
-"""What compiled code asks about the operators of :mod:`.registered`."""
+"""What compiled code asks about the operators of :mod:`largemargin._registered`."""
 
 import torch
 
-from . import ladder, registered
-
-__all__ = ["registered", "takes"]
+from . import ladder
 
 
 @torch.compiler.assume_constant_result  # imports torch._dynamo and sympy, which eager mode does without

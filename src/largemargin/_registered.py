@@ -1,7 +1,8 @@
 """The kernels as operators of torch, for compiled code: ``torch.ops.largemargin.row_stats`` and its backward, on any device.
 
 Compiled code cannot trace a kernel; an operator it takes as it is, without a break in its graph. In eager mode nobody comes this way.
-Importing this module is cheap, because ``import largemargin`` does it: stored programs may name these operators.
+Stored programs may name these operators, so ``import largemargin`` imports this module. It is cheap, and it needs torch alone: the rest of
+the package may be half imported by then.
 """
 
 from typing import Any
@@ -9,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ladder
-
 Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("largemargin::row_stats", mutates_args=())
 def row_stats(logits: Tensor, target: Tensor) -> Seven:
     """The six fields of RowStats, and the state (3, ...) that their gradient needs."""
+    from ._backends import ladder
+
     stats, state = ladder.kernels_of(logits).row_stats(logits, target)
     return (*stats, state)
 
@@ -41,6 +42,8 @@ def row_stats_backward(
     g_spread: Tensor | None,
 ) -> Tensor:
     """The gradient with respect to the logits from those of the first five fields."""
+    from ._backends import ladder
+
     gradient: Tensor = ladder.kernels_of(logits).row_stats_backward(logits, target, num_nontargets, state, (g_l, g_e, g_a, g_rho, g_spread))
     return gradient
 
