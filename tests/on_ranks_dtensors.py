@@ -1,6 +1,7 @@
 """What the ranks of the tests of DTensors do: each function runs in a process of its own, on every rank of ``group``."""
 
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def hinge_equals_whole(
     (expected * upstream).nan_to_num(posinf=0.0).sum().backward()
     assert_within(loss.full_tensor(), expected.detach(), 16 + expected.detach().abs().nan_to_num(posinf=0.0), 4)
     if expected.isfinite().all():
-        assert_within(logits.grad.full_tensor(), leaf.grad, 16, 4)
+        assert_within(cast(DTensor, logits.grad).full_tensor(), leaf.grad, 16, 4)
     return loss.full_tensor().detach()
 
 
@@ -82,8 +83,8 @@ def statistics_equal_whole(group: dist.ProcessGroup, mesh_shape: tuple[int, ...]
         upstream = distribute_tensor(rows.upstream, field.device_mesh, field.placements)
         (gradient,) = torch.autograd.grad((field * upstream).sum(), logits, retain_graph=True)
         (truth,) = torch.autograd.grad((whole * rows.upstream).sum(), leaf, retain_graph=True)
-        assert_within(gradient.full_tensor(), truth, 16, 8)
-    return found.rho.full_tensor().detach()
+        assert_within(cast(DTensor, gradient).full_tensor(), truth, 16, 8)
+    return cast(DTensor, found.rho).full_tensor().detach()
 
 
 MEASURES: dict[str, Callable[..., Tensor]] = {
@@ -120,11 +121,11 @@ def metrics_equal_whole(group: dist.ProcessGroup, mesh_shape: tuple[int, ...], p
 def logits_of_a_class_parallel_layer_go_everywhere(group: dist.ProcessGroup) -> None:
     head = ClassParallelLinear(5, 11, group=group, dtype=torch.float64)
     features, target = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64), torch.arange(7)
-    logits = head(features)
+    logits = cast(DTensor, head(features))
     whole = logits.full_tensor().detach()
     for function in HINGES.values():
-        assert_within(function(logits, target).full_tensor(), function(whole, target), 16, 4)
-    assert_within(row_stats(logits, target).rho.full_tensor(), row_stats(whole, target).rho, 16, 4)
+        assert_within(cast(DTensor, function(logits, target)).full_tensor(), function(whole, target), 16, 4)
+    assert_within(cast(DTensor, row_stats(logits, target).rho).full_tensor(), row_stats(whole, target).rho, 16, 4)
     for measure in MEASURES.values():
         assert same_bits(measure(logits.detach(), target), measure(whole, target))
     weight = head.state_dict()["weight"]
@@ -135,7 +136,8 @@ def a_plain_input_wants_a_plain_target(group: dist.ProcessGroup) -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(group),))
     logits, target = torch.randn(7, 9), distribute_tensor(torch.arange(7), mesh, [Replicate()])
     probabilities = distribute_tensor(torch.full((7, 9), 1 / 9), mesh, [Replicate()])
-    for function in (*HINGES.values(), row_stats, large_margin_cross_entropy):
+    functions: tuple[Callable[..., object], ...] = (*HINGES.values(), row_stats, large_margin_cross_entropy)
+    for function in functions:
         with pytest.raises(TypeError, match=r"^target is a DTensor.*target\.full_tensor\(\)"):
             function(logits, target)
     with pytest.raises(TypeError, match=r"^target is a DTensor"):
@@ -155,4 +157,4 @@ def penalty_equals_whole(group: dist.ProcessGroup) -> None:
     assert same_bits(penalty.detach(), whole.detach())
     penalty.backward()
     whole.backward()
-    assert_within(placed.grad.full_tensor(), weight.grad, 1, 4)
+    assert_within(cast(DTensor, placed.grad).full_tensor(), weight.grad, 1, 4)

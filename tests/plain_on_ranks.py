@@ -3,6 +3,7 @@
 import copy
 import functools
 import warnings
+from typing import cast
 
 import pytest
 import torch
@@ -30,7 +31,8 @@ def sharded_linear(group: dist.ProcessGroup, kind: str) -> None:
     if kind == "fully_shard":
         fully_shard(criterion.linear, mesh=mesh)
     elif kind == "FullyShardedDataParallel":
-        criterion.linear = FullyShardedDataParallel(criterion.linear, process_group=group, device_id=torch.device("cpu"))
+        unit = FullyShardedDataParallel(criterion.linear, process_group=group, device_id=torch.device("cpu"))
+        criterion.register_module("linear", unit)
     else:
 
         def shard(name, module, mesh):
@@ -47,7 +49,7 @@ def sharded_linear(group: dist.ProcessGroup, kind: str) -> None:
     whole = loss.full_tensor() if isinstance(loss, DTensor) else loss
     torch.testing.assert_close(whole, expected)
     if kind != "FullyShardedDataParallel":  # whose gradients are flat
-        torch.testing.assert_close(criterion.linear.weight.grad.full_tensor(), right)
+        torch.testing.assert_close(cast(DTensor, criterion.linear.weight.grad).full_tensor(), right)
 
 
 def criterion_in_a_unit(group: dist.ProcessGroup, kind: str) -> None:
@@ -57,9 +59,9 @@ def criterion_in_a_unit(group: dist.ProcessGroup, kind: str) -> None:
     features, target = torch.randn(8, D, dtype=torch.float64), torch.randint(C, (8,))
     expected = large_margin_cross_entropy(criterion.linear(features), target)
     (right,) = torch.autograd.grad(expected, criterion.linear.weight)
+    outer: torch.nn.Module = criterion
     if kind == "fully_shard":
         fully_shard(criterion, mesh=DeviceMesh.from_group(group, "cpu"))
-        outer = criterion
     elif kind == "FullyShardedDataParallel":
         outer = FullyShardedDataParallel(criterion, process_group=group, device_id=torch.device("cpu"), use_orig_params=True)
     else:
@@ -71,7 +73,7 @@ def criterion_in_a_unit(group: dist.ProcessGroup, kind: str) -> None:
     torch.testing.assert_close(loss, expected)
     gradient = criterion.linear.weight.grad
     if kind == "fully_shard":
-        torch.testing.assert_close(gradient.full_tensor(), right)
+        torch.testing.assert_close(cast(DTensor, gradient).full_tensor(), right)
     elif kind == "DistributedDataParallel":
         torch.testing.assert_close(gradient, right)
 
@@ -87,7 +89,7 @@ def columns_over_ranks(group: dist.ProcessGroup) -> None:
     parallelize_module(criterion.linear, mesh, ColwiseParallel(use_local_output=False))
     with pytest.warns(UserWarning, match="linear has a forward"):
         loss = criterion(features, target)
-    torch.testing.assert_close(loss.full_tensor(), expected)
+    torch.testing.assert_close(cast(DTensor, loss).full_tensor(), expected)
     parallelize_module(of_a_rank.linear, mesh, ColwiseParallel())
     with pytest.warns(UserWarning, match="linear has a forward"), pytest.raises(IndexError, match="out of range"):
         of_a_rank(features, target)
@@ -102,17 +104,21 @@ class Tripled(ClassParallelLinear):
         return 3 * super().forward(input)
 
 
+def replace_forward(layer) -> None:
+    layer.forward = functools.partial(lambda original, input: 3 * original(input), layer.forward)
+
+
 def changed(head: ClassParallelLinear, kind: str) -> ClassParallelLinear:
     if kind == "hook":
         head.register_forward_hook(tripled)
     elif kind == "pre-hook":
         head.register_forward_pre_hook(lambda layer, args: (3 * args[0],))
     elif kind == "forward":
-        head.forward = functools.partial(lambda original, input: 3 * original(input), head.forward)
+        replace_forward(head)
     elif kind == "pruned":
         prune.random_unstructured(head, "weight", 0.5)
         with torch.no_grad():
-            head.weight_orig.mul_(2)
+            head.get_parameter("weight_orig").mul_(2)
     return head
 
 
@@ -130,7 +136,7 @@ def changed_head(group: dist.ProcessGroup, kind: str, shape: tuple[int, ...], re
     assert len(said) == 1
     parameter = head.weight_orig if kind == "pruned" else head.weight
     found = torch.autograd.grad(loss.sum(), (features, parameter))
-    logits = head(features)
+    logits = cast(DTensor, head(features))
     whole = logits.full_tensor().detach().requires_grad_()
     expected = large_margin_cross_entropy(whole.flatten(0, -2), target.flatten(), weight, lam=0.5, reduction=reduction)
     torch.testing.assert_close(loss, expected.view_as(loss))

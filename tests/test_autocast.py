@@ -100,11 +100,11 @@ class Subclass(Tensor):
     """A tensor with a type of its own."""
 
 
-def gradients(function: Scalar, inputs: list[Tensor], autocast: Callable[[], torch.autocast], **options: bool) -> list[Tensor]:
+def gradients(function: Scalar, inputs: list[Tensor], autocast: Callable[[], torch.autocast]) -> list[Tensor]:
     inputs = [tensor.clone().requires_grad_() for tensor in inputs]
     with autocast():
         value = function(*inputs)
-    return [value, *torch.autograd.grad(value, inputs, **options)]
+    return [value, *torch.autograd.grad(value, inputs)]
 
 
 def eager(function: Scalar, inputs: list[Tensor], autocast: Callable[[], torch.autocast]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -78,8 +79,8 @@ TAKERS = [
 ]
 
 
-def call_with_weight(taker: object, weight: object) -> object:
-    if inspect.isclass(taker):
+def call_with_weight(taker: Callable[..., object], weight: object) -> object:
+    if isinstance(taker, type):
         sizes = (5, 5) if taker is largemargin.LinearLargeMarginCrossEntropyLoss else ()
         return taker(*sizes, weight=weight)
     logits, target = problem()

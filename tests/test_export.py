@@ -187,8 +187,8 @@ def test_exported_programs_hold_operations_of_aten_only(name, strict, tmp_path):
     assert operators(program.graph) <= {"aten", "<built-in function getitem>"}
     torch.export.save(program, tmp_path / "program.pt2")
     loaded = torch.export.load(tmp_path / "program.pt2")
-    for rows in (6, 4):
-        assert_same(loaded.module(), model(name), rows)
+    for num_rows in (6, 4):
+        assert_same(loaded.module(), model(name), num_rows)
     assert operators(program.run_decompositions().graph) <= {"aten"}
 
 

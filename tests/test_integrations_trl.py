@@ -38,7 +38,7 @@ class Collected:
 
     def __call__(self, examples):
         longest = max(len(example["input_ids"]) for example in examples)
-        batch = {"input_ids": [], "attention_mask": [], "labels": []}
+        batch: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
         for example in examples:
             ids, missing = example["input_ids"], longest - len(example["input_ids"])
             batch["input_ids"].append(ids + [0] * missing)

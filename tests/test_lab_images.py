@@ -264,11 +264,12 @@ def test_compare_and_train_print_what_is_left_out(tmp_path, capsys):
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_decoding_is_shown(terminal):
-    console = Console(file=io.StringIO(), force_terminal=terminal, width=80)
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=terminal, width=80)
     with reading_images(console) as on_image:
         for i in range(1, 41):
             on_image(i, 40)
-    text = console.file.getvalue()
+    text = screen.getvalue()
     assert ("40/40" in text) == terminal and ("reading 40 images" in text) != terminal
 
 
@@ -298,8 +299,10 @@ def test_an_evaluation_comes_in_such_parts(validation_fraction, tmp_path):
 def test_there_is_one_copy_of_the_images(tmp_path):
     folder = make_folder(tmp_path / "set")
     images = data.load(str(folder), "data", 8)
+    assert isinstance(images, ImageSet)
     assert images.train_images.untyped_storage().data_ptr() == images.test_images.untyped_storage().data_ptr()
     feed = data.feed_of(Recipe("softmax", 0, data=str(folder)), images, torch.device("cpu"))
+    assert isinstance(feed, data.InMemory)
     assert feed.images.data_ptr() == images.train_images.data_ptr()
     images.save(tmp_path / "images.pt")
     assert os.path.getsize(tmp_path / "images.pt") < images.train_images.nbytes + images.test_images.nbytes + 10_000

@@ -217,7 +217,7 @@ def test_a_masked_class_is_not_in_its_row(kind, dtype, tmp_path, capsys):
     else:
         write(tmp_path / "a.csv", table(logits=logits))
     found = summary(capsys, tmp_path / f"a.{kind}")["overall"]
-    wanted = {"error": [], "nll": [], "margin": [], "rho_hat": []}
+    wanted: dict[str, list[float]] = {"error": [], "nll": [], "margin": [], "rho_hat": []}
     for row, label in zip(logits.astype(np.float64), LABELS, strict=True):
         known = np.flatnonzero(row > -np.inf)
         others = row[known[known != label]]

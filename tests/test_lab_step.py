@@ -195,6 +195,8 @@ def test_a_step_from_static_buffers_is_the_plain_step(loss):
 class ReplacesItsState(torch.nn.CrossEntropyLoss):
     """A loss that assigns a new tensor to its buffer in every forward pass."""
 
+    count: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("count", torch.zeros(()))

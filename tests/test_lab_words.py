@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,7 +154,8 @@ def test_a_machine_without_utf8_writes_the_same_report(tmp_path):
 
 def whole_record():
     test = dict.fromkeys(("error", "nll", "ece", "margin", "rho"), 1.0) | {"margin_histogram": [0, 1]}
-    record = {"recipe": Recipe("softmax", 0).to_dict(), "test": test, "validation": None, "epochs": [{"epoch": 1, "train_loss": 1.0}]}
+    record: dict[str, Any] = {"recipe": Recipe("softmax", 0).to_dict(), "test": test, "validation": None}
+    record["epochs"] = [{"epoch": 1, "train_loss": 1.0}]
     record |= {"environment": {}, "classes": ["a", "b"], "seconds": 1.0, "num_train": 1, "num_test": 1, "rho_of_batches": {}}
     return record
 

@@ -43,7 +43,7 @@ def classifier(keys) -> LargeMarginClassifier:
     return LargeMarginClassifier(torch.nn.Linear(6, 5), lam=0.5, keys=keys)
 
 
-def trainer() -> "lightning.Trainer":
+def trainer():
     return lightning.Trainer(
         max_epochs=2, accelerator="cpu", callbacks=[MarginLogger()], logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,

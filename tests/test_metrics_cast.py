@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +43,11 @@ def in_a_collection(**options):
     return torchmetrics.MetricCollection([metrics.as_torchmetric(**options)])
 
 
-METRICS = {"MarginMetrics": MarginMetrics, "as_torchmetric": torchmetric, "MetricCollection": in_a_collection}
+METRICS: dict[str, Callable[..., Any]] = {
+    "MarginMetrics": MarginMetrics,
+    "as_torchmetric": torchmetric,
+    "MetricCollection": in_a_collection,
+}
 
 
 def batches(rng: torch.Generator) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -49,7 +55,7 @@ def batches(rng: torch.Generator) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(torch.randn(256, 7, generator=rng), torch.randint(7, (256,), generator=rng)) for _ in range(25)]
 
 
-def holding(metric) -> nn.Module:
+def holding(metric):
     module = nn.Sequential(nn.Linear(3, 3))
     module.metric = metric
     return module

@@ -4,6 +4,8 @@ import contextlib
 import copy
 import functools
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -285,10 +287,14 @@ def gradients(loss, criterion, features):
 @pytest.fixture
 def fused(monkeypatch) -> list:
     """What the fused loss was called with."""
-    calls, original = [], losses.linear_large_margin_cross_entropy
-    monkeypatch.setattr(
-        losses, "linear_large_margin_cross_entropy", lambda *args, **options: (calls.append(args), original(*args, **options))[1]
-    )
+    calls: list[tuple] = []
+    original = losses.linear_large_margin_cross_entropy
+
+    def recorded(*args, **options):
+        calls.append(args)
+        return original(*args, **options)
+
+    monkeypatch.setattr(losses, "linear_large_margin_cross_entropy", recorded)
     return calls
 
 
@@ -334,7 +340,7 @@ def test_a_parametrisation_is_evaluated_as_often_as_by_the_layer(rng):
         torch.testing.assert_close(criterion(features, target), expected_of(called, features, target))
 
 
-GLOBAL_HOOKS = {
+GLOBAL_HOOKS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "forward": (nn.modules.module.register_module_forward_hook, lambda module, args, output: 3 * output),
     "forward pre": (nn.modules.module.register_module_forward_pre_hook, lambda module, args: None),
     "full backward": (nn.modules.module.register_module_full_backward_hook, lambda module, grads, upstream: None),
@@ -368,7 +374,7 @@ def test_global_hooks_see_the_layer(kind, rng):
 @pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
 def test_backward_hooks_of_the_layer_run(register, rng):
     criterion, seen = criterion_of(), []
-    getattr(criterion.linear, register)(lambda *args: seen.append(args) or None)
+    getattr(criterion.linear, register)(lambda *args: seen.append(args))
     with pytest.warns(UserWarning, match="backward"):
         criterion(batch(rng)[0].requires_grad_(), batch(rng)[1]).backward()
     assert seen
@@ -377,7 +383,8 @@ def test_backward_hooks_of_the_layer_run(register, rng):
 @pytest.mark.parametrize("patch", ["nn.Linear.forward", "F.linear"])
 def test_a_patch_of_torch_itself_is_seen(patch, rng, monkeypatch):
     criterion = criterion_of()
-    original = {"nn.Linear.forward": nn.Linear.forward, "F.linear": F.linear}[patch]
+    originals: dict[str, Callable[..., torch.Tensor]] = {"nn.Linear.forward": nn.Linear.forward, "F.linear": F.linear}
+    original = originals[patch]
     monkeypatch.setattr(*((nn.Linear, "forward") if patch == "nn.Linear.forward" else (F, "linear")), lambda *args: 3 * original(*args))
     features, target = batch(rng)
     with pytest.warns(UserWarning, match=r"forward of its own|F\.linear"):
@@ -471,7 +478,7 @@ def test_a_layer_is_plain_while_it_is_traced():
             found.append(plain_layer.weight_and_bias(self.linear))
             return self.linear(features)
 
-    found = []
+    found: list[object] = []
     torch.fx.symbolic_trace(Asking())
     assert not isinstance(found[0], str)
 
@@ -518,7 +525,7 @@ def test_an_adapter_trains(rng):
     criterion = criterion_of(LowRank)
     with pytest.warns(UserWarning, match="LowRank"):
         criterion(*batch(rng)).backward()
-    assert criterion.linear.up.weight.grad.norm() > 0 and criterion.linear.down.weight.grad.norm() > 0
+    assert all(criterion.linear.get_parameter(f"{name}.weight").grad.norm() > 0 for name in ("up", "down"))
 
 
 def test_a_layer_under_fake_tensors_is_plain():
@@ -526,8 +533,9 @@ def test_a_layer_under_fake_tensors_is_plain():
 
     with FakeTensorMode():
         layer = nn.Linear(D, C)
-        weight, bias = plain_layer.weight_and_bias(layer)
-    assert weight is layer.weight and bias is layer.bias
+        found = plain_layer.weight_and_bias(layer)
+    assert not isinstance(found, str), found
+    assert found[0] is layer.weight and found[1] is layer.bias
 
 
 @pytest.mark.xdist_group("ranks")

@@ -30,10 +30,15 @@ partitions = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method. is de
 nests = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
 
 
+Stateful = Schedule | CenterLoss | LSoftmaxLinear | GaussianMixtureHead
+
+
 class Loss(nn.Module):
     """A loss of features and target that has state: a head with its loss, a schedule as the weight of a penalty, or a loss itself."""
 
-    def __init__(self, stateful: nn.Module) -> None:
+    stateful: Stateful
+
+    def __init__(self, stateful: Stateful) -> None:
         super().__init__()
         self.stateful, self.criterion = stateful, LargeMarginCrossEntropyLoss(backend="reference")
 
@@ -45,7 +50,7 @@ class Loss(nn.Module):
         return self.criterion(self.stateful(features.sin(), target), target)
 
 
-MAKERS = {
+MAKERS: dict[str, Callable[[], Stateful]] = {
     "center": lambda: CenterLoss(8, 5),
     "lsoftmax": lambda: LSoftmaxLinear(8, 5, schedule=AnnealedLambda(2, 0.3, 1)),
     "gaussian_mixture": lambda: GaussianMixtureHead(8, 5, alpha=SteppedAlpha(every=1)),
@@ -282,6 +287,8 @@ def test_the_partitioner_recomputes_a_plain_buffer_from_what_it_is_then():
     """What the operator is for; where this test fails, torch has mended it."""
 
     class Plain(nn.Module):
+        step: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("step", torch.zeros(()))
@@ -313,7 +320,7 @@ def test_several_forward_passes_may_wait_where_nothing_is_recomputed(name, is_co
 
 
 def test_the_operator_keeps_torchs_rules():
-    module = made("gradual").stateful
+    module = GradualWeight(7, 1.0, 3.0)
     module()
     arguments = module.step, [module.step + 1, torch.ones(3)], [module.step, torch.zeros(3)]
     torch.library.opcheck(torch.ops.largemargin.first_or_again.default, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +31,7 @@ TOKENS = torch.arange(32).view(2, 16) * 7 % VOCABULARY
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
 
 
-def llama() -> torch.nn.Module:
+def llama():
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=VOCABULARY, **SIZES))
 
@@ -179,7 +181,7 @@ def test_what_replaces_the_forward_of_a_fused_head_counts(change):
     assert "the head" in message
 
 
-GLOBAL_HOOKS = {
+GLOBAL_HOOKS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "forward": (modules.register_module_forward_hook, lambda args, output: 3 * output),
     "forward pre": (modules.register_module_forward_pre_hook, lambda args: (3 * args[0],)),
     "full backward": (modules.register_module_full_backward_hook, lambda *_: None),

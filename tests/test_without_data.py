@@ -173,7 +173,7 @@ def test_it_runs_under_fake_tensors(name):
 @each_name
 def test_it_runs_on_meta_tensors_in_half_precision(name):
     function, given = MAKERS[name](torch.device("meta"))
-    given = [tensor.bfloat16() if isinstance(tensor, Tensor) and tensor.is_floating_point() else tensor for tensor in given]
+    halved = [tensor.bfloat16() if isinstance(tensor, Tensor) and tensor.is_floating_point() else tensor for tensor in given]
     if isinstance(function, torch.nn.Module):
         function.bfloat16()
-    assert all(tensor.is_meta for tensor in tensors_of(function(*given)))
+    assert all(tensor.is_meta for tensor in tensors_of(function(*halved)))
