@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from devices import CPU
 from largemargin import (
     ClassParallelLinear,
     crammer_singer_hinge,
@@ -42,7 +43,7 @@ def placed(rows: Rows, mesh_shape: tuple[int, ...], places: tuple[str, ...]) -> 
 
 def tied(num_classes: int) -> Rows:
     """Rows in whose largest non-target classes there are ties, within a rank and between ranks, and one row with a masked target."""
-    rows = Rows(num_classes, 10, (3,))
+    rows = Rows(CPU, num_classes, 10, (3,))
     rows.logits[3, 1:] = 2.0
     rows.logits[4, [0, num_classes - 1]] = 9.0
     rows.logits[5, rows.target[5, 0]] = -torch.inf
@@ -102,7 +103,7 @@ MEASURES: dict[str, Callable[..., Tensor]] = {
 
 
 def metrics_equal_whole(group: dist.ProcessGroup, mesh_shape: tuple[int, ...], places: tuple[str, ...]) -> None:
-    rows = Rows(9, 10, (3,))
+    rows = Rows(CPU, 9, 10, (3,))
     logits = placed(rows, mesh_shape, places)
     for measure in MEASURES.values():
         assert same_bits(measure(logits, rows.target), measure(rows.logits, rows.target))

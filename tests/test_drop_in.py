@@ -30,6 +30,18 @@ def problem() -> tuple[Tensor, Tensor]:
 # the form of the loss that is no subclass
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), {"lam": 5.0, "ignore_index": 0, "label_smoothing": 0.2, "reduction": "sum", "hard_bias": 1.0}.items()
+)
+def test_the_opaque_loss_follows_its_attributes(name, value):
+    logits, target = problem()
+    opaque, ours = OpaqueLargeMarginLoss(), LargeMarginCrossEntropyLoss()
+    assert getattr(opaque, name) == getattr(ours, name)
+    for loss in (opaque, ours):
+        setattr(loss, name, value)
+    assert same_bits(opaque(logits, target), ours(logits, target))
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("probabilities", [False, True])
 def test_the_opaque_loss_is_the_same_loss_of_another_type(options, probabilities):

@@ -115,3 +115,12 @@ def test_half_precision_by_default_changes_no_figure(kind, rng):
         assert figures(metric) == figures(plain)
     finally:
         torch.set_default_dtype(before)
+
+
+def test_a_checkpoint_that_was_cast_loads_as_float64(rng):
+    metric, loaded = torchmetric(), torchmetric()
+    for each in (metric, loaded):
+        each.persistent(True)
+    metric.update(*batches(rng)[0])
+    loaded.load_state_dict({name: value.bfloat16() for name, value in metric.state_dict().items()})
+    assert loaded.sums.dtype == torch.float64

@@ -173,30 +173,21 @@ class OpaqueLargeMarginLoss(nn.Module):
         donate: bool = False,
     ) -> None:
         super().__init__()
-        self._options: dict[str, Any] = {
-            "lam": lam,
-            "divergence": divergence,
-            "hard_bias": hard_bias,
-            "label_smoothing": label_smoothing,
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-            "backend": backend,
-            "donate": donate,
-        }
-        LargeMarginCrossEntropyLoss(weight, **self._options)  # which checks them
+        self.lam, self.divergence, self.hard_bias, self.label_smoothing = lam, divergence, hard_bias, label_smoothing
+        self.ignore_index, self.reduction, self.backend, self.donate = ignore_index, reduction, backend, donate
+        LargeMarginCrossEntropyLoss(weight, **self._options())  # which checks them
         self.register_buffer("weight", weight)
 
-    @property
-    def reduction(self) -> Reduction:
-        reduction: Reduction = self._options["reduction"]
-        return reduction
+    def _options(self) -> dict[str, Any]:
+        names = ("lam", "divergence", "hard_bias", "label_smoothing", "ignore_index", "reduction", "backend", "donate")
+        return {name: getattr(self, name) for name in names}
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of logits ``input`` and class indices or probabilities ``target``."""
-        return F.large_margin_cross_entropy(input, target, self.weight, **self._options)
+        return F.large_margin_cross_entropy(input, target, self.weight, **self._options())
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self._options.items())
+        return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
 
     if TYPE_CHECKING:
 

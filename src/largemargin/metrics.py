@@ -647,6 +647,11 @@ def as_torchmetric(*, num_bins: int = 15, top_k: int = 5, ignore_index: int = -1
             # torchmetrics guards against half() and the like; to(dtype), of a module around the metric, would round the sums
             return super()._apply(lambda tensor: _moved(tensor, fn), exclude_state)
 
+        def _load_from_state_dict(self, *arguments: Any) -> None:
+            super()._load_from_state_dict(*arguments)
+            if isinstance(self.sums, Tensor):  # torchmetrics takes the tensor of the checkpoint, which may have been cast
+                self.sums = self.sums.double()
+
         def __reduce__(self) -> tuple[Any, ...]:  # pickle does not find a class inside a function
             return functools.partial(as_torchmetric, num_bins=num_bins, top_k=top_k, ignore_index=ignore_index), (), self.__getstate__()
 
