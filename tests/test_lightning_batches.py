@@ -44,6 +44,7 @@ def classifier(keys) -> LargeMarginClassifier:
 
 
 def trainer() -> "lightning.Trainer":
+    # on the CPU: the figures of all forms are equal bit for bit
     return lightning.Trainer(
         max_epochs=2, accelerator="cpu", callbacks=[MarginLogger()], logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
