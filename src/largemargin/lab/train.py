@@ -342,7 +342,7 @@ def start(recipe: Recipe) -> "Accelerator":
         raise LabError(f"compile {recipe.compile} is no backend of torch.compile here; it has {', '.join(torch.compiler.list_backends())}")
     if recipe.nesterov and not recipe.momentum:
         raise LabError("nesterov true needs a momentum above 0; give one, or leave nesterov out")
-    # a run alone places itself: the accelerator of a process that has trained on a GPU refuses to be one of the CPU
+    # a run of one process does not use the accelerator's device, and cpu=True is refused after a run on a GPU in the same process
     cpu = recipe.device == "cpu" and recipe.processes > 1
     # the precision is the recipe's, whatever the launcher was configured for
     accelerator = Accelerator(cpu=cpu, device_placement=False, mixed_precision="no")
