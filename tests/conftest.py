@@ -32,6 +32,7 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(absent)  # for the doctests of src, too, to which no conftest.py of tests applies
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # convolutions on a GPU have the precision of the CPU's
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from devices import DEVICE
 from largemargin import LargeMarginCrossEntropyLoss, metrics
 from largemargin.lab._torchvision import import_torchvision
+
+ACCELERATOR = "cuda" if DEVICE.type == "cuda" else "cpu"  # Lightning knows no xpu
 
 with contextlib.suppress(ImportError):
     import_torchvision()  # which torchmetrics imports where it is installed
@@ -22,6 +25,7 @@ pl = pytest.importorskip("lightning.pytorch")
 integration = importlib.import_module("largemargin.integrations.lightning")
 
 pytestmark = [
+    pytest.mark.usefixtures("device"),  # which Lightning is given as its accelerator
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
     pytest.mark.filterwarnings("ignore:.*number of training batches.*"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning"),
@@ -46,7 +50,7 @@ def batches(num_rows: int, batch_size: int, seed: int) -> DataLoader:
 def trainer(folder, *callbacks, **options) -> Any:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     return pl.Trainer(
-        accelerator="cpu", devices=1, default_root_dir=folder, callbacks=[*callbacks], **{"max_epochs": 2, **quiet, **options}
+        accelerator=ACCELERATOR, devices=1, default_root_dir=folder, callbacks=[*callbacks], **{"max_epochs": 2, **quiet, **options}
     )
 
 
@@ -151,7 +155,9 @@ def test_a_checkpoint_brings_the_loss_back(weight, tmp_path):
     run = trainer(tmp_path, max_epochs=1, logger=logger)
     run.fit(model, batches(40, 16, 1), batches(40, 16, 2))
     run.save_checkpoint(tmp_path / "model.ckpt")
-    load = functools.partial(integration.LargeMarginClassifier.load_from_checkpoint, tmp_path / "model.ckpt", weights_only=True)
+    load = functools.partial(
+        integration.LargeMarginClassifier.load_from_checkpoint, tmp_path / "model.ckpt", weights_only=True, map_location="cpu"
+    )
     again = load(network=classifier().network)
     input, target = batches(40, 16, 2).dataset.tensors
     torch.testing.assert_close(again.criterion(again(input), target), model.criterion(model(input), target))

@@ -19,12 +19,15 @@ from sklearn.model_selection import GridSearchCV, cross_val_score  # noqa: E402
 from sklearn.pipeline import make_pipeline  # noqa: E402
 from sklearn.preprocessing import StandardScaler  # noqa: E402
 
+from devices import DEVICE  # noqa: E402
 from largemargin import LargeMarginCrossEntropyLoss  # noqa: E402
 from largemargin.integrations.skorch import LargeMarginClassifier  # noqa: E402
 
 DATA = sklearn_datasets.load_digits()
 ORDER = np.random.default_rng(0).permutation(len(DATA.target))
 X, Y = DATA.data[ORDER].astype(np.float32) / 16, DATA.target[ORDER].astype(np.int64)
+pytestmark = pytest.mark.usefixtures("device")  # where the classifiers compute
+
 TRAIN, TEST = slice(0, 600), slice(600, 1200)
 
 
@@ -35,7 +38,7 @@ class Perceptron(nn.Sequential):
 
 def classifier(**options):
     torch.manual_seed(0)
-    training = {"max_epochs": 10, "lr": 0.02, "optimizer": torch.optim.Adam, "train_split": None, "verbose": 0}
+    training = {"max_epochs": 10, "lr": 0.02, "optimizer": torch.optim.Adam, "train_split": None, "verbose": 0, "device": DEVICE.type}
     return LargeMarginClassifier(Perceptron, **{**training, **options})
 
 
@@ -60,9 +63,8 @@ def test_probabilities_are_the_softmax_of_the_logits(fitted):
 
 def test_its_loss_is_ours(fitted):
     assert type(fitted.criterion_) is LargeMarginCrossEntropyLoss
-    logits = torch.tensor(fitted.decision_function(X[TRAIN]))
-    expected = LargeMarginCrossEntropyLoss()(logits, torch.tensor(Y[TRAIN]))
-    torch.testing.assert_close(fitted.get_loss(logits, torch.tensor(Y[TRAIN])), expected)
+    logits, target = torch.tensor(fitted.decision_function(X[TRAIN]), device=DEVICE), torch.tensor(Y[TRAIN], device=DEVICE)
+    torch.testing.assert_close(fitted.get_loss(logits, target), LargeMarginCrossEntropyLoss()(logits, target))
 
 
 def test_with_two_classes_the_decision_function_is_one_number():
@@ -88,7 +90,7 @@ def test_of_a_module_with_several_outputs_the_first_are_the_logits():
 
 
 def test_options_of_the_loss_survive_clone_and_pickle():
-    net = classifier(criterion__lam=0.7, criterion__divergence="kl_qu")
+    net = classifier(criterion__lam=0.7, criterion__divergence="kl_qu", device="cpu")  # whose probabilities are equal bit for bit
     for same in (clone(net), clone(net).set_params(criterion__lam=0.7)):
         same.fit(X[:100], Y[:100])
         assert (same.criterion_.lam, same.criterion_.divergence) == (0.7, "kl_qu")

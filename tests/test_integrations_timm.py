@@ -52,9 +52,9 @@ CASES = {
 
 
 @pytest.fixture
-def batch(rng):
+def batch(rng, device):
     np.random.seed(0)  # timm's mixup draws from it
-    return torch.randn(8, 3, 16, 16, generator=rng), torch.randint(NUM_CLASSES, (8,), generator=rng)
+    return torch.randn(8, 3, 16, 16, generator=rng).to(device), torch.randint(NUM_CLASSES, (8,), generator=rng).to(device)
 
 
 def targets_of(args, batch):
@@ -64,17 +64,17 @@ def targets_of(args, batch):
 
 
 @pytest.mark.parametrize("args", CASES.values(), ids=CASES)
-def test_without_the_regulariser_it_is_timms_own_loss(args, batch, rng):
+def test_without_the_regulariser_it_is_timms_own_loss(args, batch, rng, device):
     target = targets_of(args, batch)
-    logits = torch.randn(8, NUM_CLASSES, generator=rng)
+    logits = torch.randn(8, NUM_CLASSES, generator=rng).to(device)
     torch.testing.assert_close(train_loss(args, lam=0.0)(logits, target), timms_loss(args)(logits, target))
 
 
 @pytest.mark.parametrize("args", CASES.values(), ids=CASES)
-def test_timms_network_learns_a_batch(args, batch):
+def test_timms_network_learns_a_batch(args, batch, device):
     images, labels = batch
     torch.manual_seed(0)
-    network = timm.create_model("test_resnet", num_classes=NUM_CLASSES, in_chans=3)
+    network = timm.create_model("test_resnet", num_classes=NUM_CLASSES, in_chans=3).to(device)
     loss_fn = train_loss(args)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     mixes = targets_of(args, batch).dim() == 2
@@ -89,13 +89,13 @@ def test_timms_network_learns_a_batch(args, batch):
     assert losses[-1] < losses[0] - 0.1
 
 
-def test_a_batch_after_mixup_was_switched_off_is_that_of_the_labels(batch, rng):
+def test_a_batch_after_mixup_was_switched_off_is_that_of_the_labels(batch, rng, device):
     args = arguments(mixup=0.8)
     mixup = mixing(args)
     mixup.mixup_enabled = False  # what the script does from --mixup-off-epoch on: the targets stay probabilities
     images, labels = batch
     _, target = mixup(images.clone(), labels)
-    logits = torch.randn(8, NUM_CLASSES, generator=rng)
+    logits = torch.randn(8, NUM_CLASSES, generator=rng).to(device)
     torch.testing.assert_close(train_loss(args)(logits, target), LargeMarginCrossEntropyLoss()(logits, labels))
 
 
@@ -126,11 +126,11 @@ def test_newer_scripts_that_ask_for_cross_entropy_get_ours(loss):
     assert train_loss(arguments(loss=loss, task="classification", smoothing=0.1)).label_smoothing == 0.1
 
 
-def test_timms_training_task_takes_the_loss(batch):
+def test_timms_training_task_takes_the_loss(batch, device):
     task_module = pytest.importorskip("timm.task")
     images, labels = batch
-    network = timm.create_model("test_resnet", num_classes=NUM_CLASSES)
-    task = task_module.ClassificationTask(network, criterion=LargeMarginCrossEntropyLoss(lam=0.3), device=torch.device("cpu"))
+    network = timm.create_model("test_resnet", num_classes=NUM_CLASSES).to(device)
+    task = task_module.ClassificationTask(network, criterion=LargeMarginCrossEntropyLoss(lam=0.3), device=device)
     result = task(images, labels)
     torch.testing.assert_close(result["loss"], LargeMarginCrossEntropyLoss(lam=0.3)(result["output"], labels))
     result["loss"].backward()

@@ -52,7 +52,7 @@ def texts(num_rows: int, length: int = 16) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": label} for row, label in zip(rows, labels, strict=True)]
 
 
-def trained(model, data, folder, *, batch_size, accumulation, loss=None, steps=3, **options) -> torch.nn.Module:
+def trained(model, data, folder, device, *, batch_size, accumulation, loss=None, steps=3, **options) -> torch.nn.Module:
     args = transformers.TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=batch_size,
@@ -61,7 +61,7 @@ def trained(model, data, folder, *, batch_size, accumulation, loss=None, steps=3
         learning_rate=0.3,
         optim="sgd",
         lr_scheduler_type="constant",
-        use_cpu=True,
+        use_cpu=device.type == "cpu",
         report_to="none",
         save_strategy="no",
         logging_strategy="steps",
@@ -106,31 +106,33 @@ def model_of(kind: str) -> tuple[torch.nn.Module, list[dict[str, torch.Tensor]],
 
 
 @pytest.mark.parametrize("kind", ["sequences", "probabilities", "tokens", "causal", "fused"])
-def test_accumulated_micro_batches_are_one_large_batch(kind, tmp_path):
+def test_accumulated_micro_batches_are_one_large_batch(kind, tmp_path, device):
     model, data, loss = model_of(kind)
     start = copy.deepcopy(model)
-    whole = trained(copy.deepcopy(model), data, tmp_path, batch_size=8, accumulation=1, loss=loss)
-    parts = trained(model, data, tmp_path, batch_size=2, accumulation=4, loss=loss)
+    whole = trained(copy.deepcopy(model), data, tmp_path, device, batch_size=8, accumulation=1, loss=loss)
+    parts = trained(model, data, tmp_path, device, batch_size=2, accumulation=4, loss=loss)
     assert_same_weights(parts, whole, rtol=1e-4, atol=1e-5)
     assert parts.losses == pytest.approx(whole.losses, rel=1e-3)
-    moved = max((a - b).abs().max().item() for a, b in zip(start.parameters(), whole.parameters(), strict=True))
+    moved = max((a - b.cpu()).abs().max().item() for a, b in zip(start.parameters(), whole.parameters(), strict=True))
     assert moved > 1e-3  # a hundred times the tolerance
 
 
-def test_a_mean_over_each_micro_batch_would_not_be(tmp_path):
+def test_a_mean_over_each_micro_batch_would_not_be(tmp_path, device):
     # the law above can fail: labels are unevenly spread
     model, data, loss = model_of("causal")
-    whole = trained(copy.deepcopy(model), data, tmp_path, batch_size=8, accumulation=1, loss=loss)
-    parts = trained(
-        model, data, tmp_path, batch_size=2, accumulation=4, loss=lambda outputs, labels, num_items_in_batch=None: loss(outputs, labels) / 4
-    )
+    whole = trained(copy.deepcopy(model), data, tmp_path, device, batch_size=8, accumulation=1, loss=loss)
+
+    def mean(outputs, labels, num_items_in_batch=None):
+        return loss(outputs, labels) / 4
+
+    parts = trained(model, data, tmp_path, device, batch_size=2, accumulation=4, loss=mean)
     with pytest.raises(AssertionError):
         assert_same_weights(parts, whole, rtol=1e-4, atol=1e-5)
 
 
-def test_loss_of_logits_is_that_of_the_library(rng):
-    logits, labels = torch.randn(2, 6, 5, generator=rng), torch.tensor([[0, 1, -100, 2, 3, 4], [-100, 4, 3, -100, 1, 0]])
-    weight = torch.rand(5, generator=rng)
+def test_loss_of_logits_is_that_of_the_library(rng, device):
+    logits, weight = torch.randn(2, 6, 5, generator=rng).to(device), torch.rand(5, generator=rng).to(device)
+    labels = torch.tensor([[0, 1, -100, 2, 3, 4], [-100, 4, 3, -100, 1, 0]], device=device)
     tokens = large_margin_cross_entropy(logits.flatten(0, 1), labels.flatten(), weight, lam=0.5, hard_bias=1.0)
     loss = LargeMarginLoss(lam=0.5, hard_bias=1.0, weight=weight)
     torch.testing.assert_close(loss({"logits": logits}, labels), tokens)
@@ -141,8 +143,8 @@ def test_loss_of_logits_is_that_of_the_library(rng):
 
 
 @pytest.mark.parametrize("labels", ["classes", "probabilities"])
-def test_the_number_of_items_is_what_the_trainer_counted(labels, rng):
-    logits, classes = torch.randn(4, 5, generator=rng), torch.tensor([0, 1, 2, 3])
+def test_the_number_of_items_is_what_the_trainer_counted(labels, rng, device):
+    logits, classes = torch.randn(4, 5, generator=rng).to(device), torch.tensor([0, 1, 2, 3], device=device)
     given, counted = (classes, 4) if labels == "classes" else (torch.nn.functional.one_hot(classes, 5).float(), 20)
     mean = large_margin_cross_entropy(logits, classes)
     torch.testing.assert_close(LargeMarginLoss()(logits, given, counted), mean)
@@ -224,11 +226,11 @@ def test_a_model_with_another_loss_or_head_is_refused(kind, words):
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("num_items", [None, 100])
-def test_fused_loss_and_gradients_are_those_of_the_logits(family, tied, num_items):
-    model = language_model(tied=tied, family=family).double()
+def test_fused_loss_and_gradients_are_those_of_the_logits(family, tied, num_items, device):
+    model = language_model(tied=tied, family=family).double().to(device)
     plain = copy.deepcopy(model)
     fuse_large_margin_loss(model, lam=0.5, label_smoothing=0.1)
-    batch = batch_of(4)
+    batch = {name: value.to(device) for name, value in batch_of(4).items()}
     outputs = model(**batch, **({} if num_items is None else {"num_items_in_batch": num_items}))
     outputs.loss.backward()
     logits = plain(batch["input_ids"]).logits
@@ -240,9 +242,9 @@ def test_fused_loss_and_gradients_are_those_of_the_logits(family, tied, num_item
         torch.testing.assert_close(weight.grad, same.grad, rtol=1e-8, atol=1e-12)
 
 
-def test_labels_shifted_by_the_caller_and_another_ignored_label():
-    model = fuse_large_margin_loss(language_model(family="llama")).train()
-    tokens, following = TEXT[:32].view(2, 16), TEXT[1:33].view(2, 16)
+def test_labels_shifted_by_the_caller_and_another_ignored_label(device):
+    model = fuse_large_margin_loss(language_model(family="llama").to(device)).train()
+    tokens, following = TEXT[:32].view(2, 16).to(device), TEXT[1:33].view(2, 16).to(device)
     logits = model(tokens).logits
     torch.testing.assert_close(model(tokens, labels=tokens, shift_labels=following).loss, LargeMarginLoss()(logits, following))
     masked = torch.where(tokens == tokens[0, 3], -100, tokens)
@@ -273,23 +275,24 @@ def test_under_autocast_the_head_multiplies_in_its_dtype():
     assert model.to("meta")(tokens.to("meta"), labels=tokens.to("meta")).loss.shape == ()  # which has no autocast
 
 
-def test_a_head_with_a_bias_and_checkpointing():
+def test_a_head_with_a_bias_and_checkpointing(device):
     model = language_model(tied=False)
     model.lm_head = torch.nn.Linear(32, VOCABULARY)
+    model.to(device)
     plain = copy.deepcopy(model)
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # its name from version 5.23 on
-    batch = torch.stack([row["input_ids"] for row in texts(4)])
+    batch = torch.stack([row["input_ids"] for row in texts(4)]).to(device)
     fuse_large_margin_loss(model).train()(batch, labels=batch).loss.backward()
     LargeMarginLoss(causal=True)(plain(batch), batch).backward()
     for weight, same in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(weight.grad, same.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_training_fused_is_training_unfused(tmp_path):
+def test_training_fused_is_training_unfused(tmp_path, device):
     data, options = texts(64), {"batch_size": 4, "accumulation": 2, "steps": 8}
     model = language_model()
-    unfused = trained(copy.deepcopy(model), data, tmp_path, loss=LargeMarginLoss(causal=True), **options)
-    fused = trained(fuse_large_margin_loss(model), data, tmp_path, **options)
+    unfused = trained(copy.deepcopy(model), data, tmp_path, device, loss=LargeMarginLoss(causal=True), **options)
+    fused = trained(fuse_large_margin_loss(model), data, tmp_path, device, **options)
     assert fused.losses == pytest.approx(unfused.losses, rel=1e-4)
     assert fused.losses[-1] < fused.losses[0] - 0.5
     assert_same_weights(fused, unfused, rtol=1e-3, atol=1e-4)
@@ -314,10 +317,10 @@ def test_fused_holds_no_logits():
     assert fused < 0.6 * logits  # a tile of them
 
 
-def test_logits_are_there_where_they_are_wanted():
-    model = fuse_large_margin_loss(language_model())
-    tokens = TEXT[:32].view(2, 16)
-    assert model.lm_head(torch.zeros(1, 4, 32)).shape == (1, 4, VOCABULARY)
+def test_logits_are_there_where_they_are_wanted(device):
+    model = fuse_large_margin_loss(language_model().to(device))
+    tokens = TEXT[:32].view(2, 16).to(device)
+    assert model.lm_head(torch.zeros(1, 4, 32, device=device)).shape == (1, 4, VOCABULARY)
     assert model.train()(tokens, labels=tokens).logits.shape == (2, 0, VOCABULARY)
     assert model(tokens).logits.shape == (2, 16, VOCABULARY)
     evaluated = model.eval()(tokens, labels=tokens)
@@ -504,9 +507,9 @@ def test_replicas_in_threads_do_not_disturb_each_other():
 
 
 @pytest.mark.parametrize("options", [{"label_smoothing_factor": 0.1}, {"loss": LargeMarginLoss(causal=True)}])
-def test_labels_that_the_trainer_holds_back_are_missed(options, tmp_path):
+def test_labels_that_the_trainer_holds_back_are_missed(options, tmp_path, device):
     with pytest.raises(ValueError, match=r"labels must be given.*compute_loss_func and for label_smoothing_factor"):
-        trained(fuse_large_margin_loss(language_model()), texts(4), tmp_path, batch_size=2, accumulation=1, **options)
+        trained(fuse_large_margin_loss(language_model()), texts(4), tmp_path, device, batch_size=2, accumulation=1, **options)
 
 
 ON_RANKS = """
@@ -561,9 +564,11 @@ def test_two_shards_of_a_model_have_the_gradients_of_the_whole(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_evaluation_of_the_trainer(tmp_path):
+def test_evaluation_of_the_trainer(tmp_path, device):
     model = fuse_large_margin_loss(language_model())
-    args = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", per_device_eval_batch_size=4, disable_tqdm=True)
+    args = transformers.TrainingArguments(
+        str(tmp_path), use_cpu=device.type == "cpu", report_to="none", per_device_eval_batch_size=4, disable_tqdm=True
+    )
     found = {}
 
     def shapes(prediction):
@@ -572,7 +577,7 @@ def test_evaluation_of_the_trainer(tmp_path):
 
     trainer = transformers.Trainer(model, args, eval_dataset=texts(4), compute_metrics=shapes)
     loss = trainer.evaluate()["eval_loss"]
-    batch = batch_of(4)
+    batch = {name: value.to(device) for name, value in batch_of(4).items()}
     logits = model(batch["input_ids"]).logits
     kept = (batch["labels"] >= 0).sum()  # GPT2's are counted before the shift by some versions
     shifted = (batch["labels"][:, 1:] >= 0).sum()

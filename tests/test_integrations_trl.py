@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 
+from devices import DEVICE
 from largemargin.integrations.transformers import LargeMarginLoss, fuse_large_margin_loss
 from largemargin.lab._torchvision import import_torchvision
 
@@ -14,6 +15,7 @@ with contextlib.suppress(ImportError):
 transformers = pytest.importorskip("transformers")
 
 pytestmark = [
+    pytest.mark.usefixtures("device"),  # where TRL trains
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*compute_loss_func.* is deprecated:FutureWarning"),
@@ -57,7 +59,7 @@ def sft_trainer(model, folder, *, loss=None, plain_compute_loss=False, **options
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", bos_token="1", eos_token="2", unk_token="0")
     args = trl.SFTConfig(
         output_dir=str(folder), per_device_train_batch_size=2, max_steps=3, learning_rate=0.1, optim="sgd", lr_scheduler_type="constant",
-        use_cpu=True, bf16=False, report_to="none", save_strategy="no", logging_steps=1,
+        use_cpu=DEVICE.type == "cpu", bf16=False, report_to="none", save_strategy="no", logging_steps=1,
         disable_tqdm=True, seed=0,
         max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, **options,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from largemargin.lab import cli, compare, data
 from largemargin.lab.recipe import LOSSES, Recipe
 
 COMMAND = ["compare", "--losses", "softmax", "large_margin", "--lam", "0.1", "1", "--seeds", "0", "1"]
-COMMAND += ["--epochs", "2", "--label-noise", "0", "0.3", "--train-fraction", "0.3"]
+COMMAND += ["--epochs", "2", "--label-noise", "0", "0.3", "--train-fraction", "0.3", "--device", "cpu"]  # runs are repeated bit for bit
 
 
 def record(loss, seed, lam, error, noise=0.0):

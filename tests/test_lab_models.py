@@ -365,38 +365,38 @@ def test_weights_may_lie_in_the_home_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["small", "layer13", "layer13_mean_teacher", "timm:resnet10t"])
-def test_channels_last_autocast_and_compile(name):
+def test_channels_last_autocast_and_compile(name, device):
     settings = {"width": 0.125} if name == "layer13" else {}
-    net = seeded(name, **settings)
-    images = torch.randn(4, 3, 32, 32)
+    net = seeded(name, **settings).to(device)
+    images = torch.randn(4, 3, 32, 32).to(device)
     expected = net.eval()(images)
     scale = expected.abs().max().item()
     net.to(memory_format=torch.channels_last)
     last = images.to(memory_format=torch.channels_last)
     torch.testing.assert_close(net(last), expected, rtol=0, atol=1e-4 * scale)
     torch.testing.assert_close(torch.compile(net, backend="aot_eager", fullgraph=True)(last), expected, rtol=0, atol=1e-4 * scale)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         logits = net(last)
     assert logits.dtype == torch.bfloat16
     torch.testing.assert_close(logits.float(), expected, rtol=0, atol=0.1 * scale)
     net.train()
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = F.cross_entropy(torch.compile(net, backend="aot_eager")(last).float(), torch.arange(4))
+    with torch.autocast(device.type, torch.bfloat16):
+        loss = F.cross_entropy(torch.compile(net, backend="aot_eager")(last).float(), torch.arange(4, device=device))
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*NETWORKS, "timm:resnet18"])
-def test_two_steps_at_full_size(name):
+def test_two_steps_at_full_size(name, device):
     cifar = name in ("small", "layer13", "layer13_mean_teacher", "wrn28_10")
-    net = seeded(name, num_classes=10 if cifar else 1000)
-    images = torch.randn(2, 3, *(2 * [32 if cifar else 224]))
+    net = seeded(name, num_classes=10 if cifar else 1000).to(device)
+    images = torch.randn(2, 3, *(2 * [32 if cifar else 224])).to(device)
     before = state(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     for _ in range(2):
         optimizer.zero_grad()
-        loss = F.cross_entropy(net(images), torch.tensor([0, 1]))
+        loss = F.cross_entropy(net(images), torch.tensor([0, 1], device=device))
         assert loss.isfinite()
         loss.backward()
         optimizer.step()

@@ -200,7 +200,8 @@ def test_a_device_that_is_not_here_and_a_folder_of_something_else_are_refused(tm
 
 def test_a_small_reproduction_is_done_once_and_shared_between_targets(tmp_path, capsys, done, written):
     out = tmp_path / "out"
-    command = ["reproduce", "table2", "--cells", "*/softmax", "*/ours-0.3", "--seeds", "0", "1", "--out", str(out), *QUICK]
+    rest = ["--seeds", "0", "1", "--device", "cpu", "--out", str(out), *QUICK]
+    command = ["reproduce", "table2", "--cells", "*/softmax", "*/ours-0.3", *rest]
     assert cli.main(command) == 0
     assert [recipe.seed for recipe in done] == [0, 0, 1, 1] and {recipe.network for recipe in done} == {"small"}
     ((entries, scale, line),) = written
@@ -216,7 +217,7 @@ def test_a_small_reproduction_is_done_once_and_shared_between_targets(tmp_path, 
     assert reproduce.reopen(out) == (entries, scale, line)
     assert json.loads((out / reproduce.MARKER).read_text())["overrides"] == {"network": "small", "epochs": 1, "batch_size": 8}
 
-    assert cli.main(["reproduce", "fig3", "--seeds", "0", "1", "--out", str(out), *QUICK]) == 0
+    assert cli.main(["reproduce", "fig3", *rest]) == 0
     assert [recipe.loss for recipe in done[4:]] == ["label_smoothing"] * 2  # the others were there
     assert "4 already done" in capsys.readouterr().out
 

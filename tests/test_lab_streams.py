@@ -137,6 +137,23 @@ def test_the_memory_format_is_the_recipes(channels_last):
     assert torch.equal(next(feed.training(0)).images, next(other.training(0)).images)
 
 
+@pytest.mark.parametrize("crop_fill", ["mean", "reflect"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_feed_of_a_device_is_that_of_the_cpu(channels_last, crop_fill, device):
+    recipe = recipe_of(crop_padding=2, flip=True, crop_fill=crop_fill, channels_last=channels_last, label_noise=0.3)
+    assert_same_feeds(InMemory(recipe, image_set(), device), InMemory(recipe, image_set(), CPU), device)
+
+
+def assert_same_feeds(feed, on_cpu, device):
+    ours = [(batch.images, batch.target) for batch in feed.training(2)] + list(feed.held_out())
+    theirs = [(batch.images, batch.target) for batch in on_cpu.training(2)] + list(on_cpu.held_out())
+    for (images, target), (same_images, same_target) in zip(ours, theirs, strict=True):
+        assert images.device.type == target.device.type == device.type
+        assert images.stride() == same_images.stride()
+        torch.testing.assert_close(images.cpu(), same_images, rtol=1e-6, atol=1e-6)
+        assert torch.equal(target.cpu(), same_target)
+
+
 @pytest.mark.parametrize("world", [1, 2, 5])
 def test_the_shares_of_the_held_out_part_are_the_part(world):
     recipe = recipe_of(validation_fraction=0.3, label_noise=0.2)
@@ -185,9 +202,9 @@ def streamed_recipe(folder, **fields):
     return recipe_of(**({"data": str(folder), "image_size": 16, "batch_size": 4, "augmentation": "inception"} | fields))
 
 
-def streamed(folder, rank=0, world=1, workers=0, **fields):
+def streamed(folder, rank=0, world=1, workers=0, device=CPU, **fields):
     files = data.load(str(folder), "data", 16, streamed=True)
-    return streams.Streamed(streamed_recipe(folder, **fields), files, CPU, rank, world, workers)
+    return streams.Streamed(streamed_recipe(folder, **fields), files, device, rank, world, workers)
 
 
 def test_a_streamed_folder_lists_what_a_decoded_one_holds(folder):
@@ -226,6 +243,12 @@ def test_workers_and_a_resumed_epoch_give_the_same_images(folder, augmentation):
     assert not torch.equal(whole[0].images, next(feed.training(2)).images)
     one, other = (torch.cat([images for images, _ in feed.held_out()]) for feed in (feed, streamed(folder, **fields)))
     assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_streamed_feed_of_a_device_is_that_of_the_cpu(folder, channels_last, device):
+    fields = {"channels_last": channels_last, "label_noise": 0.3}
+    assert_same_feeds(streamed(folder, device=device, **fields), streamed(folder, **fields), device)
 
 
 def test_an_image_is_augmented_alike_wherever_it_stands(folder):

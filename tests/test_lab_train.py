@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import PartialState
 
 import largemargin
 from largemargin.heads import CosineLinear
@@ -35,6 +37,12 @@ SMALL = dataclasses.replace(
 def recipe(**changes):
     settings = {"loss": "softmax", "seed": 0, "epochs": 2, "batch_size": 64, "crop_padding": 1}
     return Recipe(**{**settings, **changes})
+
+
+@pytest.fixture
+def device_recipe(device):
+    """As :func:`recipe`, of runs on the device. Tests of equality bit for bit take :func:`recipe`, and compute on the CPU."""
+    return functools.partial(recipe, device=device.type)
 
 
 def without_time(record):
@@ -66,8 +74,8 @@ def test_clean_and_noisy_runs_train_on_the_same_images():
     assert (clean.training_labels != noisy.training_labels).sum() == round(0.3 * 599)
 
 
-def test_a_run_stores_which_samples_it_trained_on_and_what_it_believed_of_them(tmp_path):
-    noisy = recipe(label_noise=0.3, train_fraction=0.5, validation_fraction=0.25, epochs=1)
+def test_a_run_stores_which_samples_it_trained_on_and_what_it_believed_of_them(device_recipe, tmp_path):
+    noisy = device_recipe(label_noise=0.3, train_fraction=0.5, validation_fraction=0.25, epochs=1)
     train.train(noisy, SMALL, tmp_path)
     with np.load(tmp_path / "training_set.npz") as stored:
         assert len(stored["training"]) == 75 and len(stored["validation"]) == 25
@@ -118,11 +126,11 @@ def test_an_interrupted_run_ends_as_an_unbroken_one(tmp_path, monkeypatch):
     ]
 
 
-def test_the_learning_rate_is_the_papers(tmp_path):
+def test_the_learning_rate_is_the_papers(device_recipe, tmp_path):
     rates = [
         row["learning_rate"]
         for row in train.train(
-            recipe(epochs=50, batch_size=200),
+            device_recipe(epochs=50, batch_size=200),
             dataclasses.replace(SMALL, train_images=SMALL.train_images[:4], train_labels=SMALL.train_labels[:4]),
             tmp_path,
         )["epochs"]
@@ -130,9 +138,9 @@ def test_the_learning_rate_is_the_papers(tmp_path):
     np.testing.assert_allclose(rates, np.logspace(-1, -4, 50), rtol=1e-12)  # Sec. 4.1
 
 
-def test_every_word_of_losses_builds_its_loss():
-    logits = torch.randn(7, 10, generator=torch.Generator().manual_seed(0))
-    target = torch.arange(7)
+def test_every_word_of_losses_builds_its_loss(rng, device):
+    logits = torch.randn(7, 10, generator=rng).to(device)
+    target = torch.arange(7, device=device)
     expected = {
         "softmax": F.cross_entropy(logits, target),
         "label_smoothing": F.cross_entropy(logits, target, label_smoothing=0.1),
@@ -161,6 +169,22 @@ def test_every_word_of_losses_builds_its_loss():
         torch.testing.assert_close(loss, expected[word], msg=word)
 
 
+@pytest.mark.parametrize("word", LOSSES)
+def test_every_loss_trains_on_the_device(word, device_recipe, device, tmp_path):
+    record = train.train(device_recipe(epochs=3, loss=word, **LOSSES[word]), DIGITS, tmp_path, on_end=keep)
+    first, *_, last = record["epochs"]
+    assert last["train_error"] < first["train_error"] / 2
+    assert last["train_loss"] < first["train_loss"] or word == "lsoftmax"  # whose margin grows from 0 over the run
+    assert record["recipe"]["device"] == device.type
+    assert {parameter.device.type for parameter in kept[0].parameters()} == {device.type}
+
+
+def test_a_run_on_the_cpu_follows_one_on_another_device_in_the_same_process(tmp_path, monkeypatch):
+    train.train(recipe(epochs=1), SMALL, tmp_path / "first")
+    monkeypatch.setitem(PartialState._shared_state, "device", torch.device("cuda"))  # as a run on a GPU leaves it
+    assert train.train(recipe(epochs=1), SMALL, tmp_path / "second")["test"] is not None
+
+
 @pytest.mark.parametrize("kind", ["cosface", "arcface"])
 def test_the_word_of_a_cosine_head_has_the_margin_of_the_head(kind):
     assert LOSSES[kind]["margin"] == CosineLinear(2, 3, kind=kind).margin
@@ -186,11 +210,11 @@ def test_records_are_strict_json(tmp_path):
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": [1.0, None, None], "b": {"c": None}}
 
 
-def test_evaluation_agrees_with_definitions():
+def test_evaluation_agrees_with_definitions(device):
     g = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(500, 6, generator=g)
     target = torch.randint(0, 6, (500,), generator=g)
-    got = evaluate.evaluate(logits, target)
+    got = evaluate.evaluate(logits.to(device), target.to(device))
     p = logits.double().softmax(-1)
     others = logits.double().scatter(1, target[:, None], -torch.inf)
     margins = logits.double().gather(1, target[:, None])[:, 0] - others.max(-1).values
@@ -209,10 +233,10 @@ def test_evaluation_agrees_with_definitions():
     assert got.ece == pytest.approx(100 * ece)
 
 
-def test_perfect_confidence_has_no_calibration_error():
-    logits = 1e4 * torch.eye(5)
-    assert evaluate.expected_calibration_error(logits, torch.arange(5)) == 0
-    assert evaluate.expected_calibration_error(logits, (torch.arange(5) + 1) % 5) == 1
+def test_perfect_confidence_has_no_calibration_error(device):
+    logits, target = 1e4 * torch.eye(5, device=device), torch.arange(5, device=device)
+    assert evaluate.expected_calibration_error(logits, target) == 0
+    assert evaluate.expected_calibration_error(logits, (target + 1) % 5) == 1
 
 
 WITH_HEADS = [word for word in LOSSES if word in ("lsoftmax", "gaussian_mixture", "noisy_softmax", "super_symmetric", "cosface", "arcface")]
@@ -235,10 +259,10 @@ def test_a_method_with_a_state_goes_on_where_it_stopped(word, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("word", [*WITH_HEADS, *WITH_TERMS])
-def test_a_method_differs_in_training_from_the_plain_loss_and_predicts_by_plain_logits(word):
+def test_a_method_differs_in_training_from_the_plain_loss_and_predicts_by_plain_logits(word, rng, device):
     network = models.build(recipe(), 1, 10)
-    method = methods.Method(recipe(loss=word, **LOSSES[word]), network, 10)
-    images, target = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 10
+    method = methods.Method(recipe(loss=word, **LOSSES[word]), network, 10).to(device)
+    images, target = torch.rand(20, 1, 8, 8, generator=rng).to(device), torch.arange(20, device=device) % 10
     for _ in range(2):  # a gradual weight is 0 at the first step
         step = method(images, target)
     if word != "super_symmetric":  # which is a form of the weights, not of the loss
@@ -249,10 +273,10 @@ def test_a_method_differs_in_training_from_the_plain_loss_and_predicts_by_plain_
     )
 
 
-def test_what_is_measured_of_an_epoch_is_what_it_says(tmp_path):
-    row = train.train(recipe(epochs=1, loss="large_margin", lam=0.3, learning_rate=1e-12), SMALL, tmp_path, on_end=keep)["epochs"][0]
+def test_what_is_measured_of_an_epoch_is_what_it_says(device_recipe, tmp_path):
+    row = train.train(device_recipe(epochs=1, loss="large_margin", lam=0.3, learning_rate=1e-12), SMALL, tmp_path, on_end=keep)["epochs"][0]
     network, feed = kept
-    logits, target = network(feed.normalize(SMALL.test_images)).detach().double(), SMALL.test_labels
+    logits, target = network(feed.normalize(SMALL.test_images.to(feed.device))).detach().cpu().double(), SMALL.test_labels
     stats = largemargin.row_stats(logits, target)
     for name, value in {
         "test_nll": F.cross_entropy(logits, target),  # plain, whatever the run trains with
@@ -275,9 +299,9 @@ def keep(*shown):
     kept[:] = shown
 
 
-def test_the_share_of_logits_with_a_gradient_is_two_of_ten_at_most_for_the_hard_max(tmp_path):
+def test_the_share_of_logits_with_a_gradient_is_two_of_ten_at_most_for_the_hard_max(device_recipe, tmp_path):
     shares = {
-        loss: train.train(recipe(loss=loss, **LOSSES[loss]), SMALL, tmp_path / loss)["epochs"][0]["gradient_share"]
+        loss: train.train(device_recipe(loss=loss, **LOSSES[loss]), SMALL, tmp_path / loss)["epochs"][0]["gradient_share"]
         for loss in ("softmax", "crammer_singer_hinge", "hard_margin_softplus")
     }
     assert shares["softmax"] == 1
@@ -285,8 +309,8 @@ def test_the_share_of_logits_with_a_gradient_is_two_of_ten_at_most_for_the_hard_
     assert 0 < shares["crammer_singer_hinge"] <= 0.2 + 1e-9
 
 
-def test_the_test_set_is_measured_every_so_many_epochs_and_at_the_end(tmp_path):
-    rows = train.train(recipe(epochs=5, evaluate_every=2), SMALL, tmp_path)["epochs"]
+def test_the_test_set_is_measured_every_so_many_epochs_and_at_the_end(device_recipe, tmp_path):
+    rows = train.train(device_recipe(epochs=5, evaluate_every=2), SMALL, tmp_path)["epochs"]
     assert [row["test_error"] is not None for row in rows] == [False, True, False, True, True]
 
 
@@ -312,22 +336,22 @@ def test_decay_can_leave_out_biases_and_normalisation():
     assert sum(len(group["params"]) for group in groups) == len(list(network.parameters()))
 
 
-def test_a_clipped_gradient_moves_the_weights_by_no_more(tmp_path):
+def test_a_clipped_gradient_moves_the_weights_by_no_more(device_recipe, tmp_path):
     def moved(**changes):
-        one = recipe(epochs=1, batch_size=200, learning_rate=1.0, momentum=0.0, weight_decay=0.0, final_factor=1.0, **changes)
+        one = device_recipe(epochs=1, batch_size=200, learning_rate=1.0, momentum=0.0, weight_decay=0.0, final_factor=1.0, **changes)
         torch.manual_seed(feeds.seeded(one.seed, "weights").initial_seed())
         before = models.build(one, 1, 10)
         train.train(one, SMALL, tmp_path / one.id, on_end=keep)
         pairs = zip(before.parameters(), kept[0].parameters(), strict=True)
-        return sum(((a - b) ** 2).sum() for a, b in pairs).sqrt().item()
+        return sum(((a - b.cpu()) ** 2).sum() for a, b in pairs).sqrt().item()
 
     assert moved(clip_norm=0.01) == pytest.approx(0.01, rel=1e-4) and moved() > 0.1
 
 
 @pytest.mark.parametrize("changes", [{"precision": "bfloat16", "channels_last": True}, {"compile": "aot_eager"}, {"channels_last": True}])
-def test_options_of_the_machine_train_as_well(changes, tmp_path):
-    plain = train.train(recipe(epochs=8), SMALL, tmp_path / "plain")
-    other = train.train(recipe(epochs=8, **changes), SMALL, tmp_path / "other")
+def test_options_of_the_machine_train_as_well(changes, device_recipe, tmp_path):
+    plain = train.train(device_recipe(epochs=8), SMALL, tmp_path / "plain")
+    other = train.train(device_recipe(epochs=8, **changes), SMALL, tmp_path / "other")
     assert other["epochs"][0]["train_loss"] == pytest.approx(plain["epochs"][0]["train_loss"], rel=0.05)
     assert other["test"]["error"] < 40 and plain["test"]["error"] < 40
 
@@ -360,17 +384,17 @@ def test_what_is_compiled_is_not_in_the_state_of_a_run():
     assert method.state_dict().keys() == before
 
 
-def test_weights_are_kept_and_are_those_of_the_network(tmp_path):
-    train.train(recipe(epochs=1), SMALL, tmp_path, on_end=keep, keep_weights=True)
+def test_weights_are_kept_and_are_those_of_the_network(device_recipe, tmp_path):
+    train.train(device_recipe(epochs=1), SMALL, tmp_path, on_end=keep, keep_weights=True)
     again = models.build(recipe(weights=str(tmp_path / train.WEIGHTS)), 1, 10)
     for name, value in kept[0].state_dict().items():
-        assert torch.equal(value, again.state_dict()[name]), name
+        assert torch.equal(value.cpu(), again.state_dict()[name]), name
 
 
-def test_tensorboard_is_written_and_goes_on(tmp_path, monkeypatch):
+def test_tensorboard_is_written_and_goes_on(device_recipe, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train.train(recipe(epochs=3), SMALL, tmp_path, tensorboard=True)
+    train.train(device_recipe(epochs=3), SMALL, tmp_path, tensorboard=True)
     events = EventAccumulator(str(next((tmp_path / "events").rglob("events*")).parent))
     events.Reload()
     assert [event.step for event in events.Scalars("train_rho")] == [1, 2, 3]
@@ -406,26 +430,26 @@ def bits(state):
     return [bits(value) for value in state] if isinstance(state, (list, tuple)) else state
 
 
-def test_a_checkpoint_of_another_recipe_is_refused(tmp_path, monkeypatch):
+def test_a_checkpoint_of_another_recipe_is_refused(device_recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0.0)
 
     def stop(row):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train.train(recipe(), SMALL, tmp_path, stop)
+        train.train(device_recipe(), SMALL, tmp_path, stop)
     with pytest.raises(LabError, match=r"threads 1 there, 2 here"):
-        train.train(recipe(threads=2), SMALL, tmp_path)
+        train.train(device_recipe(threads=2), SMALL, tmp_path)
 
 
-def test_a_checkpoint_executes_nothing(tmp_path):
+def test_a_checkpoint_executes_nothing(device_recipe, tmp_path):
     class Evil:
         def __reduce__(self):
             return (Path.write_text, (tmp_path / "executed", "x"))
 
     torch.save({"recipe": Evil()}, tmp_path / "checkpoint.pt")
     with pytest.raises(LabError, match=r"checkpoint.pt is not a checkpoint"):
-        train.train(recipe(), SMALL, tmp_path)
+        train.train(device_recipe(), SMALL, tmp_path)
     assert not (tmp_path / "executed").exists()
 
 
@@ -485,12 +509,12 @@ def test_what_the_machine_or_the_optimiser_cannot_do_is_refused_in_one_line(chan
     assert len(str(refused.value).splitlines()) == 1 and not (tmp_path / "run").exists()
 
 
-def test_a_last_batch_of_one_sample_is_left_out(tmp_path):
-    record = train.train(recipe(batch_size=199, evaluate_every=2), SMALL, tmp_path)
+def test_a_last_batch_of_one_sample_is_left_out(device_recipe, tmp_path):
+    record = train.train(device_recipe(batch_size=199, evaluate_every=2), SMALL, tmp_path)
     assert record["num_train"] == 200 and record["rho_of_batches"]["batch"] == [1, 2]
 
 
-def test_a_diverged_network_is_wrong_everywhere():
-    logits = torch.full((4, 3), torch.nan)
+def test_a_diverged_network_is_wrong_everywhere(device):
+    logits = torch.full((4, 3), torch.nan, device=device)
     logits[0] = torch.tensor([2.0, 0, 0])
-    assert evaluate.evaluate(logits, torch.zeros(4, dtype=torch.int64)).error == 75  # argmax of NaN is class 0
+    assert evaluate.evaluate(logits, torch.zeros(4, dtype=torch.int64, device=device)).error == 75  # argmax of NaN is class 0

@@ -18,6 +18,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
     pytest.mark.filterwarnings("ignore:.*number of training batches.*"),
     pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning"),
     pytest.mark.filterwarnings("ignore::FutureWarning:lightning"),
 ]
@@ -44,6 +45,7 @@ def classifier(keys) -> LargeMarginClassifier:
 
 
 def trainer():
+    # on the CPU: the figures of all forms are equal bit for bit
     return lightning.Trainer(
         max_epochs=2, accelerator="cpu", callbacks=[MarginLogger()], logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,

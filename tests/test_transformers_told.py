@@ -11,6 +11,7 @@ import torch
 from torch.nn.modules import module as modules
 from torch.nn.utils import prune
 
+from devices import DEVICE
 from largemargin import large_margin_cross_entropy
 from largemargin.integrations.transformers import LargeMarginLoss, fuse_large_margin_loss
 from largemargin.lab._torchvision import import_torchvision
@@ -20,6 +21,7 @@ with contextlib.suppress(ImportError):
 transformers = pytest.importorskip("transformers")
 
 pytestmark = [
+    pytest.mark.usefixtures("device"),  # where models and tokens are
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # peft asks for it
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),  # which torch.compile asks for
@@ -27,13 +29,13 @@ pytestmark = [
 ]
 
 VOCABULARY = 64
-TOKENS = torch.arange(32).view(2, 16) * 7 % VOCABULARY
+TOKENS = torch.arange(32, device=DEVICE).view(2, 16) * 7 % VOCABULARY
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
 
 
 def llama():
     torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=VOCABULARY, **SIZES))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=VOCABULARY, **SIZES)).to(DEVICE)
 
 
 def expected_of(model) -> torch.Tensor:
@@ -49,7 +51,7 @@ def told(loss) -> list[str]:
 
 def loaded(folder) -> torch.nn.Module:
     llama().save_pretrained(folder)
-    return fuse_large_margin_loss(transformers.LlamaForCausalLM.from_pretrained(folder))
+    return fuse_large_margin_loss(transformers.LlamaForCausalLM.from_pretrained(folder).to(DEVICE))
 
 
 def test_a_loaded_model_that_is_not_set_to_train_is_told_once(tmp_path):
@@ -124,7 +126,7 @@ def triple(head) -> None:
 
 def triple_behind_accelerate(head) -> None:
     hooks = pytest.importorskip("accelerate.hooks")
-    hooks.add_hook_to_module(head, hooks.AlignDevicesHook(execution_device="cpu"))
+    hooks.add_hook_to_module(head, hooks.AlignDevicesHook(execution_device=DEVICE))
     triple(head)
 
 
@@ -231,7 +233,7 @@ def test_copies_tell_for_themselves(tmp_path):
 def arguments(folder, **options):
     return transformers.TrainingArguments(
         str(folder),
-        use_cpu=True,
+        use_cpu=DEVICE.type == "cpu",
         report_to="none",
         save_strategy="no",
         max_steps=1,
@@ -246,7 +248,7 @@ def arguments(folder, **options):
 def test_the_trainers_label_smoothing_is_not_ignored(smoothing, wrapped, tmp_path):
     loss = LargeMarginLoss(causal=True)
     function = (lambda outputs, labels, num_items_in_batch=None: loss(outputs, labels, num_items_in_batch)) if wrapped else loss
-    data = [{"input_ids": row, "labels": row} for row in TOKENS]
+    data = [{"input_ids": row, "labels": row} for row in TOKENS.cpu()]
     trainer = transformers.Trainer(
         llama(), arguments(tmp_path, label_smoothing_factor=smoothing), train_dataset=data, compute_loss_func=function
     )
@@ -273,9 +275,9 @@ def images(rng) -> list[dict[str, torch.Tensor]]:
     return [{"pixel_values": torch.randn(3, 32, 32, generator=rng), "labels": label} for label in labels]
 
 
-def test_dense_prediction_is_upsampled_as_by_the_model(rng, tmp_path):
-    model, data = segformer(), images(rng)
-    pixels, labels = (torch.stack([row[name] for row in data]) for name in ("pixel_values", "labels"))
+def test_dense_prediction_is_upsampled_as_by_the_model(rng, device, tmp_path):
+    model, data = segformer().to(device), images(rng)
+    pixels, labels = (torch.stack([row[name] for row in data]).to(device) for name in ("pixel_values", "labels"))
     outputs = model(pixels)
     assert outputs.logits.shape == (4, 5, 8, 8)
     # at lam=0 it is the softmax loss, which is the model's own, whose ignored label is 255
@@ -288,14 +290,15 @@ def test_dense_prediction_is_upsampled_as_by_the_model(rng, tmp_path):
     assert trainer.train().training_loss > 0
 
 
-def test_logits_of_the_size_of_the_labels_are_left_alone(rng):
-    logits, labels = torch.randn(2, 5, 6, 7, generator=rng), torch.randint(5, (2, 6, 7), generator=rng)
+def test_logits_of_the_size_of_the_labels_are_left_alone(rng, device):
+    logits, labels = torch.randn(2, 5, 6, 7, generator=rng).to(device), torch.randint(5, (2, 6, 7), generator=rng).to(device)
     torch.testing.assert_close(LargeMarginLoss(upsample="bilinear")(logits, labels), large_margin_cross_entropy(logits, labels))
 
 
 @pytest.mark.parametrize("size", [(8, 8), (32, 32)])
-def test_probabilities_of_dense_prediction_have_their_classes_where_the_logits_have_them(size, rng):
-    logits, labels = torch.randn(2, 5, *size, generator=rng), torch.randn(2, 5, 32, 32, generator=rng).softmax(1)
+def test_probabilities_of_dense_prediction_have_their_classes_where_the_logits_have_them(size, rng, device):
+    logits = torch.randn(2, 5, *size, generator=rng).to(device)
+    labels = torch.randn(2, 5, 32, 32, generator=rng).to(device).softmax(1)
     enlarged = torch.nn.functional.interpolate(logits, (32, 32), mode="bilinear")
     torch.testing.assert_close(LargeMarginLoss(upsample="bilinear")(logits, labels), large_margin_cross_entropy(enlarged, labels))
     with pytest.raises(ValueError, match="for dense prediction give LargeMarginLoss"):

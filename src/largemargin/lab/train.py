@@ -342,8 +342,10 @@ def start(recipe: Recipe) -> "Accelerator":
         raise LabError(f"compile {recipe.compile} is no backend of torch.compile here; it has {', '.join(torch.compiler.list_backends())}")
     if recipe.nesterov and not recipe.momentum:
         raise LabError("nesterov true needs a momentum above 0; give one, or leave nesterov out")
+    # a run of one process does not use the accelerator's device, and cpu=True is refused after a run on a GPU in the same process
+    cpu = recipe.device == "cpu" and recipe.processes > 1
     # the precision is the recipe's, whatever the launcher was configured for
-    accelerator = Accelerator(cpu=recipe.device == "cpu", device_placement=False, mixed_precision="no")
+    accelerator = Accelerator(cpu=cpu, device_placement=False, mixed_precision="no")
     if accelerator.num_processes != recipe.processes:
         raise LabError(f"this run is of {recipe.processes} processes, and {accelerator.num_processes} were started; start it as before")
     torch.set_num_threads(recipe.threads)
