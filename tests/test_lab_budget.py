@@ -238,7 +238,7 @@ def test_a_machine_measures_itself():
 
 def test_what_cannot_be_measured_is_told():
     unknown = Recipe(loss="softmax", seed=0, data_digest="of other digits")
-    with pytest.raises(LabError, match=r"could not be measured how long .* the run was planned for of other digits"):
+    with pytest.raises(LabError, match=r"could not measure how long .* the run was planned for of other digits"):
         budget.measured_cost(unknown, Path("runs"), patience=120.0)
     assert budget.measured_cost(unknown, Path("runs"), patience=0.0).of_a_pass == float("inf")
 

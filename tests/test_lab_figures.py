@@ -65,5 +65,5 @@ def test_an_out_that_can_be_no_folder_is_refused_before_anything_is_computed(tmp
 )
 def test_options_of_runs_are_refused_where_there_are_none(words, tmp_path, capsys):
     assert cli.main(["reproduce", "fig1", "--out", str(tmp_path / "out"), *words]) == 2
-    assert capsys.readouterr().err.startswith(f"largemargin: {words[0]} is nothing that fig1 has")
+    assert capsys.readouterr().err.startswith(f"largemargin: {words[0]} does not apply to fig1")
     assert not (tmp_path / "out").exists()

@@ -300,3 +300,23 @@ def test_a_probability_of_0_masks_its_class(tmp_path, capsys):
     np.savez(tmp_path / "b.npz", logits=logits, labels=LABELS)
     of_probabilities = summary(capsys, tmp_path / "a.npz", "--probabilities")["overall"]
     assert of_probabilities == pytest.approx(summary(capsys, tmp_path / "b.npz")["overall"])
+
+
+# columns with gaps and in order
+
+
+def test_numbered_columns_with_a_gap_are_matched_by_number(tmp_path, capsys):
+    kept = (LABELS != 5) & (LABELS != 11)
+    labels = LABELS[kept]
+    columns = {f"c{c}": LOGITS[kept][:, c] for c in range(12) if c != 5}
+    found = summary(capsys, write(tmp_path / "gap.csv", {"label": [str(label) for label in labels], **columns}))
+    without = np.delete(LOGITS[kept], 5, 1)
+    places = np.where(labels > 5, labels - 1, labels)
+    assert found["overall"]["error"] == pytest.approx((without.argmax(1) != places).mean())
+
+
+@pytest.mark.parametrize("values", [np.arange(60), np.cumsum(np.random.default_rng(1).random(60)), -(np.arange(60.0) ** 2)])
+def test_a_column_in_order_is_no_class(values, tmp_path, capsys):
+    np.savez(tmp_path / "index.npz", logits=np.c_[values, LOGITS], labels=LABELS)
+    assert "column 0 of logits rises or falls from every row to the next" in refused(capsys, tmp_path / "index.npz")
+    assert "so it is not the logit of a class" in refused(capsys, write(tmp_path / "t.csv", {"t": values, **table()}))

@@ -147,9 +147,14 @@ class Budget:
         seeds = " ".join(map(str, sorted({recipe.seed for recipe in left})))
         line = f"--minutes {self.minutes:g}: {len(left)} of {counted(whole, 'run')} left (seeds {seeds})"
         known = [recipe for recipe in left if cost_key(recipe) in self._costs]
-        if len(known) == len(left) and (seconds := finish([0.0] * self._jobs, map(self.seconds, left))) < float("inf"):
+        seconds = finish([0.0] * self._jobs, map(self.seconds, known)) if known else float("inf")
+        if len(known) == len(left) and seconds < float("inf"):
             line += f", about {seconds / 60:.1f} minutes"
-        return f"{line}. The same command goes on with them; runs of one seed are started together or not at all."
+        elif known:
+            line += ", which take longer than could be measured in that time"
+        if len(left) == whole:
+            return f"{line}. None was started: the runs of one seed are started together or not at all. Give more minutes."
+        return f"{line}. The same command goes on with them; the runs of one seed are started together or not at all."
 
 
 def measured_cost(recipe: Recipe, runs: Path, patience: float, graph: bool = True) -> Cost:
@@ -173,7 +178,7 @@ def measured_cost(recipe: Recipe, runs: Path, patience: float, graph: bool = Tru
         process.kill()
         process.join()
     if isinstance(found, str):
-        raise LabError(f"--minutes: it could not be measured how long {recipe.id} takes: {found}")
+        raise LabError(f"--minutes: could not measure how long {recipe.id} takes: {found}")
     of_a_pass, of_the_measurement = found
     return Cost(time.monotonic() - began - of_the_measurement, of_a_pass)
 

@@ -19,6 +19,7 @@ LARGEST = np.float64(np.finfo(np.float32).max)
 CHECKED_AT_ONCE = 2**22  # logits
 SEPARATORS = (",", ";", "\t")
 ENOUGH_ROWS = 5  # from here on a column of whole numbers is no accident
+SORTED_ROWS = 20  # differences of one sign: by chance once in half a million columns
 INDICES = ("id", "index", "idx", "row", "row_id", "sample", "sample_id", "image_id")  # names that are hardly those of classes
 OTHERS = (  # names of what is written beside logits
     *("confidence", "probability", "prediction", "predicted", "pred", "score", "entropy", "loss", "margin", "weight"),
@@ -127,6 +128,13 @@ def _read_npz(path: Path) -> Labelled:
         return Labelled(logits, _by_name(path, names, [str(text) for text in texts], codes), names)
     if labels.dtype.kind not in "iu":
         raise LabError(f"{path}: labels must be integers, got {labels.dtype}; convert them with labels.astype('int64')")
+    finite = [place for place in range(num_classes) if logits.ndim == 2 and np.isfinite(logits[:, place]).all()]
+    in_order = next((place for place in finite if _is_sorted(np.diff(logits[:, place]))), None)
+    if in_order is not None:
+        raise LabError(
+            f"{path}: column {in_order} of logits rises or falls from every row to the next, as an index or a time does, so it is not the "
+            "logit of a class; leave it out of the array"
+        )
     return Labelled(logits, labels, names)
 
 
@@ -135,7 +143,10 @@ def _array(path: Path, name: str, file: Mapping[str, Numbers]) -> Numbers:
         return file[name]
     except ValueError as error:
         if "allow_pickle" in str(error):
-            raise LabError(f"{path}: {name} is an array of Python objects, which is not read; make it an array of numbers") from error
+            raise LabError(
+                f"{path}: {name} is an array of Python objects, which is not read; make it an array of numbers, or, for names of classes, "
+                "of text: numpy.array(classes, dtype=str)"
+            ) from error
         raise
 
 
@@ -221,9 +232,16 @@ def _no_logit(name: str, column: Numbers, is_whole: bool, all_whole: bool) -> st
         return "numbers the rows" if enough or name.lower() in INDICES else ""
     if enough and len(steps) and np.allclose(steps, steps[0], rtol=1e-9, atol=0):
         return "changes by the same amount from row to row"
+    if _is_sorted(steps):
+        return "rises or falls from every row to the next"
     if is_whole and name.lower() in INDICES and len(different) == len(column):
         return "has another whole number in each row"
     return "holds whole numbers, and the others do not" if enough and is_whole and not all_whole else ""
+
+
+def _is_sorted(steps: Numbers) -> bool:
+    """Whether a column of which these are the differences is in strict order, as times and counts are; logits are not by chance."""
+    return len(steps) >= SORTED_ROWS and bool((steps > 0).all() or (steps < 0).all())
 
 
 def _matched(path: Path, names: list[str], logits: Numbers, texts: Sequence[str], codes: Numbers) -> Labelled:
@@ -236,11 +254,11 @@ def _matched(path: Path, names: list[str], logits: Numbers, texts: Sequence[str]
     if not is_whole.all():
         row = int(is_whole.argmin())
         raise LabError(f"{path}: labels must be integers, row {row} has {labels[row]:g}")
-    numbers = _numbers_of(path, names)
-    if numbers is None:
+    numbers, must_match = _numbers_of(path, names)
+    inside = np.isin(labels, numbers)
+    if not numbers or not (must_match or inside.all()):
         return Labelled(logits, labels, names)
     order = np.argsort(numbers)
-    inside = np.isin(labels, numbers)
     if not inside.all():
         row = int(inside.argmin())
         raise LabError(
@@ -259,8 +277,11 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _numbers_of(path: Path, names: Sequence[str]) -> list[int] | None:
-    """The numbers in the names of the columns (``7``, ``logit_7``) where they are those of the classes; None: they count by place."""
+def _numbers_of(path: Path, names: Sequence[str]) -> tuple[list[int], bool]:
+    """The numbers in the names of the columns (``7``, ``logit_7``), none where there are others, and whether labels must be among them.
+
+    They need not where the names have a prefix and the numbers gaps: ``t3``, ``t5`` may be names of another kind.
+    """
     found = [re.fullmatch(r"(?P<plain>-?\d+)(?:\.0+)?|(?P<prefix>\D+)(?P<number>\d+)(?:\.0+)?", name) for name in names]
     matches = [(match["prefix"] or "", int(match["number"] or match["plain"])) for match in found if match is not None]
     plain = [number for prefix, number in matches if not prefix]
@@ -268,12 +289,12 @@ def _numbers_of(path: Path, names: Sequence[str]) -> list[int] | None:
         rest = next(name for name, match in zip(names, found, strict=True) if match is None or match["prefix"])
         raise LabError(f"{path}: some columns are numbers and {rest} is not; name all classes by their numbers, or none")
     if not names or len(matches) < len(names) or len({prefix for prefix, _ in matches}) > 1:
-        return None
+        return [], False
     numbers = [number for _, number in matches]
     if len(set(numbers)) < len(numbers):
         raise LabError(f"{path}: two columns have the same number; give each class a number of its own")
     counted = sorted(numbers) in (list(range(len(names))), list(range(1, len(names) + 1)))
-    return numbers if plain or counted else None
+    return numbers, bool(plain) or counted
 
 
 def _by_name(path: Path, names: Sequence[str], texts: Sequence[str], codes: Numbers) -> Numbers:

@@ -181,7 +181,7 @@ def check_settings(losses: Sequence[str], given: Iterable[str]) -> None:
 def check_image_size(data: str, image_size: int | None) -> None:
     """Raises LabError for one that would change nothing."""
     if data in ("digits", "cifar10", "cifar100", "svhn") and image_size is not None:
-        raise LabError(f"image_size {image_size} is nothing that {data} has: its images are used as they are; leave it out")
+        raise LabError(f"image_size {image_size} does not apply to {data}: its images are used as they are; leave it out")
 
 
 def suited_to(data: str, image_size: int | None = None) -> dict[str, Any]:

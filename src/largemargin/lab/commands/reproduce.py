@@ -83,7 +83,7 @@ def run(options: Any, console: Console) -> None:
         raise LabError(f"TARGET is missing: say which of {' '.join([*FIGURES, *TARGETS])}, as in largemargin reproduce table2 --list")
     if options.target in FIGURES:
         if ignored := of_runs(options):
-            raise LabError(f"{ignored[0]} is nothing that {options.target} has: it is computed at once, without runs; leave it out")
+            raise LabError(f"{ignored[0]} does not apply to {options.target}, which is computed at once, without runs; leave it out")
         with interrupts_end_at_once():
             from ..figures import reproduce as draw
 
@@ -108,6 +108,8 @@ def run(options: Any, console: Console) -> None:
     if options.list:
         list_cells(reproduction, console)
     elif options.dry_run:
+        if options.minutes is not None:
+            console.print("The dry run lists all runs. --minutes decides how many of them a run of this command starts.")
         dry_run(reproduction, console)
     else:
         reproduce(reproduction, out, given_jobs(options), options.executor, console, given_budget(options), graph=not options.eager)

@@ -47,7 +47,7 @@ def build(recipe: Recipe, in_channels: int, num_classes: int) -> Network:
     reads = ("dropout",) if name.startswith(TIMM) else _named(name).settings
     for setting, unset in (("width", 1.0), ("dropout", 0.0)):
         if getattr(recipe, setting) != unset and setting not in reads:
-            raise LabError(f"{setting} {getattr(recipe, setting):g} is nothing that the network {name} has; leave it out")
+            raise LabError(f"{setting} {getattr(recipe, setting):g} does not apply to the network {name}; leave it out")
     if not recipe.width > 0:
         raise LabError(f"width {recipe.width:g} must be above 0; 1 is the full network")
     if not 0 <= recipe.dropout < 1:
