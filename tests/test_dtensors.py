@@ -27,6 +27,7 @@ def test_statistics_equal_those_of_the_full_tensor(ranks, mesh, places):
         ranks.run(4, on_ranks_dtensors.statistics_equal_whole, mesh, places, num_classes)
 
 
+@pytest.mark.slow
 @each_layout
 def test_metrics_equal_those_of_the_full_tensor(ranks, mesh, places):
     ranks.run(4, on_ranks_dtensors.metrics_equal_whole, mesh, places)

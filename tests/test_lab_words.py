@@ -127,7 +127,7 @@ def test_paths_and_classes_are_shown(tmp_path, capsys):
 # a terminal that is not UTF-8
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "cp437", "latin-1"])
+@pytest.mark.parametrize("encoding", ["cp1252", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ascii", "cp437", "latin-1"))])
 def test_a_run_ends_well_on_a_terminal_that_is_not_utf8(encoding, tmp_path):
     command = [sys.executable, "-m", "largemargin.lab.cli", "compare", "--epochs", "1", "--seeds", "0", "1", "--lam", "0.1", "0.3"]
     command += ["--losses", "softmax", "large_margin", "--train-fraction", "0.1", "--device", "cpu", "--out", str(tmp_path / "λ")]
@@ -139,6 +139,7 @@ def test_a_run_ends_well_on_a_terminal_that_is_not_utf8(encoding, tmp_path):
     assert "λ=" in (tmp_path / "λ" / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_machine_without_utf8_writes_the_same_report(tmp_path):
     command = [sys.executable, "-m", "largemargin.lab.cli", "compare", "--epochs", "1", "--seeds", "0", "--losses", "large_margin"]
     command += ["--train-fraction", "0.1", "--device", "cpu", "--out", str(tmp_path / "out")]

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import plain_on_ranks
 from largemargin import LinearLargeMarginCrossEntropyLoss, large_margin_cross_entropy, losses, plain_layer
 from largemargin.lab._torchvision import import_torchvision
+from measure import compiles
 
 with contextlib.suppress(ImportError):
     import_torchvision()  # which peft imports where it is installed
@@ -430,6 +431,7 @@ def test_each_cause_is_named_once(rng):
         criterion_of(replaced(Scaled))(features, target)
 
 
+@compiles
 @pytest.mark.parametrize("change", [lambda layer: layer, replaced(Scaled)])
 def test_compiled_code_takes_the_layer_as_it_is(change, rng):
     torch._dynamo.reset()

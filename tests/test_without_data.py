@@ -89,6 +89,7 @@ MAKERS: dict[str, Maker] = {
         (features(device), classes(device), target(device)),
     ),
     "LargeMarginCrossEntropyLoss": of_logits(largemargin.LargeMarginCrossEntropyLoss(label_smoothing=0.1)),
+    "OpaqueLargeMarginLoss": of_logits(largemargin.OpaqueLargeMarginLoss()),
     "LargeMarginInSoftmaxLoss": of_logits(largemargin.LargeMarginInSoftmaxLoss()),
     "MulticlassHingeLoss": of_logits(largemargin.MulticlassHingeLoss()),
     "CrammerSingerHingeLoss": of_logits(largemargin.CrammerSingerHingeLoss()),
