@@ -234,8 +234,8 @@ def test_a_choice_of_lam_within_minutes_stops_before_the_test_set(tmp_path):
     with pytest.raises(LabError, match="no run of its last comparison is finished yet"):
         compare.compare(small_comparison(lam=(0.1, 0.3)), tmp_path, 1, Console(quiet=True), budget=given)
     assert len(list((tmp_path / "runs").glob("*/result.json"))) == 2
-    given = Budget(1, measure=lambda *_: Cost(0.0, 0.01))
-    rows = compare.compare(small_comparison(lam=(0.1, 0.3)), tmp_path, 1, Console(quiet=True), budget=given)
+    enough = Budget(1, measure=lambda *_: Cost(0.0, 0.01))
+    rows = compare.compare(small_comparison(lam=(0.1, 0.3)), tmp_path, 1, Console(quiet=True), budget=enough)
     assert [row.n for row in rows] == [2, 2]
 
 
