@@ -193,7 +193,7 @@ def test_a_queue_does_what_fits_and_says_what_is_left(tmp_path):
     console = Console(record=True, width=200)
     progress.say_what_is_left(ONE_EPOCH, tmp_path, given, console)
     said = console.export_text()
-    assert "9 of 12 runs left (seeds 1 2 3)" in said and "2.1 minutes" in said
+    assert "9 of 12 runs left (seeds 1 2 3)" in said and "about 2.1 min." in said
     again = Budget(10, measure=lambda *_: Cost(0.0, 19.0))
     assert len(queue.run_all(ONE_EPOCH, tmp_path, 1, lambda *_: None, work="lab_work:finish", budget=again)) == 12
 
@@ -201,7 +201,7 @@ def test_a_queue_does_what_fits_and_says_what_is_left(tmp_path):
 def test_where_nothing_fits_the_command_says_how_long_it_takes(tmp_path):
     given = Budget(0.5, measure=lambda *_: Cost(0.0, 60.0))
     assert queue.run_all(RECIPES, tmp_path, 2, lambda *_: None, work="lab_work:finish", budget=given) == []
-    with pytest.raises(LabError, match=r"--minutes 0.5: 12 of 12 runs left .*about 60.0 minutes"):
+    with pytest.raises(LabError, match=r"--minutes 0.5: 12 of 12 runs left .*about 1.0 h"):
         progress.say_what_is_left(RECIPES, tmp_path, given, Console(quiet=True))
 
 
@@ -299,10 +299,10 @@ def test_runs_go_on_on_the_device_where_they_began(monkeypatch, tmp_path):
 def test_a_gpu_does_a_few_runs_at_a_time(monkeypatch):
     for cores, memory, jobs in ((16, 80, 3), (4, 80, 2), (1, 80, 1), (16, 24, 2), (16, 8, 1)):
         monkeypatch.setattr(environment.torch.cuda, "mem_get_info", lambda _, memory=memory: (memory * 2**30, 80 * 2**30))
-        monkeypatch.setattr(environment.os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
-        assert environment.default_jobs("cuda", False, on_cpu=2) == jobs
-        assert environment.default_jobs("cuda", True, on_cpu=2) == 1  # its workers need the cores
-        assert environment.default_jobs("cpu", False, on_cpu=2) == 2
+        monkeypatch.setattr(queue, "num_cores", lambda cores=cores: cores)
+        assert queue.default_jobs("cuda", False, on_cpu=2) == jobs
+        assert queue.default_jobs("cuda", True, on_cpu=2) == 1  # its workers need the cores
+        assert queue.default_jobs("cpu", False, on_cpu=2) == 2
 
 
 def test_the_help_names_the_default_of_a_device():

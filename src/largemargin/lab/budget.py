@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from .errors import LabError
 from .recipe import BASELINE, OF_SOME_LOSSES, Recipe
-from .words import counted
+from .words import counted, hours
 
 CPU_BATCHES, GPU_BATCHES = 2, 40  # of a measured epoch
 PATIENCE = 0.25  # of the time left: longer than this no measurement takes
@@ -146,12 +146,9 @@ class Budget:
         """A line for the user: ``left`` of the ``whole`` runs, and about how long they take."""
         seeds = " ".join(map(str, sorted({recipe.seed for recipe in left})))
         line = f"--minutes {self.minutes:g}: {len(left)} of {counted(whole, 'run')} left (seeds {seeds})"
-        known = [recipe for recipe in left if cost_key(recipe) in self._costs]
-        seconds = finish([0.0] * self._jobs, map(self.seconds, known)) if known else float("inf")
-        if len(known) == len(left) and seconds < float("inf"):
-            line += f", about {seconds / 60:.1f} minutes"
-        elif known:
-            line += ", which take longer than could be measured in that time"
+        if all(cost_key(recipe) in self._costs for recipe in left):  # others were not planned: there was no time for what comes before them
+            seconds = finish([0.0] * self._jobs, map(self.seconds, left))
+            line += f", about {hours(seconds)}" if seconds < float("inf") else ", and there was no time to measure how long they take"
         if len(left) == whole:
             return f"{line}. None was started: the runs of one seed are started together or not at all. Give more minutes."
         return f"{line}. The same command goes on with them; the runs of one seed are started together or not at all."

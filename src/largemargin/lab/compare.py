@@ -20,13 +20,13 @@ from . import data
 from .asked import missing
 from .budget import Budget
 from .diverged import kept, verdict_of, who_diverged, why_diverged
-from .environment import check_device, default_device, default_jobs, device_label
+from .environment import check_device, default_device, device_label
 from .errors import LabError
 from .executors.attempt import decoded_images
 from .files import write_json, write_text
 from .models import build, check_image, weights_digest
 from .progress import interrupted, reading_images, run_with_progress, say_what_is_left
-from .queue import result_of
+from .queue import default_jobs, result_of
 from .recipe import BASELINE, LOSSES, OF_SOME_LOSSES, SYMBOLS, Recipe, check_image_size, check_settings, has_setting, suited_to
 from .records import check_complete
 from .stopping import interrupts_end_at_once

@@ -1,6 +1,5 @@
 """What the numbers of a run depend on beside its recipe."""
 
-import os
 import platform
 import subprocess
 from pathlib import Path
@@ -25,9 +24,6 @@ def environment(recipe: Recipe) -> dict[str, str | int]:
     }
 
 
-MEMORY_OF_A_RUN = 12 * 2**30  # bytes: more than the largest network for CIFAR takes at batch 128
-
-
 def default_device() -> str:
     """``cuda`` where torch sees a GPU of that kind, else cpu."""
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,19 +32,6 @@ def default_device() -> str:
 def device_label(device: str) -> str:
     """The device with its name."""
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.startswith("cuda") else device
-
-
-def default_jobs(device: str, streamed: bool, on_cpu: int) -> int:
-    """How many runs to do at a time; ``on_cpu`` where there is no GPU of CUDA.
-
-    A run leaves a GPU idle while the host starts it, draws an epoch and writes. A run that reads image files has as many processes as
-    there are cores already. Three runs need three times the memory.
-    """
-    if not device.startswith("cuda"):
-        return on_cpu
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    free, _ = torch.cuda.mem_get_info(device)
-    return 1 if streamed else max(1, min(3, cores // 2, free // MEMORY_OF_A_RUN))
 
 
 def check_device(device: str) -> None:

@@ -21,6 +21,7 @@ from .words import counted
 
 ATTEMPTS = 2
 GRACE_SECONDS = 20.0  # for the checkpoints of interrupted runs
+MEMORY_OF_A_RUN = 12 * 2**30  # bytes of a GPU: a guess, above the largest network for CIFAR at batch 128
 HELD_SECONDS = 2.0  # between two looks at a run that another process does
 
 
@@ -161,10 +162,28 @@ def run_all(
     return [record for recipe in recipes if (record := result_of(recipe, runs)) is not None]
 
 
+def num_cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_jobs(device: str, streamed: bool, on_cpu: int) -> int:
+    """How many runs to do at a time; ``on_cpu`` where the device is no GPU of CUDA.
+
+    A run leaves a GPU idle while the host starts it, draws an epoch and writes. A run that reads image files has as many processes as
+    there are cores already. Three runs need three times the memory.
+    """
+    if not device.startswith("cuda"):
+        return on_cpu
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return 1 if streamed else max(1, min(3, num_cores() // 2, free // MEMORY_OF_A_RUN))
+
+
 def threads_note(recipes: Sequence[Recipe], jobs: int) -> str | None:
     """A line of warning where the runs of the CPU want more threads at a time than there are cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = max((recipe.threads for recipe in recipes if recipe.device == "cpu"), default=0)
+    cores, threads = num_cores(), max((recipe.threads for recipe in recipes if recipe.device == "cpu"), default=0)
     jobs = min(jobs, len(recipes))
     if jobs * threads <= cores:
         return None

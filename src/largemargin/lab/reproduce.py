@@ -17,7 +17,7 @@ from rich.table import Table
 
 from . import data, paper
 from .budget import Budget
-from .environment import check_device, default_device, default_jobs, device_label
+from .environment import check_device, default_device, device_label
 from .errors import LabError
 from .files import write_json
 from .methods import Method, parameter_groups
@@ -25,10 +25,10 @@ from .models import build
 from .paper import Cell, Entry, Scale
 from .paper_lines import number_text, recipe_options
 from .progress import interrupted, run_with_progress, say_what_is_left
-from .queue import num_finished, result_of
+from .queue import default_jobs, num_finished, result_of
 from .recipe import Recipe
 from .stopping import interrupts_end_at_once
-from .words import counted
+from .words import counted, hours
 
 MARKER = "reproduce.json"  # tells a folder of ours from one that is not
 PROBE_SECONDS = 3.0  # of one measured step in a dry run, about
@@ -324,10 +324,3 @@ def seconds_per_image(recipe: Recipe) -> float:
         return min(step(count), step(count)) / count
     finally:
         torch.set_num_threads(threads)
-
-
-def hours(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:,.1f} {unit}"
-    return f"{seconds:.0f} s"

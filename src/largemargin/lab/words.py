@@ -20,3 +20,11 @@ def printable(text: str, keep: str = "") -> str:
     return "".join(
         one if one in kept or unicodedata.category(one) not in NOT_PRINTED else one.encode("unicode_escape").decode() for one in text
     )
+
+
+def hours(seconds: float) -> str:
+    """``40 s``, ``4.0 min``, ``3.1 h``, ``2.5 d``."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.0f} s"
