@@ -1,7 +1,11 @@
 """Four gloo processes that stay for a whole test session and run the functions of ``on_ranks``."""
 
+import atexit
+import contextlib
 import datetime
 import multiprocessing
+import os
+import signal
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -43,6 +47,7 @@ class Ranks:
         """
         if not self.processes:
             self._start()
+        self._send(signal.SIGCONT)
         for pipe in self.pipes[:size]:
             pipe.send((function, size, arguments))
         failed: list[str] = []
@@ -59,11 +64,18 @@ class Ranks:
         if failed:
             self.stop()
             raise AssertionError("\n".join(failed))
+        self._send(signal.SIGSTOP)  # gloo asks its sockets a hundred times a second, for each group that was ever made
         return results
+
+    def _send(self, number: int) -> None:
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):  # some tests have a rank die
+                os.kill(process.pid, number)
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         store = Path(tempfile.mkdtemp()) / "store"
+        atexit.register(self.stop)  # before multiprocessing waits for them: who sleeps does not end
         for rank in range(WORLD):
             ours, theirs = context.Pipe()
             process = context.Process(target=_rank, args=(rank, str(store), theirs), daemon=True)
