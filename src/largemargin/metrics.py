@@ -623,7 +623,9 @@ def as_torchmetric(*, num_bins: int = 15, top_k: int = 5, ignore_index: int = -1
     """
     try:
         from torchmetrics import Metric  # type: ignore[import-not-found, unused-ignore]
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name != "torchmetrics":  # it is there, and lacks another package
+            raise
         raise ImportError("as_torchmetric needs torchmetrics; install it with: pip install torchmetrics") from error
     MarginMetrics(num_bins=num_bins, top_k=top_k, ignore_index=ignore_index)  # checks them
 

@@ -36,7 +36,8 @@ def load(name: str) -> ModuleType | str:
     try:
         module = import_module(".triton", __package__)
     except (ImportError, RuntimeError, OSError) as error:
-        return f"triton cannot be imported ({error}); pip install triton"
+        absent = isinstance(error, ModuleNotFoundError) and error.name == "triton"
+        return f"triton cannot be imported ({error}){'; pip install triton' if absent else ''}"
     return module.why_not() or module
 
 
