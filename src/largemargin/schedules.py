@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks, _state
+from .tracing import as_one_node
 
 SMALL = 1e-2  # a lambda that counts as none
 
@@ -41,6 +42,7 @@ class Schedule(nn.Module):
         """The value at training steps ``step``, floating and at least 1; elementwise."""
         raise NotImplementedError
 
+    @as_one_node
     def forward(self) -> Tensor:
         """The value of the next step, in training mode, or again of the last: a 0-d tensor."""
         step = self.step
