@@ -49,6 +49,8 @@ class Schedule(nn.Module):
         if self.training:
             (step,) = _state.first_or_again(self.step, [self.step + 1], [self.step])
             _state.write(self.step, Tensor.copy_, step)
+        else:
+            _state.check_evaluation(step)
         # a 0-d float64 promotes 0-d tensors alone; Apple's GPUs have none
         return self.at(step.clamp(min=1).to(torch.float32 if step.is_mps else torch.float64))
 
