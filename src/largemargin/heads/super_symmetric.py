@@ -112,7 +112,7 @@ class SuperSymmetricLinear(nn.Module):
     @as_one_node
     def forward(self, features: Tensor, target: Tensor | None = None) -> Tensor:
         """The logits (..., C) of features (..., D), the same with and without ``target``."""
-        check_features(features, target, self.in_features, self.num_classes)
+        check_features(features, target, self.in_features, self.num_classes, frame=self.frame)
         return F.linear(features, self.weight)
 
     def extra_repr(self) -> str:
