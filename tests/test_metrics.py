@@ -390,7 +390,7 @@ def test_the_install_line_is_said_where_torchmetrics_is_absent_and_not_where_it_
     monkeypatch.delitem(sys.modules, "torchmetrics")
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "torchmetrics.py").write_text("import what_it_needs")
-    with pytest.raises(ModuleNotFoundError, match="^No module named 'what_it_needs'"):
+    with pytest.raises(ModuleNotFoundError, match="what_it_needs"):
         metrics.as_torchmetric()
 
 

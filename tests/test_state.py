@@ -171,7 +171,7 @@ def test_center_loss_takes_centers_assigned_by_hand_and_states_of_older_versions
 def test_what_torch_func_is_no_cause_of_is_torchs_error():
     center = CenterLoss(8, 5)
     center.centers = center.centers.clone().requires_grad_()
-    with pytest.raises(RuntimeError, match="^a leaf Variable that requires grad"):
+    with pytest.raises(RuntimeError, match=r"^a leaf Variable that requires grad"):
         center(*batches(1)[0])
 
 

@@ -32,8 +32,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 NEVER = sys.maxsize  # later than any node
 REFUSED = "a forward pass in training mode writes the buffers of its module in place, which torch refuses here"
 OTHER_MODE = (
-    "a forward pass runs within a backward pass, where it may recompute, for activation checkpointing, one that was in another mode, or saw "
-    "another state; leave the mode of a module alone between a checkpointed forward pass and its backward pass"
+    "a forward pass runs within a backward pass, where it may recompute, for activation checkpointing, one that was in another mode or "
+    "saw another state; leave the mode of a module alone between a checkpointed forward pass and its backward pass"
 )
 
 
@@ -78,8 +78,8 @@ def write(buffer: Tensor, method: Callable[..., Tensor], *arguments: object) -> 
         if not torch._C._are_functorch_transforms_active():
             raise
         raise RuntimeError(
-            f"{REFUSED} (see the error above); call eval(), or pass all buffers as arguments to the function that torch.func transforms, and "
-            "there to torch.func.functional_call"
+            f"{REFUSED} (see the error above); call eval(), or pass all buffers as arguments to the function that torch.func transforms, "
+            "and there to torch.func.functional_call"
         ) from error
 
 

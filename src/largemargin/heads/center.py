@@ -85,7 +85,7 @@ class CenterLoss(nn.Module):
         self._fit()  # load_state_dict(assign=True) may have brought centers of another device or dtype
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if not self.as_parameter and "_seen" not in self._buffers:  # pickled by an older version
             self.register_buffer("_seen", torch.zeros_like(self.centers), persistent=False)
 
@@ -104,7 +104,7 @@ class CenterLoss(nn.Module):
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
         """The loss, a scalar, of features (..., D) and class indices (...); in training the centers move."""
         _checks.check_tensor("target", target)
-        check_features(features, target, self.in_features, self.num_classes)
+        check_features(features, target, self.in_features, self.num_classes, centers=self.centers)
         self._fit()
         dtype = accumulation_dtype(torch.promote_types(features.dtype, self.centers.dtype))
         rows, labels = features.reshape(-1, features.shape[-1]).to(dtype), target.reshape(-1)
