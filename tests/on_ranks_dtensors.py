@@ -1,6 +1,7 @@
 """What the ranks of the tests of DTensors do: each function runs in a process of its own, on every rank of ``group``."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import pytest
@@ -15,6 +16,7 @@ from largemargin import (
     ClassParallelLinear,
     crammer_singer_hinge,
     hard_margin_softplus,
+    heads,
     large_margin_cross_entropy,
     linear_large_margin_cross_entropy,
     metrics,
@@ -149,6 +151,32 @@ def a_plain_input_wants_a_plain_target(group: dist.ProcessGroup) -> None:
         sharded_large_margin_cross_entropy(logits, target, group=group)
     with pytest.raises(TypeError, match=r"^target is a DTensor"):
         sharded_linear_large_margin_cross_entropy(logits, torch.eye(9), target, group=group)
+
+
+def what_meets_a_plain_tensor_is_plain(group: dist.ProcessGroup) -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(group),))
+    features, target, weight, classifier = torch.randn(7, 9), torch.arange(7), torch.ones(9), torch.eye(9)
+    placed, labels, factors, classes = (distribute_tensor(t, mesh, [Replicate()]) for t in (features, target, weight, classifier))
+    center, lsoftmax, gmm = heads.CenterLoss(9, 9), heads.LSoftmaxLinear(9, 9), heads.GaussianMixtureHead(9, 9)
+    linear, sharded = linear_large_margin_cross_entropy, sharded_linear_large_margin_cross_entropy
+    calls: dict[str, list[Callable[[], object]]] = {
+        "weight": [
+            *(partial(function, features, target, factors) for function in (*HINGES.values(), large_margin_cross_entropy)),
+            lambda: linear(features, classifier, target, weight=factors),
+            lambda: sharded_large_margin_cross_entropy(features, target, group=group, weight=factors),
+            lambda: sharded(features, classifier, target, group=group, weight=factors),
+        ],
+        "linear_weight": [lambda: linear(features, classes, target)],
+        "linear_weight_shard": [lambda: sharded(features, classes, target, group=group)],
+        "input": [lambda: linear(placed, classifier, target)],
+        "linear_bias": [lambda: linear(features, classifier, target, linear_bias=factors)],
+        "features": [partial(head, placed, target) for head in (center, lsoftmax, gmm, heads.CosineLinear(9, 9))],
+        "target": [partial(head, features, labels) for head in (center, lsoftmax, gmm)],
+    }
+    for name, mixed in calls.items():
+        for call in mixed:
+            with pytest.raises(TypeError, match=rf"^{name} is a DTensor, and .* is not; pass {name}\.full_tensor\(\)"):
+                call()
 
 
 def penalty_equals_whole(group: dist.ProcessGroup) -> None:

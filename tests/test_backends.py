@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -568,14 +569,33 @@ def test_forcing_a_backend_warns_once_where_the_reference_steps_in(rng):
     ladder.warn_once.cache_clear()
 
 
-def test_a_backend_that_cannot_be_had_is_an_error(monkeypatch, rng):
+@pytest.mark.parametrize("way", ["eager", pytest.param("compiled", marks=compiles)])
+def test_a_backend_that_cannot_be_had_is_an_error(way, monkeypatch, rng):
     input, target = torch.randn(4, 5, generator=rng), torch.tensor([0, 1, 2, 3])
+
+    def loss(input: Tensor, target: Tensor, backend: Any = None) -> Tensor:
+        torch._dynamo.reset()
+        function = large_margin_cross_entropy if way == "eager" else torch.compile(large_margin_cross_entropy, backend="eager")
+        return function(input, target, backend=backend)
+
     with pytest.raises(ValueError, match="backend='cpu' does not compute on meta"):
-        row_stats(input.to("meta"), target.to("meta"), backend="cpu")
+        loss(input.to("meta"), target.to("meta"), backend="cpu")
     monkeypatch.setattr(ladder, "load", lambda name: "it was not compiled")
+    with pytest.raises(ValueError, match="backend='triton' does not compute on cpu"):
+        loss(input, target, backend="triton")
     with pytest.raises(RuntimeError, match="backend='cpu' cannot be used: it was not compiled"):
-        large_margin_cross_entropy(input, target, backend="cpu")
-    assert same_bits(large_margin_cross_entropy(input, target), large_margin_cross_entropy(input, target, backend="reference"))
+        loss(input, target, backend="cpu")
+    assert same_bits(loss(input, target), large_margin_cross_entropy(input, target, backend="reference"))
+
+
+@compiles
+def test_compiled_code_asks_no_kernel_of_another_device(monkeypatch, rng):
+    torch._dynamo.reset()
+    interpreted = SimpleNamespace(INTERPRETED=True, DTYPES=(torch.float32,))
+    monkeypatch.setattr(ladder, "load", lambda name: interpreted if name == "triton" else "it was not compiled")
+    input, target = torch.randn(4, 5, generator=rng), torch.tensor([0, 1, 2, 3])
+    loss = torch.compile(large_margin_cross_entropy, backend="eager", fullgraph=True)(input, target, backend="triton")
+    assert same_bits(loss, large_margin_cross_entropy(input, target, backend="reference"))
 
 
 def test_the_kernel_runs_unless_told_otherwise(rng):

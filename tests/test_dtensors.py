@@ -41,5 +41,9 @@ def test_a_plain_input_wants_a_plain_target(ranks):
     ranks.run(4, on_ranks_dtensors.a_plain_input_wants_a_plain_target)
 
 
+def test_what_meets_a_plain_tensor_is_plain(ranks):
+    ranks.run(4, on_ranks_dtensors.what_meets_a_plain_tensor_is_plain)
+
+
 def test_the_penalty_equals_that_of_the_full_tensor(ranks):
     ranks.run(4, on_ranks_dtensors.penalty_equals_whole)

@@ -1,5 +1,6 @@
 """The losses in programs: traced, exported, saved, and loaded where nothing but the package has been imported."""
 
+import copy
 import pkgutil
 import subprocess
 import sys
@@ -23,9 +24,11 @@ from largemargin import (
     heads,
     large_margin_cross_entropy,
     linear_large_margin_cross_entropy,
+    metrics,
     multiclass_hinge,
     row_stats,
 )
+from largemargin.schedules import GradualWeight
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
@@ -135,6 +138,27 @@ def test_symbolic_trace_keeps_the_loss_as_one_node(name):
     assert_same(traced, model(name), 6)
     ours = [node for node in traced.graph.nodes if node.op == "call_function" and node.target.__module__.startswith("largemargin")]
     assert len(ours) == 1
+
+
+class Measures(nn.Module):
+    """A loss with a schedule and a penalty, and what is measured beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network, self.schedule = nn.Linear(WIDTH, CLASSES), GradualWeight(4, 1.0, 3.0)
+
+    def forward(self, features: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        logits, weight = self.network(features), self.network.weight
+        measured = [measure(logits, target) for measure in (metrics.margin, metrics.topk_error, metrics.ece)]
+        return self.schedule() * heads.super_symmetry_penalty(weight), metrics.super_symmetry(weight), *measured
+
+
+def test_symbolic_trace_keeps_schedules_penalties_and_metrics_as_calls():
+    model = Measures()
+    traced = torch.fx.symbolic_trace(copy.deepcopy(model))
+    for _ in range(2):
+        torch.testing.assert_close(traced(*batch(6)), model(*batch(6)), rtol=0, atol=0)
+    assert traced.state_dict()["schedule.step"] == 2
 
 
 def test_a_traced_model_can_be_transformed_and_pickled(tmp_path):

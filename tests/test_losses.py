@@ -179,7 +179,9 @@ def test_training_and_evaluation_are_one_loss(module, batch):
         (LargeMarginCrossEntropyLoss, {"label_smoothing": -0.1}, ValueError),
         (LargeMarginCrossEntropyLoss, {"backend": "foo"}, ValueError),
         (LargeMarginInSoftmaxLoss, {"reg_lambda": -1.0}, ValueError),
+        (LargeMarginInSoftmaxLoss, {"reg_lambda": None}, TypeError),
         (LargeMarginInSoftmaxLoss, {"deg_logit": math.inf}, ValueError),
+        (LargeMarginInSoftmaxLoss, {"deg_logit": "1"}, TypeError),
         *((module, {"margin": math.nan}, ValueError) for module in (MulticlassHingeLoss, CrammerSingerHingeLoss, HardMarginSoftplusLoss)),
         *((module, {"margin": "1"}, TypeError) for module in (MulticlassHingeLoss, CrammerSingerHingeLoss, HardMarginSoftplusLoss)),
         *((module, {"reduction": "foo"}, ValueError) for module in MODULES),
@@ -190,7 +192,7 @@ def test_training_and_evaluation_are_one_loss(module, batch):
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_bad_arguments_raise_at_construction(module, options, error):
-    with pytest.raises(error):
+    with pytest.raises(error, match=f"^{next(iter(options))} must"):
         module(**options)
 
 

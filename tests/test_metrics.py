@@ -5,6 +5,7 @@ import itertools
 import math
 import pickle
 import random
+import sys
 from typing import Any
 
 import pytest
@@ -382,9 +383,14 @@ def test_torchmetrics_has_the_same_figures(rng, device):
     assert collection.compute()["rows"] == 200
 
 
-def test_without_torchmetrics_the_install_line_is_said(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torchmetrics", None)
+def test_the_install_line_is_said_where_torchmetrics_is_absent_and_not_where_it_is_broken(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
     with pytest.raises(ImportError, match="pip install torchmetrics"):
+        metrics.as_torchmetric()
+    monkeypatch.delitem(sys.modules, "torchmetrics")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "torchmetrics.py").write_text("import what_it_needs")
+    with pytest.raises(ModuleNotFoundError, match="what_it_needs"):
         metrics.as_torchmetric()
 
 

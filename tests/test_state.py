@@ -3,6 +3,7 @@
 import copy
 import functools
 import io
+import pickle
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -60,6 +61,7 @@ MAKERS: dict[str, Callable[[], Stateful]] = {
     "gradual": lambda: GradualWeight(7, 1.0, 3.0),
 }
 REFUSED = "this is of another, or cannot be told from another"
+OTHER_MODE = "leave the mode of a module alone"
 REFUSED_WRITE = "writes the buffers of its module in place, which torch refuses here"
 each_loss = pytest.mark.parametrize("name", MAKERS)
 some_slow = pytest.mark.parametrize(
@@ -150,6 +152,27 @@ def test_center_loss_takes_centers_of_another_dtype_by_assignment():
     center.load_state_dict(state(expected), assign=True)
     torch.testing.assert_close(gradient(center, *batches(1)[0]), gradient(expected, *batches(1)[0]), rtol=0, atol=0)
     assert_same_state(center, state(expected))
+
+
+def test_center_loss_takes_centers_assigned_by_hand_and_states_of_older_versions():
+    center, expected = CenterLoss(8, 5), CenterLoss(8, 5).bfloat16()
+    del center._seen
+    center = pickle.loads(pickle.dumps(center))
+    for same in (center, CenterLoss(8, 5)):
+        same.centers = expected.centers.clone()
+        duplicate = copy.deepcopy(expected)
+        torch.testing.assert_close(gradient(same, *batches(1)[0]), gradient(duplicate, *batches(1)[0]), rtol=0, atol=0)
+        assert_same_state(same, state(duplicate))
+    center.centers = torch.zeros(4, 8)
+    with pytest.raises(ValueError, match=r"centers must have shape .*\(5, 8\), got float32 of shape \(4, 8\)"):
+        center(*batches(1)[0])
+
+
+def test_what_torch_func_is_no_cause_of_is_torchs_error():
+    center = CenterLoss(8, 5)
+    center.centers = center.centers.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match=r"^a leaf Variable that requires grad"):
+        center(*batches(1)[0])
 
 
 @each_loss
@@ -455,6 +478,31 @@ def test_a_pass_without_backward_in_between_is_noticed(name, use_reentrant, betw
         loss(features, target)
     with pytest.raises(RuntimeError, match=REFUSED):
         result.backward()
+
+
+@both_ways
+@pytest.mark.parametrize("name", ["center", "gradual"])
+def test_a_recomputation_in_evaluation_mode_is_right_or_refused(name, use_reentrant):
+    loss, ((one, target), (other, _)) = made(name), batches(2)
+    trained = checkpointed(loss, use_reentrant)(one.clone().requires_grad_(), target)
+    with pytest.raises(RuntimeError, match=OTHER_MODE):
+        loss.eval(), trained.backward()
+    with torch.no_grad():
+        loss(one, target)
+    leaves = [features.clone().requires_grad_() for features in (one, other)]
+    evaluated = [checkpointed(loss, use_reentrant)(leaf, target) for leaf in leaves]
+    with pytest.raises(RuntimeError, match=OTHER_MODE):
+        trained.backward()
+    with pytest.raises(RuntimeError, match=OTHER_MODE):
+        loss.train(), evaluated[0].backward()
+    loss.eval()
+    truths = [gradient(loss, leaf.detach(), target) for leaf in leaves]
+    leaves[0].grad = None
+    evaluated[0].backward()
+    torch.testing.assert_close(leaves[0].grad, truths[0], rtol=0, atol=0)
+    loss.train()(one, target)
+    with pytest.raises(RuntimeError, match=OTHER_MODE):
+        loss.eval(), evaluated[1].backward()
 
 
 @each_loss

@@ -115,7 +115,9 @@ def test_an_adapter_of_the_head_trains():
     assert "peft.tuners.lora" in message
     gradients = {name: weight.grad for name, weight in model.named_parameters() if "lora" in name and "lm_head" in name}
     assert len(gradients) == 2 and all(gradient.norm() > 0 for gradient in gradients.values())
-    with pytest.raises(ValueError, match=r"whose head is a peft\..*forward of its own"):
+    with pytest.raises(
+        ValueError, match=r"whose head is a peft\..*forward of its own; fuse the model before the adapters are added, or use"
+    ):
         fuse_large_margin_loss(model)
 
 

@@ -9,7 +9,8 @@ comes out of one, ``torch.ops.largemargin.first_or_again``, and is saved. Export
 
 **Activation checkpointing** runs a forward pass again within the backward pass. The second run sees what the first saw, and does not move
 the state: ``first_or_again(owner, first, again)`` returns ``first`` in a first run and ``again`` in a recomputation. A module remembers the
-state of its last forward pass alone, so the recomputation of an earlier one is an error.
+state of its last forward pass alone, so the recomputation of an earlier one is an error. So is one in another mode than the pass had, and
+one in evaluation mode of a pass that came before the state last moved: :func:`check_evaluation`.
 
 Torch has no public way to know a recomputation. So this file, and no other, asks by private names, each with a test in
 ``tests/test_state.py``: ``torch._C._current_graph_task_id`` is -1 outside of a backward pass; ``torch._C._current_autograd_node`` is the
@@ -30,6 +31,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 NEVER = sys.maxsize  # later than any node
 REFUSED = "a forward pass in training mode writes the buffers of its module in place, which torch refuses here"
+OTHER_MODE = (
+    "a forward pass runs within a backward pass, where it may recompute, for activation checkpointing, one that was in another mode or "
+    "saw another state; leave the mode of a module alone between a checkpointed forward pass and its backward pass"
+)
 
 
 class Pass(NamedTuple):
@@ -41,6 +46,7 @@ class Pass(NamedTuple):
 
 
 _last: Any = WeakTensorKeyDictionary()  # of each owner
+_evaluated: Any = WeakTensorKeyDictionary()  # the first forward pass of each owner in evaluation mode since its state moved
 
 
 def first_or_again(owner: Tensor, first: Sequence[Tensor], again: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -69,22 +75,50 @@ def write(buffer: Tensor, method: Callable[..., Tensor], *arguments: object) -> 
     try:
         method(buffer, *arguments)
     except RuntimeError as error:
-        raise RuntimeError(f"{REFUSED} (see the error above); call eval(), or give all buffers to torch.func.functional_call") from error
+        if not torch._C._are_functorch_transforms_active():
+            raise
+        raise RuntimeError(
+            f"{REFUSED} (see the error above); call eval(), or pass all buffers as arguments to the function that torch.func transforms, "
+            "and there to torch.func.functional_call"
+        ) from error
+
+
+def check_evaluation(owner: Tensor) -> None:
+    """Refuse a recomputation in evaluation mode of a forward pass that saw another state; to be asked once a pass in evaluation mode."""
+    if torch.compiler.is_compiling() or owner not in _last:  # the state has not moved
+        return
+    first = _evaluated.get(owner)
+    if torch._C._current_graph_task_id() == -1:
+        if first is None or first.begins == NEVER:
+            thread = threading.current_thread()
+            _evaluated[owner] = Pass(thread, _first_node() if _last[owner].thread is thread else NEVER)
+        return
+    if torch.is_grad_enabled() and not _is_evaluated(owner):  # without a graph no gradient comes of it
+        raise RuntimeError(OTHER_MODE)
+
+
+def _is_evaluated(owner: Tensor) -> bool:
+    """Whether the node that asks is of a forward pass in evaluation mode that saw the state as it is."""
+    first, node = _evaluated.get(owner), torch._C._current_autograd_node()
+    return first is not None and node is not None and node._sequence_nr() >= first.begins
 
 
 def _is_recomputation(owner: Tensor) -> bool:
     last, task, thread = _last.get(owner), torch._C._current_graph_task_id(), threading.current_thread()
     if task == -1:
+        _evaluated.pop(owner, None)
         _last[owner] = Pass(thread, _first_node() if last is None or last.thread is thread else NEVER)
         return False
     node = torch._C._current_autograd_node()
     if last is None:
-        raise _unknown("no forward pass came before it")
+        raise _unknown("no forward pass came before it, or none with these buffers: double(), to() and the like make new ones")
     if node is None:
         raise _unknown("compiled autograd does not say of which")
     asks = task, node._sequence_nr(), torch.is_grad_enabled()  # a reentrant checkpoint in another runs without a graph, then with one
     if node._sequence_nr() < last.begins:
         raise _unknown("this is of another, or cannot be told from another")
+    if _is_evaluated(owner):
+        raise RuntimeError(OTHER_MODE)
     if last.again == asks:
         raise _unknown("the checkpointed part calls the module twice")
     _last[owner] = last._replace(again=asks)

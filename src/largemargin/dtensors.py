@@ -114,6 +114,14 @@ def check_plain(name: str, value: object) -> None:
         raise TypeError(f"{name} is a DTensor, and input is not; pass {name}.full_tensor(), or input as a DTensor too")
 
 
+def check_alike(**tensors: Tensor | None) -> None:
+    """Refuse DTensors beside plain tensors where both meet in one product."""
+    given = {name: is_dtensor(tensor) for name, tensor in tensors.items() if tensor is not None}
+    if len(set(given.values())) > 1:
+        placed, plain = next(name for name in given if given[name]), next(name for name in given if not given[name])
+        raise TypeError(f"{placed} is a DTensor, and {plain} is not; pass {placed}.full_tensor(), or {plain} as a DTensor too")
+
+
 def check_indices_only(input: Tensor, target: Tensor) -> None:
     if _checks.is_probabilities(input, target):
         raise NotImplementedError(

@@ -188,6 +188,7 @@ def large_margin_cross_entropy(
 
     if is_dtensor(input):
         return _loss_of_dtensor(input, target, weight, options, backend)
+    check_plain("weight", weight)
     if _checks.is_probabilities(input, target):
         _checks.check_probabilities(input, target, ignore_index)
         check_plain("target", target)
@@ -313,7 +314,8 @@ def sharded_large_margin_cross_entropy(
         check_all_here(_checks.num_classes(input_shard), class_start, num_classes)
         return large_margin_cross_entropy(input_shard, target, weight, **options._asdict(), backend=backend)
     _checks.check_indices(input_shard, target, ignore_index)
-    check_plain("target", target)
+    for name, value in (("target", target), ("weight", weight)):
+        check_plain(name, value)
     check_eager("sharded_large_margin_cross_entropy")
     shard, _ = shard_of(_checks.num_classes(input_shard), target, group, class_start, num_classes)
     return _loss_of_shard(input_shard, target, weight, options, backend, shard)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _checks
 from ._reduce import REDUCTIONS, Reduction, reduce_rows
-from .dtensors import LocalRows, is_dtensor, reduced
+from .dtensors import LocalRows, check_plain, is_dtensor, reduced
 from .functional import softplus
 from .ops import Rows, checked_rows, rows_of_dtensor, stats_of_local_rows, stats_of_rows
 from .rowstats import IGNORED, accumulation_dtype
@@ -174,6 +174,7 @@ def _loss(
 ) -> Tensor:
     """The reduced ``losses`` of rows, which take those of a DTensor as a rank has them."""
     if not is_dtensor(input):
+        check_plain("weight", weight)
         rows = checked_rows(input, target, ignore_index)
         return reduce_rows(losses(rows, None), rows.class_index, weight, reduction)
     local, rows, whole = rows_of_dtensor(input, target, weight, ignore_index)

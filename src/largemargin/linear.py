@@ -17,7 +17,7 @@ from . import _checks, fused, shards
 from ._backends import Divergence, LossOptions, ladder
 from ._backends.ladder import Backend
 from ._reduce import Reduction, row_weights
-from .dtensors import check_plain, is_dtensor
+from .dtensors import check_alike, check_plain, is_dtensor
 from .functional import LossOfRows, checked_options, large_margin_cross_entropy
 from .layer import Gradients, HalfLayerGradients, Layer, LayerGradients
 from .ops import class_index
@@ -85,8 +85,10 @@ def linear_large_margin_cross_entropy(
         return record(linear_large_margin_cross_entropy, locals())  # type: ignore[no-any-return]
     options = checked_options(lam, divergence, hard_bias, label_smoothing, ignore_index, reduction)
     _checks.check_linear(input, linear_weight, target, linear_bias, num_classes)
+    check_alike(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
     if not is_dtensor(input):
-        check_plain("target", target)
+        for name, value in (("target", target), ("weight", weight)):
+            check_plain(name, value)
     if num_classes is not None and num_classes != len(linear_weight):  # the gradient of the padding is 0, as autograd makes it
         linear_weight = linear_weight[:num_classes]
         linear_bias = None if linear_bias is None else linear_bias[:num_classes]

@@ -116,7 +116,10 @@ class LargeMarginInSoftmaxLoss(LargeMarginCrossEntropyLoss):
     ) -> None:
         if size_average is not None or reduce is not None:
             reduction = nn.CrossEntropyLoss(size_average=size_average, reduce=reduce).reduction  # type: ignore[assignment]
-        super().__init__(weight, lam=reg_lambda, hard_bias=float(deg_logit or 0.0), ignore_index=ignore_index, reduction=reduction)
+        _checks.check_number("reg_lambda", reg_lambda, low=0)
+        if weight is not None:
+            _checks.check_tensor("weight", weight)
+        super().__init__(weight, lam=reg_lambda, hard_bias=_hard_bias(deg_logit), ignore_index=ignore_index, reduction=reduction)
 
     @property
     def reg_lambda(self) -> float:
@@ -125,6 +128,7 @@ class LargeMarginInSoftmaxLoss(LargeMarginCrossEntropyLoss):
 
     @reg_lambda.setter
     def reg_lambda(self, value: float) -> None:
+        _checks.check_number("reg_lambda", value, low=0)
         self.lam = value
 
     @property
@@ -134,10 +138,17 @@ class LargeMarginInSoftmaxLoss(LargeMarginCrossEntropyLoss):
 
     @deg_logit.setter
     def deg_logit(self, value: float | bool | None) -> None:
-        self.hard_bias = float(value or 0.0)
+        self.hard_bias = _hard_bias(value)
 
     def extra_repr(self) -> str:
         return f"reg_lambda={self.lam}, deg_logit={self.hard_bias}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
+
+
+def _hard_bias(deg_logit: float | bool | None) -> float:
+    if deg_logit is None:
+        return 0.0
+    _checks.check_number("deg_logit", deg_logit)
+    return float(deg_logit)
 
 
 class OpaqueLargeMarginLoss(nn.Module):

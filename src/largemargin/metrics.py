@@ -26,6 +26,7 @@ from .functional import DIVERGENCES, softplus
 from .functional import divergence as divergence_of_stats
 from .ops import Rows, checked_rows, stats_of_rows
 from .rowstats import IGNORED, RowStats
+from .tracing import as_one_call
 
 
 def _measure(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Rows, RowStats]:
@@ -47,6 +48,7 @@ def _reduced(values: Tensor, rows: Rows, reduction: Reduction) -> Tensor:
     return reduce_rows(values, rows.class_index.to(values.device), None, reduction)
 
 
+@as_one_call
 @torch.no_grad()
 def margin(input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: Reduction = "mean") -> Tensor:
     r"""The classification margin: by how much the target's logit leads the largest other.
@@ -78,6 +80,7 @@ def margin(input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction
     return _reduced(stats.log_odds + stats.rho, rows, reduction)
 
 
+@as_one_call
 @torch.no_grad()
 def rho_hat(input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: Reduction = "mean") -> Tensor:
     r"""The margin hidden in the softmax loss, which the paper's Fig. 3 shows over training.
@@ -109,6 +112,7 @@ def rho_hat(input: Tensor, target: Tensor, *, ignore_index: int = -100, reductio
     return _reduced(stats.rho, rows, reduction)
 
 
+@as_one_call
 @torch.no_grad()
 def divergence(
     input: Tensor, target: Tensor, *, kind: Divergence = "symmetric", ignore_index: int = -100, reduction: Reduction = "mean"
@@ -144,6 +148,7 @@ def divergence(
     return _reduced(divergence_of_stats(stats, kind), rows, reduction)
 
 
+@as_one_call
 @torch.no_grad()
 def log_odds(input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: Reduction = "mean") -> Tensor:
     r"""The target's log-odds.
@@ -175,6 +180,7 @@ def log_odds(input: Tensor, target: Tensor, *, ignore_index: int = -100, reducti
     return _reduced(stats.log_odds, rows, reduction)
 
 
+@as_one_call
 @torch.no_grad()
 def nontarget_entropy(input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: Reduction = "mean") -> Tensor:
     r"""The entropy of the softmax over the non-target classes.
@@ -206,6 +212,7 @@ def nontarget_entropy(input: Tensor, target: Tensor, *, ignore_index: int = -100
     return _reduced(-stats.neg_entropy, rows, reduction)
 
 
+@as_one_call
 @torch.no_grad()
 def nll(input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: Reduction = "mean") -> Tensor:
     r"""The negative log-likelihood, which is the softmax loss.
@@ -251,6 +258,7 @@ def _outside_top(rows: Rows, stats: RowStats, k: int) -> Tensor:
     return (ahead >= k) | (of_target.squeeze(-1) == -torch.inf) | stats.log_odds.isnan()
 
 
+@as_one_call
 @torch.no_grad()
 def accuracy(input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: Reduction = "mean") -> Tensor:
     r"""The share of rows whose prediction is the target.
@@ -283,6 +291,7 @@ def accuracy(input: Tensor, target: Tensor, *, ignore_index: int = -100, reducti
     return _reduced(_right(rows, stats).to(stats.log_odds.dtype), rows, reduction)
 
 
+@as_one_call
 @torch.no_grad()
 def topk_error(input: Tensor, target: Tensor, k: int = 5, *, ignore_index: int = -100, reduction: Reduction = "mean") -> Tensor:
     r"""The share of rows whose target is not among the k largest logits.
@@ -365,6 +374,7 @@ def _with_nan(value: Tensor, rows: Rows, stats: RowStats) -> Tensor:
     return value.masked_fill(poisoned.to(value.device), torch.nan)
 
 
+@as_one_call
 @torch.no_grad()
 def ece(input: Tensor, target: Tensor, *, num_bins: int = 15, ignore_index: int = -100) -> Tensor:
     r"""Expected calibration error: the mean gap between confidence and accuracy, over bins of equal width.
@@ -399,6 +409,7 @@ def ece(input: Tensor, target: Tensor, *, num_bins: int = 15, ignore_index: int 
     return _with_nan(_equal_width(of_bins, rows_of_cells.sum()), rows, stats)
 
 
+@as_one_call
 @torch.no_grad()
 def adaptive_ece(input: Tensor, target: Tensor, *, num_bins: int = 15, ignore_index: int = -100) -> Tensor:
     r"""Expected calibration error over bins of equal mass: the rows sorted by confidence and cut into equal parts.
@@ -435,6 +446,7 @@ def adaptive_ece(input: Tensor, target: Tensor, *, num_bins: int = 15, ignore_in
     return _with_nan(_equal_mass(of_cells, rows_of_cells, num_bins), rows, stats)
 
 
+@as_one_call
 @torch.no_grad()
 def super_symmetry(weight: Tensor) -> Tensor:
     r"""How far a classifier is from the super-symmetric form, to which the paper's regulariser pushes it.
@@ -623,7 +635,9 @@ def as_torchmetric(*, num_bins: int = 15, top_k: int = 5, ignore_index: int = -1
     """
     try:
         from torchmetrics import Metric  # type: ignore[import-not-found, unused-ignore]
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name != "torchmetrics":  # it is there, and lacks another package
+            raise
         raise ImportError("as_torchmetric needs torchmetrics; install it with: pip install torchmetrics") from error
     MarginMetrics(num_bins=num_bins, top_k=top_k, ignore_index=ignore_index)  # checks them
 

@@ -7,6 +7,7 @@ of its logits.
 
 import functools
 import sys
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -103,17 +104,17 @@ def odd_parameter(layer: nn.Module) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def hook_of(layer: nn.Module, *, called: bool = False) -> str | None:
-    """In words, a hook that sees or changes what the layer is called with, makes or gets back; None if there is none.
+def hook_of(layer: nn.Module, *, called: bool = False, but: Collection[Any] = ()) -> str | None:
+    """In words, a hook that sees or changes what the layer is called with, makes or gets back; None if there is none ``but`` those.
 
     With ``called`` the layer is called, without rows, and its caller sees what the forward hooks of the layer change.
     """
     seen = ("_forward_pre_hooks", "_forward_hooks", "_global_forward_pre_hooks") if called else ()
     for owner, kinds, whose in ((layer, _HOOKS, "has a"), (torch_module, _GLOBAL_HOOKS, "is called under a global")):
         for name, kind in kinds.items():
-            hooks = getattr(owner, name)
+            hooks = [hook for hook in getattr(owner, name).values() if hook not in but]
             if hooks and name not in seen:
-                hook = next(iter(hooks.values()))
+                hook = hooks[0]
                 return f"{whose} {kind}, {getattr(hook, '__qualname__', type(hook).__name__)}"
     return None
 

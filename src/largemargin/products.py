@@ -1,7 +1,8 @@
 """Matrix products that autocast leaves alone, and whose derivatives it leaves alone too.
 
 Turning autocast off around a product does not reach its backward pass: that may run where autocast is on, and compiled backward passes do.
-So the product is an operation of its own, and each of its derivatives is such a product again.
+So the product is an operation of its own, and each of its derivatives is such a product again. One case is left: the backward graph that
+``torch.compile(backend="aot_eager")`` made where autocast was off calls torch's product, and rounds where it runs under autocast.
 """
 
 from contextlib import AbstractContextManager, nullcontext

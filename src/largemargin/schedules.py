@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks, _state
+from .tracing import as_one_node
 
 SMALL = 1e-2  # a lambda that counts as none
 
@@ -41,12 +42,15 @@ class Schedule(nn.Module):
         """The value at training steps ``step``, floating and at least 1; elementwise."""
         raise NotImplementedError
 
+    @as_one_node
     def forward(self) -> Tensor:
         """The value of the next step, in training mode, or again of the last: a 0-d tensor."""
         step = self.step
         if self.training:
             (step,) = _state.first_or_again(self.step, [self.step + 1], [self.step])
             _state.write(self.step, Tensor.copy_, step)
+        else:
+            _state.check_evaluation(step)
         # a 0-d float64 promotes 0-d tensors alone; Apple's GPUs have none
         return self.at(step.clamp(min=1).to(torch.float32 if step.is_mps else torch.float64))
 

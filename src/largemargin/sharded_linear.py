@@ -17,7 +17,7 @@ from . import _checks, shards
 from ._backends import Divergence, ladder
 from ._backends.ladder import Backend
 from ._reduce import Reduction
-from .dtensors import check_plain
+from .dtensors import check_alike, check_plain
 from .functional import LossOfRows, checked_options
 from .layer import Layer
 from .linear import (
@@ -104,7 +104,9 @@ def sharded_linear_large_margin_cross_entropy(
             input, linear_weight_shard, target, linear_bias=linear_bias_shard, weight=weight, **options._asdict(), backend=backend
         )
     _checks.check_linear(input, linear_weight_shard, target, linear_bias_shard, None, may_be_empty=True)
-    check_plain("target", target)
+    for name, value in (("target", target), ("weight", weight)):
+        check_plain(name, value)
+    check_alike(input=input, linear_weight_shard=linear_weight_shard, linear_bias_shard=linear_bias_shard)
     check_eager("sharded_linear_large_margin_cross_entropy")
     needed = [_needs_gradient(tensor) for tensor in (input, linear_weight_shard, linear_bias_shard)]
     later = reduction == "none" or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

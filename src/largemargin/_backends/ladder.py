@@ -36,7 +36,8 @@ def load(name: str) -> ModuleType | str:
     try:
         module = import_module(".triton", __package__)
     except (ImportError, RuntimeError, OSError) as error:
-        return f"triton cannot be imported ({error}); pip install triton"
+        absent = isinstance(error, ModuleNotFoundError) and error.name == "triton"
+        return f"triton cannot be imported ({error}){'; pip install triton' if absent else ''}"
     return module.why_not() or module
 
 
@@ -68,13 +69,8 @@ def is_plain_gradient(upstream: Tensor) -> bool:
 
 def kernels(logits: Tensor, backend: Backend | None) -> Any:
     """The module of kernels for these rows, in eager mode; None for the reference."""
-    name = _OF_DEVICE.get(logits.device.type) if backend is None else _name(logits, backend)
-    if name is None:
-        return None
-    module = load(name)
-    if isinstance(module, str):
-        if backend is not None:
-            raise RuntimeError(f"backend={backend!r} cannot be used: {module}; backend=None takes the reference instead")
+    module = found(logits.device.type, backend)
+    if module is None:
         return None
     if logits.dtype not in module.DTYPES:
         reason = f"{str(logits.dtype).removeprefix('torch.')} logits"
@@ -87,33 +83,50 @@ def kernels(logits: Tensor, backend: Backend | None) -> Any:
     return None
 
 
-def kernels_of(logits: Tensor) -> Any:
-    """The module of kernels of the device of ``logits``, which must be there."""
-    module = load(_OF_DEVICE[logits.device.type])
-    assert not isinstance(module, str), module
+def found(device: str, backend: Backend | None) -> Any:
+    """The first two steps of the ladder: the module of kernels, or None for the reference."""
+    name = _OF_DEVICE.get(device) if backend is None else _name(device, backend)
+    module = None if name is None else load(name)
+    if isinstance(module, str):
+        if backend is not None:
+            raise RuntimeError(f"backend={backend!r} cannot be used: {module}; backend=None takes the reference instead")
+        return None
     return module
+
+
+def kernels_of(logits: Tensor) -> Any:
+    """The module of kernels of the device of ``logits``, which compiled code has asked for."""
+    name = _OF_DEVICE[logits.device.type]
+    module = load(name)
+    if isinstance(module, str):
+        raise RuntimeError(f"this compiled code calls the {name} kernels, and they cannot be used: {module}; compile it again here")
+    return module
+
+
+def is_of_device(module: ModuleType, device: str) -> bool:
+    """Whether these kernels are those of the device, and not triton on the CPU."""
+    return module is load(_OF_DEVICE[device])
 
 
 def compiled_kernels(logits: Tensor, backend: Backend | None) -> bool:
     """Whether compiled code calls the kernels of the device; all it asks can be traced."""
-    name = _name(logits, backend)
-    if name is None or forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0:
         return False
     from .compiled import takes  # torch._dynamo brings sympy, which eager mode does without
 
-    taken: bool = takes(name, str(logits.dtype))
+    taken: bool | str = takes(logits.device.type, str(logits.dtype), backend)
+    if isinstance(taken, str):
+        raise RuntimeError(taken)  # torch runs the code without compiling it, and that raises the error
     return taken
 
 
-def _name(logits: Tensor, backend: Backend | None) -> str | None:
-    """The first step of the ladder."""
-    if backend is None:
-        return _OF_DEVICE.get(logits.device.type)
+def _name(device: str, backend: Backend) -> str | None:
+    """The first step of the ladder, for who names a backend."""
     _checks.check_word("backend", backend, BACKENDS)
     if backend == "reference":
         return None
-    if backend != _OF_DEVICE.get(logits.device.type) and not (backend == "triton" and interprets_triton()):
-        raise ValueError(f"backend={backend!r} does not compute on {logits.device.type}; backend=None chooses by the device of input")
+    if backend != _OF_DEVICE.get(device) and not (backend == "triton" and interprets_triton()):
+        raise ValueError(f"backend={backend!r} does not compute on {device}; backend=None chooses by the device of input")
     return backend
 
 

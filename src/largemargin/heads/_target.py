@@ -5,11 +5,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks
+from ..dtensors import check_alike
 from ..rowstats import accumulation_dtype
 
 
-def check_features(features: object, target: object, in_features: int, num_classes: int) -> None:
-    """What a head takes: features (..., D), and classes (...) or None."""
+def check_features(features: object, target: object, in_features: int, num_classes: int, **own: Tensor) -> None:
+    """What a head takes: features (..., D), and classes (...) or None; its ``own`` tensors are plain where these are."""
     _checks.check_tensor("features", features)
     assert isinstance(features, Tensor)
     if features.dim() < 1 or features.shape[-1] != in_features or features.dtype not in _checks.FLOATING:
@@ -17,6 +18,7 @@ def check_features(features: object, target: object, in_features: int, num_class
             f"features must be floating with {in_features} numbers in their last dimension, got {_checks.describe(features)}; "
             "check in_features of the head"
         )
+    check_alike(features=features, **own)
     if target is None:
         return
     _checks.check_tensor("target", target)
@@ -27,6 +29,7 @@ def check_features(features: object, target: object, in_features: int, num_class
             f"target must be int64 class indices of shape {tuple(features.shape[:-1])} for features of shape {tuple(features.shape)}, "
             f"got {_checks.describe(target)}; {fix}"
         )
+    check_alike(features=features, target=target)
     _checks.check_same_device("target", target, features)
     if _checks.can_look_at(target) and bool((target >= num_classes).any()):
         raise IndexError(

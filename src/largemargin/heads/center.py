@@ -82,19 +82,36 @@ class CenterLoss(nn.Module):
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
+        self._fit()  # load_state_dict(assign=True) may have brought centers of another device or dtype
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if not self.as_parameter and "_seen" not in self._buffers:  # pickled by an older version
+            self.register_buffer("_seen", torch.zeros_like(self.centers), persistent=False)
+
+    def _fit(self) -> None:
+        """Make what the last forward pass saw fit the centers, which may have been assigned."""
+        if tuple(self.centers.shape) != (self.num_classes, self.in_features):
+            raise ValueError(
+                f"centers must have shape (num_classes, in_features) = {(self.num_classes, self.in_features)}, got "
+                f"{_checks.describe(self.centers)}; make a CenterLoss of that size"
+            )
         if self.as_parameter or (self._seen.device, self._seen.dtype) == (self.centers.device, self.centers.dtype):
             return
-        self._seen = torch.zeros_like(self.centers)  # load_state_dict(assign=True) brought centers of another device or dtype
+        self._seen = torch.zeros_like(self.centers)
 
     @as_one_node
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
         """The loss, a scalar, of features (..., D) and class indices (...); in training the centers move."""
         _checks.check_tensor("target", target)
-        check_features(features, target, self.in_features, self.num_classes)
+        check_features(features, target, self.in_features, self.num_classes, centers=self.centers)
+        self._fit()
         dtype = accumulation_dtype(torch.promote_types(features.dtype, self.centers.dtype))
         rows, labels = features.reshape(-1, features.shape[-1]).to(dtype), target.reshape(-1)
         kept = labels >= 0
         moves = self.training and not self.as_parameter
+        if not self.training and not self.as_parameter:
+            _state.check_evaluation(self.centers)
         centers, alpha = self._centers_and_rate(labels, dtype) if moves else (rows_of_target(self.centers, labels), None)
         difference = torch.where(kept.unsqueeze(-1), centers.to(dtype) - rows, 0.0)  # (N, D)
         loss = difference.square().sum() / (2 * kept.sum().clamp(min=1))

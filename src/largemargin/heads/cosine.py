@@ -112,7 +112,7 @@ class CosineLinear(nn.Module):
     @as_one_node
     def forward(self, features: Tensor, target: Tensor | None = None) -> Tensor:
         """The logits (..., C) of features (..., D); in training those of ``target`` (...) with the margin."""
-        check_features(features, target, self.in_features, self.num_classes)
+        check_features(features, target, self.in_features, self.num_classes, weight=self.weight)
         logits = F.linear(self.features(features), self.weights())
         if target is None or not self.training or self.margin == 0:
             return logits

@@ -104,7 +104,7 @@ class GaussianMixtureHead(nn.Module):
     @as_one_node
     def forward(self, features: Tensor, target: Tensor | None = None) -> Tensor:
         """The logits (..., C) of features (..., D), with the margin of classes ``target`` (...), int64, in training mode."""
-        check_features(features, target, self.in_features, self.num_classes)
+        check_features(features, target, self.in_features, self.num_classes, means=self.means)
         logits = self._log_densities(features)
         if target is None or not self.training:
             return logits
@@ -127,7 +127,7 @@ class GaussianMixtureHead(nn.Module):
         Raises:
             TypeError, ValueError, RuntimeError, IndexError: for features and targets that do not fit the head or each other.
         """
-        check_features(features, target, self.in_features, self.num_classes)
+        check_features(features, target, self.in_features, self.num_classes, means=self.means)
         terms = self._distance_to_target(features, target)
         if self.log_variances is not None:
             half_log_det = 0.5 * self._log_covariance(terms.dtype).sum(-1) / self._divisor

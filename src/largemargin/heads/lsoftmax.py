@@ -83,7 +83,7 @@ class LSoftmaxLinear(nn.Module):
     @as_one_node
     def forward(self, features: Tensor, target: Tensor | None = None) -> Tensor:
         """The logits (..., C) of features (..., D), with the margin of classes ``target`` (...), int64, in training mode."""
-        check_features(features, target, self.in_features, self.num_classes)
+        check_features(features, target, self.in_features, self.num_classes, weight=self.weight)
         logits = F.linear(features, self.weight)
         if target is None or not self.training:
             return logits

@@ -70,7 +70,7 @@ class NoisySoftmaxLinear(nn.Module):
     @as_one_node
     def forward(self, features: Tensor, target: Tensor | None = None) -> Tensor:
         """The logits (..., C) of features (..., D); in training those of ``target`` (...) with noise."""
-        check_features(features, target, self.in_features, self.num_classes)
+        check_features(features, target, self.in_features, self.num_classes, weight=self.weight)
         logits = F.linear(features, self.weight, self.bias)
         if target is None or not self.training or self.alpha_squared == 0:
             return logits

@@ -22,7 +22,7 @@ from .. import _checks
 from ..dtensors import gathered
 from ..products import linear
 from ..rowstats import accumulation_dtype
-from ..tracing import as_one_node, refuse_script
+from ..tracing import as_one_call, as_one_node, refuse_script
 from ._target import check_features
 
 Frame = Literal["fixed", "learned"]
@@ -112,7 +112,7 @@ class SuperSymmetricLinear(nn.Module):
     @as_one_node
     def forward(self, features: Tensor, target: Tensor | None = None) -> Tensor:
         """The logits (..., C) of features (..., D), the same with and without ``target``."""
-        check_features(features, target, self.in_features, self.num_classes)
+        check_features(features, target, self.in_features, self.num_classes, frame=self.frame)
         return F.linear(features, self.weight)
 
     def extra_repr(self) -> str:
@@ -143,6 +143,7 @@ def _register(module: nn.Module, name: str, value: Tensor, learned: bool) -> Non
         module.register_buffer(name, value)
 
 
+@as_one_call
 def super_symmetry_penalty(weight: Tensor) -> Tensor:
     r"""How far a free classifier is from super-symmetric: half the squared distance between its Gram matrix and the ideal one.
 

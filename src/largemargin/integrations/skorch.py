@@ -8,7 +8,9 @@ from largemargin.losses import LargeMarginCrossEntropyLoss
 
 try:
     from skorch import NeuralNetClassifier  # type: ignore[import-not-found, import-untyped, unused-ignore]
-except ImportError as error:
+except ModuleNotFoundError as error:
+    if error.name != "skorch":  # it is there, and lacks another package
+        raise
     raise ImportError("largemargin.integrations.skorch needs skorch; install it with: pip install skorch") from error
 
 

@@ -177,6 +177,7 @@ class _CausalLoss:
         self.when, self.settings, self.hooks = when, settings, hooks
         self.awaited = False  # whether the forward pass under way has labels, and has not come here yet
         self.why_logits: str | None = _HOOKS_ASLEEP  # why logits come, in words; None where they are wanted
+        self.other_hook: str | None = None  # of the head, in words
         self.said: set[str] = set()
 
     def __call__(
@@ -197,8 +198,9 @@ class _CausalLoss:
         lost = head is None and input.numel() == 0 and shift_labels.numel() > 0
         edited = head is not None and version != _version(logits)
         if lost or edited:
+            who = "it changes them" if self.other_hook is None else f"the head {self.other_hook}, and that or the model changes them"
             raise ValueError(
-                "model must give its loss the logits that its head made, got others: it changes them in between (soft-capping, a scale, "
+                f"model must give its loss the logits that its head made, got others: {who} in between (soft-capping, a scale, "
                 "a cast, masked tokens) and cannot be fused; use Trainer(compute_loss_func=LargeMarginLoss(causal=True))"
             )
         if input.shape[:-1] != shift_labels.shape:
@@ -303,6 +305,7 @@ def _no_rows(head: Any, args: tuple[Any, ...]) -> tuple[Tensor] | None:
     if reason is not None:
         loss.why_logits = f"the head {reason}"
         return None
+    loss.other_hook = plain_layer.hook_of(head, but=(_no_rows, _tie_features))
     features = args[0]
     empty = features[..., :0, :]
     empty._features = features
@@ -315,20 +318,24 @@ def _tie_features(head: Any, args: tuple[Any, ...], logits: Tensor) -> None:
 
 
 def _refusal(model: Any) -> str | None:
-    """Why ``model`` cannot be fused."""
+    """Why ``model`` cannot be fused, up to what else to do."""
     loss = getattr(model, "loss_function", None)
     if loss is None:
-        return "which has no loss_function"
+        return "which has no loss_function;"
     if model.config.is_encoder_decoder:
-        return "which has an encoder too, and without labels needs decoder_input_ids in its batches"
+        return "which has an encoder too, and without labels needs decoder_input_ids in its batches;"
     name = getattr(loss, "__name__", type(loss).__name__)
     if name not in ("ForCausalLMLoss", _CausalLoss.__name__):
-        return f"whose loss is {name}"
+        return f"whose loss is {name};"
     forwards = [inspect.unwrap(vars(base)["forward"]) for base in type(model).__mro__ if "forward" in vars(base)]
     if not any("loss_function" in forward.__code__.co_names for forward in forwards):
-        return "whose forward does not call self.loss_function"
-    reason = plain_layer.own_forward(model.get_output_embeddings(), moved=True)
-    return None if reason is None else f"whose head {reason}"  # those of LoRA are named Linear too
+        return "whose forward does not call self.loss_function;"
+    head = model.get_output_embeddings()
+    reason = plain_layer.own_forward(head, moved=True)
+    if reason is None:
+        return None
+    of_adapter = type(head).__module__.startswith("peft.")  # those of LoRA are named Linear too
+    return f"whose head {reason}{'; fuse the model before the adapters are added, or' if of_adapter else ';'}"
 
 
 def fuse_large_margin_loss(model: Any, *, lam: float = 0.3, when: Literal["training", "always"] = "training", **settings: Any) -> Any:
@@ -379,7 +386,7 @@ def fuse_large_margin_loss(model: Any, *, lam: float = 0.3, when: Literal["train
     refusal = _refusal(inner)
     if refusal is not None:
         raise ValueError(
-            f"model must be a causal language model of transformers whose head is an nn.Linear, got {type(inner).__name__}, {refusal}; "
+            f"model must be a causal language model of transformers whose head is an nn.Linear, got {type(inner).__name__}, {refusal} "
             "use Trainer(compute_loss_func=LargeMarginLoss(...))"
         )
     if isinstance(inner.loss_function, _CausalLoss):
