@@ -164,7 +164,7 @@ def test_a_tie_is_printed_and_in_the_report(tmp_path, capsys):
 def test_a_share_with_fewer_samples_than_classes_is_refused(command, fraction, tmp_path, capsys):
     assert cli.main([command, *SHORT, "--train-fraction", fraction, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
-    assert "train_fraction" in said and "of 1198 samples leaves" in said and "10 classes" in said
+    assert "train_fraction" in said and "of 1198 training images leaves" in said and "10 classes" in said
     assert not (tmp_path / "out").exists()
 
 

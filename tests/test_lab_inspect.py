@@ -275,7 +275,12 @@ def test_paths_that_are_no_file_get_one_line(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [([], "file"), (["a.npz", "--top", "0"], "top"), (["a.npz", "--top", "x"], "top"), (["a.npz", "--nosuch"], "nosuch")],
+    [
+        ([], "FILE is missing"),
+        (["a.npz", "--top", "0"], "top"),
+        (["a.npz", "--top", "x"], "--top must be a whole number from 1 on, got x"),
+        (["a.npz", "--nosuch"], "nosuch"),
+    ],
 )
 def test_bad_options_get_one_clear_line(arguments, said, capsys):
     assert cli.main(["inspect", *arguments]) == 2

@@ -144,8 +144,9 @@ class Budget:
 
     def what_is_left(self, left: Sequence[Recipe], whole: int) -> str:
         """A line for the user: ``left`` of the ``whole`` runs, and about how long they take."""
-        seeds = " ".join(map(str, sorted({recipe.seed for recipe in left})))
-        line = f"--minutes {self.minutes:g}: {len(left)} of {counted(whole, 'run')} left (seeds {seeds})"
+        seeds = sorted({recipe.seed for recipe in left})
+        of_seeds = f"seed{'s' * (len(seeds) > 1)} {' '.join(map(str, seeds))}"
+        line = f"--minutes {self.minutes:g}: {len(left)} of {counted(whole, 'run')} left ({of_seeds})"
         if all(cost_key(recipe) in self._costs for recipe in left):  # others were not planned: there was no time for what comes before them
             seconds = finish([0.0] * self._jobs, map(self.seconds, left))
             line += f", about {hours(seconds)}" if seconds < float("inf") else ", and there was no time to measure how long they take"

@@ -54,7 +54,7 @@ def reading_images(console: Console) -> Iterator[Callable[[int, int], None]]:
         nonlocal last
         if done == 1 or time.monotonic() - last > 60:
             last = time.monotonic()
-            line = f"reading {counted(total, 'image')}" if done == 1 else f"{done} of {total} images read"
+            line = f"reading {counted(total, 'image')}" if done == 1 else f"{done} of {counted(total, 'image')} read"
             console.print(line, markup=False, highlight=False)
 
     yield say
@@ -80,7 +80,7 @@ def run_with_progress(
             epochs += 1
             if time.monotonic() - last > 60:
                 last = time.monotonic()
-                console.print(f"{epochs} of {total_epochs} epochs of all runs", markup=False, highlight=False)
+                console.print(f"{epochs} of {counted(total_epochs, 'epoch')} of all runs", markup=False, highlight=False)
             if epoch == recipe.epochs:
                 finished.add(recipe.id)
                 console.print(

@@ -161,7 +161,9 @@ def _list_images(folder: Path, part: str, classes_of: Any) -> tuple[tuple[str, .
     whole = folder / part
     classes: tuple[str, ...] = classes_of(whole)
     if len(classes) < 2:
-        raise LabError(f"data {whole}: found {len(classes)} sub-folders, need at least 2: one for each class, with its images inside")
+        raise LabError(
+            f"data {whole}: found {counted(len(classes), 'sub-folder')}, need at least 2: one for each class, with its images inside"
+        )
     labelled, left_out, read = [], {}, {}
     for label, name in enumerate(classes):
         images, others = skipped.walk(whole / name, is_image)
