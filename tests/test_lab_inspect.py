@@ -270,6 +270,8 @@ def test_paths_that_are_no_file_get_one_line(tmp_path, capsys):
     (tmp_path / "folder.npz").mkdir()
     assert_refused(capsys, tmp_path / "folder.npz", "is not a file")
     assert_refused(capsys, tmp_path / "nosuch.csv", "is not there")
+    (tmp_path / "link.csv").symlink_to("nosuch.csv")
+    assert_refused(capsys, tmp_path / "link.csv", "is a link to nosuch.csv, which is not there")
     assert_refused(capsys, tmp_path / "logits.pt", "the name must end in .npz")
 
 

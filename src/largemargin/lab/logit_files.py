@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 
 from .errors import LabError
+from .files import lost_link
 from .words import counted
 
 LARGEST = np.float64(np.finfo(np.float32).max)
@@ -65,7 +66,7 @@ def read(path: Path, probabilities: bool = False) -> Labelled:
         raise LabError(f"{path}: the name must end in .npz (arrays logits and labels) or .csv (a column label, the others logits)")
     try:
         if not path.exists():
-            raise LabError(f"{path} is not there; give the path of an .npz or .csv file")
+            raise LabError(f"{path} is {lost_link(path) or 'not there'}; give the path of an .npz or .csv file")
         if not path.is_file():
             raise LabError(f"{path} is not a file; give the path of an .npz or .csv file")
         labelled = readers[path.suffix.lower()](path)
@@ -167,7 +168,8 @@ def _read_csv(path: Path) -> Labelled:
             at = header.index("label")
             converters: dict[int | str, Any] = {at: code}
             if separator == ";":  # a comma may be the decimal point
-                converters = {i: _decimal for i in range(len(header))} | {at: lambda text: code(_whole(text, header))}
+                converters.update((i, _decimal) for i in range(len(header)))
+                converters[at] = lambda text: code(_whole(text, header))
             lines = itertools.islice(file, num_lines, None)
             with warnings.catch_warnings(action="ignore"):  # that there are no rows
                 table = np.loadtxt(lines, delimiter=separator, ndmin=2, comments=None, quotechar='"', converters=converters, encoding=None)

@@ -18,8 +18,9 @@ from .words import counted
 
 def interrupted(recipes: Sequence[Recipe], runs: Path) -> LabError:
     """What to say in place of a KeyboardInterrupt."""
-    done = f"{num_finished(recipes, runs)} of {counted(len(recipes), 'run')} are done and kept in {runs.parent}"
-    return LabError(f"interrupted; {done}. The same command goes on from here.")
+    done = num_finished(recipes, runs)
+    kept = f"{done} of {counted(len(recipes), 'run')} {'is' if done == 1 else 'are'} done and kept in {runs.parent}"
+    return LabError(f"interrupted; {kept}. The same command goes on from here.")
 
 
 def say_what_is_left(recipes: Sequence[Recipe], runs: Path, budget: Budget, console: Console) -> None:
