@@ -46,7 +46,7 @@ def test_every_field_of_a_recipe_has_help():
 def test_the_printed_help_says_something_of_every_option():
     done = subprocess.run([sys.executable, "-m", "largemargin.lab.cli", "train", "--help"], capture_output=True, text=True, timeout=100)
     text = " ".join(done.stdout.split())
-    for words in ("--epochs VALUE passes over the training set", "--device VALUE cpu, cuda", "--schedule VALUE of the learning rate"):
+    for words in ("--epochs VALUE passes over the training set", "--device VALUE cpu, cuda", "--schedule VALUE how the learning rate"):
         assert words in text
 
 
