@@ -46,7 +46,7 @@ def test_every_field_of_a_recipe_has_help():
 def test_the_printed_help_says_something_of_every_option():
     done = subprocess.run([sys.executable, "-m", "largemargin.lab.cli", "train", "--help"], capture_output=True, text=True, timeout=100)
     text = " ".join(done.stdout.split())
-    for words in ("--epochs VALUE passes over the training set", "--device VALUE cpu, cuda", "--schedule VALUE of the learning rate"):
+    for words in ("--epochs VALUE passes over the training set", "--device VALUE cpu, cuda", "--schedule VALUE how the learning rate"):
         assert words in text
 
 
@@ -164,7 +164,7 @@ def test_a_tie_is_printed_and_in_the_report(tmp_path, capsys):
 def test_a_share_with_fewer_samples_than_classes_is_refused(command, fraction, tmp_path, capsys):
     assert cli.main([command, *SHORT, "--train-fraction", fraction, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
-    assert "train_fraction" in said and "of 1198 samples leaves" in said and "10 classes" in said
+    assert "train_fraction" in said and "of 1198 training images leaves" in said and "10 classes" in said
     assert not (tmp_path / "out").exists()
 
 

@@ -1,6 +1,7 @@
 """``--minutes``: what starts, what is left, and what a machine says of itself."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -224,7 +225,7 @@ def test_a_comparison_within_minutes_reports_what_is_done_and_goes_on(tmp_path, 
     with pytest.raises(LabError, match="4 of 4 runs left"):
         within(1, 31.0)
     assert [row.n for row in within(1, 20.0)] == [1, 1]
-    assert "2 of 4 runs left (seeds 1)" in capsys.readouterr().out
+    assert "2 of 4 runs left (seed 1)" in capsys.readouterr().out
     assert [row.n for row in within(1, 0.1)] == [2, 2]
     assert "left" not in capsys.readouterr().out
 
@@ -282,10 +283,11 @@ def test_the_device_is_a_gpu_where_torch_sees_one(monkeypatch, tmp_path):
 
 
 def test_runs_go_on_on_the_device_where_they_began(monkeypatch, tmp_path):
-    assert (
-        cli.main(["compare", "--seeds", "0", "--losses", "softmax", "--epochs", "1", "--device", "cpu", "--out", str(tmp_path / "c")]) == 0
-    )
-    assert cli.main(["train", "--epochs", "1", "--device", "cpu", "--out", str(tmp_path / "t")]) == 0
+    for name in "ct":
+        (tmp_path / name).mkdir()
+    marker = {"largemargin": "compare", "comparison": vars(compare.Comparison(device="cpu"))}
+    (tmp_path / "c" / "compare.json").write_text(json.dumps(marker))
+    (tmp_path / "t" / "recipe.json").write_text(json.dumps(Recipe("softmax", 0, device="cpu").to_dict()))
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "reproduce.json").write_text('{"largemargin": "reproduce", "overrides": {}}')
     (tmp_path / "g").mkdir()

@@ -1,5 +1,6 @@
 """The command ``largemargin compare``, from the statistics to an interrupt in the middle."""
 
+import contextlib
 import csv
 import io
 import json
@@ -95,6 +96,14 @@ def run_cli(*arguments, **settings):
     return subprocess.run([*LARGEMARGIN, *arguments], capture_output=True, text=True, timeout=200, **settings)
 
 
+def in_process(*arguments):
+    """The same without another process: its exit status and what it prints."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = cli.main(arguments)
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A small comparison, done once."""
@@ -136,7 +145,7 @@ def test_compare_ends_with_a_table_and_its_files(finished):
 def test_the_same_command_repeats_nothing(finished):
     out, command, _ = finished
     before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*") if path.is_file()}
-    again = run_cli(*command)
+    again = in_process(*command)
     assert again.returncode == 0 and "8 already done" in " ".join(again.stdout.split())  # long paths wrap the line
     assert before == {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*") if path.is_file()}
 
@@ -144,7 +153,7 @@ def test_the_same_command_repeats_nothing(finished):
 def test_more_seeds_add_runs_to_those_there(finished, tmp_path):
     out, command, _ = finished
     shutil.copytree(out, tmp_path / "more")
-    more = run_cli(*[{"0": "0", "1": "2"}.get(word, word) for word in command[:4]], *command[4:-1], str(tmp_path / "more"))
+    more = in_process(*[{"0": "0", "1": "2"}.get(word, word) for word in command[:4]], *command[4:-1], str(tmp_path / "more"))
     said = " ".join(more.stdout.split())  # long paths wrap the line
     assert more.returncode == 0 and "8 runs" in said and "4 already done" in said
     assert len(list((tmp_path / "more" / "runs").glob("*/result.json"))) == 12
@@ -154,7 +163,7 @@ def test_report_prints_the_table_again(finished, tmp_path):
     out, _, done = finished
     shutil.copytree(out, tmp_path / "copy")
     (tmp_path / "copy" / "report.html").unlink()
-    again = run_cli("report", str(tmp_path / "copy"))
+    again = in_process("report", str(tmp_path / "copy"))
     assert again.returncode == 0 and (tmp_path / "copy" / "report.html").is_file()
     assert done.stdout[done.stdout.index("label noise 0, 2 seeds") : done.stdout.index("Test error at")] in again.stdout
     assert (tmp_path / "copy" / "report.html").read_text() == (out / "report.html").read_text()
@@ -168,9 +177,10 @@ def test_an_interrupt_keeps_what_is_finished_and_the_same_command_goes_on(tmp_pa
         "--seeds",
         "0",
         "1",
-        "2",
         "--epochs",
-        "18",
+        "8",
+        "--train-fraction",
+        "0.5",
         "--losses",
         "softmax",
         "large_margin",
@@ -187,12 +197,12 @@ def test_an_interrupt_keeps_what_is_finished_and_the_same_command_goes_on(tmp_pa
     assert process.returncode == 130
     assert "kept" in error and "Traceback" not in error and len(error.strip().splitlines()) == 1
     kept = {path: path.stat().st_mtime_ns for path in (out / "runs").glob("*/result.json")}
-    assert 1 <= len(kept) < 6
+    assert 1 <= len(kept) < 4
     assert not list(out.rglob(".*"))  # nothing half-written
     again = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert again.returncode == 0, again.stderr
     assert all(path.stat().st_mtime_ns == changed for path, changed in kept.items())
-    assert len(list((out / "runs").glob("*/result.json"))) == 6
+    assert len(list((out / "runs").glob("*/result.json"))) == 4
 
 
 def test_an_image_folder_is_compared(tmp_path):
@@ -215,7 +225,7 @@ def test_an_image_folder_is_compared(tmp_path):
         "modified",
         "large_margin",
     ]
-    done = run_cli(*command, "--out", str(tmp_path / "out"))
+    done = in_process(*command, "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     assert "n/a" in done.stdout  # one seed
     report = (tmp_path / "out" / "report.html").read_text()
@@ -224,26 +234,6 @@ def test_an_image_folder_is_compared(tmp_path):
     records = [json.loads(path.read_text()) for path in (tmp_path / "out" / "runs").glob("*/result.json")]
     assert [record["num_train"] for record in records] == [32, 32] and records[0]["classes"] == ["dark", "light"]
     assert not list((tmp_path / "out").rglob("*.pt"))  # the decoded images are gone with the runs that needed them
-
-
-def test_a_diverged_run_is_reported(tmp_path, capsys):
-    command = [
-        "compare",
-        "--epochs",
-        "2",
-        "--seeds",
-        "0",
-        "1",
-        "--losses",
-        "softmax",
-        "large_margin",
-        "--lam",
-        "1e30",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    assert cli.main(command) == 0
-    assert "2 of 4 runs diverged" in capsys.readouterr().out and (tmp_path / "out" / "report.html").is_file()
 
 
 def test_a_config_file_of_someone_else_is_not_taken_for_ours(tmp_path, capsys):
@@ -298,11 +288,11 @@ def test_an_unwritable_folder_says_so(tmp_path, capsys):
     [
         (["compare", "--losses", "softmx"], "softmx"),
         (["compare", "--seeds", "-1"], "seeds"),
-        (["compare", "--seeds", "1.5"], "seeds"),
+        (["compare", "--seeds", "no"], "--seeds must be a whole number from 0 on, got no"),
         (["compare", "--lam", "nan"], "lam"),
         (["compare", "--lam", "inf"], "lam"),
-        (["compare", "--label-noise", "1.5"], "label_noise"),
-        (["compare", "--train-fraction", "0"], "train_fraction"),
+        (["compare", "--label-noise", "1.5"], "--label-noise must be a share from 0 to 1, got 1.5"),
+        (["compare", "--train-fraction", "0"], "--train-fraction must be"),
         (["compare", "--epochs", "0"], "epochs"),
         (["compare", "--jobs", "0"], "jobs"),
         (["compare", "--network", "smal"], "layer13"),
@@ -310,15 +300,17 @@ def test_an_unwritable_folder_says_so(tmp_path, capsys):
         (["compare", "--network", "timm:nosuch"], "nosuch"),
         (["compare", "--network", "vgg16"], "pixels"),
         (["compare", "--executor", "nosuch"], "executor"),
-        (["compare", "--validation-fraction", "1"], "validation_fraction"),
+        (["compare", "--validation-fraction", "1"], "--validation-fraction must be"),
         (["compare", "--recipe.nosuch", "1"], "recipe.nosuch"),
         (["compare", "--recipe.epochs", "1"], "recipe.epochs"),
-        (["compare", "--recipe.momentum", "2"], "momentum"),
+        (["compare", "--recipe.momentum", "2"], "--recipe.momentum must be a share from 0 to 1, got 2"),
         (["compare", "--recipe.weights", "/nosuch.pt"], "/nosuch.pt"),
+        (["compare", "--recipe.schedule", "x"], "--recipe.schedule must be one of log, cosine, steps, got x"),
+        (["compare", "--recipe.milestones", "x"], "--recipe.milestones must be a list"),
         (["compare", "--recipe.scale", "8"], "cosface, arcface"),
-        (["compare", "--image-size", "2"], "image_size"),
+        (["compare", "--image-size", "2"], "--image-size must be"),
         (["compare", "--nosuch"], "--nosuch"),
-        (["compare", "--device", "nosuch"], "device nosuch"),
+        (["compare", "--device", "nosuch"], "--device nosuch is no device of torch"),
         (["compare", "--data", "/nosuch"], "/nosuch"),
         (["compare", "--data", "cifar100", "--data-root", "/nosuch"], "/nosuch"),
         (["report", "/nosuch"], "/nosuch"),
@@ -458,10 +450,10 @@ def test_the_file_on_the_page_is_understood(tmp_path):
 
 def test_each_run_keeps_its_weights_and_events_where_that_is_asked(tmp_path):
     command = ["compare", "--epochs", "1", "--seeds", "0", "--losses", "softmax", "--network", "layer13", "--recipe.width", "0.03"]
-    refused = run_cli(*command, "--out", str(tmp_path / "out"))  # digits are too small for it
+    refused = in_process(*command, "--out", str(tmp_path / "out"))  # digits are too small for it
     assert refused.returncode == 2 and "layer13" in refused.stderr and not (tmp_path / "out").exists()
     command = [*command[:-4], "--network", "mobilenet", "--train-fraction", "0.05", "--keep-weights", "--tensorboard"]
-    done = run_cli(*command, "--out", str(tmp_path / "out"))
+    done = in_process(*command, "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "out" / "runs").iterdir()
     assert (run / "network.safetensors").is_file() and list((run / "events").rglob("events.out.tfevents.*"))

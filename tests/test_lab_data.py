@@ -176,7 +176,10 @@ def test_a_broken_image_is_named(folder, content, said):
 def test_folders_that_are_no_data_set_are_refused(folder, tmp_path):
     with pytest.raises(LabError, match="no such folder"):
         data.load(str(tmp_path / "nowhere"), "data", 8)
-    with pytest.raises(LabError, match="sub-folders"):
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(LabError, match="link: a link to nowhere, which is not there"):
+        data.load(str(tmp_path / "link"), "data", 8)
+    with pytest.raises(LabError, match="found 0 sub-folders"):
         data.image_folder(folder / "cat", 8)
     (folder / "empty").mkdir()
     with pytest.raises(LabError, match="empty holds no image"):

@@ -141,7 +141,21 @@ def test_diverged_runs_are_named_in_table_csv_and_report(diverged, capsys):
 
 
 def test_one_diverged_run_among_sound_ones_is_named(diverged, tmp_path, capsys):
-    command = ["compare", "--epochs", "1", "--losses", "softmax", "large_margin", "--seeds", "0", "1", "--out", str(tmp_path)]
+    command = [
+        "compare",
+        "--epochs",
+        "1",
+        "--losses",
+        "softmax",
+        "large_margin",
+        "--seeds",
+        "0",
+        "1",
+        "--train-fraction",
+        "0.1",
+        "--out",
+        str(tmp_path),
+    ]
     assert cli.main(command) == 0
     path = next(path for path in (tmp_path / "runs").glob("large_margin*seed1*/result.json"))
     broken = json.loads(path.read_text())

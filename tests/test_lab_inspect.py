@@ -210,10 +210,12 @@ def test_float16_logits_are_checked_too(tmp_path, capsys):
         ("label,label,c\n1,2,3\n", "must have one column label, has 2"),
         ("label,a,b\n", "has a header and no rows"),
         ("label,a,b\n\n\n", "has a header and no rows"),
-        ("label,a,b\n0,1\n", "the header names 3 columns and the rows have 2"),
-        ("label,a,b\n0,1,2\n0,1\n", "the number of columns changed from 3 to 2 at row 2"),
-        ("label,a,b\n0,1,2\n0,x,2\n", "could not convert string 'x' to float64 at row 1, column 2"),
-        ("label,a,b\n0,,2\n", "could not convert string ''"),
+        ("label,a,b\n0,1\n", "row 0 has 2 columns, and the header names 3"),
+        ("label,a,b\n0,1,2\n0,1\n", "row 1 has 2 columns, and the header names 3"),
+        ("label,a,b\n0,1\n0,1,2\n", "row 0 has 2 columns, and the header names 3"),
+        ("label;a;b\n0;1\n", "row 0 has 2 columns, and the header names 3"),
+        ("label,a,b\n0,1,2\n0,x,2\n", "column a has 'x' in row 1; every column but label must hold numbers"),
+        ("label,a,b\n0,,2\n", "column a has '' in row 0"),
         ("label,a,b\n0.5,1,2\n", "labels must be integers, row 0 has 0.5"),
         ("label,a,b\nnan,1,2\n", "labels must be integers, row 0 has nan"),
         ("label,a,b\ninf,1,2\n", "labels must be in [0, 2), row 0 has inf"),
@@ -223,7 +225,7 @@ def test_float16_logits_are_checked_too(tmp_path, capsys):
         ("label\n0\n", "at least 2 classes, got 0"),
         (b"label,a,b\n0,1,\xff\n", "is not a text file in UTF-8"),
         (b"\xff\xfe\x00\x01", "is not a text file in UTF-8"),
-        (b"label,a,b\n0,1,2\x00\n", "could not convert string"),
+        (b"label,a,b\n0,1,2\x00\n", "column b has '2\\x00' in row 0"),
     ],
 )
 def test_bad_csv_gets_one_line(content, said, tmp_path, capsys):
@@ -268,12 +270,19 @@ def test_paths_that_are_no_file_get_one_line(tmp_path, capsys):
     (tmp_path / "folder.npz").mkdir()
     assert_refused(capsys, tmp_path / "folder.npz", "is not a file")
     assert_refused(capsys, tmp_path / "nosuch.csv", "is not there")
+    (tmp_path / "link.csv").symlink_to("nosuch.csv")
+    assert_refused(capsys, tmp_path / "link.csv", "is a link to nosuch.csv, which is not there")
     assert_refused(capsys, tmp_path / "logits.pt", "the name must end in .npz")
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [([], "file"), (["a.npz", "--top", "0"], "top"), (["a.npz", "--top", "x"], "top"), (["a.npz", "--nosuch"], "nosuch")],
+    [
+        ([], "FILE is missing"),
+        (["a.npz", "--top", "0"], "top"),
+        (["a.npz", "--top", "x"], "--top must be a whole number from 1 on, got x"),
+        (["a.npz", "--nosuch"], "nosuch"),
+    ],
 )
 def test_bad_options_get_one_clear_line(arguments, said, capsys):
     assert cli.main(["inspect", *arguments]) == 2

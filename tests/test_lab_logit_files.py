@@ -51,14 +51,14 @@ def refused(capsys, path, *options):
     return captured.err
 
 
-def softmax(logits):
-    p = np.exp(logits - logits.max(1, keepdims=True))
-    return p / p.sum(1, keepdims=True)
-
-
 def ece(p, labels):
     gaps, bins = p.max(1) - (p.argmax(1) == labels), np.minimum((p.max(1) * 15).astype(int), 14)
     return sum(abs(gaps[bins == b].sum()) for b in range(15)) / len(labels)
+
+
+def softmax(logits):
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    return p / p.sum(1, keepdims=True)
 
 
 # columns that are no class
@@ -78,15 +78,26 @@ NO_CLASSES = {
     "halves": ({"at": 0.1 * COUNTS}, "column at changes by the same amount"),
     "names of files": ({"file": [f"img{i}.png" for i in COUNTS]}, "every column but label must hold numbers"),
     "folds": ({"fold": COUNTS % 5}, "column fold holds whole numbers"),
+    "the largest logit": ({"best": LOGITS.max(1)}, "column best is the largest of the others"),
+    "the largest probability": ({"sure": softmax(LOGITS).max(1).round(3)}, "column sure is the probability of the largest"),
+}
+BESIDE = {  # other classes, and what is no class beside them
+    "predictions beside whole logits": (table(logits=LOGITS.round()), {"top": LOGITS.round().argmax(1)}, "column top is the number of"),
+    "a figure beside probabilities": (table(logits=softmax(LOGITS)), {"doubt": LOGITS[:, 0]}, "without it every row is in [0, 1] and sums"),
+    "a figure beside numbered classes": (
+        table([f"c{c}" for c in range(12)]),
+        {"conf": LOGITS[:, 0]},
+        "conf is not named as the classes are",
+    ),
+    "a figure beside named logits": (table([f"logit_{n}" for n in NAMES]), {"conf": LOGITS[:, 0]}, "conf is not named as the classes are"),
 }
 
 
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("kind", NO_CLASSES)
-def test_a_column_that_is_no_class_is_refused(kind, first, tmp_path, capsys):
-    columns, said = NO_CLASSES[kind]
-    columns = {**columns, **table()} if first else {**table(), **columns}
-    assert said in refused(capsys, write(tmp_path / "a.csv", columns))
+@pytest.mark.parametrize("kind", [*NO_CLASSES, *BESIDE])
+def test_a_column_that_is_no_class_is_refused(kind, tmp_path, capsys):
+    classes, column, said = BESIDE[kind] if kind in BESIDE else (table(), *NO_CLASSES[kind])
+    for columns in ({**column, **classes}, {**classes, **column}):
+        assert said in refused(capsys, write(tmp_path / "a.csv", columns))
 
 
 def test_an_index_is_refused_among_whole_logits_too(tmp_path, capsys):
@@ -102,9 +113,9 @@ def test_constant_and_masked_classes_are_classes(tmp_path, capsys):
     assert found["classes"] == 15 and found["overall"]["error"] == pytest.approx((logits.argmax(1) != LABELS).mean())
 
 
-@pytest.mark.parametrize("name", ["confidence", "Entropy", "score", "id"])
+@pytest.mark.parametrize("name", ["confidence", "Entropy", "score", "id", "conf", "pred"])
 def test_a_name_that_is_hardly_that_of_a_class_is_warned_of(name, tmp_path, capsys):
-    path = write(tmp_path / "a.csv", {**table(), name: softmax(LOGITS).max(1)})
+    path = write(tmp_path / "a.csv", {**table(), name: LOGITS[:, 0] ** 2})
     (warning,) = summary(capsys, path)["warnings"]
     assert f"column {name} was taken for the logit of a class" in warning
 
@@ -120,16 +131,18 @@ SORTED_AS_TEXT = sorted(range(12), key=str)  # 0, 1, 10, 11, 2, ...
 REVERSED = list(range(12))[::-1]
 
 
-@pytest.mark.parametrize("order", [range(12), SORTED_AS_TEXT, REVERSED], ids=["in order", "as text", "reversed"])
 @pytest.mark.parametrize(
     ("form", "first"),
     [*itertools.product(["{}", "{}.0", "logit_{}", "class {}", "c{}", "{:03}"], [0, 1]), ("{}", 40), ("{}.0", 40), ("{:03}", 40)],
 )
-def test_numbered_columns_are_matched_by_number(form, first, order, tmp_path, capsys):
+def test_numbered_columns_are_matched_by_number(form, first, tmp_path, capsys):
     names = [form.format(c + first) for c in range(12)]
-    found = summary(capsys, write(tmp_path / "a.csv", table(names, LABELS + first, order=order)))
-    assert found["overall"]["error"] == pytest.approx(ERROR)
-    assert [of_class["name"] for of_class in found["per_class"]] == names
+    said = f"the columns were put into the order of their numbers, {names[0]} to {names[-1]}; in the file they are in another"
+    for order, warnings in ((range(12), []), (SORTED_AS_TEXT, [said]), (REVERSED, [said])):
+        found = summary(capsys, write(tmp_path / "a.csv", table(names, LABELS + first, order=order)))
+        assert found["overall"]["error"] == pytest.approx(ERROR)
+        assert [of_class["name"] for of_class in found["per_class"]] == names
+        assert found["warnings"] == warnings
 
 
 def test_numbers_may_be_negative(tmp_path, capsys):
@@ -143,6 +156,12 @@ def test_numbers_that_do_not_count_are_names(tmp_path, capsys):
     found = summary(capsys, write(tmp_path / "a.csv", table(names, LABELS % 3, LOGITS[:, :3])))
     assert [of_class["name"] for of_class in found["per_class"]] == names
     assert found["overall"]["error"] == pytest.approx((LOGITS[:, :3].argmax(1) != LABELS % 3).mean())
+
+
+def test_a_name_may_have_a_line_break(tmp_path, capsys):
+    names = [f'"{name}\nsmall"' for name in NAMES]
+    found = summary(capsys, write(tmp_path / "a.csv", table(names)))
+    assert found["overall"]["error"] == pytest.approx(ERROR) and found["per_class"][0]["name"] == "cat\nsmall"
 
 
 def test_a_label_that_is_no_number_of_a_column_is_refused(tmp_path, capsys):
@@ -191,9 +210,11 @@ def test_separators(separator, tmp_path, capsys):
 
 
 def test_with_semicolons_a_comma_may_be_the_decimal_point(tmp_path, capsys):
-    path = write(tmp_path / "a.csv", table(), ";")
-    path.write_text(path.read_text().replace(".", ","))
-    assert summary(capsys, path)["overall"]["error"] == pytest.approx(ERROR)
+    for labels in (LABELS, [f"{label},0" for label in LABELS], [f'"{c},{c + 1}"' for c in LABELS]):
+        names = [f'"{c},{c + 1}"' for c in range(12)] if '"' in str(labels[0]) else NAMES
+        path = write(tmp_path / "a.csv", table(names, labels), ";")
+        path.write_text(path.read_text().replace(".", ","))
+        assert summary(capsys, path)["overall"]["error"] == pytest.approx(ERROR)
 
 
 # masked classes
@@ -276,6 +297,11 @@ def test_other_numbers_that_are_no_logits_are_warned_of(numbers, said, tmp_path,
     np.savez(tmp_path / "a.npz", logits=numbers, labels=LABELS)
     (warning,) = summary(capsys, tmp_path / "a.npz")["warnings"]
     assert said in warning
+
+
+def test_negative_log_probabilities_are_refused(tmp_path, capsys):
+    np.savez(tmp_path / "a.npz", logits=-np.log(softmax(LOGITS)), labels=LABELS)
+    assert "these are negative log-probabilities" in refused(capsys, tmp_path / "a.npz")
 
 
 def test_logits_are_not_warned_of(tmp_path, capsys):

@@ -1,6 +1,5 @@
 """The networks of the lab: their sizes, their two parts, and weights from files."""
 
-import subprocess
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -242,17 +241,12 @@ def test_errors_of_settings(settings, message):
     assert one_line(error)
 
 
-def test_timm_is_asked_for_where_it_is_needed():
-    code = """
-import sys
-sys.modules["timm"] = None
-from largemargin.lab.models import build
-from largemargin.lab.recipe import Recipe
-build(Recipe("softmax", 0, network="small"), 1, 2)
-build(Recipe("softmax", 0, network="timm:resnet10t"), 1, 2)
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stderr.splitlines()[-1].endswith(
+def test_timm_is_asked_for_where_it_is_needed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    build(Recipe("softmax", 0, network="small"), 1, 2)
+    with pytest.raises(LabError) as error:
+        build(Recipe("softmax", 0, network="timm:resnet10t"), 1, 2)
+    assert str(error.value).endswith(
         "needs timm, which is not installed; install it with: pip install 'largemargin[timm]', or pip install -e '.[timm]' in a clone"
     )
 
@@ -364,7 +358,9 @@ def test_weights_may_lie_in_the_home_folder(tmp_path, monkeypatch):
 # the ways an engine runs them
 
 
-@pytest.mark.parametrize("name", ["small", "layer13", "layer13_mean_teacher", "timm:resnet10t"])
+@pytest.mark.parametrize(
+    "name", ["small", "layer13", *(pytest.param(name, marks=pytest.mark.slow) for name in ("layer13_mean_teacher", "timm:resnet10t"))]
+)
 def test_channels_last_autocast_and_compile(name, device):
     settings = {"width": 0.125} if name == "layer13" else {}
     net = seeded(name, **settings).to(device)

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from largemargin.lab import cli, paper, progress, queue, reproduce
+from largemargin.lab import budget, cli, paper, progress, queue, reproduce
 from largemargin.lab.data import ImageSet
 from largemargin.lab.errors import LabError
 from largemargin.lab.executors import attempt
@@ -69,7 +69,7 @@ def written(monkeypatch):
 @pytest.fixture
 def instant(monkeypatch):
     """A dry run that measures nothing."""
-    monkeypatch.setattr(reproduce, "seconds_per_image", lambda recipe: 1e-3)
+    monkeypatch.setattr(reproduce, "pace_of", lambda recipe: budget.Pace(1e-3, 4e-4))
 
 
 def test_a_dry_run_prints_every_run_and_writes_nothing(tmp_path, monkeypatch, capsys, instant):
@@ -80,7 +80,7 @@ def test_a_dry_run_prints_every_run_and_writes_nothing(tmp_path, monkeypatch, ca
         lines = [line.split() for line in printed.splitlines() if line.split()[:1] == [cell.name]]
         assert [line[1] for line in lines] == ["0", "1", "2"]
         assert all(line[2:6] == ["layer13", "cifar100", "50,000", "50"] for line in lines)
-    seconds = 21 * 1e-3 * (50_000 * 50 + 10_000 * 50 / 3)
+    seconds = 21 * (1e-3 * 50_000 * 50 + 4e-4 * 10_000 * 50)
     assert f"21 runs, about {reproduce.hours(seconds)}" in printed
     assert not list(tmp_path.iterdir())
 
@@ -92,17 +92,18 @@ def test_every_target_has_a_dry_run(target, capsys, instant):
 
 
 def test_a_dry_run_measures_the_network_of_the_recipe(capsys, monkeypatch):
-    asked, original = [], reproduce.build
+    asked, original = [], reproduce.measured_pace
 
-    def build(recipe, *sizes):
-        asked.append(recipe)
-        return original(recipe, *sizes)
+    def measured_pace(recipe, images, graph):
+        asked.append((recipe, len(images.train_labels)))
+        return original(recipe, images, graph)
 
-    monkeypatch.setattr(reproduce, "build", build)
+    monkeypatch.setattr(reproduce, "measured_pace", measured_pace)
     monkeypatch.setattr(reproduce, "PROBE_SECONDS", 0.01)
     threads = torch.get_num_threads()
     assert cli.main(["reproduce", "table2", "--cells", "table2/ours-0.3", "--scale", "reduced", "--dry-run"]) == 0
-    (recipe,) = asked  # one for the three seeds
+    (recipe, count), _ = asked  # two sizes for the three seeds
+    assert count == 2
     assert (recipe.network, recipe.width, recipe.precision) == ("layer13", 0.25, "bfloat16")
     assert torch.get_num_threads() == threads
     assert "3 runs" in capsys.readouterr().out

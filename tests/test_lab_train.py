@@ -497,8 +497,8 @@ def test_two_processes_of_which_one_is_told_to_stop_go_on_and_end_as_undisturbed
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"device": "cuda:77"}, "device cuda:77 cannot be used here"),
-        ({"device": "toaster"}, "device toaster cannot be used here"),
+        ({"device": "cuda:77"}, "--device cuda:77 cannot be used here"),
+        ({"device": "toaster"}, "--device toaster is no device of torch"),
         ({"compile": "nonsense"}, "compile nonsense"),
         ({"nesterov": True, "momentum": 0.0}, "nesterov"),
     ],

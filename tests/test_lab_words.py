@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from rich.cells import cell_len
 from rich.table import Table
 
 from largemargin.lab import cli, progress, queue, records
@@ -21,7 +22,7 @@ from largemargin.lab.errors import LabError, RunFailed
 from largemargin.lab.recipe import Recipe
 from largemargin.lab.screen import Screen
 from largemargin.lab.stopping import by_interrupt
-from largemargin.lab.words import printable
+from largemargin.lab.words import counted, printable, short
 
 ESCAPES = {
     "colour": "\x1b[31mred",
@@ -65,6 +66,34 @@ def test_the_screen_shows_them_wherever_they_stand(name, how):
     else:
         console.print(ESCAPES[name], markup=how == "print", highlight=False)
     assert not set(console.file.getvalue()) & set("\x1b\x9b\x07\r\b\u202e\u2028\udcff")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text", "shown"),
+    [("cp1252", "猫 é λ", r"\u732b é lambda"), ("ascii", "猫 é λ", r"\u732b e lambda"), ("utf-8", "猫 é λ", "猫 é λ")],
+)
+def test_what_an_encoding_lacks_is_spelled_out_and_keeps_columns_in_line(encoding, text, shown):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    console = Screen(file=terminal, width=80, color_system=None)
+    table = Table("name", "number")
+    for name in ("cat", text):
+        table.add_row(name, "1")
+    console.print(table)
+    terminal.flush()
+    lines = terminal.buffer.getvalue().decode(encoding).splitlines()
+    assert shown in lines[4] and len({cell_len(line) for line in lines}) == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "text"), [(0, "run", "0 runs"), (1, "run", "1 run"), (2, "class", "2 classes"), (1, "class", "1 class")]
+)
+def test_one_is_singular(number, noun, text):
+    assert counted(number, noun) == text
+
+
+@pytest.mark.parametrize(("number", "text"), [(12.34567, "12.346"), (0.000123, "0.000123"), (0.0, "0.000"), (-0.0512, "-0.0512")])
+def test_a_small_number_is_not_printed_as_0(number, text):
+    assert short(number) == text
 
 
 def test_lines_stay_lines():
@@ -129,7 +158,7 @@ def test_paths_and_classes_are_shown(tmp_path, capsys):
 
 @pytest.mark.parametrize("encoding", ["cp1252", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ascii", "cp437", "latin-1"))])
 def test_a_run_ends_well_on_a_terminal_that_is_not_utf8(encoding, tmp_path):
-    command = [sys.executable, "-m", "largemargin.lab.cli", "compare", "--epochs", "1", "--seeds", "0", "1", "--lam", "0.1", "0.3"]
+    command = [sys.executable, "-m", "largemargin.lab.cli", "compare", "--epochs", "1", "--seeds", "0", "--lam", "0.1", "0.3"]
     command += ["--losses", "softmax", "large_margin", "--train-fraction", "0.1", "--device", "cpu", "--out", str(tmp_path / "λ")]
     environment = os.environ | {"PYTHONIOENCODING": encoding, "LC_ALL": "C.UTF-8"}
     done = subprocess.run(command, capture_output=True, env=environment, timeout=280)
@@ -253,11 +282,17 @@ AT = [
     "rich.console",
 ]
 AT += ["jsonargparse", "torchvision", "sklearn.datasets"]
-OF_TRAIN, OF_COMPARE = ["accelerate"], ["scipy.stats", "matplotlib.figure"]
+OF_COMPARE = ["scipy.stats", "matplotlib.figure"]
 
 
 @pytest.mark.parametrize(
-    ("command", "module"), [*(("train", name) for name in AT + OF_TRAIN), *(("compare", name) for name in AT[:2] + OF_COMPARE)]
+    ("command", "module"),
+    [
+        *(("train", name) for name in ("numpy", "torch", "accelerate")),
+        *(("compare", name) for name in OF_COMPARE),
+        *(pytest.param("train", name, marks=pytest.mark.slow) for name in AT if name not in ("numpy", "torch")),
+        *(pytest.param("compare", name, marks=pytest.mark.slow) for name in AT[:2]),
+    ],
 )
 def test_an_interrupt_in_an_import_ends_in_one_line(command, module, tmp_path):
     code = f"""

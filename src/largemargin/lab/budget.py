@@ -7,11 +7,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import LabError
 from .recipe import BASELINE, OF_SOME_LOSSES, Recipe
 from .words import counted, hours
+
+if TYPE_CHECKING:
+    from .data import FileSet, ImageSet
 
 CPU_BATCHES, GPU_BATCHES = 2, 40  # of a measured epoch
 PATIENCE = 0.25  # of the time left: longer than this no measurement takes
@@ -144,8 +147,9 @@ class Budget:
 
     def what_is_left(self, left: Sequence[Recipe], whole: int) -> str:
         """A line for the user: ``left`` of the ``whole`` runs, and about how long they take."""
-        seeds = " ".join(map(str, sorted({recipe.seed for recipe in left})))
-        line = f"--minutes {self.minutes:g}: {len(left)} of {counted(whole, 'run')} left (seeds {seeds})"
+        seeds = sorted({recipe.seed for recipe in left})
+        of_seeds = f"seed{'s' * (len(seeds) > 1)} {' '.join(map(str, seeds))}"
+        line = f"--minutes {self.minutes:g}: {len(left)} of {counted(whole, 'run')} left ({of_seeds})"
         if all(cost_key(recipe) in self._costs for recipe in left):  # others were not planned: there was no time for what comes before them
             seconds = finish([0.0] * self._jobs, map(self.seconds, left))
             line += f", about {hours(seconds)}" if seconds < float("inf") else ", and there was no time to measure how long they take"
@@ -190,21 +194,36 @@ def _measure_a_pass(pipe: Any, recipe: Recipe, runs: Path, graph: bool) -> None:
 def _measured_pass(recipe: Recipe, runs: Path, graph: bool) -> tuple[float, float]:
     """The seconds of a pass, and those of the epoch from which they follow."""
     from .executors.attempt import DataSets
-    from .stopping import Told
-    from .train import Run, start
 
     whole = DataSets().of(recipe, runs)
     few = whole.few(recipe.batch_size * (CPU_BATCHES if recipe.device == "cpu" else GPU_BATCHES))
-    alone = dataclasses.replace(recipe, train_fraction=1.0, label_noise=0.0, validation_fraction=0.0, epochs=2, milestones=())
+    alone = dataclasses.replace(recipe, train_fraction=1.0, label_noise=0.0, validation_fraction=0.0, milestones=())
+    pace = measured_pace(alone, few, graph)
+    of_evaluation = pace.evaluation * len(whole.test_labels) / recipe.evaluate_every
+    of_the_epoch = pace.training * len(few.train_labels) + pace.evaluation * len(few.test_labels)
+    return pace.training * len(whole.train_labels) + of_evaluation, of_the_epoch
+
+
+class Pace(NamedTuple):
+    """Seconds for an image."""
+
+    training: float
+    evaluation: float
+
+
+def measured_pace(recipe: Recipe, images: "ImageSet | FileSet", graph: bool = True) -> Pace:
+    """Of the second of two epochs on these images, in this process: the first compiles and warms up."""
+    from .stopping import Told
+    from .train import Run, start
+
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(alone, few, Path(folder), start(alone), Told(), graph=graph)
-        for epoch in range(2):  # the first compiles and warms up
+        two = dataclasses.replace(recipe, epochs=2)
+        run = Run(two, images, Path(folder), start(two), Told(), graph=graph)
+        for epoch in range(2):
             began = time.monotonic()
             run.train_epoch()
             trained = time.monotonic()
             run.evaluate()
             evaluated = time.monotonic()
             run.progress.epoch, run.progress.step = epoch + 1, 0
-    of_training = (trained - began) * len(whole.train_labels) / len(few.train_labels)
-    of_evaluation = (evaluated - trained) * len(whole.test_labels) / len(few.test_labels) / recipe.evaluate_every
-    return of_training + of_evaluation, evaluated - began
+    return Pace((trained - began) / len(images.train_labels), (evaluated - trained) / len(images.test_labels))

@@ -73,6 +73,8 @@ def answer(argv: Sequence[str] | None) -> int:
             return 2
         from jsonargparse import ArgumentError
 
+        from .commands.options import reworded
+
         parser = build_parser()
     try:
         try:
@@ -83,7 +85,8 @@ def answer(argv: Sequence[str] | None) -> int:
         run(arguments)
     except (LabError, ArgumentError) as error:
         lists = LISTS if str(error).endswith("object is not iterable") else ""  # the parser's own words
-        print(f"largemargin: {printable(' '.join(str(error).split()))}{lists}", file=sys.stderr)
+        text = " ".join(str(error).split())
+        print(f"largemargin: {printable(reworded(text) if isinstance(error, ArgumentError) else text)}{lists}", file=sys.stderr)
         return INTERRUPTED if by_interrupt(error) else 1 if isinstance(error, RunFailed) else 2
     return 0
 

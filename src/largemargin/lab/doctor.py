@@ -15,7 +15,7 @@ from .._backends import ladder
 from . import NEEDED
 from .environment import commit, processor
 from .errors import how_to_install
-from .words import printable
+from .words import counted, printable
 
 BESIDE = (
     *("numpy", "triton", "torchvision", "accelerate"),
@@ -104,7 +104,7 @@ def gpus() -> list[str]:
 
 def threads() -> str:
     """How many threads torch takes, of how many processors, and what was set to change it."""
-    text = f"{torch.get_num_threads()} on {os.cpu_count()} processors"
+    text = f"{torch.get_num_threads()} on {counted(os.cpu_count() or 1, 'processor')}"
     asked = [f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ]
     return ", ".join([text, *asked])
 

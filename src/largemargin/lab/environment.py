@@ -30,7 +30,8 @@ def default_device() -> str:
 
 
 def device_label(device: str) -> str:
-    """The device with its name."""
+    """The device, a GPU with its name; raises LabError if torch has no such device here."""
+    check_device(device)
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.startswith("cuda") else device
 
 
@@ -39,7 +40,12 @@ def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch raises either for a device it was not built for
-        raise LabError(f"device {device} cannot be used here: {str(error).splitlines()[0]}; give cpu, or mend it") from error
+        kind, reason = device.partition(":")[0], str(error).splitlines()[0]
+        if kind in reason.partition(" device type")[0].removeprefix("Expected one of ").split(", ") or not reason.startswith(
+            "Expected one"
+        ):
+            raise LabError(f"--device {device} cannot be used here: {reason}; give --device cpu") from error
+        raise LabError(f"--device {device} is no device of torch; give cpu, cuda, cuda:1 or mps") from error
 
 
 def processor() -> str:

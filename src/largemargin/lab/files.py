@@ -11,6 +11,11 @@ from typing import IO, Any
 UNFINISHED = ".unfinished"
 
 
+def lost_link(path: Path) -> str:
+    """Where a link leads whose end is not there: ``a link to X, which is not there``; of anything else an empty string."""
+    return f"a link to {os.readlink(path)}, which is not there" if path.is_symlink() and not path.exists() else ""
+
+
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, and put it there when it is safely on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)

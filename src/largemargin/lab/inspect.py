@@ -10,12 +10,11 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from .. import metrics
 from .logit_files import Labelled, Numbers, chunks, read
-from .words import printable
+from .words import counted, printable
 
 CHUNK = 2**22  # logits that are in float64 at a time: 32 MiB
 # column -> key of MarginMetrics.compute(), factor, decimals
@@ -99,7 +98,9 @@ def inspect(path: Path, top: int, as_json: bool, console: Console, probabilities
         console.print(json.dumps(summary, allow_nan=False), soft_wrap=True, markup=False, highlight=False)
         return
     overall = summary["overall"]
-    console.print(f"{path}: {overall['rows']} rows, {summary['classes']} classes", style="bold", markup=False, highlight=False)
+    console.print(
+        f"{path}: {counted(overall['rows'], 'row')}, {counted(summary['classes'], 'class')}", style="bold", markup=False, highlight=False
+    )
     for warning in summary["warnings"]:
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
     _print_table(console, list(COLUMNS), [_cells(overall)])
@@ -135,5 +136,5 @@ def _print_table(console: Console, columns: list[str], rows: list[list[str]]) ->
     for column in columns:
         table.add_column(column, justify="left" if column == "class" else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
+        table.add_row(*(console.render_str(printable(cell), markup=False, highlight=False, emoji=False) for cell in row))
     console.print(table)

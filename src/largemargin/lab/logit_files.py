@@ -1,6 +1,7 @@
 """Files of logits and labels: ``.npz`` and ``.csv``, checked so that no number that follows is about something else."""
 
 import csv
+import itertools
 import os
 import re
 import tokenize
@@ -9,11 +10,13 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
 from .errors import LabError
+from .files import lost_link
+from .words import counted
 
 LARGEST = np.float64(np.finfo(np.float32).max)
 CHECKED_AT_ONCE = 2**22  # logits
@@ -22,9 +25,10 @@ ENOUGH_ROWS = 5  # from here on a column of whole numbers is no accident
 SORTED_ROWS = 20  # differences of one sign: by chance once in half a million columns
 INDICES = ("id", "index", "idx", "row", "row_id", "sample", "sample_id", "image_id")  # names that are hardly those of classes
 OTHERS = (  # names of what is written beside logits
-    *("confidence", "probability", "prediction", "predicted", "pred", "score", "entropy", "loss", "margin", "weight"),
-    *("split", "fold", "epoch", "seed", "time", "timestamp"),
+    *("confidence", "conf", "probability", "prob", "max_prob", "prediction", "predicted", "pred", "y_pred", "y_true", "target"),
+    *("score", "entropy", "loss", "nll", "margin", "weight", "split", "fold", "epoch", "seed", "time", "timestamp"),
 )
+NAMED_LOGITS = re.compile(r"(logits?|scores?|prob(s|abilit(y|ies))?)[_.:/ (-]|p[_(]", re.IGNORECASE)  # what may stand before a class's name
 ROUNDED = 0.05  # by which the sum of a row of probabilities may differ from 1, where they were rounded
 
 Numbers = np.ndarray[Any, np.dtype[Any]]
@@ -62,7 +66,7 @@ def read(path: Path, probabilities: bool = False) -> Labelled:
         raise LabError(f"{path}: the name must end in .npz (arrays logits and labels) or .csv (a column label, the others logits)")
     try:
         if not path.exists():
-            raise LabError(f"{path} is not there; give the path of an .npz or .csv file")
+            raise LabError(f"{path} is {lost_link(path) or 'not there'}; give the path of an .npz or .csv file")
         if not path.is_file():
             raise LabError(f"{path} is not a file; give the path of an .npz or .csv file")
         labelled = readers[path.suffix.lower()](path)
@@ -70,6 +74,7 @@ def read(path: Path, probabilities: bool = False) -> Labelled:
         if probabilities:
             labelled = labelled._replace(logits=_logarithms(path, labelled.logits))
         else:
+            _check_sign(path, labelled.logits)
             labelled = labelled._replace(warnings=(*labelled.warnings, *_warnings(labelled.logits)))
         labelled = labelled._replace(labels=labelled.labels.astype(np.int64))
         _check_masks(path, labelled, "a probability of 0" if probabilities else "-inf")
@@ -156,36 +161,76 @@ def _read_csv(path: Path) -> Labelled:
     def code(text: str) -> int:
         return texts.setdefault(text.strip(), len(texts))
 
+    header: list[str] = []
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            separator, header = _header(path, file.readline())
+            separator, header, num_lines = _header(path, file)
             at = header.index("label")
-            lines = (re.sub(r"(?<=\d),(?=\d)", ".", line) for line in file) if separator == ";" else file  # a decimal comma
+            converters: dict[int | str, Any] = {at: code}
+            if separator == ";":  # a comma may be the decimal point
+                converters.update((i, _decimal) for i in range(len(header)))
+                converters[at] = lambda text: code(_whole(text, header))
+            lines = itertools.islice(file, num_lines, None)
             with warnings.catch_warnings(action="ignore"):  # that there are no rows
-                table = np.loadtxt(lines, delimiter=separator, ndmin=2, comments=None, quotechar='"', converters={at: code}, encoding=None)
+                table = np.loadtxt(lines, delimiter=separator, ndmin=2, comments=None, quotechar='"', converters=converters, encoding=None)
     except csv.Error as error:
         raise LabError(f"{path} is not a CSV file: {error}") from error
     except UnicodeDecodeError as error:
         raise LabError(f"{path} is not a text file in UTF-8; write it as CSV") from error
     except ValueError as error:
-        raise LabError(
-            f"{path}: {str(error).split(';')[0].rstrip('.')}, counting from the line below the header; every column but label must hold "
-            "numbers, so delete the others"
-        ) from error
+        raise _no_table(path, header, str(error)) from error
     if not len(table):
         raise LabError(f"{path} has a header and no rows")
     if table.shape[1] != len(header):
-        raise LabError(f"{path}: the header names {len(header)} columns and the rows have {table.shape[1]}")
+        raise _other_length(path, header, 0, table.shape[1])
     names, logits = [name for name in header if name != "label"], np.delete(table, at, 1)
     odd = _check_columns(path, names, logits)
-    return _matched(path, names, logits, list(texts), table[:, at].astype(np.int64))._replace(warnings=tuple(odd))
+    labelled = _matched(path, names, logits, list(texts), table[:, at].astype(np.int64))
+    return labelled._replace(warnings=(*odd, *labelled.warnings))
 
 
-def _header(path: Path, line: str) -> tuple[str, list[str]]:
-    """The separator of a CSV file and the names of its columns, one of them label."""
-    split = {mark: [name.strip() for name in next(csv.reader([line], delimiter=mark, skipinitialspace=True), [])] for mark in SEPARATORS}
-    separator = next((mark for mark, names in split.items() if "label" in names), ",")
-    header = split[separator]
+def _decimal(text: str) -> float:
+    return float(text.replace(",", "."))
+
+
+def _whole(text: str, names: Sequence[str]) -> str:
+    """A label, with ``1,0`` for a number with a decimal comma, unless a class is called that."""
+    return text if text.strip() in names else re.sub(r"^\s*(-?\d+),0+\s*$", r"\1", text)
+
+
+def _no_table(path: Path, header: Sequence[str], what: str) -> LabError:
+    """The reason why numpy reads no numbers, with the row counted from 0 and the column by its name."""
+    if ragged := re.match(r"the number of columns changed from (\d+) to (\d+) at row (\d+)", what):
+        before, length, row = (int(number) for number in ragged.groups())
+        return _other_length(path, header, *((0, before) if before != len(header) else (row - 1, length)))
+    if short := re.match(r"converter specified for column \d+, which is invalid for the number of fields (\d+)", what):
+        return _other_length(path, header, 0, int(short[1]))
+    if cell := re.match(r"could not convert string (.*) to float64 at row (\d+), column (\d+)", what, re.DOTALL):
+        text, row, column = cell[1], int(cell[2]), int(cell[3])
+        name = header[column - 1] if column <= len(header) else f"number {column}"
+        return LabError(
+            f"{path}: column {name} has {text} in row {row}; every column but label must hold numbers, so delete the column if it is no "
+            "class, or give the number"
+        )
+    return LabError(f"{path}: {what}; every column but label must hold numbers, so delete the others")
+
+
+def _other_length(path: Path, header: Sequence[str], row: int, length: int) -> LabError:
+    return LabError(
+        f"{path}: row {row} has {counted(length, 'column')}, and the header names {len(header)}; write every row with a value for each name"
+    )
+
+
+def _header(path: Path, file: TextIO) -> tuple[str, list[str], int]:
+    """The separator of a CSV file, the names of its columns (one is label), and how many lines they take; ``file`` is left at its start."""
+    split = {}
+    for mark in SEPARATORS:
+        file.seek(0)
+        lines = csv.reader(file, delimiter=mark, skipinitialspace=True)  # a quoted name may go on in the next line
+        split[mark] = [name.strip() for name in next(lines, [])], lines.line_num
+    file.seek(0)
+    separator = next((mark for mark, (names, _) in split.items() if "label" in names), ",")
+    header, num_lines = split[separator]
     if not header:
         raise LabError(f"{path} is empty; its first line must name the columns: label and one for each class")
     if header.count("label") != 1:
@@ -198,7 +243,7 @@ def _header(path: Path, line: str) -> tuple[str, list[str]]:
                 "delete that column"
             )
     _check_names(path, header)
-    return separator, header
+    return separator, header, num_lines
 
 
 def _check_names(path: Path, names: Sequence[str]) -> None:
@@ -216,6 +261,12 @@ def _check_columns(path: Path, names: Sequence[str], logits: Numbers) -> list[st
             raise LabError(
                 f"{path}: column {name} {what}, so it is not the logit of a class; delete every column that is not label or a class"
             )
+    known_by_name = [bool(NAMED_LOGITS.match(name)) for name in names]
+    if sum(known_by_name) > 1 and not all(known_by_name):
+        _raise_outsider(path, names, known_by_name)
+    place, what = _summary(logits)
+    if what:
+        raise LabError(f"{path}: column {names[place]} {what}, so it is not the logit of a class; delete it from the file")
     odd = [name for name in names if name.lower() in INDICES + OTHERS]
     return [f"column {', '.join(odd)} was taken for the logit of a class; if it is not, delete it from the file"] if odd else []
 
@@ -237,6 +288,46 @@ def _no_logit(name: str, column: Numbers, is_whole: bool, all_whole: bool) -> st
     if is_whole and name.lower() in INDICES and len(different) == len(column):
         return "has another whole number in each row"
     return "holds whole numbers, and the others do not" if enough and is_whole and not all_whole else ""
+
+
+def _summary(logits: Numbers) -> tuple[int, str]:
+    """A column that holds what could be computed of the others, and what; the text is empty where there is none."""
+    num_rows, num_columns = logits.shape
+    if num_rows >= ENOUGH_ROWS and num_columns > 2:
+        few = logits[:: -(-num_rows // SORTED_ROWS)]
+        for i in np.flatnonzero((logits != logits[0]).any(0)):  # a constant class is one
+            for part in (few[:1], few, logits):  # most are none in the first row
+                what = _follows(part[:, i], np.delete(part, i, 1), many=num_rows >= SORTED_ROWS)
+                if not what:
+                    break
+            else:
+                return int(i), what
+    return 0, ""
+
+
+def _follows(column: Numbers, others: Numbers, many: bool) -> str:
+    """What the column is of the others in every row, or an empty string."""
+    if not np.isfinite(column).all() or not np.isfinite(others).all():
+        return ""
+    if _are_probabilities(others).all() and (len(column) == 1 or (np.abs(column) > 2 * ROUNDED).any()):
+        return "stands beside probabilities: without it every row is in [0, 1] and sums to 1"
+    largest = others.max(1)
+    spread = largest - others.min(1)
+    if (spread > 0).all() and (np.abs(column - largest) <= 1e-3 * spread).all():
+        return "is the largest of the others in every row"
+    if np.allclose(column, 1 / np.exp(others - largest[:, None]).sum(1), rtol=0.02, atol=0):
+        return "is the probability of the largest of the others in every row"
+    if many and any((column == others.argmax(1) + first).all() for first in (0, 1)):
+        return "is the number of the largest of the others in every row"
+    return ""
+
+
+def _raise_outsider(path: Path, names: Sequence[str], known: Sequence[bool]) -> None:
+    """Refuse a column whose name is unlike those of the classes."""
+    name, like = names[known.index(False)], names[known.index(True)]
+    raise LabError(
+        f"{path}: column {name} is not named as the classes are, {like} say; delete it if it is no class, or name it as they are"
+    )
 
 
 def _is_sorted(steps: Numbers) -> bool:
@@ -265,9 +356,11 @@ def _matched(path: Path, names: list[str], logits: Numbers, texts: Sequence[str]
             f"{path}: labels must be numbers of columns ({names[order[0]]} to {names[order[-1]]}), row {row} has {labels[row]:g} "
             f"({int((~inside).sum())} of {len(labels)} are none); count labels and columns from the same number"
         )
-    in_order = (order == np.arange(len(order))).all()
     places = np.searchsorted(np.array(numbers)[order], labels)
-    return Labelled(logits if in_order else logits[:, order], places, [names[i] for i in order])
+    if (order == np.arange(len(order))).all():
+        return Labelled(logits, places, names)
+    said = f"the columns were put into the order of their numbers, {names[order[0]]} to {names[order[-1]]}; in the file they are in another"
+    return Labelled(logits[:, order], places, [names[i] for i in order], (said,))
 
 
 def _number(text: str) -> float | None:
@@ -288,13 +381,20 @@ def _numbers_of(path: Path, names: Sequence[str]) -> tuple[list[int], bool]:
     if plain and len(plain) < len(names):
         rest = next(name for name, match in zip(names, found, strict=True) if match is None or match["prefix"])
         raise LabError(f"{path}: some columns are numbers and {rest} is not; name all classes by their numbers, or none")
-    if not names or len(matches) < len(names) or len({prefix for prefix, _ in matches}) > 1:
+    prefixes = {prefix for prefix, _ in matches}
+    if len(matches) == len(names) - 1 and len(prefixes) == 1 and _count([number for _, number in matches]):
+        _raise_outsider(path, names, [match is not None for match in found])
+    if not names or len(matches) < len(names) or len(prefixes) > 1:
         return [], False
     numbers = [number for _, number in matches]
     if len(set(numbers)) < len(numbers):
         raise LabError(f"{path}: two columns have the same number; give each class a number of its own")
-    counted = sorted(numbers) in (list(range(len(names))), list(range(1, len(names) + 1)))
-    return numbers, bool(plain) or counted
+    return numbers, bool(plain) or _count(numbers)
+
+
+def _count(numbers: Sequence[int]) -> bool:
+    """Whether they are 0, 1, 2 ... or 1, 2, 3 ... in any order, and more than one."""
+    return len(numbers) > 1 and sorted(numbers) in ([*range(len(numbers))], [*range(1, len(numbers) + 1)])
 
 
 def _by_name(path: Path, names: Sequence[str], texts: Sequence[str], codes: Numbers) -> Numbers:
@@ -340,6 +440,17 @@ def _are_probabilities(rows: Numbers) -> Numbers:
     rows = rows.astype(np.float64)
     result: Numbers = (rows >= 0).all(1) & (rows <= 1).all(1) & (np.abs(rows.sum(1) - 1) <= ROUNDED)
     return result
+
+
+def _check_sign(path: Path, logits: Numbers) -> None:
+    """Refuse negative log-probabilities, of which the smallest belongs to the likeliest class."""
+    if len(logits) >= ENOUGH_ROWS:
+        parts = (logits[rows] for rows in chunks(logits.shape, CHECKED_AT_ONCE))
+        if all((part >= 0).all() and _are_probabilities(np.exp(-part.astype(np.float64))).all() for part in parts):
+            raise LabError(
+                f"{path}: these are negative log-probabilities: every number is at least 0, and exp(-x) sums to 1 in every row; the "
+                "logits are -x, so change their sign"
+            )
 
 
 def _warnings(logits: Numbers) -> list[str]:

@@ -106,7 +106,7 @@ def draw(ax: Axes, curves: Curves, name: str, factor: float = 1.0) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("epoch")
     if ax.get_legend_handles_labels()[1]:
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=8, loc="upper right")  # to look for the best place takes long
 
 
 def styled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -289,7 +289,7 @@ def sweep_drawing(lines: Sequence[Line], apart: bool) -> tuple[Figure, list[str]
     for panel, whose in zip(panels, ("ours, ", "paper, ") if apart else ("",), strict=True):
         panel.set_ylabel(f"{whose}error %")
         if panel.get_legend_handles_labels()[1]:
-            panel.legend(fontsize=7)
+            panel.legend(fontsize=7, loc="upper right")
     names = {"lam": "λ", "train_fraction": "share of the training set", "label_noise": "share of wrong training labels"}
     panels[-1].set_xlabel(names[field])
     return figure, []

@@ -11,6 +11,7 @@ from .compare import Difference, paired_difference, spread
 from .diverged import kept, measured, verdict_of
 from .paper import SCALES, Cell, Entry, Number, Scale
 from .recipe import BASELINE, OF_SOME_LOSSES, Recipe
+from .words import counted
 
 LOSS_FIELDS = {"loss", *OF_SOME_LOSSES}
 FILES = {"data_root", "weights", "data_digest", "weights_digest"}  # where the files are, and what was found there
@@ -67,12 +68,12 @@ class Line:
     @property
     def runs(self) -> str:
         done, planned = len(self.entry.records), len(self.entry.recipes)
-        return f"{done}" if done == planned else f"{done} of {planned} runs"
+        return f"{done}" if done == planned else f"{done} of {counted(planned, 'run')}"
 
     @property
     def status(self) -> str:
         done, planned = len(self.entry.records), len(self.entry.recipes)
-        return "done" if done == planned else f"{done} of {planned} runs done" if done else "not run yet"
+        return "done" if done == planned else f"{done} of {counted(planned, 'run')} done" if done else "not run yet"
 
     @property
     def ours(self) -> str:

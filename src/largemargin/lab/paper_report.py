@@ -53,14 +53,15 @@ INSIDE = " “Inside” says that the interval contains the difference that the 
 
 # what a deviation is called, with its value in %, or as it is
 SHARES = {"train_fraction": "trained on {}% of the images", "width": "a network with {}% of the channels"}
+EPOCHS = ("epochs", "evaluate_every")  # whose values are numbers of epochs
 PHRASES = {
     "network": "the network is {}",
-    "epochs": "trained for {} epochs",
+    "epochs": "trained for {}",
     "batch_size": "trained in batches of {}",
     "learning_rate": "trained with a learning rate of {} at first",
     "momentum": "trained with a momentum of {}",
     "weight_decay": "trained with a weight decay of {}",
-    "evaluate_every": "measured on the test set every {} epochs and at the end",
+    "evaluate_every": "measured on the test set once in {} and at the end",
     "precision": "the network computes in {}",
     "channels_last": "images with channels last in memory: {}",
     "device": "computed on {}",
@@ -80,7 +81,7 @@ def deviation_sentences(entries: Sequence[Entry]) -> list[str]:
     sentences = []
     for (name, full, ours), names in deviations(entries).items():
         where = "all cells" if len(names) == len(entries) else join(names)
-        value = value_text(100 * ours) if name in SHARES else value_text(ours)
+        value = counted(ours, "epoch") if name in EPOCHS else value_text(100 * ours if name in SHARES else ours)
         phrase = (SHARES | PHRASES).get(name, f"{name.replace('_', ' ')}: {{}}").format(value)
         whose = "full size" if name in MACHINE else "paper"
         sentences.append(f"{where}: {phrase} ({name} {value_text(ours)}; {whose} {value_text(full)}).".replace("all cells", "All cells"))

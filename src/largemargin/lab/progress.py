@@ -18,8 +18,9 @@ from .words import counted
 
 def interrupted(recipes: Sequence[Recipe], runs: Path) -> LabError:
     """What to say in place of a KeyboardInterrupt."""
-    done = f"{num_finished(recipes, runs)} of {counted(len(recipes), 'run')} are done and kept in {runs.parent}"
-    return LabError(f"interrupted; {done}. The same command goes on from here.")
+    done = num_finished(recipes, runs)
+    kept = f"{done} of {counted(len(recipes), 'run')} {'is' if done == 1 else 'are'} done and kept in {runs.parent}"
+    return LabError(f"interrupted; {kept}. The same command goes on from here.")
 
 
 def say_what_is_left(recipes: Sequence[Recipe], runs: Path, budget: Budget, console: Console) -> None:
@@ -54,7 +55,7 @@ def reading_images(console: Console) -> Iterator[Callable[[int, int], None]]:
         nonlocal last
         if done == 1 or time.monotonic() - last > 60:
             last = time.monotonic()
-            line = f"reading {counted(total, 'image')}" if done == 1 else f"{done} of {total} images read"
+            line = f"reading {counted(total, 'image')}" if done == 1 else f"{done} of {counted(total, 'image')} read"
             console.print(line, markup=False, highlight=False)
 
     yield say
@@ -80,7 +81,7 @@ def run_with_progress(
             epochs += 1
             if time.monotonic() - last > 60:
                 last = time.monotonic()
-                console.print(f"{epochs} of {total_epochs} epochs of all runs", markup=False, highlight=False)
+                console.print(f"{epochs} of {counted(total_epochs, 'epoch')} of all runs", markup=False, highlight=False)
             if epoch == recipe.epochs:
                 finished.add(recipe.id)
                 console.print(

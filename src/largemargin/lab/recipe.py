@@ -88,14 +88,14 @@ class Recipe:
     width: float = option(1.0, "this share of the channels of layer13")
     dropout: float = option(0.0, "the share of dropout in the blocks of wrn28_10, or before the classifier of a timm model")
     weights: str = option("", "a local file of pretrained weights; a classifier of another size in it is left out")
-    weights_digest: str = option("", "the digest of that file")
+    weights_digest: str = option("", "the digest of the file of weights")
     # training: the defaults are the paper's (Sec. 4.1)
     epochs: int = option(30, "passes over the training set")
     batch_size: int = option(128, "samples in a batch, of all processes together")
     learning_rate: float = option(0.1, "the learning rate of the first epoch")
     schedule: str = option(
         "log",
-        "of the learning rate, set once an epoch: log falls evenly in log scale to final_factor in the last, "
+        "how the learning rate, set once an epoch, falls: log falls evenly in log scale to final_factor in the last, "
         "cosine falls to final_factor, steps changes at milestones",
     )
     final_factor: float = option(1e-3, "the last learning rate over the first; log and cosine")
@@ -103,7 +103,7 @@ class Recipe:
     step_factor: float = option(0.1, "the factor of the learning rate at each milestone")
     momentum: float = option(0.9, "the momentum of SGD")
     nesterov: bool = option(False, "whether the momentum is Nesterov's")
-    weight_decay: float = option(1e-4, "times half the squared weights, added to the loss")
+    weight_decay: float = option(1e-4, "the weight decay: so many times half the squared weights are added to the loss")
     decay_all: bool = option(True, "whether the weight decay acts on biases and on what normalisation learns, too")
     clip_norm: float | None = option(None, "the largest norm of the gradient of all parameters; a longer gradient is scaled down to it")
     evaluate_every: int = option(1, "epochs from one evaluation to the next; the last is always evaluated")

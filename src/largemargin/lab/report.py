@@ -29,6 +29,7 @@ from .diverged import kept
 from .evaluate import MARGIN_EDGES
 from .pages import page
 from .recipe import BASELINE, OF_SOME_LOSSES, Recipe
+from .words import counted
 
 # a palette that colour-blind readers can tell apart (Okabe and Ito); the baseline is grey
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f5f00")
@@ -121,13 +122,14 @@ def changed(recipe: Recipe) -> list[str]:
 
 def schedule(recipe: Recipe) -> str:
     """The learning rate over the epochs, in words."""
+    epochs = counted(recipe.epochs, "epoch")
     start, end = f"learning rate {recipe.learning_rate:g}", f"{recipe.learning_rate * recipe.final_factor:g}"
     match recipe.schedule:
         case "log":
-            return f"{start} falling evenly in log scale to {end} over {recipe.epochs} epochs"
+            return f"{start} falling evenly in log scale to {end} over {epochs}"
         case "cosine":
-            return f"{start} falling as half a cosine to {end} over {recipe.epochs} epochs"
-    return f"{start}, times {recipe.step_factor:g} at epochs {', '.join(map(str, recipe.milestones)) or 'none'}, {recipe.epochs} epochs"
+            return f"{start} falling as half a cosine to {end} over {epochs}"
+    return f"{start}, times {recipe.step_factor:g} at epochs {', '.join(map(str, recipe.milestones)) or 'none'}, {epochs}"
 
 
 def augmentation(recipe: Recipe) -> str:
@@ -135,7 +137,7 @@ def augmentation(recipe: Recipe) -> str:
     if recipe.augmentation == "inception":
         return "random resized crops, mirrored half the time, colours and PCA lighting changed"
     fill = "its reflection" if recipe.crop_fill == "reflect" else "the mean of the channel"
-    moved = f"moved by up to {recipe.crop_padding} pixels with {fill} at the border"
+    moved = f"moved by up to {counted(recipe.crop_padding, 'pixel')} with {fill} at the border"
     return ", ".join([moved] * (recipe.crop_padding > 0) + ["mirrored half the time"] * recipe.flip) or "none"
 
 

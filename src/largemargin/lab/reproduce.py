@@ -4,7 +4,6 @@ import dataclasses
 import fnmatch
 import json
 import shlex
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from . import data, paper
-from .budget import Budget
+from .budget import Budget, Pace, measured_pace
 from .environment import check_device, default_device, device_label
 from .errors import LabError
 from .files import write_json
-from .methods import Method, parameter_groups
-from .models import build
 from .paper import Cell, Entry, Scale
 from .paper_lines import number_text, recipe_options
 from .progress import interrupted, run_with_progress, say_what_is_left
@@ -265,25 +262,25 @@ def dry_run(reproduction: Reproduction, console: Console) -> None:
     plan = reproduction.plan()
     check_device(plan[0][1][0].device)
     say_what_is_left_out(reproduction, console)
-    measured: dict[tuple[Any, ...], float] = {}
+    measured: dict[tuple[Any, ...], Pace] = {}
     seconds: dict[str, float] = {}
     table = Table("cell", "seed", "network", "data", "images", "epochs", "about", box=box.SIMPLE_HEAD, pad_edge=False)
     for cell, recipes in plan:
         for recipe in recipes:
             key = step_of(recipe)
             if key not in measured:
-                measured[key] = seconds_per_image(recipe)
+                measured[key] = pace_of(recipe)
             size = SIZES[recipe.data]
             images, evaluations = round(size.training * recipe.train_fraction), -(-recipe.epochs // recipe.evaluate_every)
-            # a forward pass is about a third of a training step
-            seconds[recipe.id] = measured[key] * (images * recipe.epochs + size.test * evaluations / 3)
+            pace = measured[key]
+            seconds[recipe.id] = pace.training * images * recipe.epochs + pace.evaluation * size.test * evaluations
             table.add_row(
                 cell.name, str(recipe.seed), recipe.network, recipe.data, f"{images:,}", str(recipe.epochs), hours(seconds[recipe.id])
             )
     console.print(table, highlight=False)
     total, device = hours(sum(seconds.values())), plan[0][1][0].device
     console.print(
-        f"{counted(len(seconds), 'run')}, about {total} one after another: an estimate from two optimiser steps of each "
+        f"{counted(len(seconds), 'run')}, about {total} one after another: an estimate from a training step and an evaluation of each "
         f"network on {device} with made-up images, without the reading of data; runs that are finished count too. Nothing was written.",
         highlight=False,
         soft_wrap=True,
@@ -295,32 +292,21 @@ def step_of(recipe: Recipe) -> tuple[Any, ...]:
     return (recipe.network, recipe.width, recipe.precision, recipe.channels_last, recipe.batch_size, recipe.data, recipe.device)
 
 
-def seconds_per_image(recipe: Recipe) -> float:
-    """Of training, from two measured optimiser steps, after one that is not counted; slow networks are given fewer images."""
-    size, device = SIZES[recipe.data], torch.device(recipe.device)
+def pace_of(recipe: Recipe) -> Pace:
+    """Measured with made-up images; slow networks are given fewer of them."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(recipe.threads)
+    alone = dataclasses.replace(recipe, train_fraction=1.0, augmentation="shift", milestones=())
     try:
-        network = build(recipe, 3, size.classes)
-        method = Method(recipe, network, 1000).to(device).train()
-        if recipe.channels_last:
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        optimizer = torch.optim.SGD(parameter_groups(recipe, network), lr=1e-4, momentum=recipe.momentum)
-
-        def step(count: int) -> float:
-            images, target = (
-                torch.randn(count, 3, size.pixels, size.pixels, device=device),
-                torch.arange(count, device=device) % size.classes,
-            )
-            started = time.monotonic()
-            optimizer.zero_grad()
-            method(images, target).loss.backward()
-            optimizer.step()
-            torch.cat([parameter.flatten()[:1] for parameter in network.parameters()]).sum().item()  # waits for the device
-            return time.monotonic() - started
-
-        step(2)
-        count = int(min(recipe.batch_size, max(2, 2 * PROBE_SECONDS / step(2))))
-        return min(step(count), step(count)) / count
+        first = measured_pace(alone, made_up(recipe, 2), graph=False)
+        count = int(min(recipe.batch_size, max(2, PROBE_SECONDS / first.training)))
+        return measured_pace(alone, made_up(recipe, count), graph=False)
     finally:
         torch.set_num_threads(threads)
+
+
+def made_up(recipe: Recipe, count: int) -> data.ImageSet:
+    """So many images of noise for training and for testing, of the size and the classes of the data set."""
+    size = SIZES[recipe.data]
+    images = torch.randint(0, 256, (count, 3, size.pixels, size.pixels), dtype=torch.uint8)
+    labels = torch.arange(count) % size.classes
+    return data.ImageSet(images, labels, images, labels, tuple(map(str, range(size.classes))))

@@ -16,19 +16,29 @@ ASCII |= {"−": "-", "–": "-", "—": "-", "…": "...", "“": '"', "”": '
 
 
 class Screen(Console):
-    """A console that shows the control codes of a text instead of sending them to the terminal."""
+    """A console that shows the control codes of a text instead of sending them to the terminal.
+
+    What the terminal's encoding lacks is spelled out before a text is measured, so that the columns of a table stay in line.
+    """
 
     def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(printable(text, keep="\n\t"), **options)
+        text = printable(text, keep="\n\t")
+        if not text.isascii():
+            text = text.encode(self.encoding, "spelled_out").decode(self.encoding)
+        return super().render_str(text, **options)
 
 
 def _spelled_out(error: UnicodeError) -> tuple[str, int]:
-    """The error handler ``spelled_out``: symbols by their names, other characters without their accents, or a question mark."""
+    """The error handler ``spelled_out``: symbols by their names, other characters without their accents, or as escapes."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end]
-    plain = (ASCII.get(one) or unicodedata.normalize("NFKD", one).encode("ascii", "ignore").decode() for one in text)
-    return "".join(spelled or "?" * (not unicodedata.combining(one)) for one, spelled in zip(text, plain, strict=True)), error.end
+    return "".join(map(_spelling, text)), error.end
+
+
+def _spelling(one: str) -> str:
+    plain = ASCII.get(one) or unicodedata.normalize("NFKD", one).encode("ascii", "ignore").decode()
+    return plain or ("" if unicodedata.combining(one) else one.encode("ascii", "backslashreplace").decode())
 
 
 codecs.register_error("spelled_out", _spelled_out)

@@ -14,7 +14,7 @@ from . import data, records
 from .asked import missing
 from .checkpoint import check_same
 from .diverged import why_diverged
-from .environment import check_device, default_device, device_label
+from .environment import default_device, device_label
 from .errors import LabError
 from .executors.locks import Lock
 from .files import UNFINISHED
@@ -23,6 +23,7 @@ from .progress import reading_images
 from .recipe import Recipe
 from .stopping import Stopped
 from .train import WEIGHTS, train
+from .words import counted, short
 
 
 def device_of(out: Path) -> str:
@@ -53,11 +54,11 @@ def train_one(
         for line in missing([out], tensorboard=tensorboard, keep_checkpoint=keep_checkpoint, keep_weights=True):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         return done
-    check_device(recipe.device if recipe.processes == 1 else "cpu")
     data.check_shares(recipe, len(images.train_labels), len(images.classes))  # before anything is written
+    where = f"on {device_label(recipe.device)}, into {out}"
     console.print(data.sizes(recipe, images), markup=False, highlight=False)
     console.print(
-        f"{recipe.loss_label}: {recipe.epochs} epochs of {recipe.network} on {recipe.data}, on {device_label(recipe.device)}, into {out}",
+        f"{recipe.loss_label}: {counted(recipe.epochs, 'epoch')} of {recipe.network} on {recipe.data}, {where}",
         markup=False,
         highlight=False,
     )
@@ -65,7 +66,7 @@ def train_one(
         console.print(note, markup=False, highlight=False, soft_wrap=True)
 
     def say(row: dict[str, Any]) -> None:
-        measured = ", ".join(f"{name} {value:.3f}" for name, value in row.items() if name != "epoch" and value is not None)
+        measured = ", ".join(f"{name} {short(value)}" for name, value in row.items() if name != "epoch" and value is not None)
         console.print(f"epoch {row['epoch']}/{recipe.epochs}: {measured}", highlight=False, soft_wrap=True)
 
     try:
@@ -87,7 +88,8 @@ def train_one(
     except OSError as error:
         raise LabError(f"--out {out} cannot be written: {error.strerror or error}; make room, or choose another folder") from error
     console.print(
-        f"{error_of(record)} after {recipe.epochs} epochs, {record['images_per_second']:.0f} images a second; "
+        f"{error_of(record)} after {counted(recipe.epochs, 'epoch')}, "
+        f"{record['images_per_second']:.0f} images a second; "
         f"{out}: result.json metrics.csv {WEIGHTS}",
         markup=False,
         highlight=False,

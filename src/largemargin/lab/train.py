@@ -27,6 +27,7 @@ from .recipe import Recipe
 from .seeds import seeded
 from .step import CompiledStep, EagerStep, GraphedStep, TakesSteps, first_line
 from .stopping import Stopped, Told, interrupts_end_at_once, told_to_stop
+from .words import counted
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -347,7 +348,10 @@ def start(recipe: Recipe) -> "Accelerator":
     # the precision is the recipe's, whatever the launcher was configured for
     accelerator = Accelerator(cpu=cpu, device_placement=False, mixed_precision="no")
     if accelerator.num_processes != recipe.processes:
-        raise LabError(f"this run is of {recipe.processes} processes, and {accelerator.num_processes} were started; start it as before")
+        raise LabError(
+            f"this run is of {counted(recipe.processes, 'process')}, and {accelerator.num_processes} came; start it as before, with "
+            "torchrun or accelerate launch where it had several"
+        )
     torch.set_num_threads(recipe.threads)
     device = accelerator.device if recipe.processes > 1 else torch.device(recipe.device)
     if device.type == "cuda":

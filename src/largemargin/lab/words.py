@@ -8,8 +8,13 @@ JOINERS = "\u200c\u200d"  # without which some scripts are not written rightly
 
 
 def counted(number: int, noun: str) -> str:
-    """``1 run``, ``2 runs``."""
-    return f"{number} {noun}{'s' * (number != 1)}"
+    """``1 run``, ``2 runs``, ``2 classes``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
+def short(number: float) -> str:
+    """Three decimals, or three digits where that leaves few: ``12.345``, ``0.000123``."""
+    return f"{number:.3f}" if abs(number) >= 0.1 or not number else f"{number:.3g}"
 
 
 def printable(text: str, keep: str = "") -> str:

@@ -71,13 +71,22 @@ def parser() -> ArgumentParser:
         type=OpenUnitInterval,
         default=0.2,
         metavar="SHARE",
-        help="that part, held out from the runs that choose among several --lam",
+        help="the part of the training set that is held out from the runs that choose among several --lam",
     )
     compare.add_argument(
-        "--seeds", nargs="+", type=NonNegativeInt, default=[0, 1, 2, 3, 4], metavar="SEED", help="runs of the same seed are pairs"
+        "--seeds",
+        nargs="+",
+        type=NonNegativeInt,
+        default=[0, 1, 2, 3, 4],
+        metavar="SEED",
+        help="every loss is run with each seed; runs of one seed are pairs",
     )
     compare.add_argument(
-        "--epochs", type=PositiveInt, default=None, metavar="N", help="default: 30 for digits, 120 for imagenet and places365, else 50"
+        "--epochs",
+        type=PositiveInt,
+        default=None,
+        metavar="N",
+        help="passes over the training set; default: 30 for digits, 120 for imagenet and places365, else 50",
     )
     compare.add_argument(
         "--label-noise",
@@ -85,7 +94,7 @@ def parser() -> ArgumentParser:
         type=Share,
         default=[0.0],
         metavar="SHARE",
-        help="this share of the training labels is moved to another class",
+        help="the share of the training labels that is moved to another class; each of several is compared by itself",
     )
     compare.add_argument(
         "--train-fraction", type=PositiveShare, default=1.0, metavar="SHARE", help="train on this share of the training set"

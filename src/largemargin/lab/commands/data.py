@@ -8,6 +8,7 @@ from rich.markup import escape
 
 from ..errors import LabError
 from ..stopping import interrupts_end_at_once
+from ..words import counted
 from .options import new_parser, path_of
 
 if TYPE_CHECKING:
@@ -93,7 +94,8 @@ def _verify(names: tuple[str, ...], root: "Path", console: Console, asked: bool)
             wrong += [f"{member} ({state})" for member, state in states.items() if state != "ok"]
         elif asked or (root / name).is_dir():
             files = streamed_set(name, root)
-            counts = f"{len(files.train_files)} training and {len(files.test_files)} validation images of {len(files.classes)} classes"
+            held_out = counted(len(files.test_files), "validation image")
+            counts = f"{len(files.train_files)} training and {held_out} of {len(files.classes)} classes"
             for note in files.notes:
                 console.print(f"{name}: {note}", markup=False, highlight=False)
             console.print(f"{name}: {counts}; images carry no md5 of their own", markup=False, highlight=False)

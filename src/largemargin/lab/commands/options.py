@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,43 @@ FiniteNumber = restricted_number_type("FiniteNumber", float, [(">", -math.inf), 
 ShareBelow1 = restricted_number_type("ShareBelow1", float, [(">=", 0), ("<", 1)])
 Multiplier = restricted_number_type("Multiplier", int, [(">=", 1), ("<=", 4)])
 Pixels = restricted_number_type("Pixels", int, [(">=", 8), ("<=", 1024)])
+
+
+# what the parser's messages call a type, and what is to be given
+KINDS = {
+    "PositiveInt": "a whole number from 1 on",
+    "NonNegativeInt": "a whole number from 0 on",
+    "Multiplier": "a whole number from 1 to 4",
+    "Pixels": "a whole number of pixels from 8 to 1024",
+    "PositiveShare": "a share above 0 and up to 1",
+    "ClosedUnitInterval": "a share from 0 to 1",
+    "OpenUnitInterval": "a share above 0 and below 1",
+    "ShareBelow1": "a share from 0 to below 1",
+    "NonNegativeNumber": "a finite number from 0 on",
+    "PositiveNumber": "a finite number above 0",
+    "FiniteNumber": "a finite number",
+    "<class 'bool'>": "true or false",
+    "<class 'int'>": "a whole number",
+    "<class 'tuple'>": "a list, [2, 4] say",
+}
+PARSER_SAYS = (
+    r"Parser key \"(?P<key>[^\"]+)\"(?: element \d+)?: (?:Not of type (?P<kind>\w+): "
+    r"(?:.*: '(?P<text>.*)'|(?P<number>\S+) does not conform to restriction .*)|Expected a (?P<other>.*?)\. Got value: (?P<value>.*))"
+)
+
+
+def reworded(message: str) -> str:
+    """What the parser says of a value, with the option as it is typed, what came and what is to be given."""
+    if required := re.fullmatch(r"the following arguments are required: \w+\.(\w+)", message):
+        return f"{required[1].upper()} is missing; --help after the command says what it may be"
+    found = re.fullmatch(PARSER_SAYS, message, re.DOTALL)
+    if found is None:
+        return message
+    key, choices = found["key"], re.findall(r"'(\w+)'", found["other"]) if (found["other"] or "").startswith("typing.Literal") else []
+    kind = f"one of {', '.join(choices)}" if choices else KINDS.get(found["kind"] or found["other"])
+    got = next(text for text in (found["text"], found["number"], found["value"]) if text is not None)
+    option = key if key.startswith("recipe.") else key.replace("_", "-")
+    return f"--{option} must be {kind}, got {got}" if kind else message
 
 
 def new_parser(description: str, **settings: Any) -> ArgumentParser:
@@ -89,11 +127,15 @@ def add_recipe_fields(parser: ArgumentParser, prefix: str = "", leave_out: Seque
             parser.add_argument(name, type=kind, default=None, help=help_of(field), metavar="VALUE")
 
 
+def plain_default(value: Any) -> Any:
+    return str(value).lower() if isinstance(value, bool) else value or "none"
+
+
 def help_of(field: "dataclasses.Field[Any]") -> str:
     """What ``--help`` says of a field of a recipe, with its default; where another is usual for some data, that too."""
     text = str(field.metadata["help"]).replace("%", "%%")
     if field.name in BY_DATA:
-        return f"{text}; default: what suits the data, else {field.default or 'none'}"
+        return f"{text}; default: what suits the data, else {plain_default(field.default)}"
     return text if field.default in (dataclasses.MISSING, None, "") else f"{text}; default: {field.default}"
 
 

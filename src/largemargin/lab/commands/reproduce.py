@@ -36,9 +36,21 @@ def parser() -> ArgumentParser:
         "are kept, and shared by all tables of the same folder."
     )
     reproduce.add_argument("target", nargs="?", choices=[*FIGURES, *TARGETS], metavar="TARGET", help=" ".join([*FIGURES, *TARGETS]))
-    reproduce.add_argument("--cells", nargs="+", type=str, default=None, metavar="NAME", help="only these: names of --list, or patterns")
     reproduce.add_argument(
-        "--seeds", nargs="+", type=NonNegativeInt, default=None, metavar="SEED", help="default: 0 1 2, and 0 for ImageNet and Places-365"
+        "--cells",
+        nargs="+",
+        type=str,
+        default=None,
+        metavar="NAME",
+        help="compute only these cells of the table: names that --list prints, or patterns, '*softmax*' say",
+    )
+    reproduce.add_argument(
+        "--seeds",
+        nargs="+",
+        type=NonNegativeInt,
+        default=None,
+        metavar="SEED",
+        help="the seeds of each cell; default: 0 1 2, and 0 for ImageNet and Places-365",
     )
     reproduce.add_argument(
         "--jobs",

@@ -20,7 +20,7 @@ def parser() -> ArgumentParser:
     add_recipe_fields(train, leave_out=("loss", "seed", "device"))
     train.add_argument("--device", type=str, default=None, metavar="VALUE", help=DEVICE_HELP)
     train.add_argument("--loss", choices=list(LOSSES), default="large_margin", metavar="LOSS", help=" ".join(LOSSES))
-    train.add_argument("--seed", type=NonNegativeInt, default=0, help="of initial weights, order, augmentation, subset and noise")
+    train.add_argument("--seed", type=NonNegativeInt, default=0, help="the seed of initial weights, order, augmentation, subset and noise")
     train.add_argument("--out", type=str, default="runs/train", metavar="DIR", help="the folder of this run")
     train.add_argument("--tensorboard", action="store_true", help="write TensorBoard's event files into DIR/events")
     train.add_argument("--eager", action="store_true", help="on a GPU, do not replay training steps as CUDA graphs: slower, for debugging")

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from ..recipe import Recipe
+from ..words import counted
 from .archives import ARCHIVED, archived
 from .decode import OnImage
 from .degrade import Rows, check_shares, choose_rows, load_rows, pollute_labels, samples_used, save_rows, subsample
@@ -59,7 +60,7 @@ def sizes(recipe: Recipe, images: ImageSet | FileSet) -> str:
     whole = len(images.train_labels)
     used = samples_used(whole, recipe.train_fraction)
     training = str(whole) if used == whole else f"{used} of {whole}"
-    return f"{recipe.data}: {training} training and {len(images.test_labels)} test images of {len(images.classes)} classes"
+    return f"{recipe.data}: {training} training and {counted(len(images.test_labels), 'test image')} of {len(images.classes)} classes"
 
 
 def feed_of(recipe: Recipe, data: ImageSet | FileSet, device: torch.device, rank: int = 0, world: int = 1) -> Feed:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._torchvision import import_torchvision
 from ..errors import LabError
+from ..files import lost_link
 
 NAMED = 10  # broken files in a message; the others are counted
 
@@ -50,7 +51,8 @@ def read_image(path: Path) -> Picture:
             white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
             return Picture(Image.alpha_composite(white, layer).convert("RGB"), turn is not None, True)
     except Exception as error:  # PIL raises many types for a broken file
-        reason = "empty file" if path.is_file() and path.stat().st_size == 0 else str(error) or type(error).__name__
+        empty = "empty file" if path.is_file() and path.stat().st_size == 0 else ""
+        reason = lost_link(path) or empty or str(error) or type(error).__name__
         raise LabError(f"cannot read the image {path}: {reason}; mend or remove it") from error
 
 

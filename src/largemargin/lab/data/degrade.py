@@ -11,6 +11,7 @@ from ..errors import LabError
 from ..files import write_atomically
 from ..recipe import Recipe
 from ..seeds import seeded
+from ..words import counted
 
 
 def samples_used(num_samples: int, fraction: float) -> int:
@@ -62,9 +63,13 @@ def check_shares(recipe: Recipe, num_samples: int, num_classes: int) -> None:
     left = used - samples_used(used, recipe.validation_fraction) if recipe.validation_fraction else used
     if left < num_classes and left < num_samples:
         shares = f"train_fraction {recipe.train_fraction:g}"
-        shares += f" less validation_fraction {recipe.validation_fraction:g}" if recipe.validation_fraction else ""
+        fix = "give a larger train_fraction"
+        if recipe.validation_fraction:
+            shares += f" less validation_fraction {recipe.validation_fraction:g}"
+            fix += " or a smaller validation_fraction"
         raise LabError(
-            f"{shares} of {num_samples} samples leaves {left} to train on, fewer than the {num_classes} classes; use more of them"
+            f"{shares} of {counted(num_samples, 'training image')} leaves {left}, and {num_classes} classes need at least {num_classes}; "
+            f"{fix}, or add images"
         )
 
 

@@ -5,6 +5,8 @@ import os
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 
+from ..words import counted
+
 ENDS = 4096  # bytes at the beginning and at the end of a file that are compared first
 
 
@@ -28,10 +30,8 @@ def warning(count: int, total: int) -> list[str]:
     """A line for the user where there are any."""
     if not count:
         return []
-    return [
-        f"warning: {count} of {total} test images are in the training set too: the test error is lower than on new images; remove them "
-        "from one of the two"
-    ]
+    found = f"{count} of {counted(total, 'test image')} {'is' if count == 1 else 'are'} in the training set too"
+    return [f"warning: {found}: the test error is lower than on new images; remove them from one of the two"]
 
 
 def _size(path: Path) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._torchvision import import_torchvision
 from ..errors import LabError
+from ..files import lost_link
 from ..stopping import interrupts_end_at_once
 from ..words import counted
 from . import duplicates, skipped
@@ -97,8 +98,8 @@ def listed_folder(folder: Path) -> FileSet:
     """The files of such a folder, with notes on what it holds beside them."""
     if not folder.is_dir():
         raise LabError(
-            f"data {folder}: no such folder; give digits, cifar10, cifar100, svhn, imagenet, places365 or a folder with one "
-            "sub-folder of images a class"
+            f"data {folder}: {lost_link(folder) or 'no such folder'}; give digits, cifar10, cifar100, svhn, imagenet, places365 or a "
+            "folder with one sub-folder of images a class"
         )
     held_out = next((name for name in ("test", "val") if (folder / name).is_dir()), None)
     if (folder / "train").is_dir() and held_out is not None:
@@ -161,7 +162,9 @@ def _list_images(folder: Path, part: str, classes_of: Any) -> tuple[tuple[str, .
     whole = folder / part
     classes: tuple[str, ...] = classes_of(whole)
     if len(classes) < 2:
-        raise LabError(f"data {whole}: found {len(classes)} sub-folders, need at least 2: one for each class, with its images inside")
+        raise LabError(
+            f"data {whole}: found {counted(len(classes), 'sub-folder')}, need at least 2: one for each class, with its images inside"
+        )
     labelled, left_out, read = [], {}, {}
     for label, name in enumerate(classes):
         images, others = skipped.walk(whole / name, is_image)

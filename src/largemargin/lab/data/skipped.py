@@ -37,7 +37,7 @@ def beside(folder: Path, used: Collection[str]) -> str:
     others = [entry for entry in sorted(folder.iterdir()) if entry.name not in used and entry.name.lower() not in USUAL]
     folders = [f"{entry.name}/" for entry in others if entry.is_dir()]
     files = sum(not entry.is_dir() and not entry.name.startswith(".") for entry in others)
-    rest = [f"{len(folders) - SHOWN} more folders"] if len(folders) > SHOWN else []
+    rest = [counted(len(folders) - SHOWN, "more folder")] if len(folders) > SHOWN else []
     return ", ".join([*folders[:SHOWN], *rest, *([counted(files, "file")] if files else [])])
 
 
@@ -47,9 +47,14 @@ def lines_of(skipped: Mapping[str, Counter[str]], read: Mapping[str, int]) -> li
     rest = Counter[str]()
     for kinds in list(kinds for kinds in skipped.values() if kinds)[SHOWN:]:
         rest += kinds
-    return lines[:SHOWN] + ([f"and in {len(lines) - SHOWN} more class folders: {amounts(rest)}"] if rest else [])
+    return lines[:SHOWN] + ([f"and in {counted(len(lines) - SHOWN, 'more class folder')}: {amounts(rest)}"] if rest else [])
 
 
 def amounts(kinds: Counter[str]) -> str:
     """``25 .heic, 1 linked folder``, the most frequent first."""
-    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    return ", ".join(_amount(count, kind) for kind, count in kinds.most_common())
+
+
+def _amount(count: int, kind: str) -> str:
+    many = count > 1 and not kind.startswith(".")  # a suffix has no plural
+    return f"{count} {kind.replace('file', 'files').replace('folder', 'folders') if many else kind}"
