@@ -199,12 +199,17 @@ def check_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
         )
 
 
+def check_is_weight(weight: object) -> None:
+    if weight is not None and not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a torch.Tensor, got {describe(weight)}; one factor for each class is torch.as_tensor(weight)")
+
+
 def check_weight(weight: object, input: Tensor, of_classes: int | None = None) -> None:
     """``of_classes``: where ``input`` does not have all of them."""
     if weight is None:
         return
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a torch.Tensor, got {describe(weight)}; one factor for each class is torch.as_tensor(weight)")
+    check_is_weight(weight)
+    assert isinstance(weight, Tensor)
     expected = (num_classes(input) if of_classes is None else of_classes,)
     if tuple(weight.shape) != expected:
         raise RuntimeError(f"weight must have one entry for each of the {expected[0]} classes, shape {expected}, got {describe(weight)}")

@@ -117,8 +117,7 @@ class LargeMarginInSoftmaxLoss(LargeMarginCrossEntropyLoss):
         if size_average is not None or reduce is not None:
             reduction = nn.CrossEntropyLoss(size_average=size_average, reduce=reduce).reduction  # type: ignore[assignment]
         _checks.check_number("reg_lambda", reg_lambda, low=0)
-        if weight is not None:
-            _checks.check_tensor("weight", weight)
+        _checks.check_is_weight(weight)
         super().__init__(weight, lam=reg_lambda, hard_bias=_hard_bias(deg_logit), ignore_index=ignore_index, reduction=reduction)
 
     @property
