@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-$(READY): pyproject.toml constraints.txt CMakeLists.txt src/largemargin/_backends/cpu.cpp
+$(READY): pyproject.toml constraints.txt CMakeLists.txt src/largemargin/backends/cpu.cpp
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from common import RESULTS, interleaved, machine, ours, problem, refuse_if_wrong, write
-from largemargin._backends import cpu
+from largemargin.backends import cpu
 
 SHAPES = ((128, 100), (256, 1000), (64, 10000), (2, 19, 64, 64))
 ROUNDS = 20

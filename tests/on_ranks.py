@@ -32,12 +32,11 @@ from largemargin import (
     gather_rows,
     heads,
     large_margin_cross_entropy,
-    layer,
     sharded_large_margin_cross_entropy,
     sharded_linear_large_margin_cross_entropy,
-    shards,
 )
 from largemargin.metrics import MarginMetrics
+from largemargin.rows import collectives, tiles
 from largemargin.schedules import AnnealedLambda
 from measure import assert_within, peak_bytes
 
@@ -182,7 +181,7 @@ def linear_equals_whole(
     group: dist.ProcessGroup, sizes: tuple[int, ...], shape: tuple[int, int], tile: int, weighted: bool, needed: tuple, options: dict
 ) -> Tensor:
     """Loss and gradients are those of the whole classifier; ``needed``: by rank, which of features and classifier are not frozen."""
-    layer.TILE = layer.TILE_OF_GPU = tile
+    tiles.TILE = tiles.TILE_OF_GPU = tile
     problem, classes = Features(DEVICE, sum(sizes), *shape), bounds(group, sizes)
     options = {**options, "weight": problem.weight if weighted else None}
     leaves = [t.clone().requires_grad_() for t in (problem.input, problem.linear_weight, problem.linear_bias)]
@@ -206,7 +205,7 @@ def linear_equals_whole(
 
 
 def linear_by_kernels(group: dist.ProcessGroup, sizes: tuple[int, ...], tile: int, dtype: torch.dtype, reduction: str) -> Tensor:
-    layer.TILE = layer.TILE_OF_GPU = tile
+    tiles.TILE = tiles.TILE_OF_GPU = tile
     device = DEVICE if dtype == torch.float32 else CPU  # a GPU multiplies in half precision, and rounds more than once
     problem, classes = Features(device, sum(sizes), 9, 4, dtype), bounds(group, sizes)
     exact = [t.double().requires_grad_() for t in (problem.input, problem.linear_weight, problem.linear_bias)]
@@ -272,7 +271,7 @@ def refuses(group: dist.ProcessGroup) -> None:
     assert_refused(ValueError, "the same rows on all ranks of the group, got \\[4, 3\\]", logits=logits[rank:], target=target[rank:])
     assert_refused(ValueError, "lam", lam=-1.0)
     features, classifier = torch.randn(4, 2, requires_grad=rank == 0), torch.randn(3, 2)
-    with pytest.raises(ValueError, match="all ranks of the group have to need it"):
+    with pytest.raises(ValueError, match="all ranks of the group must need it"):
         sharded_linear_large_margin_cross_entropy(features, classifier, target, group=group, reduction="none")
     assert sharded_large_margin_cross_entropy(logits, target, group=group).isfinite()  # and all go on
 
@@ -413,7 +412,7 @@ def traffic(group: dist.ProcessGroup, weighted: bool) -> None:
     of_rows = ("all_gather", 6 * (8 if weighted else 6))
 
     def counted(name: str) -> object:
-        original = getattr(shards, name)
+        original = getattr(collectives, name)
 
         def call(values: Tensor, group: dist.ProcessGroup) -> Tensor:
             calls.append((name, values.numel()))
@@ -423,7 +422,7 @@ def traffic(group: dist.ProcessGroup, weighted: bool) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("all_gather", "all_reduce"):
-            patch.setattr(shards, name, counted(name))
+            patch.setattr(collectives, name, counted(name))
         logits = (problem.input @ problem.linear_weight[classes].t()).requires_grad_()
         sharded_large_margin_cross_entropy(logits, problem.target, **given).backward()
         assert calls == [("all_gather", 5), of_rows]  # the first on the CPU alone, where it costs no wait
@@ -437,7 +436,7 @@ def traffic(group: dist.ProcessGroup, weighted: bool) -> None:
 
 def memory(group: dist.ProcessGroup) -> None:
     """A rank holds its gradients and a tile; not the logits of its classes."""
-    layer.TILE = 20_000
+    tiles.TILE = 20_000
     rng = torch.Generator().manual_seed(0)
     input, target = torch.randn(400, 16, generator=rng), torch.randint(8000, (400,), generator=rng)
     shard = torch.randn(4000, 16, generator=rng)
@@ -473,7 +472,7 @@ def loses_a_rank(group: dist.ProcessGroup) -> str:
 def asks_too_much(group: dist.ProcessGroup) -> tuple[type[Exception], str]:
     """What a rank says when its backend cannot add such numbers."""
     with pytest.raises(RuntimeError) as raised:
-        shards.all_reduce(torch.ones(3).to(torch.float8_e5m2), group)
+        collectives.all_reduce(torch.ones(3).to(torch.float8_e5m2), group)
     return raised.type, str(raised.value)
 
 
@@ -528,9 +527,9 @@ def misused_head(group: dist.ProcessGroup) -> None:
     head = ClassParallelLinear(6, 12, group=group)
     wrapped = DistributedDataParallel(Network(head), process_group=group)
     if rank:  # the first rank has its own
-        with pytest.raises(RuntimeError, match="overwritten with those of another rank"):
+        with pytest.raises(RuntimeError, match="another rank's classes have overwritten"):
             wrapped.module.head.loss(torch.randn(3, 6), torch.arange(3))
-    with pytest.raises(ValueError, match="must be the same on all ranks of the group"):
+    with pytest.raises(ValueError, match="must be the same on all ranks, got"):
         ClassParallelLinear(6, 12 + rank, group=group)
     head = ClassParallelLinear(6, 11, group=group)
     for state in (ClassParallelLinear(6, 12, group=group).state_dict(), torch.nn.Linear(6, 6).state_dict()):
@@ -734,8 +733,8 @@ def carried_in_place(group: dist.ProcessGroup) -> None:
         patch.setattr(dist, gather_name, watched_gather)
         patch.setattr(dist, "all_reduce", watched_reduce)
         values = torch.ones(3)
-        together = shards.all_gather(values, group)
-        summed = shards.all_reduce(values, group)
+        together = collectives.all_gather(values, group)
+        summed = collectives.all_reduce(values, group)
     assert summed is values
     assert [tensor.data_ptr() for tensor in given] == [together.data_ptr(), values.data_ptr(), values.data_ptr()]
 

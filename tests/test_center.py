@@ -199,7 +199,7 @@ def test_errors(rng):
         CenterLoss(6, 5, alpha=-1.0)
     with pytest.raises(ValueError, match="num_classes must be at least 1"):
         CenterLoss(6, 0)
-    with pytest.raises(ValueError, match="features must be floating with 6 numbers"):
+    with pytest.raises(ValueError, match=r"features must be floating of shape \(\.\.\., in_features=6\)"):
         make(CPU)(x[:, :4], y)
     with pytest.raises(IndexError, match=r"holds [5-7]"):
         make(CPU)(x, y + 3)  # on a GPU labels are not looked at

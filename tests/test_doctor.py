@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from largemargin import __version__
-from largemargin._backends import cpu, ladder
+from largemargin.backends import cpu, ladder
 from largemargin.lab import doctor
 
 

@@ -270,7 +270,7 @@ MODULES = sorted(
 )
 
 
-@pytest.mark.parametrize("name", [*MODULES, "_backends.cpu", "_backends.ladder", "_backends.compiled", "heads.center"])
+@pytest.mark.parametrize("name", [*MODULES, "backends.cpu", "backends.ladder", "backends.compiled", "heads.center"])
 def test_every_module_can_be_the_first_to_import_torch(name):
     code = f"import largemargin.{name}, sys, torch\nprint(torch.ops.largemargin.row_stats.default)"
     assert in_a_new_process(code) == "largemargin.row_stats.default"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import oracle
 import strategies
-from largemargin import large_margin_cross_entropy
+from largemargin import large_margin_cross_entropy, linear_large_margin_cross_entropy
 from measure import INF, assert_within, loss_scale, same_bits
 from properties import assume, given, st
 
@@ -400,3 +400,22 @@ def test_losses_do_not_look_at_numbers_python_holds_as_int(rng, device):
     input, target = problem(rng, device)
     got = large_margin_cross_entropy(input, target, lam=1, hard_bias=1, label_smoothing=1)
     assert same_bits(got, large_margin_cross_entropy(input, target, lam=1.0, hard_bias=1.0, label_smoothing=1.0))
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+def test_a_row_without_nontargets_leaves_the_gradient_of_the_class_weights_finite(smoothing, device):
+    weight = torch.ones(2, requires_grad=True, device=device)
+    input, target = torch.tensor([[2.0, -INF], [1.0, 2.0]], device=device), torch.tensor([0, 1], device=device)
+    large_margin_cross_entropy(input, target, weight, label_smoothing=smoothing, reduction="sum").backward()
+    alone = torch.ones(2, requires_grad=True, device=device)
+    large_margin_cross_entropy(input[1:], target[1:], alone, label_smoothing=smoothing, reduction="sum").backward()
+    assert torch.equal(weight.grad, alone.grad) and weight.grad.isfinite().all()  # the first row has a loss of 0, whatever it weighs
+
+
+def test_a_label_out_of_range_that_nobody_looks_at_leaves_other_gradients_alone():
+    input, target = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 3.0]]), torch.tensor([0, 7])
+    options = {"weight": torch.tensor([1.0, 2.0, 3.0]), "label_smoothing": 0.1, "reduction": "none"}
+    gradient = torch.func.grad(lambda f: large_margin_cross_entropy(f, target, **options)[0])(input)
+    assert gradient[0].isfinite().all() and (gradient[1] == 0).all()
+    classifier = torch.func.grad(lambda w: linear_large_margin_cross_entropy(input, w, target, **options)[0])(torch.eye(3))
+    assert classifier.isfinite().all()

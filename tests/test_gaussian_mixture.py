@@ -361,7 +361,7 @@ def test_mistaken_options_name_the_argument(options, error, words):
 
 def test_mistaken_inputs_name_the_argument():
     head = GaussianMixtureHead(5, 7)
-    with pytest.raises(ValueError, match="features must be floating with 5 numbers"):
+    with pytest.raises(ValueError, match=r"features must be floating of shape \(\.\.\., in_features=5\)"):
         head(torch.zeros(3, 4))
     for call in (head, head.likelihood):
         with pytest.raises(ValueError, match=r"target must be int64 class indices of shape \(3,\)"):

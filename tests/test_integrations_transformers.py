@@ -508,7 +508,7 @@ def test_replicas_in_threads_do_not_disturb_each_other():
 
 @pytest.mark.parametrize("options", [{"label_smoothing_factor": 0.1}, {"loss": LargeMarginLoss(causal=True)}])
 def test_labels_that_the_trainer_holds_back_are_missed(options, tmp_path, device):
-    with pytest.raises(ValueError, match=r"labels must be given.*compute_loss_func and for label_smoothing_factor"):
+    with pytest.raises(ValueError, match=r"labels must be given.*compute_loss_func and label_smoothing_factor"):
         trained(fuse_large_margin_loss(language_model()), texts(4), tmp_path, device, batch_size=2, accumulation=1, **options)
 
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from devices import CPU, device_of
-from largemargin import LinearLargeMarginCrossEntropyLoss, large_margin_cross_entropy, layer, linear_large_margin_cross_entropy
-from largemargin import fused as kernels
+from largemargin import LinearLargeMarginCrossEntropyLoss, large_margin_cross_entropy, linear_large_margin_cross_entropy
+from largemargin.rows import tiles, whole
 from measure import assert_within, compiles, peak_bytes, same_bits
 
 # one chunk, a few of several rows, one row a chunk; with few rows and many classes the logits stand in the gradient of the classifier
@@ -19,8 +19,8 @@ SHAPES = ((7, 5, 13), (5, 9, 40), (33, 3, 50), (1, 4, 2), (6, 2, 1))  # rows, wi
 
 @pytest.fixture(params=TILES)
 def tile(request, monkeypatch) -> int:
-    monkeypatch.setattr(layer, "TILE", request.param)
-    monkeypatch.setattr(layer, "TILE_OF_GPU", request.param)
+    monkeypatch.setattr(tiles, "TILE", request.param)
+    monkeypatch.setattr(tiles, "TILE_OF_GPU", request.param)
     return request.param
 
 
@@ -229,7 +229,7 @@ def test_no_rows_or_all_ignored(rows, reduction, tile, device):
 
 @pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True), (False, False)], ids=str)
 def test_case_23_memory_is_that_of_the_gradients_that_are_wanted_and_a_tile(needed, monkeypatch, rng):
-    monkeypatch.setattr(layer, "TILE", 20_000)
+    monkeypatch.setattr(tiles, "TILE", 20_000)
     input, linear_weight = torch.randn(400, 16, generator=rng), torch.randn(4000, 16, generator=rng)
     target = torch.randint(4000, (400,), generator=rng)
     leaves = [leaf for leaf, wanted in zip((input, linear_weight), needed, strict=True) if wanted]
@@ -248,7 +248,7 @@ def test_case_23_memory_is_that_of_the_gradients_that_are_wanted_and_a_tile(need
 
 
 def test_few_rows_of_many_classes_need_no_tile(monkeypatch, rng):
-    monkeypatch.setattr(layer, "TILE", 2000)
+    monkeypatch.setattr(tiles, "TILE", 2000)
     input, linear_weight = torch.randn(16, 32, generator=rng, requires_grad=True), torch.randn(5000, 32, generator=rng, requires_grad=True)
     target = torch.randint(5000, (16,), generator=rng)
     loss = linear_large_margin_cross_entropy(input, linear_weight, target)
@@ -269,7 +269,7 @@ def test_errors_name_the_argument(rng):
         (
             (input, torch.empty(0), target),
             ValueError,
-            "linear_weight is empty, float32 of shape \\(0,\\); a parameter that is sharded away",
+            "linear_weight is empty, float32 of shape \\(0,\\); gather a sharded parameter",
         ),
         ((input, torch.randn(5, 4), target), ValueError, "linear_weight must have shape \\(C, D\\)"),
         ((input, linear_weight, target[:3]), ValueError, "target must be int64 class indices of shape \\(4,\\)"),
@@ -280,7 +280,7 @@ def test_errors_name_the_argument(rng):
         with pytest.raises(error, match=words):
             linear_large_margin_cross_entropy(*arguments)
     for options, error, words in (
-        ({"linear_bias": torch.randn(4)}, ValueError, "linear_bias must be floating with one entry for each of 5 classes"),
+        ({"linear_bias": torch.randn(4)}, ValueError, r"linear_bias must be floating of shape \(C,\), with C = 5"),
         ({"num_classes": 6}, ValueError, "num_classes must be between 1 and the 5 rows"),
         ({"weight": torch.rand(4)}, RuntimeError, "weight must have one entry for each of the 5 classes"),
         ({"lam": -1.0}, ValueError, "lam"),
@@ -331,8 +331,8 @@ def test_compiled_code_computes_the_same(rng, device):
 
 @pytest.fixture
 def half_products(monkeypatch):
-    monkeypatch.setattr(layer.Layer, "is_half", property(lambda self: self.input.dtype == self.weight.dtype != torch.float32))
-    monkeypatch.setattr(kernels, "applies", lambda *_: False)
+    monkeypatch.setattr(tiles.Layer, "is_half", property(lambda self: self.input.dtype == self.weight.dtype != torch.float32))
+    monkeypatch.setattr(whole, "kernel", lambda *_: None)
 
 
 def assert_half_products(dtype, backend, reduction, rng, device) -> None:
@@ -366,7 +366,7 @@ def assert_half_products(dtype, backend, reduction, rng, device) -> None:
 @pytest.mark.parametrize(("backend", "tile"), [(None, 100), ("triton", 2**20), ("reference", 100)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_products_cost_the_rounding_of_their_factors(dtype, backend, tile, reduction, half_products, monkeypatch, rng):
-    monkeypatch.setattr(layer, "TILE", tile)
+    monkeypatch.setattr(tiles, "TILE", tile)
     assert_half_products(dtype, backend, reduction, rng, device_of("triton") if backend == "triton" else CPU)
 
 
@@ -375,7 +375,7 @@ def test_half_products_cost_the_rounding_of_their_factors(dtype, backend, tile, 
 @pytest.mark.parametrize("tile", [2**20, 100])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_products_of_a_gpu(dtype, tile, reduction, monkeypatch, rng):
-    monkeypatch.setattr(layer, "TILE_OF_GPU", tile)
+    monkeypatch.setattr(tiles, "TILE_OF_GPU", tile)
     assert_half_products(dtype, None, reduction, rng, "cuda")
 
 

@@ -309,11 +309,11 @@ def test_mistaken_options_name_the_argument(options, error, words):
     ("features", "target", "error", "words"),
     [
         ([1.0], None, TypeError, "features must be a torch.Tensor"),
-        (torch.zeros(3, 4), None, ValueError, "features must be floating with 5 numbers in their last dimension, got float32 of shape"),
+        (torch.zeros(3, 4), None, ValueError, r"features must be floating of shape \(\.\.\., in_features=5\), got float32 of shape"),
         (torch.zeros(3, 5, dtype=torch.int64), None, ValueError, "features must be floating"),
         (torch.zeros(3, 5), torch.zeros(4, dtype=torch.int64), ValueError, r"target must be int64 class indices of shape \(3,\)"),
         (torch.zeros(3, 5), torch.zeros(3), ValueError, r"convert it with target.long\(\)"),
-        (torch.zeros(3, 5), torch.tensor([0, 7, 1]), IndexError, "target must hold class indices below 7.* holds 7"),
+        (torch.zeros(3, 5), torch.tensor([0, 7, 1]), IndexError, "target must be below num_classes=7.* holds 7"),
     ],
 )
 def test_mistaken_inputs_name_the_argument(features, target, error, words):

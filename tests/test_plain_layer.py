@@ -15,7 +15,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import plain_on_ranks
-from largemargin import LinearLargeMarginCrossEntropyLoss, large_margin_cross_entropy, losses, plain_layer
+from largemargin import LinearLargeMarginCrossEntropyLoss, large_margin_cross_entropy, plain_layer
+from largemargin.losses import large_margin
 from largemargin.lab._torchvision import import_torchvision
 from measure import compiles
 
@@ -295,7 +296,7 @@ def fused(monkeypatch) -> list:
         calls.append(args)
         return original(*args, **options)
 
-    monkeypatch.setattr(losses, "linear_large_margin_cross_entropy", recorded)
+    monkeypatch.setattr(large_margin, "linear_large_margin_cross_entropy", recorded)
     return calls
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 import oracle
 import strategies
 from largemargin import RowStats, divergence, row_stats
-from largemargin.allclasses import all_row_stats, all_row_stats_jvp, all_row_stats_vjp
+from largemargin.rows.all_classes import all_row_stats, all_row_stats_jvp, all_row_stats_vjp
 from largemargin.rowstats import Record, finish, merge, record, row_stats_jvp, row_stats_vjp
 from measure import INF, RowScale, assert_within, compiles, roundings, same_bits
 from properties import assume, given, st

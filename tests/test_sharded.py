@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 import on_ranks
-from largemargin import large_margin_cross_entropy, sharded_large_margin_cross_entropy, shards
+from largemargin import large_margin_cross_entropy, sharded_large_margin_cross_entropy
+from largemargin.rows import collectives
 from measure import assert_within, same_bits
 from ranks import Ranks
 
@@ -228,7 +229,7 @@ def test_survivors_of_a_killed_rank_end_soon_and_say_why():
         ranks.stop()
     assert dead == "died"
     for rank, said in ((0, first), (2, last)):
-        assert f"rank {rank} lost the ranks [0, 1, 2] of its group: one of them has died, raised an error" in said
+        assert f"rank {rank} lost the ranks [0, 1, 2] of its group: one of them died, failed" in said
 
 
 def test_what_a_backend_cannot_do_is_said_in_its_own_words(ranks):
@@ -260,13 +261,13 @@ HERE = (
 def test_an_error_of_a_lost_peer_names_the_ranks(error, monkeypatch):
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [0, 1, 2])
-    with pytest.raises(RuntimeError, match=r"^rank 1 lost the ranks \[0, 1, 2\] of its group") as raised, shards._exchange(None):
+    with pytest.raises(RuntimeError, match=r"^rank 1 lost the ranks \[0, 1, 2\] of its group") as raised, collectives._exchange(None):
         raise error
     assert raised.value.__cause__ is error and str(error) in str(raised.value)
 
 
 @pytest.mark.parametrize("error", HERE, ids=str)
 def test_any_other_error_of_a_collective_is_raised_as_it_is(error):
-    with pytest.raises(type(error)) as raised, shards._exchange(None):
+    with pytest.raises(type(error)) as raised, collectives._exchange(None):
         raise error
     assert raised.value is error

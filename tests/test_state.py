@@ -60,8 +60,8 @@ MAKERS: dict[str, Callable[[], Stateful]] = {
     "stepped": lambda: SteppedAlpha(every=1),
     "gradual": lambda: GradualWeight(7, 1.0, 3.0),
 }
-REFUSED = "this is of another, or cannot be told from another"
-OTHER_MODE = "leave the mode of a module alone"
+REFUSED = "this is, or may be, a recomputation of another pass"
+OTHER_MODE = "do not change the mode of a module"
 REFUSED_WRITE = "writes the buffers of its module in place, which torch refuses here"
 each_loss = pytest.mark.parametrize("name", MAKERS)
 some_slow = pytest.mark.parametrize(
@@ -554,7 +554,7 @@ def test_a_first_forward_pass_within_a_backward_pass_is_refused(name):
     loss, (features, target) = made(name), batches(1)[0]
     leaf = features.clone().requires_grad_()
     leaf.register_hook(lambda _: loss(features, target))
-    with pytest.raises(RuntimeError, match="no forward pass came before it"):
+    with pytest.raises(RuntimeError, match="no forward pass with these buffers came before it"):
         leaf.sum().backward()
 
 

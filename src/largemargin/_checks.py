@@ -1,7 +1,7 @@
-"""One vocabulary of errors: each names the argument, what came, what was expected and the likely fix.
+"""Checks of arguments. Each message names the argument, the value received, the value expected and the likely fix.
 
-Where :func:`torch.nn.functional.cross_entropy` raises for the same mistake, the type is torch's; elsewhere it is ValueError or
-TypeError. Only labels are looked at by value, and only where that costs no synchronisation.
+The type of an error is the one :func:`torch.nn.functional.cross_entropy` raises for the same mistake, else ValueError or TypeError.
+Of all tensors only labels are checked by value, and only where that needs no synchronisation.
 """
 
 import math
@@ -9,23 +9,25 @@ import numbers
 import sys
 import warnings
 from collections.abc import Collection
-from typing import NoReturn, TypeGuard
+from typing import Any, NoReturn, TypeGuard
 
 import torch
 from torch import Tensor
+
+from . import _torch
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def describe(value: object) -> str:
-    """What came, in the words of an error message."""
+    """The value received, in the words of an error message."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
     return f"{value!r} ({type(value).__name__})"
 
 
 def warn(message: str) -> None:
-    """Warn at the line of the user, who may have called through modules of torch."""
+    """Warn at the user's line, even if modules of torch lie between it and this library."""
     level, frame = 1, sys._getframe(0)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("largemargin.", "torch.")):
         level, frame = level + 1, frame.f_back
@@ -33,7 +35,7 @@ def warn(message: str) -> None:
 
 
 def warn_once(said: set[str], message: str) -> None:
-    """Warn unless ``said`` has the message. Code that is being compiled says nothing: it would not when it runs."""
+    """Warn unless ``said`` has the message. Compiled code does not warn when it runs, so it does not warn while it is compiled."""
     if not torch.compiler.is_compiling() and message not in said:
         said.add(message)
         warn(message)
@@ -41,11 +43,11 @@ def warn_once(said: set[str], message: str) -> None:
 
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {describe(value)}; wrap it in torch.as_tensor")
+        raise TypeError(f"{name} must be a torch.Tensor, got {describe(value)}; pass torch.as_tensor({name})")
 
 
 def check_given_first(weight: object, meant: str) -> None:
-    """The first argument of a loss is the weight, as torch's, and not what a user may mean."""
+    """The first argument of a loss is the weight, as in torch; ``meant`` is the option that a user may have meant."""
     if weight is None or isinstance(weight, Tensor):
         return
     said = f"weight must be a torch.Tensor or None, got {describe(weight)}"
@@ -60,26 +62,28 @@ def check_word(name: str, value: object, allowed: Collection[object]) -> None:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """A real number of Python or numpy; the first test is the one torch.compile can trace."""
+    """Whether it is a real number of Python or numpy. torch.compile can trace the first test only."""
     return isinstance(value, (int, float)) or isinstance(value, numbers.Real)
 
 
 def check_number(name: str, value: object, *, low: float = -sys.float_info.max) -> None:
     if not is_number(value):
         raise TypeError(f"{name} must be a Python number, got {describe(value)}; for a 0-d tensor pass {name}.item()")
-    if not low <= value < math.inf:  # compared, not asked math.isfinite: in dynamic compilation the value is a symbol
+    if not isinstance(value, (int, float)):
+        value = float(value)  # the limits do not fit into a half-precision scalar of numpy
+    if not low <= value < math.inf:  # not math.isfinite: in dynamic compilation the value is a symbol
         raise ValueError(f"{name} must be finite{f' and at least {low:g}' if low > -1 else ''}, got {value!r}")
 
 
 def check_positive(name: str, value: object, hint: str = "") -> None:
     check_number(name, value)
-    if not value > 0:  # type: ignore[operator]  # a number it is
+    if not value > 0:  # type: ignore[operator]  # checked above
         raise ValueError(f"{name} must be above 0, got {value!r}{hint and f'; {hint}'}")
 
 
 def check_at_least_1(name: str, value: object) -> None:
     check_integer(name, value)
-    if not value >= 1:  # type: ignore[operator]  # an int it is
+    if not value >= 1:  # type: ignore[operator]  # checked above
         raise ValueError(f"{name} must be at least 1, got {value!r}")
 
 
@@ -97,25 +101,27 @@ def check_input(input: object, target: object) -> None:
     assert isinstance(input, Tensor) and isinstance(target, Tensor)
     if input.dim() == 0:
         same = target.dim() == 0 and not target.is_floating_point()
-        raise (RuntimeError if same else IndexError)(
-            "input must be logits of shape (C,), (N, C) or (N, C, d1, ..., dk), got a tensor without dimensions"
-        )
+        raise (RuntimeError if same else IndexError)("input must be logits (C,), (N, C) or (N, C, d1, ..., dk), got a 0-d tensor")
     if input.dtype not in FLOATING:
         words = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
         raise NotImplementedError(f"input must be logits in one of {words}; got {describe(input)}; convert it with input.float()")
+
+
+def check_indices_of(input: object, target: object, ignore_index: object) -> None:
+    check_input(input, target)
+    assert isinstance(input, Tensor) and isinstance(target, Tensor)
+    check_indices(input, target, ignore_index)
 
 
 def check_same_device(name: str, value: Tensor, input: Tensor) -> None:
     if value.is_cpu and input.is_cpu:
         return
     if value.device != input.device:
-        raise RuntimeError(
-            f"{name} must be on the device of input, {input.device}, got {value.device}; move it with {name}.to(input.device)"
-        )
+        raise RuntimeError(f"{name} must be on the device of input, {input.device}, got {value.device}; use {name}.to(input.device)")
 
 
 def is_probabilities(input: Tensor, target: Tensor) -> bool:
-    """Whether the target holds class probabilities: torch's rule, the same shape as the input."""
+    """Whether the target holds class probabilities. The rule is torch's: it has the shape of the input."""
     return target.dim() == input.dim() and target.shape == input.shape
 
 
@@ -128,7 +134,34 @@ def check_probabilities(input: Tensor, target: Tensor, ignore_index: int) -> Non
         )
     check_same_device("target", target, input)
     if ignore_index >= 0:
-        raise RuntimeError(f"ignore_index={ignore_index} needs class indices, got probabilities; give rows to be left out a zero target")
+        raise RuntimeError(f"ignore_index={ignore_index} needs class indices, got probabilities; to skip a row, set its target to 0")
+
+
+def is_dtensor(value: object) -> TypeGuard[Any]:
+    """Whether it is a DTensor; this does not import torch.distributed.tensor."""
+    if type(value) is Tensor:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def check_plain(name: str, value: object) -> None:
+    """Refuse a DTensor beside plain logits."""
+    if is_dtensor(value):
+        raise TypeError(f"{name} is a DTensor, and input is not; pass {name}.full_tensor(), or input as a DTensor too")
+
+
+def check_local(name: str, value: object, otherwise: str) -> None:
+    if is_dtensor(value):
+        raise TypeError(f"{name} is a DTensor, which knows its ranks itself: pass {name}.to_local(), or the DTensor to {otherwise}")
+
+
+def check_alike(**tensors: Tensor | None) -> None:
+    """Refuse a mix of DTensors and plain tensors, which cannot meet in one product."""
+    given = {name: is_dtensor(tensor) for name, tensor in tensors.items() if tensor is not None}
+    if len(set(given.values())) > 1:
+        placed, plain = next(name for name in given if given[name]), next(name for name in given if not given[name])
+        raise TypeError(f"{placed} is a DTensor, and {plain} is not; pass {placed}.full_tensor(), or {plain} as a DTensor too")
 
 
 def check_integer(name: str, value: object) -> None:
@@ -142,8 +175,14 @@ def num_classes(input: Tensor) -> int:
     return input.shape[min(1, input.dim() - 1)]
 
 
+def classes_last(input: Tensor) -> Tensor:
+    """A view (..., C) of ``input`` (C,), (N, C) or (N, C, d1, ..., dk), with C >= 1."""
+    logits = input.movedim(1, -1) if input.dim() > 2 else input
+    # torch accepts C = 0 if every row is ignored; one masked class means the same
+    return logits if logits.shape[-1] else torch.nn.functional.pad(logits, (0, 1), value=-torch.inf)
+
+
 def index_shape(input: Tensor) -> tuple[int, ...]:
-    """The shape of class indices for this input."""
     if input.dim() == 2:
         return (input.shape[0],)
     return (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
@@ -152,10 +191,10 @@ def index_shape(input: Tensor) -> tuple[int, ...]:
 def check_indices(input: Tensor, target: Tensor, ignore_index: object) -> None:
     check_integer("ignore_index", ignore_index)
     shape, dtype = target.shape, target.dtype
-    if input.dim() == 2 and len(shape) == 1 and shape[0] == input.shape[0] and dtype is torch.int64 and target.device == input.device:
-        return  # the usual case, quickly
+    if input.dim() == 2 and len(shape) == 1 and shape[0] == input.shape[0] and dtype is torch.int64 and input.is_cpu and target.is_cpu:
+        return  # the fast path of the usual case
     expected = index_shape(input)
-    # torch also takes one label in a vector for one row without a batch dimension
+    # torch also accepts the shape (1,) for a row without a batch dimension
     shape_fits = shape == expected or (input.dim() == 1 and shape == (1,))
     if not shape_fits or (dtype is not torch.int64 and dtype is not torch.uint8) or shape == input.shape:
         _refuse_indices(input, target, expected, shape_fits)
@@ -165,7 +204,7 @@ def check_indices(input: Tensor, target: Tensor, ignore_index: object) -> None:
 def _refuse_indices(input: Tensor, target: Tensor, expected: tuple[int, ...], shape_fits: bool) -> NoReturn:
     said = f"target must be int64 class indices of shape {expected} for input of shape {tuple(input.shape)}, got {describe(target)}"
     if target.shape == input.shape:
-        raise RuntimeError(f"{said}; these statistics are of one class a row, so probabilities have none")
+        raise RuntimeError(f"{said}; these statistics need one class per row, so probabilities have none")
     if not shape_fits:
         batch_differs = target.shape[:1] != input.shape[:1] if input.dim() > 1 else target.dim() == 1 and not target.is_floating_point()
         raise (ValueError if batch_differs else RuntimeError)(f"{said}; class probabilities would have the shape of input")
@@ -175,16 +214,16 @@ def _refuse_indices(input: Tensor, target: Tensor, expected: tuple[int, ...], sh
 
 
 def can_look_at(target: Tensor) -> bool:
-    """Whether looking at the labels is free: on the CPU, and neither traced nor batched."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+    """Whether reading the labels is free: they are on the CPU, and neither traced nor batched."""
+    if torch.compiler.is_compiling() or _torch.is_transformed() or _torch.is_dispatched():
         return False
-    return type(target) is Tensor and target.device.type == "cpu" and torch._C._get_tracing_state() is None
+    return type(target) is Tensor and target.is_cpu and not _torch.is_traced()
 
 
 def check_donated(input: Tensor) -> None:
     if not torch.is_grad_enabled() or not input.requires_grad:
         return
-    base = input._base if input._is_view() else None
+    base = _torch.base(input)
     if input.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         what = "a leaf" if base is None else "a view of a leaf"
         raise ValueError(f"donate=True overwrites input, but input is {what} that requires a gradient; donate computed logits only")
@@ -205,7 +244,7 @@ def check_is_weight(weight: object) -> None:
 
 
 def check_weight(weight: object, input: Tensor, of_classes: int | None = None) -> None:
-    """``of_classes``: where ``input`` does not have all of them."""
+    """``of_classes`` is the number of classes, if ``input`` has only some of them."""
     if weight is None:
         return
     check_is_weight(weight)
@@ -221,19 +260,14 @@ def check_weight(weight: object, input: Tensor, of_classes: int | None = None) -
 def check_linear(
     input: object, linear_weight: object, target: object, linear_bias: object, num_classes: object, may_be_empty: bool = False
 ) -> None:
-    """``may_be_empty``: a rank without classes has ``linear_weight`` (0, D)."""
+    """``may_be_empty`` allows ``linear_weight`` (0, D), for a rank without classes."""
     for name, value in (("input", input), ("linear_weight", linear_weight), ("target", target)):
         check_tensor(name, value)
     assert isinstance(input, Tensor) and isinstance(linear_weight, Tensor) and isinstance(target, Tensor)
     if linear_weight.numel() == 0 and not (may_be_empty and linear_weight.dim() == 2):
-        raise ValueError(
-            f"linear_weight is empty, {describe(linear_weight)}; a parameter that is sharded away must be gathered before its loss"
-        )
+        raise ValueError(f"linear_weight is empty, {describe(linear_weight)}; gather a sharded parameter before its loss")
     if linear_weight.dim() != 2 or input.dim() < 1 or input.shape[-1] != linear_weight.shape[1]:
-        raise ValueError(
-            f"linear_weight must have shape (C, D) for input (..., D), got {describe(linear_weight)} for input {describe(input)}; "
-            "it is the weight of an nn.Linear"
-        )
+        raise ValueError(f"linear_weight must have shape (C, D), got {describe(linear_weight)} for input (..., D) {describe(input)}")
     for name, value in (("input", input), ("linear_weight", linear_weight)):
         if value.dtype not in FLOATING:
             raise NotImplementedError(f"{name} must have a floating dtype, got {describe(value)}; convert it with {name}.float()")
@@ -247,9 +281,7 @@ def check_linear(
         check_tensor("linear_bias", linear_bias)
         assert isinstance(linear_bias, Tensor)
         if tuple(linear_bias.shape) != (len(linear_weight),) or linear_bias.dtype not in FLOATING:
-            raise ValueError(
-                f"linear_bias must be floating with one entry for each of {len(linear_weight)} classes, got {describe(linear_bias)}"
-            )
+            raise ValueError(f"linear_bias must be floating of shape (C,), with C = {len(linear_weight)}, got {describe(linear_bias)}")
         check_same_device("linear_bias", linear_bias, input)
     if num_classes is not None:
         check_integer("num_classes", num_classes)

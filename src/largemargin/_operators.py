@@ -1,4 +1,4 @@
-"""The operators of this library are known to torch once both are imported, in either order: a stored program may name them."""
+"""Register the operators of this library once torch is imported too, in either order, because a stored program may name them."""
 
 import importlib.util
 import sys
@@ -10,16 +10,14 @@ from typing import Any
 
 
 def register() -> None:
-    """Register the operators now if torch is here, otherwise as soon as it is imported; this imports no torch of its own."""
+    """Register the operators now if torch is imported, else as soon as it is; this does not import torch."""
     if "torch" in sys.modules:
-        import_module("._registered", __package__)
+        import_module(".backends.registered", __package__)
     else:
         sys.meta_path.insert(0, _AfterTorch())
 
 
 class _AfterTorch(MetaPathFinder):
-    """Waits for the import of torch, and registers the operators when it is done."""
-
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != "torch":
             return None

@@ -1,8 +1,7 @@
-"""Whether a linear layer is a product and nothing else.
+"""Whether a linear layer only multiplies and adds.
 
-A loss that is fused with its layer reads weight and bias, and never calls the layer. That is right only for a layer that does nothing else
-when it is called. Hooks, adapters, pruning, quantisation and offloading all act in the call: such a layer is called, and the loss is that
-of its logits.
+A loss fused with its layer reads weight and bias, and does not call the layer. That is wrong for hooks, adapters, pruning, quantisation and
+offloading, which act in the call: for such a layer the loss calls it and takes its logits.
 """
 
 import functools
@@ -15,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from . import _checks
+from . import _checks, _torch
 from .functional import large_margin_cross_entropy
+from .tracing import as_one_call
 
 _HOOKS = {
     "_forward_pre_hooks": "forward pre-hook",
@@ -26,13 +26,12 @@ _HOOKS = {
 }
 _GLOBAL_HOOKS = {f"_global{name}": kind for name, kind in _HOOKS.items()}
 
-_CALL = ("__call__", "_call_impl", "_slow_forward")  # what stands between a call and forward
+_CALL = ("__call__", "_call_impl", "_slow_forward")  # methods between a call and forward
 
-# as torch has defined them, so that a patch of the class or of F.linear is seen, before the import or after it
+# torch's own; None, which equals no forward, if nn.Linear has been patched before this import
 _FORWARD = nn.Linear.forward if nn.Linear.forward.__globals__ is vars(nn.modules.linear) else None
-_PRODUCT = torch._C._nn.linear
 
-# what stands for a plain tensor while programs are traced, by the module that has it
+# the module and name of each class that replaces a plain tensor while torch traces a program
 _STAND_INS = {
     "torch._subclasses.fake_tensor": "FakeTensor",
     "torch._subclasses.functional_tensor": "FunctionalTensor",
@@ -41,19 +40,18 @@ _STAND_INS = {
 
 
 def weight_and_bias(layer: nn.Module, forward: Any = _FORWARD) -> tuple[Tensor, Tensor | None] | str:
-    """What ``layer(features)`` multiplies by and adds, or in words what else the call does.
+    """The weight and bias of ``layer``, or in words what else its call does.
 
-    ``forward`` is that of the class that the caller takes the layer to be. The weight is read once, as a call reads it: a
-    parametrisation may count how often.
+    ``forward`` belongs to the class that the caller expects. The weight is read once, as in a call: a parametrisation may count that.
     """
     reason = own_forward(layer, forward) or hook_of(layer)
     return reason or _parameters(layer)
 
 
 def own_forward(layer: Any, forward: Any = _FORWARD, *, moved: bool = False) -> str | None:
-    """In words, why ``layer.forward`` is not ``forward``; None if it is. Hooks are another matter.
+    """In words, why ``layer.forward`` is not ``forward``; None if it is. This ignores hooks.
 
-    ``moved`` lets accelerate replace it, so as to move tensors between devices: the caller calls the layer all the same.
+    ``moved`` accepts a forward that accelerate has replaced to move tensors between devices, for a caller that calls the layer.
     """
     kind = type(layer)
     if getattr(kind, "forward", None) is not forward or any(getattr(kind, name) is not getattr(nn.Module, name) for name in _CALL):
@@ -64,21 +62,21 @@ def own_forward(layer: Any, forward: Any = _FORWARD, *, moved: bool = False) -> 
         return "has had its call replaced"
     if layer._compiled_call_impl is not None:
         return "has been compiled by itself"
-    if F.linear is not _PRODUCT:
+    if F.linear is not _torch.LINEAR:
         return "calls an F.linear that has been replaced"
     return _mode()
 
 
 def _mode() -> str | None:
-    """A mode that torch itself uses puts new tensors on a device; any other may make another product of F.linear."""
-    if torch.compiler.is_compiling() or not torch._C._len_torch_function_stack():
+    """In words, a function mode that may change F.linear. torch's own mode only places new tensors on a device."""
+    if torch.compiler.is_compiling():
         return None
-    modes = (type(mode) for mode in torch.overrides._get_current_function_mode_stack())
+    modes = (type(mode) for mode in _torch.function_modes())
     return next((f"is called under a {mode.__qualname__}" for mode in modes if mode.__module__ != "torch.utils._device"), None)
 
 
 def _only_moves(layer: Any, forward: Any) -> bool:
-    """Whether the forward of ``layer`` is that of accelerate, around ``forward``, with hooks that move tensors and do nothing else."""
+    """Whether accelerate has replaced the forward of ``layer`` by ``forward`` with hooks that only move tensors."""
     hooks, replaced = _hooks_of_accelerate(layer), vars(layer)["forward"]
     return (
         {type(hook).__name__ for hook in hooks} <= {"AlignDevicesHook", "ModelHook"}
@@ -99,15 +97,15 @@ def _hooks_of_accelerate(layer: nn.Module) -> list[Any]:
 
 
 def odd_parameter(layer: nn.Module) -> str | None:
-    """In words, why the product of ``layer`` is not that of the numbers in its weight and bias; None if it is."""
+    """In words, why weight or bias of ``layer`` is not a plain tensor; None if both are."""
     found = _parameters(layer)
     return found if isinstance(found, str) else None
 
 
 def hook_of(layer: nn.Module, *, called: bool = False, but: Collection[Any] = ()) -> str | None:
-    """In words, a hook that sees or changes what the layer is called with, makes or gets back; None if there is none ``but`` those.
+    """In words, a hook on the inputs, outputs or gradients of the layer, except those in ``but``; None if there is none.
 
-    With ``called`` the layer is called, without rows, and its caller sees what the forward hooks of the layer change.
+    With ``called`` the caller calls the layer without rows, and sees the changes that its forward hooks make.
     """
     seen = ("_forward_pre_hooks", "_forward_hooks", "_global_forward_pre_hooks") if called else ()
     for owner, kinds, whose in ((layer, _HOOKS, "has a"), (torch_module, _GLOBAL_HOOKS, "is called under a global")):
@@ -129,14 +127,15 @@ def _parameters(layer: Any) -> tuple[Tensor, Tensor | None] | str:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a product with the tensor is one with its numbers: no subclass, no other layout."""
+    """Whether the tensor is strided and not a subclass, except the subclasses of torch's tracing."""
     if type(tensor) in (Tensor, nn.Parameter):
         return tensor.layout is torch.strided
     return any(name in sys.modules and isinstance(tensor, getattr(sys.modules[name], kind)) for name, kind in _STAND_INS.items())
 
 
+@as_one_call
 def loss_of_logits(logits: Tensor, target: Tensor, weight: Tensor | None, **options: Any) -> Tensor:
-    """The loss of logits (..., C), classes last as a layer gives them, and class indices (...)."""
+    """The loss of logits (..., C) with the classes last, as a layer gives them, and class indices (...)."""
     _checks.check_tensor("logits", logits)
     _checks.check_tensor("target", target)
     if target.shape != logits.shape[:-1]:

@@ -1,8 +1,8 @@
-"""Matrix products that autocast leaves alone, and whose derivatives it leaves alone too.
+"""Matrix products that autocast does not change, nor their derivatives.
 
-Turning autocast off around a product does not reach its backward pass: that may run where autocast is on, and compiled backward passes do.
-So the product is an operation of its own, and each of its derivatives is such a product again. One case is left: the backward graph that
-``torch.compile(backend="aot_eager")`` made where autocast was off calls torch's product, and rounds where it runs under autocast.
+Turning autocast off around a product does not protect its backward pass, which may run with autocast on, as compiled backward passes do.
+So the product is an operation, and its derivatives are such products too. One case remains: a backward graph that
+``torch.compile(backend="aot_eager")`` made with autocast off uses torch's product, which rounds if it runs under autocast.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops import differentiable_jvp, is_recording
+from . import _torch
 
 
 def linear(input: Tensor, weight: Tensor) -> Tensor:
     """``input W^T`` of rows (..., D) and ``weight`` (C, D), in their own dtype."""
-    if is_recording():
-        # a program of which autocast is no part should not say that it is off
+    if _torch.is_recording():
+        # a program should not turn autocast off if it never was on
         with _without_autocast(input) if torch.is_autocast_enabled(input.device.type) else nullcontext():
             return F.linear(input, weight)
     return _product(input.reshape(-1, input.shape[-1]), weight).reshape(*input.shape[:-1], len(weight))
@@ -37,12 +37,12 @@ def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 class _Product(torch.autograd.Function):
-    """``a b^T`` of matrices (..., N, D) and (..., M, D) with the same leading dimensions."""
+    """``a b^T`` of matrices (..., N, D) and (..., M, D) with equal leading dimensions."""
 
     @staticmethod
     def forward(a: Tensor, b: Tensor) -> Tensor:
         with _without_autocast(a):
-            # as a linear layer where possible: it is what subclasses of a weight know
+            # F.linear if possible, because subclasses of a weight implement it
             return F.linear(a, b) if b.dim() == 2 else a @ b.mT
 
     @staticmethod
@@ -58,7 +58,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor) -> tuple[Tensor, int]:
-        if in_dims[0] is not None and in_dims[1] is None and b.dim() == 2:  # one classifier for all: more rows
+        if in_dims[0] is not None and in_dims[1] is None and b.dim() == 2:  # one classifier for the whole batch: more rows
             a = a.movedim(in_dims[0], 0)
             return _product(a.reshape(-1, a.shape[-1]), b).reshape(*a.shape[:-1], len(b)), 0
         a, b = (
@@ -69,10 +69,10 @@ class _Product(torch.autograd.Function):
 
 
 class _ProductWithJvp(_Product):
-    # a class of its own because torch.compile traces no function that has a jvp
+    # a separate class, because torch.compile cannot trace a function with a jvp
     @staticmethod
     def jvp(ctx: Any, of_a: Tensor | None, of_b: Tensor | None) -> Tensor:
-        with differentiable_jvp():
+        with _torch.forward_mode_enabled():
             a, b = (torch.autograd.forward_ad.unpack_dual(saved).primal for saved in ctx.saved_tensors)
             terms = [_product(*factors) for factors in ((of_a, b), (a, of_b)) if None not in factors]
             return sum(terms[1:], terms[0])

@@ -1,4 +1,4 @@
-r"""The maths: a row of logits is three numbers.
+r"""The maths: three numbers describe a row of logits.
 
 A row holds logits ``f`` over the classes and a target ``y``. Write ``N = {c != y}`` for the non-target classes, ``K = |N|``,
 ``q = softmax(f_N)``, ``u = 1/K`` and ``L = LSE(f_N)``. Every loss of the paper is a function of
@@ -9,14 +9,13 @@ A row holds logits ``f`` over the classes and a target ``y``. Write ``N = {c != 
 
 and of ``rho = L - max_N f``, the margin hidden in the softmax loss (eq. 7). All are invariant to a common offset of the logits.
 
-A class whose logit is -inf is not in the row: it belongs neither to N nor to K. A row whose target is ``IGNORED`` is not asked for: its
-statistics and its gradient are 0, whatever it holds. Where the classes of a row are split, and these are not the ones with its target,
-the target is ``ELSEWHERE``: all of them are non-targets. The functions here take the classes on the last dimension and know nothing of
-reductions or weights. ``row_stats_vjp`` and ``row_stats_jvp`` are the derivatives of ``row_stats``, and can be differentiated again.
-Autograd through ``row_stats`` itself would miss that rho depends on the maximum, which is a constant in the sums.
+A class whose logit is -inf is not in the row: it counts neither in N nor in K. A row with the target ``IGNORED`` has statistics and
+gradient 0, even if it holds NaN. If the classes of a row are split, the target is ``ELSEWHERE`` in every part without it: all classes of
+that part are non-targets. The functions here take the classes in the last dimension.
 
-The numbers are accumulated on ``z = f - max_N f`` and never pass through the absolute ``L``: at a common offset of 1e4 a stored
-float32 ``L`` is wrong by 5e-4.
+``row_stats_vjp`` and ``row_stats_jvp`` are the derivatives of ``row_stats``, and can be differentiated again. Autograd through
+``row_stats`` would give a wrong rho, because the sums treat the maximum as a constant. The sums are over ``z = f - max_N f`` and never
+use the absolute ``L``: at a common offset of 1e4 a stored float32 ``L`` is wrong by 5e-4.
 """
 
 from collections.abc import Sequence
@@ -25,26 +24,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-IGNORED, ELSEWHERE = -1, -2  # targets that are no index
+IGNORED, ELSEWHERE = -1, -2  # targets that are not an index
 
 
 class RowStats(NamedTuple):
-    """What a row of logits says about its target; every field has the target's shape.
+    """The statistics of a row of logits about its target; every field has the target's shape."""
 
-    ``spread`` is ``neg_entropy - mean_log_q`` computed without their common ``log S``, which would cost it its digits when the
-    logits are nearly uniform.
-    """
-
-    log_odds: Tensor  # l = f_y - L; +inf where no non-target class is left
+    log_odds: Tensor  # l = f_y - L; +inf without a non-target class
     neg_entropy: Tensor  # e = E_q[log q], in [-log K, 0]
     mean_log_q: Tensor  # a = mean_N(log q), at most -log K
     rho: Tensor  # L - max_N f, eq. (7), in [0, log K], eq. (4)
-    spread: Tensor  # E_q[f] - mean_N(f) = sum_N (q - u) f = e - a >= 0; half of it is eq. (8)
+    spread: Tensor  # E_q[f] - mean_N(f) = e - a >= 0, without their common log S, which would cancel badly; half of it is eq. (8)
     num_nontargets: Tensor  # K, in the dtype of the others; carries no gradient
 
 
 class Record(NamedTuple):
-    """Sums over a set of non-target classes, from which the statistics follow; mergeable, so sets can be split at will."""
+    """Sums over a set of non-target classes. The statistics follow from them, and the sums of two sets can be merged."""
 
     max: Tensor  # m = max f
     sum_exp: Tensor  # S = sum e^z, with z = f - m
@@ -53,15 +48,47 @@ class Record(NamedTuple):
     num_classes: Tensor  # K
 
 
+class Cotangents(NamedTuple):
+    """The gradients of a loss with respect to the fields of RowStats, each shaped like the target; None means 0."""
+
+    log_odds: Tensor | None = None
+    neg_entropy: Tensor | None = None
+    mean_log_q: Tensor | None = None
+    rho: Tensor | None = None
+    spread: Tensor | None = None
+
+    def folded(self) -> "Cotangents":
+        """The same gradients, with the one of spread = e - a added to the ones of e and a."""
+        _, g_e, g_a, _, g_spread = self
+        if g_spread is None:
+            return self
+        return self._replace(
+            neg_entropy=g_spread if g_e is None else g_e + g_spread, mean_log_q=-g_spread if g_a is None else g_a - g_spread, spread=None
+        )
+
+
+class Softmax(NamedTuple):
+    """The softmax over the non-targets of a row, ``q_c = e^(f_c - m) / S``, as the numbers that its gradient needs."""
+
+    state: Tensor  # (3, ...): m, S and E_q[z], of all non-targets
+    num_nontargets: Tensor  # K
+
+    @classmethod
+    def of(cls, record: Record) -> "Softmax":
+        m, sum_exp, sum_exp_z, _, num_classes = record
+        mean_q_z = sum_exp_z / torch.where(num_classes == 0, 1.0, sum_exp)
+        return cls(torch.stack([m, sum_exp, mean_q_z]), num_classes)
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Half precision is computed in float32; float32 and float64 in themselves."""
+    """The dtype of the computation: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _shifted(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``m``, and for every class whether it is absent, ``z = f - m`` and ``e^z`` (0 where absent)."""
+    """``m``, and for every class: whether it is absent, ``z = f - m`` (0 if absent) and ``e^z``."""
     m = logits.detach().amax(-1)  # a constant: l, e, a and their derivatives do not depend on m, and rho has its own term
-    shift = m.masked_fill(m == -torch.inf, 0.0)  # no class at all: any finite shift will do
+    shift = m.masked_fill(m == -torch.inf, 0.0)  # a row without classes: any finite shift works
     z = logits - shift.unsqueeze(-1)
     absent = logits == -torch.inf
     exp_z = z.exp()
@@ -69,7 +96,7 @@ def _shifted(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def near(z: Tensor) -> Tensor:
-    """``z`` for products with ``e^z``, which is 0 from -1e4 down: a larger factor could overflow, and 0 * inf is NaN."""
+    """``z`` clamped for products with ``e^z``, which is 0 below -1e4: the factor could overflow otherwise, and 0 * inf is NaN."""
     return z.clamp(min=-1e4)
 
 
@@ -81,14 +108,13 @@ def record(logits: Tensor) -> Record:
 
 
 def merge(*parts: Record) -> Record:
-    """The record of a union of disjoint sets of classes. Associative; the record of no class, (-inf, 0, 0, 0, 0), is its identity."""
+    """The record of a union of disjoint sets of classes. Merging is associative, with the identity (-inf, 0, 0, 0, 0)."""
     return merge_stacked(Record(*(torch.stack(field) for field in zip(*parts, strict=True))))
 
 
-def merge_stacked(parts: Record) -> Record:
-    """The same, of parts along the first dimension of every field."""
+def merge_stacked(parts: Record) -> Record:  # along the first dimension of every field
     m = parts.max.amax(0)
-    d = torch.where(parts.num_classes == 0, 0.0, parts.max - m)  # of their maxima
+    d = torch.where(parts.num_classes == 0, 0.0, parts.max - m)
     scale = d.exp()
     sum_exp_z = scale * parts.sum_exp_z + torch.where(scale == 0, 0.0, scale * d) * parts.sum_exp
     sum_z = parts.sum_z + d * parts.num_classes
@@ -104,20 +130,20 @@ def finish(record: Record, target_logit: Tensor) -> RowStats:
     mean_q_z = sum_exp_z / sum_exp  # E_q[z]
     mean_u_z = sum_z / num_nontargets.clamp(min=1)  # mean_N(z)
     log_odds = (target_logit - m) - rho
-    # alone in its row the target is certain, unless it is itself -inf, +inf or NaN: then f_y - f_y is NaN
+    # a target alone in its row is certain (+inf), unless f_y is -inf, +inf or NaN: then f_y - f_y is NaN
     log_odds = torch.where(alone, (target_logit - target_logit) + torch.inf, log_odds)
     log_odds = torch.where(target_logit == torch.inf, torch.nan, log_odds)
     return RowStats(log_odds, mean_q_z - rho, mean_u_z - rho, rho, mean_q_z - mean_u_z, num_nontargets)
 
 
 def nontargets(logits: Tensor, target: Tensor) -> Tensor:
-    """The row without its target; without any class where it is ignored."""
+    """The row with the target's logit set to -inf; an ignored row is all -inf."""
     others = _on_target(logits, target, -torch.inf)
     return others.masked_fill((target == IGNORED).unsqueeze(-1), -torch.inf)
 
 
 def _on_target(values: Tensor, target: Tensor, value: Tensor | float) -> Tensor:
-    """``values`` (..., C), but ``value`` at the target, where it is one of these classes."""
+    """``values`` (..., C) with ``value`` at the target, if the target is an index."""
     at_first = torch.where(target.unsqueeze(-1) >= 0, value, values[..., :1])
     return values.scatter(-1, target.clamp(min=0).unsqueeze(-1), at_first)
 
@@ -131,70 +157,59 @@ def row_stats(logits: Tensor, target: Tensor) -> RowStats:
 
 
 def row_stats_by_autograd(logits: Tensor, target: Tensor) -> RowStats:
-    """The same, for stored programs: autograd through these operations is right, also for rho."""
+    """The same for stored programs: autograd through these operations is right for rho too."""
     stats = row_stats(logits, target)
     others = nontargets(logits.to(stats.rho.dtype), target)
     largest = others.gather(-1, others.detach().argmax(-1, keepdim=True)).squeeze(-1)
-    # 0, with the derivative of -max_N f, which is a constant in the sums
+    # the value is 0, and the derivative belongs to -max_N f, which the sums treat as a constant
     minus_largest = torch.where(stats.num_nontargets == 0, 0.0, largest.detach() - largest)
     return stats._replace(rho=stats.rho + minus_largest)
 
 
 class _Row(NamedTuple):
-    """What both derivatives share; shaped like the logits or broadcasting against them."""
-
-    others: Tensor  # the logits of the non-targets, -inf elsewhere
-    absent: Tensor  # where they are -inf
+    others: Tensor  # the logits of the non-targets, -inf at other classes
+    absent: Tensor  # whether they are -inf
     q: Tensor
     log_q_minus_e: Tensor  # log q_c - E_q[log q] = z_c - E_q[z]: no logarithm
     num_nontargets: Tensor  # K, at least 1
     alone: Tensor  # K = 0
 
     def first_max(self) -> Tensor:
-        """The index of c*, the first of the largest non-targets."""
-        return self.others.detach().argmax(-1, keepdim=True)
+        return self.others.detach().argmax(-1, keepdim=True)  # the index of c*
 
 
-def _row(logits: Tensor, target: Tensor, whole: Record | None = None) -> _Row:
-    """``whole`` is the record of all non-targets, where these are not all classes of the row."""
+def _row(logits: Tensor, target: Tensor, whole: Softmax | None = None) -> _Row:
+    """``whole`` is the softmax over all non-targets, if ``logits`` has only some classes of the row."""
     others = nontargets(logits, target)
     if whole is None:
         _, absent, z, exp_z = _shifted(others)
         num_nontargets = (logits.shape[-1] - absent.sum(-1, keepdim=True)).to(z.dtype)
         sum_exp, z = exp_z.sum(-1, keepdim=True), near(z)
-        sum_exp_z = (exp_z * z).sum(-1, keepdim=True)
+        mean_q_z = (exp_z * z).sum(-1, keepdim=True) / torch.where(num_nontargets == 0, 1.0, sum_exp)
     else:
-        m, sum_exp, sum_exp_z, _, num_nontargets = (field.unsqueeze(-1) for field in whole)
+        m, sum_exp, mean_q_z = whole.state.unsqueeze(-1)
+        num_nontargets = whole.num_nontargets.unsqueeze(-1)
         absent = others == -torch.inf
         z = near(torch.where(absent, 0.0, others - m))
         exp_z = torch.where(absent, 0.0, z.exp())
     alone = num_nontargets == 0
     sum_exp = torch.where(alone, 1.0, sum_exp)
-    return _Row(others, absent, exp_z / sum_exp, z - sum_exp_z / sum_exp, num_nontargets.clamp(min=1), alone)
+    return _Row(others, absent, exp_z / sum_exp, z - mean_q_z, num_nontargets.clamp(min=1), alone)
 
 
-def without_spread(grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The gradients of the first four fields of RowStats, with that of spread = e - a in those of e and a (None and absent ones are 0)."""
-    g_l, g_e, g_a, g_rho, g_spread = (*grads, *[None] * 5)[:5]
-    if g_spread is not None:
-        g_e = g_spread if g_e is None else g_e + g_spread
-        g_a = -g_spread if g_a is None else g_a - g_spread
-    return g_l, g_e, g_a, g_rho
+def row_stats_vjp(logits: Tensor, target: Tensor, grads: Sequence[Tensor | None], whole: Softmax | None = None) -> Tensor:
+    """The gradient with respect to the logits, from :class:`Cotangents`.
 
-
-def row_stats_vjp(logits: Tensor, target: Tensor, grads: Sequence[Tensor | None], whole: Record | None = None) -> Tensor:
-    """The gradient with respect to the logits, given those with respect to the first fields of RowStats (None and absent ones are 0).
-
-    ``whole`` is the record of all non-targets of a row that is split; then rho has no gradient here.
-    One line per element: ``q_c (g_e (log q_c - e) - g_l) + g_a (1/K - q_c) + g_rho (q_c - [c = c*])`` off the target, ``g_l`` on it.
+    ``q_c (g_e (log q_c - e) - g_l) + g_a (1/K - q_c) + g_rho (q_c - [c = c*])`` for non-targets, ``g_l`` for the target. ``whole`` is the
+    softmax over all non-targets of a row that is split; then rho must have no gradient.
     """
-    g_l, g_e, g_a, g_rho = (None if g is None else g.unsqueeze(-1) for g in without_spread(grads))
+    g_l, g_e, g_a, g_rho, _ = (None if g is None else g.unsqueeze(-1) for g in Cotangents(*grads[:5]).folded())
     row = _row(logits.to(accumulation_dtype(logits.dtype)), target, whole)
 
     grad = torch.zeros_like(row.q) if g_e is None else g_e * row.log_q_minus_e
     grad = row.q * (grad if g_l is None else grad - g_l)
     if g_a is not None:
-        # never added to g_l first: with one non-target class this term is exactly 0, and a small g_l must not drown in it
+        # not added to g_l first: with one non-target class this term is exactly 0, and adding g_a to a small g_l would round g_l away
         grad = grad + (g_a * (1 / row.num_nontargets - row.q)).masked_fill(row.absent, 0.0)
     if g_rho is not None:
         at_max = torch.zeros_like(row.q).scatter(-1, row.first_max(), (~row.alone).to(row.q.dtype))
@@ -204,7 +219,6 @@ def row_stats_vjp(logits: Tensor, target: Tensor, grads: Sequence[Tensor | None]
 
 
 def row_stats_jvp(logits: Tensor, target: Tensor, tangent: Tensor) -> RowStats:
-    """The directional derivative of the statistics along ``tangent``, shaped like the logits."""
     dtype = accumulation_dtype(logits.dtype)
     row = _row(logits.to(dtype), target)
     v_target = tangent.to(dtype).gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)

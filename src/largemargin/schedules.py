@@ -1,16 +1,13 @@
-r"""Numbers that change while a model trains: each a module that counts its training steps, so that a resumed run goes on where it was.
+r"""Numbers that change in training. Each is a module that counts training steps, so that a resumed run continues.
 
-    AnnealedLambda     max(lambda_min, base (1 + gamma t)^-power)            L-Softmax and SphereFace, how much the plain logit weighs
+    AnnealedLambda     max(lambda_min, base (1 + gamma t)^-power)            weight of the plain logit in L-Softmax and SphereFace
     SteppedAlpha       min(start factor^floor((t - 1) / every), maximum)     the margin of Gaussian mixtures
-    GradualWeight      start + (end - start) min((t - 1) / num_steps, 1)     a weight that is enforced gradually
+    GradualWeight      start + (end - start) min((t - 1) / num_steps, 1)     a gradual weight
 
-The number t of a training step is 1 at the first. In training mode ``schedule()`` goes on to the next step and returns its value, in eval
-mode it stays and returns the value of the last one (of the first, before there is one). So one schedule belongs to one caller, which asks
-once a forward pass. Several passes a step (accumulated gradients) count as several steps. A forward pass that activation checkpointing
-recomputes counts once, and has the same value both times; see the rule in :mod:`largemargin._state`, which all losses with state keep.
-
-The count is a buffer, ``step``, written in place, and the value a 0-d tensor made of it. Nothing waits for the device, and compiled code
-sees no changing number.
+The first training step has t = 1. In training mode ``schedule()`` advances and returns the value of the new step. In eval mode it returns
+the value of the last step (at first, of step 1). So a schedule needs one caller, with one call per forward pass. Several passes per step
+(accumulated gradients) count as several steps. A recomputation by activation checkpointing does not count, and gets the same value; see
+:mod:`largemargin._state`. The count is the buffer ``step``, written in place; nothing synchronises the device or recompiles code.
 """
 
 import math
@@ -22,11 +19,11 @@ from torch import Tensor, nn
 from . import _checks, _state
 from .tracing import as_one_node
 
-SMALL = 1e-2  # a lambda that counts as none
+SMALL = 1e-2  # a lambda that counts as 0
 
 
 class Schedule(nn.Module):
-    """A number that depends on how many training steps there have been; subclasses say how, in :meth:`at`."""
+    """A number that depends on the count of training steps; a subclass defines it by :meth:`at`."""
 
     step: Tensor
 
@@ -35,23 +32,24 @@ class Schedule(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def reset(self) -> None:
-        """Back to the beginning."""
+        """Set the count to 0."""
+        _state.forget(self.step)
         self.step.zero_()
 
     def at(self, step: Tensor) -> Tensor:
-        """The value at training steps ``step``, floating and at least 1; elementwise."""
+        """The value at training steps ``step``, floating and at least 1, elementwise."""
         raise NotImplementedError
 
     @as_one_node
     def forward(self) -> Tensor:
-        """The value of the next step, in training mode, or again of the last: a 0-d tensor."""
+        """In training mode the value of the next step, else of the last: a 0-d tensor."""
         step = self.step
         if self.training:
             (step,) = _state.first_or_again(self.step, [self.step + 1], [self.step])
             _state.write(self.step, Tensor.copy_, step)
         else:
             _state.check_evaluation(step)
-        # a 0-d float64 promotes 0-d tensors alone; Apple's GPUs have none
+        # a 0-d float64 promotes only 0-d tensors; Apple's GPUs have no float64
         return self.at(step.clamp(min=1).to(torch.float32 if step.is_mps else torch.float64))
 
     if TYPE_CHECKING:
@@ -60,18 +58,18 @@ class Schedule(nn.Module):
 
 
 class AnnealedLambda(Schedule):
-    r"""How much the plain target logit weighs beside the one with a margin: all in the beginning, next to nothing in the end.
+    r"""The weight of the plain target logit beside the one with a margin: large at the beginning, small at the end.
 
     .. math:: \lambda_t = \max(\lambda_{\min}, \text{base} (1 + \gamma t)^{-\text{power}}), \quad f_y = \frac{\lambda_t f_y^{\text{plain}}
         + f_y^{\text{margin}}}{1 + \lambda_t}
 
-    The authors' advice: ``lambda_min`` 0 for easy data, at first 5 or 10 for large or difficult data, and about 0.5 where a run diverges.
+    The authors advise a ``lambda_min`` of 0 for easy data, first 5 or 10 for large or difficult data, and about 0.5 if a run diverges.
 
     Args:
         base: the value at the beginning, at least 0; 0 leaves ``lambda_min``.
         gamma: the speed, per training step, at least 0.
-        power: at least 0.
-        lambda_min: what remains, at least 0.
+        power: the exponent, at least 0.
+        lambda_min: the final value, at least 0.
 
     Example:
         >>> from largemargin.schedules import AnnealedLambda
@@ -79,7 +77,7 @@ class AnnealedLambda(Schedule):
         >>> [round(float(schedule()), 1) for _ in range(3)]
         [892.9, 806.5, 735.3]
 
-    Source: Liu et al., ICML 2016, the published code; that of SphereFace (Liu et al., CVPR 2017).
+    Source: the published codes of Liu et al., ICML 2016, and of SphereFace (Liu et al., CVPR 2017).
     """
 
     def __init__(self, base: float, gamma: float, power: float, lambda_min: float = 0.0) -> None:
@@ -90,32 +88,32 @@ class AnnealedLambda(Schedule):
 
     @classmethod
     def mnist(cls, lambda_min: float = 0.0) -> Self:
-        """The authors' for MNIST, with an angular multiplier of 4."""
+        """The authors' schedule for MNIST, with an angular multiplier of 4."""
         return cls(1000.0, 2.5e-5, 35.0, lambda_min)
 
     @classmethod
     def cifar10(cls, lambda_min: float = 0.0) -> Self:
-        """The authors' for CIFAR-10 without augmentation."""
+        """The authors' schedule for CIFAR-10 without augmentation."""
         return cls(1000.0, 2e-5, 45.0, lambda_min)
 
     @classmethod
     def cifar10_augmented(cls, lambda_min: float = 0.0) -> Self:
-        """The authors' for CIFAR-10 with shifts and flips."""
+        """The authors' schedule for CIFAR-10 with shifts and flips."""
         return cls(1000.0, 1e-5, 45.0, lambda_min)
 
     @classmethod
     def sphereface(cls, lambda_min: float = 5.0) -> Self:
-        """That of SphereFace, which keeps a lambda of 5."""
+        """The schedule of SphereFace, which ends at 5."""
         return cls(1000.0, 0.12, 1.0, lambda_min)
 
     @classmethod
     def for_steps(cls, num_steps: int, base: float = 1000.0, power: float = 35.0, lambda_min: float = 0.0) -> Self:
-        """That of a run which ends, at ``num_steps``, at 0.01 (or ``lambda_min``): gamma = ((100 base)^(1/power) - 1) / num_steps."""
+        """A schedule that reaches 0.01 (or ``lambda_min``) at ``num_steps``: gamma = ((100 base)^(1/power) - 1) / num_steps."""
         _checks.check_at_least_1("num_steps", num_steps)
         _checks.check_positive("power", power)
         _checks.check_number("base", base, low=0.0)
         growth = math.expm1(math.log(max(base / SMALL, 1.0)) / power)
-        return cls(base, growth / num_steps * (1 + 1e-12), power, lambda_min)  # not above it, however that is rounded
+        return cls(base, growth / num_steps * (1 + 1e-12), power, lambda_min)  # rounding must not leave it above
 
     def at(self, step: Tensor) -> Tensor:
         decay = torch.exp(-self.power * torch.log1p(self.gamma * step))
@@ -126,15 +124,15 @@ class AnnealedLambda(Schedule):
 
 
 class SteppedAlpha(Schedule):
-    r"""The margin alpha of a Gaussian mixture, multiplied by ``factor`` every so many steps.
+    r"""The margin alpha of a Gaussian mixture, which grows by ``factor`` after ``every`` steps.
 
     .. math:: \alpha_t = \min(\text{start} \cdot \text{factor}^{\lfloor (t - 1) / \text{every} \rfloor}, \text{maximum})
 
     Args:
         start: the value of the first ``every`` steps, above 0.
         factor: at least 1.
-        every: training steps between two changes, at least 1; the authors' 5,000 are a 24th of their run on CIFAR-100.
-        maximum: where it stays, at least 0.
+        every: training steps between two changes, at least 1; the authors' 5,000 are 1/24 of their run on CIFAR-100.
+        maximum: the final value, at least 0.
 
     Example:
         >>> from largemargin.schedules import SteppedAlpha
@@ -155,7 +153,7 @@ class SteppedAlpha(Schedule):
 
     @classmethod
     def for_steps(cls, num_steps: int, start: float = 0.1, factor: float = 2.0, maximum: float = 0.3) -> Self:
-        """The authors' changes at the same parts of a run of ``num_steps`` steps as of their 120,000."""
+        """The authors' schedule, scaled from their 120,000 steps to ``num_steps``."""
         _checks.check_at_least_1("num_steps", num_steps)
         return cls(start, factor, max(1, round(num_steps / 24)), maximum)
 
@@ -168,14 +166,13 @@ class SteppedAlpha(Schedule):
 
 
 class GradualWeight(Schedule):
-    r"""A weight that goes from ``start``, at the first step, straight to ``end``, at step ``num_steps`` + 1, and stays there.
+    r"""A weight that changes linearly from ``start`` at step 1 to ``end`` at step ``num_steps`` + 1, and then stays.
 
     .. math:: w_t = \text{start} + (\text{end} - \text{start}) \min((t - 1) / \text{num\_steps}, 1)
 
     Args:
-        num_steps: training steps on the way, at least 1.
-        start: finite.
-        end: finite.
+        num_steps: training steps of the change, at least 1.
+        start, end: the first and the final value, finite.
 
     Example:
         >>> from largemargin.schedules import GradualWeight

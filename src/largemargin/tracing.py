@@ -1,6 +1,7 @@
-"""What reads a program instead of running it: torch.fx records a loss or a head as one node; torch.jit.script is refused."""
+"""Support for tools that read a program: torch.fx records a loss or a head as one node, and torch.jit.script raises an error."""
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -8,24 +9,14 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch.fx import Proxy, Tracer
-from torch.fx._symbolic_trace import is_fx_tracing
+
+from . import _torch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def is_symbolic(input: object, target: object) -> bool:
-    """Whether torch.fx is tracing, so that the arguments have no values."""
-    return isinstance(input, Proxy) or isinstance(target, Proxy)
-
-
-def record(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    """A node for this call in the graph that is being traced, as torch.fx makes one for a function of torch."""
-    (proxy, *_) = (value for value in arguments.values() if isinstance(value, Proxy))
-    return proxy.tracer.create_proxy("call_function", function, (), arguments)
-
-
 def as_one_node(forward: Function) -> Function:
-    """For the forward pass of a module: torch.fx calls the module as it is, as it does those of torch."""
+    """For the forward pass of a module: torch.fx records one call of the module, as for modules of torch."""
 
     @functools.wraps(forward)
     def call(self: Any, *inputs: Any, **options: Any) -> Any:
@@ -43,8 +34,8 @@ def as_one_node(forward: Function) -> Function:
 
 
 def _tracer() -> Tracer | None:
-    """The tracer of a torch.fx.symbolic_trace that is under way; a call without arguments shows none."""
-    if torch.compiler.is_compiling() or not is_fx_tracing() or torch._C._len_torch_dispatch_stack():  # make_fx has a mode, and values
+    """The active tracer of torch.fx.symbolic_trace, for a call without arguments, which contain no proxy."""
+    if torch.compiler.is_compiling() or not _torch.is_symbolic() or _torch.is_dispatched():  # make_fx has a dispatch mode, and values
         return None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -54,23 +45,37 @@ def _tracer() -> Tracer | None:
     return None
 
 
+def record(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """Add a call of this function, with all arguments by name, to the graph that torch.fx traces."""
+    (proxy, *_) = (value for value in arguments.values() if isinstance(value, Proxy))
+    return proxy.tracer.create_proxy("call_function", function, (), dict(arguments))
+
+
 def as_one_call(function: Function) -> Function:
-    """For a function: torch.fx records a call of it as it is, as it does one of torch."""
+    """For a function: torch.fx records one call of it, as for functions of torch."""
 
     @functools.wraps(function)
     def call(*inputs: Any, **options: Any) -> Any:
-        tracer: Any = next((value.tracer for value in (*inputs, *options.values()) if isinstance(value, Proxy)), None)
-        return function(*inputs, **options) if tracer is None else tracer.create_proxy("call_function", call, inputs, options)
+        for value in (*inputs, *options.values()):
+            if isinstance(value, Proxy):
+                given = inspect.signature(call).bind(*inputs, **options)
+                given.apply_defaults()
+                return record(call, given.arguments)
+        return function(*inputs, **options)
 
     return cast(Function, call)
 
 
 def refuse_script(*_: object) -> NoReturn:
-    """What torch.jit.script calls, as ``__prepare_scriptable__`` of a function or a module, before it compiles it."""
+    """The ``__prepare_scriptable__`` of functions and modules, which torch.jit.script calls before it compiles them."""
     raise NotImplementedError("torch.jit.script, which torch has deprecated, cannot compile largemargin; use torch.export")
 
 
 def no_script(function: Function) -> Function:
-    """Refuse torch.jit.script of a function, or of one that calls it."""
+    """Refuse torch.jit.script of a function, or of its callers."""
     function.__prepare_scriptable__ = refuse_script  # type: ignore[attr-defined]
     return function
+
+
+def traceable(function: Function) -> Function:
+    return no_script(as_one_call(function))

@@ -1,6 +1,6 @@
-"""Classifiers that take the place of the last linear layer: each gives logits, and edits the target's in training.
+"""Classifiers that replace the last linear layer, and edit the target's logit in training.
 
-``head(features, target)`` are the logits to train with, ``head(features)`` the plain ones. Any loss takes them.
+``head(features, target)`` gives the logits to train with, ``head(features)`` plain logits. Any loss takes them.
 """
 
 from .center import CenterLoss

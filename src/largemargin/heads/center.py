@@ -1,4 +1,4 @@
-"""Center loss: features are drawn to the center of their class; beside a softmax loss, which keeps the centers apart."""
+"""Center loss, which draws features to the center of their class. Use it beside a softmax loss, which keeps the centers apart."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,19 +18,18 @@ class CenterLoss(nn.Module):
     .. math:: \frac{1}{2N} \sum_i \|x_i - c_{y_i}\|^2, \qquad
         c_j \leftarrow c_j - \alpha \frac{\sum_{i: y_i = j} (c_j - x_i)}{1 + n_j}, \quad n_j = |\{i: y_i = j\}|
 
-    N is the number of rows whose target is not negative; the others take no part, and without any the loss is 0. It is added to a loss of
-    the logits with a small factor: ``loss + 0.003 * center(features, target)`` in the paper.
+    Rows with a negative target do not count; N is the number of other rows, and without them the loss is 0. Add it to a loss of the logits
+    with a small factor, as the paper does: ``loss + 0.003 * center(features, target)``.
 
-    The centers are a buffer, updated by every forward pass in training, after the loss; an optimizer does not see them. A second buffer
-    of their size, which no checkpoint holds, keeps what the last forward pass saw, for a recomputation of it (activation checkpointing).
+    The centers are a buffer that every forward pass in training updates after the loss; an optimizer does not see them. For activation
+    checkpointing a second buffer of their size keeps the centers that the last forward pass saw; it is not in the ``state_dict``.
+    ``as_parameter=True`` makes them a parameter with the gradient :math:`\sum_{i: y_i = j} (c_j - x_i) / N`, without effect of ``alpha``.
 
-    With ``as_parameter=True`` the centers are a parameter with the plain gradient :math:`\sum_{i: y_i = j} (c_j - x_i) / N`, and ``alpha``
-    has no effect. With several processes every one updates its buffer from its own rows, and ``DistributedDataParallel`` sends that of the
-    first to all, so that only its rows count: use :func:`.gather_rows` first, or ``as_parameter=True``.
+    With several processes, each updates its buffer from its own rows, and ``DistributedDataParallel`` overwrites all buffers with the first
+    one. So only the rows of the first process count: use :func:`.gather_rows` first, or ``as_parameter=True``.
 
     Args:
-        in_features: the width D of the features.
-        num_classes: C.
+        in_features, num_classes: the width D of the features, and C.
         alpha: the rate of the centers, in [0, 1].
         as_parameter: whether the optimizer moves the centers.
         device, dtype: of the centers.
@@ -47,7 +46,7 @@ class CenterLoss(nn.Module):
 
     centers: Tensor
     __prepare_scriptable__ = refuse_script
-    _seen: Tensor  # by the last forward pass in training: its classes' centers before they moved
+    _seen: Tensor  # the centers of the classes of the last forward pass in training, before their update
 
     def __init__(
         self,
@@ -67,7 +66,6 @@ class CenterLoss(nn.Module):
             raise ValueError(f"alpha must be at most 1, got {alpha!r}; a center would jump over the mean of its rows")
         self.in_features, self.num_classes = in_features, num_classes
         self.alpha = alpha
-        self.as_parameter = as_parameter
         centers = torch.empty(num_classes, in_features, device=device, dtype=dtype)
         if as_parameter:
             self.centers = nn.Parameter(centers)
@@ -76,8 +74,12 @@ class CenterLoss(nn.Module):
             self.register_buffer("_seen", torch.zeros_like(centers), persistent=False)
         self.reset_parameters()
 
+    @property
+    def as_parameter(self) -> bool:
+        return "centers" in self._parameters
+
     def reset_parameters(self) -> None:
-        """Centers by Xavier's rule, as in the authors' code."""
+        """Initialise the centers by Xavier's rule, as the authors' code does."""
         nn.init.xavier_uniform_(self.centers)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
@@ -90,7 +92,7 @@ class CenterLoss(nn.Module):
             self.register_buffer("_seen", torch.zeros_like(self.centers), persistent=False)
 
     def _fit(self) -> None:
-        """Make what the last forward pass saw fit the centers, which may have been assigned."""
+        """Make ``_seen`` fit ``centers``, which may have been assigned."""
         if tuple(self.centers.shape) != (self.num_classes, self.in_features):
             raise ValueError(
                 f"centers must have shape (num_classes, in_features) = {(self.num_classes, self.in_features)}, got "
@@ -102,7 +104,7 @@ class CenterLoss(nn.Module):
 
     @as_one_node
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
-        """The loss, a scalar, of features (..., D) and class indices (...); in training the centers move."""
+        """The scalar loss of features (..., D) and class indices (...); in training it updates the centers."""
         _checks.check_tensor("target", target)
         check_features(features, target, self.in_features, self.num_classes, centers=self.centers)
         self._fit()
@@ -120,13 +122,13 @@ class CenterLoss(nn.Module):
         return loss
 
     def _centers_and_rate(self, labels: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
-        """The center of each label (N, D), and alpha; in a recomputation those of the first time, and 0."""
+        """The center of each label (N, D), and alpha; a recomputation gets the centers of the first pass, and 0."""
         first = [rows_of_target(self.centers, labels), self.centers.new_full((), self.alpha, dtype=dtype)]
         again = [rows_of_target(self._seen, labels), self.centers.new_zeros((), dtype=dtype)]
         return _state.first_or_again(self.centers, first, again)
 
     def _move(self, seen: Tensor, steps: Tensor, labels: Tensor, kept: Tensor) -> None:
-        """Move the centers by ``steps`` (N, D), which are 0 in rows that are not kept; ``seen`` (N, D) is what the loss was made of."""
+        """Move the centers by ``steps`` (N, D), which are 0 for ignored rows; ``seen`` (N, D) are the centers in the loss."""
         counts = steps.new_zeros(len(self.centers)).index_add_(0, labels, kept.to(steps.dtype))
         steps = steps / (1 + counts[labels]).unsqueeze(-1)
         _state.write(self._seen, Tensor.index_copy_, 0, labels, seen)

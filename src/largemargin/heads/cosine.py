@@ -1,16 +1,16 @@
-r"""Logits that are s times the cosine between features and classes, and margins on the target's angle: CosFace and ArcFace.
+r"""Logits of s times the cosine between features and classes, with margins on the target's angle: CosFace and ArcFace.
 
     plain, also called NormFace     s cos(theta_c)
     CosFace, AM-Softmax             s (cos(theta_y) - m)    at the target
     ArcFace                         s cos(theta_y + m)      at the target
 
-ArcFace's derivative with respect to the cosine, s sin(theta + m) / sin(theta), is infinite at theta = 0 and pi; with respect to features
-and classes it is not. So sin(theta) is not sqrt(1 - cos^2), which has lost all its digits there, but |x - w| |x + w| / 2 of the two unit
-vectors: right at any angle, and its gradient is bounded.
+The derivative of ArcFace by the cosine, s sin(theta + m) / sin(theta), is infinite at theta = 0 and pi, but its derivative by features
+and classes is not. So the code computes sin(theta) as |x - w| |x + w| / 2 of the two unit vectors: right at any angle, with a bounded
+gradient, where sqrt(1 - cos^2) has no correct digit.
 """
 
 import math
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,34 +18,31 @@ from torch import Tensor, nn
 
 from .. import _checks
 from ..rowstats import accumulation_dtype
-from ..tracing import as_one_node, refuse_script
-from ._target import check_features, logit_of_target, rows_of_target, with_logit_of_target
+from ._target import Head, rows_of_target
 
 Kind = Literal["cosface", "arcface", "arcface_insightface"]
 MARGINS: dict[Kind, float] = {"cosface": 0.35, "arcface": 0.5, "arcface_insightface": 0.5}  # of their papers
 
 
-class CosineLinear(nn.Module):
+class CosineLinear(Head):
     r"""A linear classifier of cosines, with the margin of CosFace or ArcFace on the target's logit in training.
 
     .. math:: f_c = s \cos\theta_c, \qquad f_y = s (\cos\theta_y - m) \text{ (CosFace)}, \quad s \cos(\theta_y + m) \text{ (ArcFace)}
 
-    Without a target and in ``eval()`` no logit has a margin; nor have rows with a negative target, which the losses ignore.
+    Logits are plain without a target, in ``eval()``, and for a negative target. A zero vector has a cosine of 0 with every other.
 
-    Beyond :math:`\theta = \pi - m`, where :math:`\cos(\theta + m)` would rise again, ArcFace goes on as :math:`\cos\theta + \cos m - 1`:
+    Beyond :math:`\theta = \pi - m`, where :math:`\cos(\theta + m)` would rise again, ArcFace continues as :math:`\cos\theta + \cos m - 1`:
     continuous, falling, with the slope of the plain cosine. (The authors' code has :math:`\cos\theta - m \sin m` there, with a step.)
-    ``"arcface_insightface"`` is what that library trains today: the value :math:`s\cos(\theta + m)` at every angle, with the gradient of
-    the plain cosine, since it edits the logits in place behind autograd's back. The exact gradient does not fade as the angle does.
+    ``"arcface_insightface"`` behaves as insightface today: the value is :math:`s\cos(\theta + m)` at every angle, but the gradient is that
+    of the plain cosine, because that library edits logits outside autograd. The exact gradient does not vanish with the angle.
 
-    CosFace never needs the logits: its margin is the hard bias b = s m of eq. (15), so :meth:`features`, :meth:`weights` and
-    :attr:`hard_bias` are what the fused and the sharded losses take. A zero vector has cosine 0 with every other.
+    The margin of CosFace is the hard bias b = s m of eq. (15). So the fused and the sharded losses can take :meth:`features`,
+    :meth:`weights` and :attr:`hard_bias` instead of logits.
 
     Args:
-        in_features: the width D of the features.
-        num_classes: C.
+        in_features, num_classes: the width D of the features, and C.
         scale: s, positive; 30 in AM-Softmax, 64 in CosFace and ArcFace.
-        margin: m, at least 0; of CosFace a cosine, of ArcFace an angle in radians below pi. ``None`` is that of the paper, 0.35 or 0.5;
-            0 is the plain head.
+        margin: m, at least 0: a cosine for CosFace, an angle in radians below pi for ArcFace. ``None`` is the paper's 0.35 or 0.5.
         kind: ``"cosface"``, ``"arcface"`` or ``"arcface_insightface"``.
         device, dtype: of the classifier.
 
@@ -62,7 +59,7 @@ class CosineLinear(nn.Module):
     Source: Wang et al., CosFace, CVPR 2018; Wang et al., AM-Softmax, 2018; Deng et al., ArcFace, CVPR 2019.
     """
 
-    __prepare_scriptable__ = refuse_script
+    _shown = ("scale", "margin", "kind")
 
     def __init__(
         self,
@@ -75,23 +72,20 @@ class CosineLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        _checks.check_at_least_1("in_features", in_features)
-        _checks.check_at_least_1("num_classes", num_classes)
+        super().__init__(in_features, num_classes)
         _checks.check_positive("scale", scale, "the papers have 30 or 64")
         _checks.check_word("kind", kind, get_args(Kind))
         margin = MARGINS[kind] if margin is None else margin
         _checks.check_number("margin", margin, low=0.0)
         if kind != "cosface" and margin >= math.pi:
             raise ValueError(f"margin of kind={kind!r} must be an angle in radians below pi, got {margin!r}; math.radians converts degrees")
-        self.in_features, self.num_classes = in_features, num_classes
         self.scale, self.margin = scale, margin
         self.kind: Kind = kind
         self.weight = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Directions uniform on the sphere, of length about 1."""
+        """Initialise the classes with uniform directions and lengths of about 1."""
         nn.init.normal_(self.weight, std=self.in_features**-0.5)
 
     def features(self, features: Tensor) -> Tensor:
@@ -104,21 +98,20 @@ class CosineLinear(nn.Module):
 
     @property
     def hard_bias(self) -> float:
-        """The b = s m of eq. (15) that is the margin of CosFace, for any loss of the plain logits; ArcFace has none."""
+        """The margin of CosFace as b = s m of eq. (15), for any loss of the plain logits; ArcFace has none."""
         if self.kind != "cosface" and self.margin:
-            raise ValueError(f"hard_bias is the margin of kind='cosface', and kind is {self.kind!r}: call the head with the target instead")
+            raise ValueError(f"hard_bias is the margin of kind='cosface', but kind is {self.kind!r}: call the head with the target instead")
         return self.scale * self.margin
 
-    @as_one_node
-    def forward(self, features: Tensor, target: Tensor | None = None) -> Tensor:
-        """The logits (..., C) of features (..., D); in training those of ``target`` (...) with the margin."""
-        check_features(features, target, self.in_features, self.num_classes, weight=self.weight)
-        logits = F.linear(self.features(features), self.weights())
-        if target is None or not self.training or self.margin == 0:
-            return logits
-        return with_logit_of_target(logits, target, self._logit_with_margin(features, logit_of_target(logits, target), target))
+    @property
+    def _has_margin(self) -> bool:
+        return self.margin != 0
 
-    def _logit_with_margin(self, features: Tensor, plain: Tensor, target: Tensor) -> Tensor:
+    def _logits(self, features: Tensor) -> Tensor:
+        return F.linear(self.features(features), self.weights())
+
+    def _target_logit(self, features: Tensor, target: Tensor, plain: Tensor) -> Tensor:
+        _checks.check_word("kind", self.kind, MARGINS)  # an attribute that may have been changed
         if self.kind == "cosface":
             return plain - self.hard_bias
         x, w = unit(features), unit(rows_of_target(self.weight, target))
@@ -135,20 +128,11 @@ class CosineLinear(nn.Module):
         names: list[str] = super().__dir__()  # type: ignore[no-untyped-call]
         return [name for name in names if name != "hard_bias" or self.kind == "cosface"]  # torch.jit.trace asks for each of them
 
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, num_classes={self.num_classes}, scale={self.scale}, margin={self.margin}, kind={self.kind!r}"
-        )
-
-    if TYPE_CHECKING:
-
-        def __call__(self, features: Tensor, target: Tensor | None = None) -> Tensor: ...
-
 
 def unit(vectors: Tensor) -> Tensor:
-    """Vectors (..., D) with length 1, in at least float32; a zero vector stays zero, with the gradient of one of length 1."""
+    """Vectors (..., D) with length 1, in at least float32; a zero vector stays zero, with the gradient of a vector of length 1."""
     vectors = vectors.to(accumulation_dtype(vectors.dtype))
-    largest = vectors.detach().abs().amax(-1, keepdim=True)  # squares of its size neither vanish nor overflow
+    largest = vectors.detach().abs().amax(-1, keepdim=True)  # dividing by it keeps squares from underflow and overflow
     vectors = vectors / largest.masked_fill(largest == 0, 1.0)
     length: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     return vectors / length.masked_fill(length == 0, 1.0)

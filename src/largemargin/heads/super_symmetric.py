@@ -1,4 +1,4 @@
-r"""The super-symmetric classifier, which the regulariser of eq. (8) leads to, and the distance of any classifier from it.
+r"""The super-symmetric classifier, to which the regulariser of eq. (8) leads, and the distance of a classifier from it.
 
     w_c . w_c = v,    w_c . w_c' = -v / (C - 1)        (Sec. 3)
 
@@ -7,43 +7,41 @@ With B (C, C - 1) an orthonormal basis of the vectors that sum to 0, and a frame
 
     W = sqrt(v C / (C - 1)) B F                        so W W' = v C / (C - 1) B B', and B B' = I - 11'/C
 
-The columns of the reflection that takes the first axis to a constant vector, without the first, are such a B: the rows of B F are those of
-F less a multiple of their sum, without any product of matrices, and D = C - 1 is no special case.
+B has the columns, without the first, of the reflection that maps the first axis to a constant vector. So the rows of B F are the rows of F
+minus a multiple of their sum: no matrix product, and no special case for D = C - 1.
 """
 
 import math
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks
-from ..dtensors import gathered
 from ..products import linear
+from ..rows.dtensors import gathered
 from ..rowstats import accumulation_dtype
-from ..tracing import as_one_call, as_one_node, refuse_script
-from ._target import check_features
+from ..tracing import as_one_call
+from ._target import Head
 
 Frame = Literal["fixed", "learned"]
 
 
-class SuperSymmetricLinear(nn.Module):
-    r"""A linear classifier without bias whose classes are the corners of a regular simplex: super-symmetric at every moment.
+class SuperSymmetricLinear(Head):
+    r"""A linear classifier without bias that is always super-symmetric: its classes are the corners of a regular simplex.
 
     .. math:: w_c^\top w_c = v, \qquad w_c^\top w_{c'} = -\frac{v}{C-1} \quad (c \neq c') \qquad \text{(Sec. 3)}
 
-    Features along :math:`w_y` have equal logits at all other classes: every divergence of eqs. (8) and (10) is 0 there. The paper finds the
-    constraint too strong from the start of training and suggests to enforce it gradually: :func:`super_symmetry_penalty` does that.
-
-    There is no margin: ``target`` is taken as by the other heads, and has no effect.
+    Features along :math:`w_y` have equal logits at all other classes, so every divergence of eqs. (8) and (10) is 0. The paper finds the
+    constraint too strong at the start of training and suggests to enforce it gradually, as :func:`super_symmetry_penalty` does. There is no
+    margin: the head accepts ``target`` as other heads do, but it has no effect.
 
     Args:
-        in_features: the width D of the features, at least C - 1.
-        num_classes: C, at least 2.
+        in_features, num_classes: the width D of the features, at least C - 1, and C, at least 2.
         frame: ``"fixed"``, a random one in a buffer, or ``"learned"``, the orthonormal factor (QR) of a free parameter.
         scale: v, the squared length of every class, positive.
-        learn_scale: whether v is trained, by its logarithm.
+        learn_scale: whether to train v, by its logarithm.
         device, dtype: of the classifier.
 
     Example:
@@ -60,7 +58,7 @@ class SuperSymmetricLinear(nn.Module):
 
     frame: Tensor
     log_scale: Tensor
-    __prepare_scriptable__ = refuse_script
+    _factor = "frame"
 
     def __init__(
         self,
@@ -73,19 +71,16 @@ class SuperSymmetricLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        _checks.check_at_least_1("in_features", in_features)
-        _checks.check_at_least_1("num_classes", num_classes)
+        super().__init__(in_features, num_classes)
         if num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {num_classes}; one class has no others to be symmetric to")
+            raise ValueError(f"num_classes must be at least 2, got {num_classes}; a simplex needs two corners")
         if in_features < num_classes - 1:
             raise ValueError(
-                f"in_features must be at least num_classes - 1 = {num_classes - 1}, got {in_features}: a simplex of {num_classes} corners "
-                "has no room in fewer dimensions; widen the features, or use super_symmetry_penalty on a free classifier"
+                f"in_features must be at least num_classes - 1 = {num_classes - 1}, got {in_features}, to hold a simplex of {num_classes} "
+                "corners; widen the features, or use super_symmetry_penalty on a free classifier"
             )
         _checks.check_word("frame", frame, get_args(Frame))
         _checks.check_positive("scale", scale, "it is the squared length of every class")
-        self.in_features, self.num_classes = in_features, num_classes
         self.initial_scale = scale
         self.frame_is_learned = frame == "learned"
         _register(self, "frame", torch.empty(num_classes - 1, in_features, device=device, dtype=dtype), self.frame_is_learned)
@@ -94,7 +89,7 @@ class SuperSymmetricLinear(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A random frame, and the scale of the constructor."""
+        """Draw a random frame, and set the scale of the constructor."""
         # half precision has no QR
         self.frame.copy_(nn.init.orthogonal_(torch.empty_like(self.frame, dtype=accumulation_dtype(self.frame.dtype))))
         self.log_scale.fill_(math.log(self.initial_scale))
@@ -109,10 +104,7 @@ class SuperSymmetricLinear(nn.Module):
         length = (self.log_scale.to(dtype).exp() * num_classes / (num_classes - 1)).sqrt()
         return (length * corners).to(self.frame.dtype)
 
-    @as_one_node
-    def forward(self, features: Tensor, target: Tensor | None = None) -> Tensor:
-        """The logits (..., C) of features (..., D), the same with and without ``target``."""
-        check_features(features, target, self.in_features, self.num_classes, frame=self.frame)
+    def _logits(self, features: Tensor) -> Tensor:
         return F.linear(features, self.weight)
 
     def extra_repr(self) -> str:
@@ -122,17 +114,13 @@ class SuperSymmetricLinear(nn.Module):
             f"learn_scale={isinstance(self.log_scale, nn.Parameter)}"
         )
 
-    if TYPE_CHECKING:
-
-        def __call__(self, features: Tensor, target: Tensor | None = None) -> Tensor: ...
-
 
 def _orthonormal(frame: Tensor) -> Tensor:
-    """Orthonormal rows in the span of those of ``frame``, in float64 where the device has it."""
-    # the derivative of QR is made of products, which autocast rounds unless they are float64
+    """Orthonormal rows with the span of the rows of ``frame``, in float64 if the device has it."""
+    # autocast rounds the products in the derivative of QR unless they are float64
     wide = frame.to(accumulation_dtype(frame.dtype) if frame.device.type == "mps" else torch.float64)
     q, r = torch.linalg.qr(wide.mT)
-    rows: Tensor = (q * r.diagonal().sgn()).mT  # the signs make it unique, so that it moves continuously
+    rows: Tensor = (q * r.diagonal().sgn()).mT  # the signs make it unique, hence continuous
     return rows
 
 
@@ -150,22 +138,22 @@ def super_symmetry_penalty(weight: Tensor) -> Tensor:
     .. math:: \frac12 \left\| \frac{G}{\|G\|_F} - \frac{I - 11^\top\!/C}{\sqrt{C-1}} \right\|_F^2, \qquad
         G = \bar W \bar W^\top, \quad \bar W = (I - 11^\top\!/C)\, W
 
-    Between 0, super-symmetric up to a common shift of the classes, which the softmax does not see, and
-    :math:`1 - 1/\sqrt{C-1}`, all classes on one line. Free of the scale, so its factor in the loss means the same at any time of training;
-    let it grow from 0, and the constraint is enforced gradually, as the paper suggests. Where D < C - 1 the least value is
-    :math:`1 - \sqrt{D/(C-1)}`. Computed in at least float32, in C x C memory.
+    The penalty is 0 for a super-symmetric classifier, up to a common shift of the classes, which does not affect the softmax. It is
+    :math:`1 - 1/\sqrt{C-1}` for classes on one line. If D < C - 1, the least value is :math:`1 - \sqrt{D/(C-1)}`. The scale of ``weight``
+    has no effect, so the factor of the penalty means the same throughout training. Increase it from 0 to enforce the constraint gradually,
+    as the paper suggests. The computation is in at least float32 and needs C x C memory.
 
-    It is one less the cosine of the angle between G and the ideal; :func:`.metrics.super_symmetry`, the relative distance to the nearest
-    ideal, is the sine: :math:`\sqrt{p (2 - p)}` for a penalty p.
+    The penalty p is 1 minus the cosine of the angle between G and the ideal; :func:`.metrics.super_symmetry`, the relative distance to the
+    nearest ideal, is the sine: :math:`\sqrt{p (2 - p)}`.
 
     Args:
         weight: the classifier, shape ``(C, D)``, C at least 2, floating.
 
     Returns:
-        A scalar, float32 or float64; 1/2 where all classes are equal.
+        A scalar, float32 or float64; 1/2 if all classes are equal.
 
     Raises:
-        TypeError, ValueError: where ``weight`` is no such tensor.
+        TypeError, ValueError: ``weight`` is not such a tensor.
 
     Example:
         >>> import torch
@@ -182,7 +170,7 @@ def super_symmetry_penalty(weight: Tensor) -> Tensor:
         raise ValueError(f"weight must be floating of shape (C, D) with C at least 2, got {_checks.describe(weight)}")
     num_classes = len(weight)
     classes = gathered(weight).to(accumulation_dtype(weight.dtype))
-    largest = classes.detach().abs().amax()  # its fourth power is neither to vanish nor to overflow
+    largest = classes.detach().abs().amax()  # dividing by it keeps fourth powers from underflow and overflow
     classes = classes / largest.masked_fill(largest == 0, 1.0)
     centred = classes - classes.mean(0)
     gram = linear(centred, centred)  # (C, C)

@@ -1,1 +1,1 @@
-"""The losses under other people's training loops: a module for each framework, which nothing else imports."""
+"""The losses in other training frameworks: one module for each, which nothing else imports."""

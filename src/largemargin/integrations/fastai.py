@@ -1,4 +1,4 @@
-"""The large margin for a Learner of fastai, which asks its loss how outputs become probabilities and classes."""
+"""The large-margin loss for fastai's Learner, which needs ``activation`` and ``decodes`` of its loss."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ from largemargin.losses import LargeMarginCrossEntropyLoss
 
 
 class LargeMarginLoss(LargeMarginCrossEntropyLoss):
-    r"""The loss for ``Learner(loss_func=...)``, in the place of fastai's ``CrossEntropyLossFlat``.
+    r"""The loss for ``Learner(loss_func=...)``, instead of fastai's ``CrossEntropyLossFlat``.
 
-    With it ``get_preds``, ``predict`` and ``show_results`` give probabilities and classes; with a loss that has no ``activation`` and
-    ``decodes`` they give logits. As there, outputs and targets are flattened to rows, and mixup interpolates the losses of two targets.
+    ``get_preds``, ``predict`` and ``show_results`` give probabilities and classes; with a loss without ``activation`` and ``decodes`` they
+    give logits. As in fastai, outputs and targets are flattened to rows, and mixup interpolates the losses of two targets.
 
     Args:
         weight: a factor for each class, shape ``(C,)``.
-        axis: the dimension of the outputs that has the classes: -1, or 1 for the maps (N, C, H, W) of segmentation.
+        axis: the dimension of the classes: -1, or 1 for segmentation maps (N, C, H, W).
         settings: of :class:`~largemargin.LargeMarginCrossEntropyLoss`.
 
     Raises:
@@ -29,10 +29,10 @@ class LargeMarginLoss(LargeMarginCrossEntropyLoss):
         >>> loss(logits, torch.tensor([0])), loss.decodes(loss.activation(logits))
         (tensor(0.2045), tensor([0]))
 
-    Source: Kobayashi, BMVC 2019, eqs. (8) and (11); the interface is that of fastai.losses.
+    Source: Kobayashi, BMVC 2019, eqs. (8) and (11); fastai.losses has the interface.
     """
 
-    y_int = True  # fastai's mixup asks: targets are class indices, and losses are interpolated instead
+    y_int = True  # tells fastai's mixup that targets are class indices: it interpolates losses
 
     def __init__(self, weight: Tensor | None = None, *, axis: int = -1, **settings: Any) -> None:
         super().__init__(weight, **settings)
@@ -47,11 +47,9 @@ class LargeMarginLoss(LargeMarginCrossEntropyLoss):
         return super().forward(rows, target.reshape(-1))
 
     def activation(self, logits: Tensor) -> Tensor:
-        """Probabilities."""
         return logits.softmax(self.axis)
 
     def decodes(self, probabilities: Tensor) -> Tensor:
-        """Classes."""
         return probabilities.argmax(self.axis)
 
     def extra_repr(self) -> str:
@@ -59,5 +57,5 @@ class LargeMarginLoss(LargeMarginCrossEntropyLoss):
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """Without fastai's subclass, which the kernels do not take."""
+    """``tensor`` without fastai's subclass, which the kernels do not take."""
     return tensor.as_subclass(Tensor)

@@ -1,7 +1,6 @@
-"""The large margin under Lightning: a module that trains any classifier with it, and a callback that logs the margins.
+"""The large-margin loss in Lightning: a module that trains any classifier with it, and a callback that logs margins.
 
-Either package will do, ``lightning`` or ``pytorch_lightning``, whose classes are not the same: it is the one that is imported already,
-else the one that is installed.
+The classes of ``lightning`` and ``pytorch_lightning`` differ. This module uses the package that is imported already, else an installed one.
 """
 
 import sys
@@ -37,28 +36,24 @@ _Callback: Any = _package().Callback
 class LargeMarginClassifier(_Module):  # type: ignore[misc]  # found at run time
     r"""A classifier trained with :class:`~largemargin.LargeMarginCrossEntropyLoss`, for Lightning's Trainer.
 
-    Batches are pairs of input and target, or dicts whose ``keys`` name both; for prediction the input alone will do. The module logs
-    ``train_loss``, ``val_loss`` and ``test_loss``, those of all labels of an epoch at once, and its steps return logits and target as
-    :class:`MarginLogger` wants them.
+    Batches are pairs of input and target, or have both under ``keys``; for prediction the input is enough. The module logs ``train_loss``,
+    ``val_loss`` and ``test_loss`` over all labels of an epoch. Its steps return logits and target, which :class:`MarginLogger` needs.
 
-    Checkpoints keep ``lam`` and ``settings``; what else it was made of is given again:
-    ``LargeMarginClassifier.load_from_checkpoint(path, network=network)``.
+    Checkpoints keep ``lam`` and ``settings`` only: ``LargeMarginClassifier.load_from_checkpoint(path, network=network)``.
 
     Args:
         network: takes the input of a batch and gives logits (N, C) or (N, C, d1, ..., dk).
         lam: the paper's lambda, at least 0.
-        optimizer: makes the optimiser of the parameters, as ``functools.partial(torch.optim.SGD, lr=0.1)`` does.
-        scheduler: makes the schedule of the optimiser, which steps once an epoch; ``None`` for none.
-        keys: under which names, or at which positions, a batch has its input and its target, as ``("image", "label")``; by default a
-            batch is a pair.
+        optimizer: makes the optimiser from the parameters, such as ``functools.partial(torch.optim.SGD, lr=0.1)``.
+        scheduler: makes the schedule from the optimiser, with one step per epoch; ``None`` for none.
+        keys: the names or positions of input and target in a batch, such as ``("image", "label")``; by default a batch is a pair.
         settings: of :class:`~largemargin.LargeMarginCrossEntropyLoss`.
 
     Returns:
-        When called with an input: logits. ``Trainer.predict`` gives those of each batch.
+        When called with an input: logits. ``Trainer.predict`` gives the logits of each batch.
 
     Raises:
-        TypeError, ValueError: as :class:`~largemargin.LargeMarginCrossEntropyLoss`; ValueError in the first step for batches that do not
-            have what ``keys`` names.
+        TypeError, ValueError: as :class:`~largemargin.LargeMarginCrossEntropyLoss`; ValueError in the first step if a batch lacks ``keys``.
 
     Example:
         >>> import torch
@@ -87,33 +82,28 @@ class LargeMarginClassifier(_Module):  # type: ignore[misc]  # found at run time
         self.criterion = LargeMarginCrossEntropyLoss(lam=lam, **settings)
         _checks.check_word("reduction", self.criterion.reduction, ("mean", "sum"))
         given = {"lam": lam, **settings}
-        # a scalar of numpy, as a sweep over lam gives, would not be loaded with weights_only
+        # weights_only would not load a numpy scalar, as from a sweep over lam
         self.save_hyperparameters({name: value.item() if type(value).__module__ == "numpy" else value for name, value in given.items()})
         self.optimizer, self.scheduler = optimizer, scheduler
 
     def forward(self, input: Tensor) -> Tensor:
-        """Logits."""
         logits: Tensor = self.network(input)
         return logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """The loss of a batch, with logits and target."""
         return self._step("train", batch)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """The loss of a batch, with logits and target."""
         return self._step("val", batch)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """The loss of a batch, with logits and target."""
         return self._step("test", batch)
 
     def predict_step(self, batch: Tensor | Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """The logits of a batch: an input, or what has it under the first of ``keys``, by default a sequence that begins with it."""
+        """The logits of a batch: an input, or a batch with the input under the first of ``keys``, by default its first element."""
         return self.forward(batch if isinstance(batch, Tensor) else self._of_batch(batch, 0))
 
     def configure_optimizers(self) -> Any:
-        """The optimiser, with its schedule if there is one."""
         optimizer = self.optimizer(self.parameters())
         return optimizer if self.scheduler is None else ([optimizer], [self.scheduler(optimizer)])
 
@@ -122,10 +112,7 @@ class LargeMarginClassifier(_Module):  # type: ignore[misc]  # found at run time
         key = position if self.keys is None else self.keys[position]
         if self.keys is None and not isinstance(batch, Sequence):
             kind = f"a {type(batch).__name__}" + (f" with {sorted(map(str, batch))}" if isinstance(batch, Mapping) else "")
-            raise ValueError(
-                f"batches must be pairs of input and target, got {kind}; give the names of both, as in "
-                'LargeMarginClassifier(network, keys=("image", "label"))'
-            )
+            raise ValueError(f'batches must be pairs of input and target, got {kind}; name both, as in keys=("image", "label")')
         try:
             value: Tensor = batch[key]
         except (KeyError, IndexError, TypeError) as error:
@@ -135,31 +122,19 @@ class LargeMarginClassifier(_Module):  # type: ignore[misc]  # found at run time
 
     def _step(self, stage: str, batch: Batch) -> dict[str, Tensor]:
         if self.keys is None and isinstance(batch, Sequence) and len(batch) != 2:
-            raise ValueError(
-                f"batches must be pairs of input and target, got {len(batch)} in one; name the positions of both, as in "
-                "LargeMarginClassifier(network, keys=(0, 1))"
-            )
+            raise ValueError(f"batches must be pairs of input and target, got {len(batch)} in one; give positions, as in keys=(0, 1)")
         input, target = self._of_batch(batch, 0), self._of_batch(batch, 1)
         logits = self(input)
         loss = self.criterion(logits, target)
         counted = self._denominator(logits, target)
-        logged = torch.where(counted > 0, loss, 0.0)  # the mean over no labels is NaN, which 0 times is still NaN
+        logged = torch.where(counted > 0, loss, 0.0)  # the mean over no labels is NaN, and 0 * NaN is NaN
         self.log(
-            f"{stage}_loss",
-            logged,
-            on_step=False,
-            on_epoch=True,
-            reduce_fx=self.criterion.reduction,
-            batch_size=counted,
-            sync_dist=True,
+            f"{stage}_loss", logged, on_step=False, on_epoch=True, reduce_fx=self.criterion.reduction, batch_size=counted, sync_dist=True
         )
         return {"loss": loss, "logits": logits.detach(), "target": target}
 
     def _denominator(self, logits: Tensor, target: Tensor) -> Tensor:
-        """What the mean of the loss divides by: the summed weights of the labels that are kept, or the number of rows of probabilities.
-
-        A float: Lightning's mean over ranks would cut off an integer.
-        """
+        """The denominator of the mean loss, a float because Lightning's mean over ranks would truncate an integer."""
         labels, weight = target, self.criterion.weight
         if _checks.is_probabilities(logits, target):
             labels, weight = torch.zeros_like(target[:, 0], dtype=torch.int64), None  # every row counts once
@@ -176,22 +151,21 @@ def _check_words(name: str, given: Sequence[str], known: Collection[str]) -> tup
 
 
 class MarginLogger(_Callback):  # type: ignore[misc]
-    r"""Logs the mean margin and the margin hidden in the loss, of training and of validation, once an epoch.
+    r"""Logs the mean margin and the mean margin hidden in the loss, for training and validation, once per epoch.
 
-    The figures are means over the rows of all batches on all ranks, whatever the sizes of batches and of steps. In training they are of
-    the logits that the loss saw, before the step that followed. They are logged as ``train_margin``, ``val_margin`` and so on, or
-    ``val_margin_0``, ``val_margin_1`` where there are several loaders of validation, and can be monitored. A step that Lightning skips,
-    as ``training_step`` returned ``None``, is not counted. An epoch resumed in its middle counts what follows the checkpoint.
+    The figures are means over the rows of all batches on all ranks. Training figures use the logits of the loss, before the optimiser step.
+    Their names are ``train_margin``, ``val_margin`` and so on, or ``val_margin_0``, ``val_margin_1`` with several validation loaders; they
+    can be monitored. Steps that Lightning skips, because ``training_step`` returned ``None``, do not count. An epoch resumed in its middle
+    counts only the steps after the checkpoint.
 
     Args:
-        figures: which of those of :class:`~largemargin.metrics.MarginMetrics` are logged.
-        stages: ``"train"``, ``"val"`` or both. A probability has no margin: with mixup leave ``"train"`` out.
+        figures: the figures of :class:`~largemargin.metrics.MarginMetrics` to log.
+        stages: ``"train"``, ``"val"`` or both. Probabilities have no margin: with mixup leave ``"train"`` out.
         settings: ``num_bins``, ``top_k``, ``ignore_index`` of :class:`~largemargin.metrics.MarginMetrics`.
 
     Raises:
-        TypeError, ValueError: as :class:`~largemargin.metrics.MarginMetrics`; for ``figures`` or ``stages`` that are unknown or no tuple;
-            ValueError in the first step where ``training_step`` or ``validation_step`` does not return a dict with ``"logits"``
-            (N, C, ...) and class indices ``"target"`` (N, ...).
+        TypeError, ValueError: as :class:`~largemargin.metrics.MarginMetrics`; also for unknown ``figures`` or ``stages``, or a string; in
+            the first step if a step does not return a dict with ``"logits"`` (N, C, ...) and class indices ``"target"`` (N, ...).
 
     Example:
         >>> from largemargin.integrations.lightning import MarginLogger
@@ -211,32 +185,26 @@ class MarginLogger(_Callback):  # type: ignore[misc]
         self._counted: dict[str, list[MarginMetrics]] = {}
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Forget what a run that broke off has counted."""
-        self._counted.clear()
+        self._counted.clear()  # an interrupted run may have left counts
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Count a batch."""
-        if "train" not in self._counted:  # on_train_epoch_start is left out where an epoch is resumed in its middle
+        if "train" not in self._counted:  # Lightning skips on_train_epoch_start if it resumes an epoch in its middle
             self._start("train", 1, pl_module)
         if outputs or not pl_module.automatic_optimization:  # else training_step returned None
             self._count("train", outputs, 0)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log the epoch."""
         self._log("train", pl_module)
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Start to count."""
         self._start("val", len(trainer.num_val_batches), pl_module)
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Count a batch."""
         self._count("val", outputs, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log the epoch."""
         self._log("val", pl_module)
 
     def _start(self, stage: str, num_loaders: int, pl_module: Any) -> None:
@@ -260,5 +228,5 @@ class MarginLogger(_Callback):  # type: ignore[misc]
         for loader, metrics in enumerate(counted):
             found = metrics.reduce().compute()
             suffix = f"_{loader}" if len(counted) > 1 else ""
-            # the same on all ranks already; sync_dist says so to Lightning
+            # equal on all ranks already; sync_dist tells Lightning so
             pl_module.log_dict({f"{stage}_{name}{suffix}": found[name] for name in self.figures}, sync_dist=True)

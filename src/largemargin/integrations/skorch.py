@@ -1,4 +1,4 @@
-"""A network with the large-margin loss as an estimator of scikit-learn, by skorch."""
+"""A network with the large-margin loss as a scikit-learn estimator, by skorch."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from largemargin.losses import LargeMarginCrossEntropyLoss
 try:
     from skorch import NeuralNetClassifier  # type: ignore[import-not-found, import-untyped, unused-ignore]
 except ModuleNotFoundError as error:
-    if error.name != "skorch":  # it is there, and lacks another package
+    if error.name != "skorch":  # it is installed, but lacks another package
         raise
     raise ImportError("largemargin.integrations.skorch needs skorch; install it with: pip install skorch") from error
 
@@ -17,8 +17,8 @@ except ModuleNotFoundError as error:
 class LargeMarginClassifier(NeuralNetClassifier):  # type: ignore[misc, unused-ignore]
     """skorch's ``NeuralNetClassifier`` with :class:`.LargeMarginCrossEntropyLoss`, and the logits as ``decision_function``.
 
-    The module gives logits. Options of the loss are ``criterion__lam``, ``criterion__hard_bias`` and so on, also in a search over
-    parameters; ``predict_proba`` is their softmax. As in skorch, features are float32 and labels are 0, ..., C - 1 in int64.
+    The module gives logits, and ``predict_proba`` is their softmax. ``criterion__lam``, ``criterion__hard_bias`` and so on are options of
+    the loss, also in a parameter search. As in skorch, features are float32 and labels are 0, ..., C - 1 in int64.
 
     Example:
         >>> import torch
@@ -31,7 +31,7 @@ class LargeMarginClassifier(NeuralNetClassifier):  # type: ignore[misc, unused-i
         super().__init__(module, *args, criterion=criterion, **kwargs)
 
     def decision_function(self, X: Any) -> np.ndarray[Any, Any]:
-        """The logits in float64, shape (N, C); with two classes, as in scikit-learn, their difference, shape (N,)."""
+        """The float64 logits, shape (N, C); for two classes their difference, shape (N,), as in scikit-learn."""
         batches = [logits[0] if isinstance(logits, tuple) else logits for logits in self.forward_iter(X, training=False)]
         logits = np.concatenate([batch.double().numpy() for batch in batches])
         return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits

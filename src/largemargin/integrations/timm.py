@@ -1,4 +1,4 @@
-"""The loss for timm's train script, chosen by its arguments as the script chooses its own."""
+"""The loss for timm's train script, made from the arguments of the script."""
 
 from typing import Any
 
@@ -8,13 +8,13 @@ _OTHER_LOSSES = {"jsd_loss": "--jsd-loss", "bce_loss": "--bce-loss"}
 
 
 def train_loss(args: Any, **options: Any) -> LargeMarginCrossEntropyLoss:
-    """What to assign to ``train_loss_fn`` in timm's ``train.py``; ``validate_loss_fn`` stays ``nn.CrossEntropyLoss()``.
+    """The loss for ``train_loss_fn`` in timm's ``train.py``; ``validate_loss_fn`` stays ``nn.CrossEntropyLoss()``.
 
-    Label smoothing goes into the loss, except with mixup or cutmix: timm smooths their targets already, and twice would be too much.
+    The loss smooths labels, except with mixup or cutmix: timm smooths their targets already.
 
     Args:
-        args: the script's arguments; ``smoothing``, ``mixup``, ``cutmix``, ``cutmix_minmax``, ``jsd_loss``, ``bce_loss``, ``loss`` and
-            ``task`` are read, of which older scripts do not have the last two.
+        args: the script's arguments. The function reads ``smoothing``, ``mixup``, ``cutmix``, ``cutmix_minmax``, ``jsd_loss``,
+            ``bce_loss``, ``loss`` and ``task``; older scripts lack the last two.
         options: of :class:`.LargeMarginCrossEntropyLoss`, without ``label_smoothing``: ``lam``, ``divergence``, ``hard_bias`` ...
 
     Raises:
@@ -30,10 +30,10 @@ def train_loss(args: Any, **options: Any) -> LargeMarginCrossEntropyLoss:
     """
     for name, flag in _OTHER_LOSSES.items():
         if getattr(args, name, False):
-            raise ValueError(f"args.{name} must be off, got {getattr(args, name)!r}: it is a loss of its own; leave {flag} out")
+            raise ValueError(f"args.{name} must be off, got {getattr(args, name)!r}: it selects another loss; leave {flag} out")
     if getattr(args, "loss", None) not in (None, "ce"):
-        raise ValueError(f"args.loss must be 'ce', got {args.loss!r}: it is a loss of its own; leave --loss out")
+        raise ValueError(f"args.loss must be 'ce', got {args.loss!r}: it selects another loss; leave --loss out")
     if getattr(args, "task", None) == "multilabel":
-        raise ValueError("args.task must not be 'multilabel': its classes are not exclusive, the loss is a softmax; leave --task out")
+        raise ValueError("args.task must not be 'multilabel', because the loss is a softmax over exclusive classes; leave --task out")
     mixes = getattr(args, "mixup", 0) > 0 or getattr(args, "cutmix", 0) > 0 or getattr(args, "cutmix_minmax", None) is not None
     return LargeMarginCrossEntropyLoss(label_smoothing=0.0 if mixes else getattr(args, "smoothing", 0.0), **options)

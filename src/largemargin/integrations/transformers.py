@@ -1,12 +1,11 @@
-"""The large margin under the Trainer of Hugging Face transformers: from logits, or fused with the head of a language model.
+"""The large-margin loss in the Trainer of Hugging Face transformers: from logits, or fused with the head of a language model.
 
-The Trainer divides by the labels of all micro-batches of a step, ``num_items_in_batch``: here the losses of the rows are added and divided
-by that number, so that accumulated micro-batches are one large batch. What it counts are labels that are not -100, the ``ignore_index``.
+The Trainer counts the labels of all micro-batches of a step that are not -100, ``num_items_in_batch``. The loss is the sum over rows
+divided by that number, so accumulated micro-batches equal one large batch.
 
-The fused head needs three hooks. One on the model sees whether labels came; one on the head then gives it no rows, so that it makes no
-logits; and one ties the features to the head's empty output, from which ``model.loss_function`` takes them. Everything else is the
-model's own forward pass. Where a hook does not run, or the head does more than multiply, logits are made and the loss is theirs; whoever
-trains on them is told why. Under autocast features and head are multiplied in its dtype, as its logits would be.
+The fused head needs three hooks. A hook on the model sees whether labels came. A hook on the head then gives it no rows, so it makes no
+logits. A third hook attaches the features to the head's empty output, where ``model.loss_function`` finds them. If a hook does not run, or
+the head does more than multiply, the loss takes the logits, and training warns why.
 """
 
 import copy
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from largemargin import (
     LargeMarginCrossEntropyLoss,
     _checks,
-    dtensors,
+    _torch,
     large_margin_cross_entropy,
     linear_large_margin_cross_entropy,
     plain_layer,
@@ -36,8 +35,8 @@ def _checked(settings: dict[str, Any]) -> dict[str, Any]:
     for name in ("ignore_index", "reduction"):
         if name in settings:
             raise TypeError(
-                f"{name} must not be given, got {settings[name]!r}: the Trainer counts labels that are not {_IGNORED}, and divides; "
-                f"write {_IGNORED} for labels to be left out"
+                f"{name} must not be given, got {settings[name]!r}: the Trainer divides by the number of labels that are not {_IGNORED}; "
+                f"set labels to {_IGNORED} to leave them out"
             )
     LargeMarginCrossEntropyLoss(**settings)
     return settings
@@ -46,9 +45,9 @@ def _checked(settings: dict[str, Any]) -> dict[str, Any]:
 def _loss(
     input: Tensor, labels: Tensor, num_items: Tensor | float | None, settings: dict[str, Any], head: nn.Linear | None = None
 ) -> Tensor:
-    """Of logits (..., C), or of features (..., D) with the ``head`` that makes logits of them; divided by ``num_items``, else the mean."""
+    """The loss of logits (..., C), or of features (..., D) and their ``head``: a sum over ``num_items``, else the mean."""
     if head is not None:
-        input = input.to(head.weight.device)  # device_map may put it on another GPU than the body
+        input = input.to(head.weight.device)  # device_map may put the head on another GPU
     settings = {**settings, "reduction": "mean" if num_items is None else "sum"}
     if isinstance(settings.get("weight"), Tensor):
         settings["weight"] = settings["weight"].to(input.device)
@@ -69,14 +68,14 @@ def _as_multiplied(features: Tensor, head: nn.Linear) -> list[Any]:
     """Features, weight and bias in the dtype of their product, which autocast lowers."""
     layer = [features, head.weight, head.bias]
     device = features.device.type
-    lowered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # meta tensors have none, and raise an error
-    if not lowered or features.dtype == torch.float64:  # which autocast leaves alone
+    lowered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # the second raises for meta tensors
+    if not lowered or features.dtype == torch.float64:  # autocast does not change float64
         return layer
     return [None if tensor is None else tensor.to(torch.get_autocast_dtype(device)) for tensor in layer]
 
 
 def _shifted(labels: Tensor, ignore_index: int = _IGNORED) -> Tensor:
-    """What follows each position, which is what it predicts; nothing follows the last."""
+    """The label that each position predicts: the next one, none for the last position."""
     return nn.functional.pad(labels[..., 1:].long(), (0, 1), value=ignore_index)
 
 
@@ -84,14 +83,14 @@ _CLASSES_LAST = "logits are (N, C) or (N, L, C) here, the classes last"
 
 
 def _check_smoothing() -> None:
-    """Refuse a Trainer that is asked to smooth labels: it does not where it has a function for the loss, and does not pass that on."""
+    """Refuse a Trainer with label smoothing, which it ignores beside a ``compute_loss_func``."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "compute_loss":
             smoother = getattr(frame.f_locals.get("self"), "label_smoother", None)
             if smoother is not None:
                 raise ValueError(
-                    f"label_smoothing_factor must be 0 beside a compute_loss_func, got {smoother.epsilon}: the Trainer ignores it; give "
+                    f"label_smoothing_factor must be 0 beside a compute_loss_func, got {smoother.epsilon}: the Trainer ignores it; use "
                     f"LargeMarginLoss(label_smoothing={smoother.epsilon})"
                 )
         frame = frame.f_back
@@ -100,27 +99,24 @@ def _check_smoothing() -> None:
 class LargeMarginLoss:
     r"""The loss of a model's outputs for ``Trainer(compute_loss_func=...)``.
 
-    It takes logits (N, C) with labels (N,), as of sequences and images, logits (N, L, C) with labels (N, L), as of tokens, and
-    probabilities of the shape of the logits; with ``upsample`` also the logits (N, C, h, w) of dense prediction with labels (N, H, W).
-    Labels of -100 are left out. With ``num_items_in_batch`` the losses of the rows, times ``weight`` if any, are added and divided by it;
-    without it is the mean. Rows of several labels (``multi_label_classification``) are no probabilities, and are not told from them.
-    The Trainer does not use its ``label_smoothing_factor`` beside a ``compute_loss_func``: give ``label_smoothing`` here.
+    It takes logits (N, C) with labels (N,), for sequences and images; logits (N, L, C) with labels (N, L), for tokens; and probabilities
+    like the logits. With ``upsample`` it also takes logits (N, C, h, w) of dense prediction with labels (N, H, W). Labels of -100 are
+    ignored. The result is the weighted sum over rows divided by ``num_items_in_batch``, or the mean without it. The loss cannot distinguish
+    rows of several labels (``multi_label_classification``) from probabilities: do not use it for them. The Trainer ignores its
+    ``label_smoothing_factor`` beside a ``compute_loss_func``: use ``label_smoothing`` here.
 
     Args:
         lam: the paper's lambda, at least 0.
         causal: whether position i predicts label i + 1, as in causal language models.
         upsample: ``"bilinear"`` enlarges the logits of dense prediction to the labels, as the losses of SegFormer, BEiT and UperNet do.
-        settings: ``weight``, ``divergence``, ``hard_bias``, ``label_smoothing``, ``backend`` of
-            :class:`~largemargin.LargeMarginCrossEntropyLoss`.
+        settings: ``weight``, ``divergence``, ``hard_bias``, ``label_smoothing``, ``backend`` of :class:`.LargeMarginCrossEntropyLoss`.
 
     Returns:
-        When called with ``(outputs, labels, num_items_in_batch=None)``: a scalar. ``outputs`` are logits, or have them under ``"logits"``
-        or first.
+        A scalar, when called with ``(outputs, labels, num_items_in_batch=None)``. ``outputs`` have logits as ``"logits"``, or first.
 
     Raises:
         TypeError, ValueError: as :class:`~largemargin.LargeMarginCrossEntropyLoss`; TypeError for ``ignore_index`` and ``reduction``, which
-            are the Trainer's; ValueError for labels that are missing or do not fit the logits, and for a Trainer that has a
-            ``label_smoothing_factor``.
+            the Trainer sets; ValueError for labels that are missing or do not fit, and for a Trainer with ``label_smoothing_factor``.
 
     Example:
         >>> import torch
@@ -130,7 +126,7 @@ class LargeMarginLoss:
         >>> loss(outputs, torch.tensor([0, -100]), num_items_in_batch=2)
         tensor(0.1023)
 
-    Source: Kobayashi, BMVC 2019, eqs. (8) and (11); the signature is that of the Trainer.
+    Source: Kobayashi, BMVC 2019, eqs. (8) and (11); the Trainer defines the signature.
     """
 
     def __init__(self, *, lam: float = 0.3, causal: bool = False, upsample: Literal["bilinear"] | None = None, **settings: Any) -> None:
@@ -141,7 +137,6 @@ class LargeMarginLoss:
         self.settings = _checked({"lam": lam, **settings})
 
     def __call__(self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | float | None = None) -> Tensor:
-        """The loss of one (micro-)batch."""
         if labels is None:
             raise ValueError("labels must be a torch.Tensor, got None; give the data set a column 'labels'")
         _check_smoothing()
@@ -152,7 +147,7 @@ class LargeMarginLoss:
             logits = nn.functional.interpolate(logits, labels.shape[-2:], mode=self.upsample, align_corners=False).movedim(1, -1)
             labels = labels.movedim(1, -1) if probabilities else labels
         fits = labels.shape == (logits.shape if probabilities else logits.shape[:-1])
-        if not fits or (dense and probabilities and self.upsample is None):  # whose classes are not last
+        if not fits or (dense and probabilities and self.upsample is None):  # in the latter, classes are not last
             raise ValueError(
                 f"labels must have the shape of the logits {tuple(logits.shape)} without the classes, got {tuple(labels.shape)}; "
                 + ('for dense prediction give LargeMarginLoss(upsample="bilinear")' if dense else _CLASSES_LAST)
@@ -162,7 +157,7 @@ class LargeMarginLoss:
                 raise ValueError("labels must be class indices with causal=True, got probabilities; leave causal out if they are shifted")
             labels = _shifted(labels)
         if probabilities and num_items_in_batch is not None:
-            num_items_in_batch = num_items_in_batch / logits.shape[-1]  # the Trainer has counted every entry
+            num_items_in_batch = num_items_in_batch / logits.shape[-1]  # the Trainer counts every entry
         return _loss(logits, labels, num_items_in_batch, self.settings)
 
     def __repr__(self) -> str:
@@ -171,12 +166,12 @@ class LargeMarginLoss:
 
 
 class _CausalLoss:
-    """What ``model.loss_function`` becomes: of logits, or of the features that an empty tensor of logits carries."""
+    """The new ``model.loss_function``. It takes logits, or an empty tensor of logits with features attached."""
 
     def __init__(self, when: str, settings: dict[str, Any], hooks: list[Any]) -> None:
         self.when, self.settings, self.hooks = when, settings, hooks
-        self.awaited = False  # whether the forward pass under way has labels, and has not come here yet
-        self.why_logits: str | None = _HOOKS_ASLEEP  # why logits come, in words; None where they are wanted
+        self.awaited = False  # whether the current forward pass has labels, but has not called this loss yet
+        self.why_logits: str | None = _HOOKS_ASLEEP  # in words, why there are logits; None if the caller wants them
         self.other_hook: str | None = None  # of the head, in words
         self.said: set[str] = set()
 
@@ -212,7 +207,7 @@ class _CausalLoss:
             _check_whole(head)
         loss = _loss(input, shift_labels, num_items_in_batch, {**self.settings, "ignore_index": ignore_index}, head)
         if head is None and self.why_logits is not None and loss.requires_grad and not torch.compiler.is_compiling():
-            loss.register_hook(functools.partial(self._tell, self.why_logits))  # whoever trains on logits is told; evaluation wants them
+            loss.register_hook(functools.partial(self._tell, self.why_logits))  # warns in training only; evaluation needs logits
         return loss
 
     def _tell(self, why: str, gradient: Tensor) -> None:
@@ -226,11 +221,11 @@ _HOOKS_ASLEEP = (
 
 
 def _why_logits(model: Any, inner: Any, labelled: bool) -> str | None:
-    """Why a forward pass that begins makes logits in spite of its labels, in words; None where they are wanted."""
+    """In words, why a forward pass with labels makes logits; None if the caller wants them."""
     if not labelled:
         return "labels were given by position: give them by name"
     if not model.training and inner.loss_function.when == "training":
-        return "the model is in evaluation mode, as from_pretrained leaves it: call model.train()"
+        return "the model is in evaluation mode, as after from_pretrained: call model.train()"
     reason = plain_layer.own_forward(inner.get_output_embeddings(), moved=True)
     return (
         f"the head {reason}"
@@ -240,25 +235,24 @@ def _why_logits(model: Any, inner: Any, labelled: bool) -> str | None:
 
 
 def _version(logits: Tensor) -> int:
-    """It grows with each change in place; in inference mode nothing counts them."""
-    return 0 if logits.is_inference() else logits._version
+    return 0 if logits.is_inference() else _torch.version(logits)  # inference mode does not count changes
 
 
 def _check_whole(head: nn.Linear) -> None:
-    if dtensors.is_dtensor(head.weight):
+    if _checks.is_dtensor(head.weight):
         raise ValueError(
             f"the weight of the head must be whole until the model has its loss, got a DTensor {tuple(head.weight.shape)}; with "
             "fully_shard leave the head in the unit of the model, or give it reshard_after_forward=False; it cannot be tensor parallel"
         )
     if plain_layer.is_offloaded(head):
         raise ValueError(
-            "the weight of the head must stay where it is until the model has its loss, got one that accelerate offloads after the head's "
+            "the weight of the head must stay on its device until the model has its loss, but accelerate offloads it after the head's "
             "forward pass; give the head a GPU in device_map, or use LargeMarginLoss(causal=True)"
         )
 
 
 def _without_adapter(model: Any) -> Any:
-    """The language model itself, which PEFT wraps."""
+    """The language model inside a PEFT model."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -266,19 +260,19 @@ def _ask_head(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None
     inner = _without_adapter(model)
     if kwargs.get("fused_lm_head"):
         raise ValueError(
-            "a fused model must compute its own loss, got fused_lm_head=True: the trainers of TRL compute a softmax loss of log "
-            "probabilities. For supervised fine-tuning derive a trainer, class LargeMarginTrainer(SFTTrainer), with the line "
-            "compute_loss = transformers.Trainer.compute_loss; the other trainers of TRL have no use for a fused model"
+            "a fused model must compute its own loss, got fused_lm_head=True: trainers of TRL compute a softmax loss. For supervised "
+            "fine-tuning derive class LargeMarginTrainer(SFTTrainer) with the line compute_loss = transformers.Trainer.compute_loss; the "
+            "other trainers of TRL cannot use a fused model"
         )
     labelled = kwargs.get("labels") is not None
-    if not labelled and not args and kwargs.get("num_items_in_batch") is not None:  # among args there may be labels
+    if not labelled and not args and kwargs.get("num_items_in_batch") is not None:  # args may contain labels
         raise ValueError(
-            "labels must be given to a fused model by name, got None with num_items_in_batch; the Trainer holds them back for "
-            "compute_loss_func and for label_smoothing_factor: give it neither, and label_smoothing to fuse_large_margin_loss"
+            "labels must be given to a fused model by name, got None with num_items_in_batch; the Trainer keeps them for compute_loss_func "
+            "and label_smoothing_factor: use neither, but fuse_large_margin_loss(model, label_smoothing=...)"
         )
     compiling = torch.compiler.is_compiling()
     if not compiling:
-        inner.loss_function = copy.copy(inner.loss_function)  # replicas of nn.DataParallel share one, and run in threads
+        inner.loss_function = copy.copy(inner.loss_function)  # replicas of nn.DataParallel run in threads and would share one
     inner.loss_function.awaited = labelled
     fused = labelled and (model.training or inner.loss_function.when == "always") and not compiling
     inner.loss_function.why_logits = None if compiling else _why_logits(model, inner, labelled)
@@ -289,10 +283,10 @@ def _release_head(model: Any, args: tuple[Any, ...], outputs: Any) -> None:
     inner = _without_adapter(model)
     inner.get_output_embeddings()._leave_out_logits = None
     inner.loss_function.why_logits = _HOOKS_ASLEEP  # until they run again
-    if inner.loss_function.awaited and outputs is not None:  # None where the forward pass raised an error
+    if inner.loss_function.awaited and outputs is not None:  # None if the forward pass raised an error
         raise ValueError(
-            "model must call self.loss_function in its forward pass where labels come, got one that did not: use_liger_kernel replaces "
-            'the forward pass; leave it out, or give liger_kernel_config={"fused_linear_cross_entropy": False}'
+            "model must call self.loss_function in a forward pass with labels, but it did not: use_liger_kernel replaces the forward "
+            'pass; leave it out, or give liger_kernel_config={"fused_linear_cross_entropy": False}'
         )
 
 
@@ -318,7 +312,7 @@ def _tie_features(head: Any, args: tuple[Any, ...], logits: Tensor) -> None:
 
 
 def _refusal(model: Any) -> str | None:
-    """Why ``model`` cannot be fused, up to what else to do."""
+    """Why ``model`` cannot be fused: the middle part of the message, before the advice."""
     loss = getattr(model, "loss_function", None)
     if loss is None:
         return "which has no loss_function;"
@@ -334,43 +328,40 @@ def _refusal(model: Any) -> str | None:
     reason = plain_layer.own_forward(head, moved=True)
     if reason is None:
         return None
-    of_adapter = type(head).__module__.startswith("peft.")  # those of LoRA are named Linear too
+    of_adapter = type(head).__module__.startswith("peft.")  # LoRA's layers have the name Linear too
     return f"whose head {reason}{'; fuse the model before the adapters are added, or' if of_adapter else ';'}"
 
 
 def fuse_large_margin_loss(model: Any, *, lam: float = 0.3, when: Literal["training", "always"] = "training", **settings: Any) -> Any:
-    r"""Make the large margin the loss of a causal language model, fused with its head: the logits N x vocabulary are never held.
+    r"""Fuse the large-margin loss with the head of a causal language model, so that the logits N x vocabulary are never stored.
 
     ``model(input_ids, labels=labels).loss`` is then the large-margin loss of the next tokens, by
-    :func:`~largemargin.linear_large_margin_cross_entropy`, under the Trainer (without ``compute_loss_func``) or any loop that does not read
-    the logits of a training step, with gradient accumulation, checkpointing of activations, tied embeddings, data parallelism. Equal to the
-    loss of the logits up to rounding. Where it is fused, ``outputs.logits`` is empty, (N, 0, C). Without labels, as in generation, in
-    compiled code, and with ``labels`` given by position, logits are made as ever, and with labels the loss is that of the logits.
+    :func:`~largemargin.linear_large_margin_cross_entropy`, and equals the loss of the logits up to rounding. ``outputs.logits`` is empty,
+    (N, 0, C). This works in the Trainer (without ``compute_loss_func``) and in loops that do not read the logits of a training step, with
+    gradient accumulation, activation checkpointing, tied embeddings and data parallelism. Logits are still made, and used for the loss,
+    without labels (as in generation), in compiled code, and if ``labels`` are given by position.
 
-    Under ``fully_shard`` the head is in the unit of the model, or in one with ``reshard_after_forward=False``: the loss comes after the
-    head's own forward pass.
+    The loss follows the head's forward pass. With ``fully_shard`` keep the head in the unit of the model or set
+    ``reshard_after_forward=False``.
 
     Args:
-        model: a causal language model of transformers whose forward calls ``self.loss_function``, or a PEFT model of one; it is changed.
+        model: a causal language model of transformers whose forward calls ``self.loss_function``, or a PEFT model of one; it is modified.
         lam: the paper's lambda, at least 0.
-        when: ``"training"`` makes logits in evaluation mode, which metrics may want; ``"always"`` leaves them out there too.
-        settings: ``weight``, ``divergence``, ``hard_bias``, ``label_smoothing``, ``backend`` of
-            :class:`~largemargin.LargeMarginCrossEntropyLoss`.
+        when: ``"training"`` still makes logits in evaluation mode, for metrics; ``"always"`` leaves them out there too.
+        settings: ``weight``, ``divergence``, ``hard_bias``, ``label_smoothing``, ``backend`` of :class:`.LargeMarginCrossEntropyLoss`.
 
     Returns:
-        The same model. Called again, it has the new settings, and is fused as it is then: after ``resize_token_embeddings``, or wrapped
-        by an older PEFT, which both leave the hooks behind.
+        The same model. Call again for new settings, after ``resize_token_embeddings``, and after an older PEFT wraps the model.
 
     Raises:
         TypeError, ValueError: as :class:`~largemargin.LargeMarginCrossEntropyLoss`; TypeError for ``ignore_index`` and ``reduction``, which
-            are the Trainer's; ValueError for a model whose loss is not that of a causal language model, one whose forward does not call
-            ``loss_function``, one that has an encoder too, or a head that does more than an ``nn.Linear``. In the first step ValueError
-            for a model that changes its logits between head and loss, for a head that is sharded or offloaded before the loss, for a
-            forward pass that leaves out ``loss_function`` after all (``use_liger_kernel``), for a trainer of TRL with a loss of its own,
-            and where the Trainer holds the labels back (``label_smoothing_factor``, ``compute_loss_func``).
+            the Trainer sets; ValueError for a model with another loss or an encoder, a forward that does not call ``loss_function``, or a
+            head that does more than an ``nn.Linear``. ValueError in the first step if the model changes its logits between head and loss,
+            the head is sharded or offloaded before the loss, the forward pass skips ``loss_function`` (``use_liger_kernel``), a trainer of
+            TRL has its own loss, or the Trainer keeps the labels (``label_smoothing_factor``, ``compute_loss_func``).
 
     Warns:
-        UserWarning: once for each cause, where a training step makes logits after all.
+        UserWarning: once for each cause, if a training step makes logits.
 
     Example:
         >>> from largemargin.integrations.transformers import fuse_large_margin_loss
@@ -397,7 +388,7 @@ def fuse_large_margin_loss(model: Any, *, lam: float = 0.3, when: Literal["train
         model.register_forward_pre_hook(_ask_head, with_kwargs=True),
         model.register_forward_hook(_release_head, always_call=True),
         head.register_forward_pre_hook(_no_rows),
-        head.register_forward_hook(_tie_features, prepend=True),  # other hooks then change what is tied, which is seen
+        head.register_forward_hook(_tie_features, prepend=True),  # first, so that changes by other hooks are detected
     ]
     inner.loss_function = _CausalLoss(when, settings, hooks)
     return model

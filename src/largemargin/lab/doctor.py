@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__, large_margin_cross_entropy
-from .._backends import ladder
+from ..backends import ladder
 from . import NEEDED
 from .environment import commit, processor
 from .errors import how_to_install

@@ -1,4 +1,4 @@
-"""A linear classifier whose classes are split over the ranks of a group: each holds, trains and stores its own."""
+"""A linear classifier whose classes are split over the ranks of a group: each rank holds, trains and stores its own."""
 
 from __future__ import annotations  # there are builds of torch without process groups
 
@@ -13,16 +13,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _checks, layer, plain_layer, shards
-from .dtensors import is_dtensor
-from .functional import sharded_large_margin_cross_entropy
-from .sharded_linear import sharded_linear_large_margin_cross_entropy
+from .. import _checks, plain_layer
+from ..functional import sharded_large_margin_cross_entropy, sharded_linear_large_margin_cross_entropy
+from ..rows import collectives, tiles
 
-BLOCK = 1024  # classes that are initialised together
+BLOCK = 1024  # classes initialised together
 
 
 class _SameInput(torch.autograd.Function):
-    """The input itself, whose gradient is the sum of those of all ranks."""
+    """The input itself; its gradient is the sum over all ranks."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -30,27 +29,25 @@ class _SameInput(torch.autograd.Function):
         return input.view_as(input)
 
     @staticmethod
-    @shards.once
+    @collectives.once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return shards.all_reduce(gradient.clone(memory_format=torch.contiguous_format), ctx.group), None
+        return collectives.all_reduce(gradient.clone(memory_format=torch.contiguous_format), ctx.group), None
 
 
 class ClassParallelLinear(nn.Module):
     r"""An ``nn.Linear`` with the classes split over ranks, and the large-margin loss of its logits.
 
-    Features are the same on all ranks of the group. Where every rank has rows of its own, :func:`gather_rows` makes them so; then the
-    network is under ``DistributedDataParallel``, and this classifier is not: that would make all shards alike. (Over *other* ranks, which
-    hold the same classes, it may be.)
+    Features must be the same on all ranks of the group. If every rank has its own rows, use :func:`gather_rows`. Then wrap the network in
+    ``DistributedDataParallel``, but not this classifier: DDP would make all shards equal. (DDP over *other* ranks is fine.)
 
-    Rank r of p has the classes :math:`[r \lceil C/p \rceil, (r+1) \lceil C/p \rceil)`, as far as there are; their rows are its parameters
-    ``weight`` and ``bias``, plain ones that any elementwise optimiser takes. Initial values do not depend on the number of ranks.
+    Rank r of p has the classes :math:`[r \lceil C/p \rceil, (r+1) \lceil C/p \rceil)`, up to C. Their rows are its plain parameters
+    ``weight`` and ``bias``, for any elementwise optimiser. Initial values do not depend on the number of ranks.
 
-    ``state_dict()`` has the parameters as DTensors: ``torch.distributed.checkpoint`` writes every rank's part and reads it on any other
-    number of ranks; :meth:`register_optimizer` does the same for an optimiser. Whole tensors, of one device, can be loaded too.
+    ``state_dict()`` has the parameters as DTensors: ``torch.distributed.checkpoint`` writes every rank's part and reads it on any number of
+    ranks. :meth:`register_optimizer` does the same for an optimiser. Whole tensors of one device can be loaded too.
 
     Args:
-        in_features: the width D of the features.
-        num_classes: C, of all ranks together.
+        in_features, num_classes: the width D of the features, and C on all ranks together.
         bias: whether the classifier has one.
         group: the ranks that share the classes.
         device, dtype: of the parameters.
@@ -82,10 +79,10 @@ class ClassParallelLinear(nn.Module):
         super().__init__()
         _checks.check_at_least_1("in_features", in_features)
         _checks.check_at_least_1("num_classes", num_classes)
-        shards.check_group(group)
+        collectives.check_group(group)
         self.in_features, self.num_classes = in_features, num_classes
         start, stop = self._bounds(dist.get_rank(group), dist.get_world_size(group))
-        self.shard = shards.Shard(group, start, stop - start, num_classes)
+        self.shard = collectives.Shard(group, start, stop - start, num_classes)
         self.weight = nn.Parameter(torch.empty(self.shard.size, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(self.shard.size, device=device, dtype=dtype)) if bias else None
         self._said: set[str] = set()
@@ -95,7 +92,7 @@ class ClassParallelLinear(nn.Module):
         self.register_load_state_dict_pre_hook(_as_local)
 
     def _bounds(self, rank: int, num_ranks: int) -> tuple[int, int]:
-        """The classes of a rank: those that a DTensor has there."""
+        """The classes of a rank, as a DTensor splits them."""
         chunk = -(-self.num_classes // num_ranks)
         return min(rank * chunk, self.num_classes), min((rank + 1) * chunk, self.num_classes)
 
@@ -105,24 +102,21 @@ class ClassParallelLinear(nn.Module):
 
     @property
     def class_start(self) -> int:
-        """The index of this rank's first class."""
         return self.shard.start
 
     def reset_parameters(self) -> None:
-        """As ``nn.Linear``, uniform within 1 / sqrt(D), by a seed that the first rank of the group draws."""
+        """Initialise as ``nn.Linear``, uniform within 1 / sqrt(D), with a seed that the first rank of the group draws."""
         if self.weight.is_meta:
             return
         shape = (self.num_classes, self.in_features, int(self.bias is not None))
         mine = torch.tensor([int(torch.randint(2**62, (), device="cpu")), *shape], device=self.weight.device)
-        seeds, *shapes = shards.all_gather(mine, self.group).t().tolist()
+        seeds, *shapes = collectives.all_gather(mine, self.group).t().tolist()
         if any(len(set(numbers)) > 1 for numbers in shapes):
-            raise ValueError(
-                f"(num_classes, in_features, bias) must be the same on all ranks of the group, got {list(zip(*shapes, strict=True))}"
-            )
+            raise ValueError(f"(num_classes, in_features, bias) must be the same on all ranks, got {list(zip(*shapes, strict=True))}")
         self._own_start.fill_(self.shard.start)
         bound, size, start = 1 / math.sqrt(self.in_features), self.shard.size, self.shard.start
         for block in range(start // BLOCK, -(-(start + size) // BLOCK) if size else 0):
-            values = torch.empty(BLOCK, self.in_features + 1, device="cpu", dtype=torch.float32)  # of whole blocks, whoever has them
+            values = torch.empty(BLOCK, self.in_features + 1, device="cpu", dtype=torch.float32)  # whole blocks, for any number of ranks
             values.uniform_(-bound, bound, generator=torch.Generator("cpu").manual_seed(seeds[0] + block))
             own = slice(max(start - block * BLOCK, 0), min(start + size - block * BLOCK, BLOCK))
             to = slice(block * BLOCK + own.start - start, block * BLOCK + own.stop - start)
@@ -132,36 +126,30 @@ class ClassParallelLinear(nn.Module):
                     self.bias[to] = values[own, -1].to(self.bias)
 
     def _check_own(self) -> None:
-        """DistributedDataParallel over the group would have written the first rank's numbers to all others, this one among them."""
+        """Raise if DistributedDataParallel over the group has written the first rank's numbers to this rank."""
         if self._own_start.is_cpu and not self._own_start.is_meta and int(self._own_start) != self.shard.start:
             raise RuntimeError(
-                "this rank's classes have been overwritten with those of another rank: ClassParallelLinear must not be in a module that "
-                "DistributedDataParallel spreads over the ranks of its group; wrap the rest of the network alone"
+                "another rank's classes have overwritten the classes of this rank: ClassParallelLinear must not be in a module that "
+                "DistributedDataParallel spreads over the ranks of its group; wrap only the rest of the network"
             )
 
     def forward(self, input: Tensor) -> Tensor:
-        """The logits of features (..., D) as a DTensor (..., C), each rank with its classes; it needs memory for them.
-
-        Any loss of this library takes them; ``full_tensor()`` are those of all classes, ``to_local()`` those of this rank.
-        """
+        """The logits of features (..., D) as a DTensor (..., C), each rank with its classes. Any loss of this library takes them."""
         self._check_own()
         if input.requires_grad and torch.is_grad_enabled():
             input = _SameInput.apply(input, self.group)
         return self._as_dtensor(F.linear(input, self.weight, self.bias), input.dim() - 1)
 
     def loss(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
-        """The loss of features (..., D) and targets (...), the same on every rank, without the logits.
+        """The loss of features (..., D) and targets (...), the same on every rank, without storing the logits.
 
-        It is always that of the logits that a call of this module gives. With hooks on the module, or in a subclass whose ``forward`` does
-        more, the loss makes these logits, and a warning names the cause, once.
-
-        ``options`` (weight, lam, divergence, hard_bias, label_smoothing, ignore_index, reduction, backend) are those of
-        :func:`sharded_linear_large_margin_cross_entropy`.
+        With hooks on the module, or another ``forward`` in a subclass, the loss stores the logits; a warning names the cause, once.
+        ``options`` are the options and ``weight`` of :func:`sharded_linear_large_margin_cross_entropy`.
         """
         self._check_own()
         own = plain_layer.weight_and_bias(self, ClassParallelLinear.forward)
         if isinstance(own, str):
-            _checks.warn_once(self._said, f"ClassParallelLinear {own}: the loss cannot be fused with it, and is computed from its logits")
+            _checks.warn_once(self._said, f"ClassParallelLinear {own}: the loss cannot be fused with it, so it is computed from its logits")
             return self._loss_of_logits(input, target, options)
         weight_shard, linear_bias_shard = own
         return sharded_linear_large_margin_cross_entropy(
@@ -176,7 +164,7 @@ class ClassParallelLinear(nn.Module):
         )
 
     def _loss_of_logits(self, input: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
-        """By a call of this module, with all that hooks and subclasses do in it."""
+        """The loss by a call of this module, with the effects of hooks and subclasses."""
         loss = sharded_large_margin_cross_entropy(
             self._called(input).flatten(0, -2),
             target.reshape(-1),
@@ -196,49 +184,46 @@ class ClassParallelLinear(nn.Module):
 
     @torch.no_grad()
     def topk(self, input: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
-        """The k largest logits of features (..., D) among all classes, and these classes, (..., k) each.
-
-        The features are the same on every rank, and so is what it returns.
-        """
+        """The k largest logits of features (..., D) among all classes, and their classes, (..., k) each; the same on every rank."""
         if not 1 <= k <= self.num_classes:
             raise ValueError(f"k must be between 1 and the {self.num_classes} classes, got {k}")
         features = input.reshape(-1, input.shape[-1])
         num_ranks = dist.get_world_size(self.group)
         mine = torch.tensor([len(features)], device=features.device)
-        shards.check_same_number_of_rows(shards.all_gather(mine, self.group).flatten().tolist())
+        collectives.check_same_number_of_rows(collectives.all_gather(mine, self.group).flatten().tolist())
         bounds = [self._bounds(rank, num_ranks) for rank in range(num_ranks)]
         here = min(k, self.shard.size)
         values = features.new_zeros((len(features), min(k, bounds[0][1])))
         classes = torch.zeros_like(values, dtype=torch.int64)
-        rows_a_tile = max(1, layer.TILE // max(1, self.shard.size))
+        rows_a_tile = max(1, tiles.TILE // max(1, self.shard.size))
         own = plain_layer.weight_and_bias(self, ClassParallelLinear.forward)
         called = self._called(features) if isinstance(own, str) else None
         for start in range(0, len(features) if here else 0, rows_a_tile):
             rows = slice(start, start + rows_a_tile)
             logits = F.linear(features[rows], *own) if called is None else called[rows]
             values[rows, :here], classes[rows, :here] = logits.topk(here)
-        of_ranks = [min(k, stop - start) for start, stop in bounds]  # what each has to offer
+        of_ranks = [min(k, stop - start) for start, stop in bounds]  # candidates of each rank
         candidates, classes = (
-            torch.cat([found[:, :n] for found, n in zip(shards.all_gather(offer, self.group), of_ranks, strict=True)], dim=1)
+            torch.cat([found[:, :n] for found, n in zip(collectives.all_gather(offer, self.group), of_ranks, strict=True)], dim=1)
             for offer in (values, classes + self.class_start)
         )
         values, best = candidates.topk(k)
         return values.reshape(*input.shape[:-1], k), classes.gather(1, best).reshape(*input.shape[:-1], k)
 
     def clip_grad_norm_(self, others: Iterable[Tensor], max_norm: float) -> Tensor:
-        """Clip the gradients of this classifier and of ``others``, the parameters that all ranks have alike, by their norm together.
+        """Clip the gradients of this classifier and of ``others``, parameters equal on all ranks, by their common norm, and return it.
 
-        :func:`torch.nn.utils.clip_grad_norm_` knows the classes of one rank alone: every rank would clip differently. Returns the norm.
+        :func:`torch.nn.utils.clip_grad_norm_` sees only one rank's classes, so every rank would clip differently.
         """
         own, others = list(self.parameters()), list(others)
         square = nn.utils.get_total_norm([p.grad for p in own if p.grad is not None]).square().to(self.weight.device)
         of_others = nn.utils.get_total_norm([p.grad for p in others if p.grad is not None]).to(square.device)
-        norm = (shards.all_reduce(square.float(), self.group) + of_others.float().square()).sqrt()
+        norm = (collectives.all_reduce(square.float(), self.group) + of_others.float().square()).sqrt()
         nn.utils.clip_grads_with_norm_([*own, *others], max_norm, norm)
         return norm
 
     def _as_dtensor(self, tensor: Tensor, dim: int = 0) -> Tensor:
-        """What this rank has along the classes as the DTensor of all, in the same memory."""
+        """The slice of this rank along ``dim`` as the DTensor of all classes, in the same memory."""
         from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.tensor import DTensor, Shard
 
@@ -247,15 +232,14 @@ class ClassParallelLinear(nn.Module):
         return DTensor.from_local(tensor, mesh, [Shard(dim)], run_check=False, shape=like.shape, stride=like.stride())
 
     def _own(self, name: str, value: Any) -> Any:
-        """Of a DTensor or whole tensor the part of this rank."""
+        """The part of this rank in a DTensor or whole tensor."""
         if not torch.is_tensor(value) or value.dim() == 0:
             return value
         if len(value) != self.num_classes:
             raise ValueError(
-                f"{name} must be a DTensor or a whole tensor of all {self.num_classes} classes, got {_checks.describe(value)}; "
-                "ClassParallelLinear takes no single shards"
+                f"{name} must have all {self.num_classes} classes, as a DTensor or whole tensor, got {_checks.describe(value)}"
             )
-        if is_dtensor(value):
+        if _checks.is_dtensor(value):
             local = value.to_local()
             if len(local) == self.shard.size and len(value.placements) == 1 and value.placements[0].is_shard(0):
                 return local
@@ -263,9 +247,9 @@ class ClassParallelLinear(nn.Module):
         return value[self.shard.start : self.shard.start + self.shard.size].clone()
 
     def register_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """From now on ``optimizer.state_dict()`` has what belongs to this rank's classes as DTensors too, and takes them back.
+        """Make ``optimizer.state_dict()`` give and take the state of this classifier as DTensors.
 
-        For optimisers whose state has the shape of the parameters, or is a number.
+        Each entry of the state must be a number or have the shape of its parameter.
         """
 
         def own(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[Any, Tensor]:
@@ -291,7 +275,7 @@ class ClassParallelLinear(nn.Module):
         optimizer.register_load_state_dict_pre_hook(take)
 
     def _given(self, name: str, value: Any, parameter: Tensor) -> Any:
-        if not torch.is_tensor(value) or value.dim() == 0 or is_dtensor(value):
+        if not torch.is_tensor(value) or value.dim() == 0 or _checks.is_dtensor(value):
             return value
         if value.shape != parameter.shape:
             raise ValueError(
@@ -307,16 +291,14 @@ class ClassParallelLinear(nn.Module):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ClassParallelLinear:
-        memo[id(self.shard.group)] = self.shard.group  # a group is not to be copied
+        memo[id(self.shard.group)] = self.shard.group  # a group cannot be copied
         duplicate = self.__class__.__new__(self.__class__)
         memo[id(self)] = duplicate
         duplicate.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return duplicate
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            "ClassParallelLinear cannot be pickled, its group is of this process; save its state_dict() by torch.distributed.checkpoint"
-        )
+        raise TypeError("ClassParallelLinear cannot be pickled, as its group cannot; save its state_dict() by torch.distributed.checkpoint")
 
     if TYPE_CHECKING:
 
@@ -336,52 +318,52 @@ def _as_local(module: ClassParallelLinear, state_dict: dict[str, Any], prefix: s
 
 
 class _Gather(torch.autograd.Function):
-    """Of shares of different size, with padding on the way."""
+    """Gather shares of different sizes, with padding."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
         ctx.sizes, ctx.rank = sizes, dist.get_rank(group)
         padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
         padded[: len(tensor)] = tensor
-        gathered = shards.all_gather(padded, group)
+        gathered = collectives.all_gather(padded, group)
         return torch.cat([rows[:size] for rows, size in zip(gathered, sizes, strict=True)])
 
     @staticmethod
-    @shards.once
+    @collectives.once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return gradient.split(ctx.sizes)[ctx.rank] * len(ctx.sizes), None, None
 
 
 def gather_rows(*tensors: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, ...]:
-    """The rows of all ranks, in their order: for a batch split over the same ranks as the classes.
+    """The rows of all ranks, in rank order, for a batch split over the same ranks as the classes.
 
-    For networks under ``DistributedDataParallel`` over the same ranks: the gradient that goes back is that of this rank's rows times the
-    number of ranks, by which DDP divides again when it takes the mean of the network's gradients. So the loss of the whole batch, which is
-    one and the same on every rank, trains the network. (Without DDP, divide by the number of ranks yourself.)
+    The network should be under ``DistributedDataParallel`` over the same ranks. The backward pass multiplies the gradient of this rank's
+    rows by the number of ranks, because DDP divides the network's gradients by it. So the loss of the whole batch, equal on every rank,
+    trains the network. (Without DDP, divide by the number of ranks yourself.)
 
     Args:
-        tensors: shape ``(N, ...)`` each, N may differ from rank to rank; features, targets.
+        tensors: features, targets and so on, shape ``(N, ...)`` each; N may differ between ranks.
         group: the ranks.
 
     Returns:
-        One tensor for each, of the rows of all ranks.
+        One tensor for each of ``tensors``, with the rows of all ranks.
 
     Raises:
-        ValueError: tensors of different numbers of rows, or of another shape or dtype on another rank.
+        ValueError: tensors have different numbers of rows, or another shape or dtype on another rank.
 
     Example:
         >>> features, labels = gather_rows(network(images), labels, group=group)  # doctest: +SKIP
         >>> loss = head.loss(features, labels)  # doctest: +SKIP
 
-    Source: the features of partial FC go round like this (An et al., CVPR 2022).
+    Source: partial FC gathers features in this way (An et al., CVPR 2022).
     """
-    shards.check_group(group)
+    collectives.check_group(group)
     num_rows = {len(tensor) if tensor.dim() else -1 for tensor in tensors}
     if len(num_rows) != 1 or -1 in num_rows:
         raise ValueError(f"tensors must have the same number of rows, got {', '.join(map(_checks.describe, tensors)) or 'none'}")
     kind = [(str(tensor.dtype), tuple(tensor.shape[1:])) for tensor in tensors]
     mine = torch.tensor([num_rows.pop(), zlib.crc32(repr(kind).encode())], device=tensors[0].device)
-    sizes, kinds = shards.all_gather(mine, group).t().tolist()
+    sizes, kinds = collectives.all_gather(mine, group).t().tolist()
     if len(set(kinds)) > 1:
-        raise ValueError(f"tensors must have the same dtypes and shapes on all ranks but for their rows, got here {kind}")
+        raise ValueError(f"tensors must have the same dtypes and shapes on all ranks except for their rows, got {kind} here")
     return tuple(_Gather.apply(tensor, sizes, group) for tensor in tensors)

@@ -1,4 +1,4 @@
-"""Where the rows of logits lie in memory, as kernels want to know it: two dimensions of rows, whatever the shape."""
+"""The memory layout of rows that kernels take: two dimensions of rows for a tensor of any shape."""
 
 from typing import NamedTuple
 
@@ -21,11 +21,11 @@ class Layout(NamedTuple):
 
 
 def layout(logits: Tensor, gradient: Tensor | None) -> Layout | None:
-    """The rows of ``logits`` (..., C), and alike those of their gradient; None where two dimensions are not enough."""
+    """The layout of ``logits`` (..., C) and their gradient; None if two dimensions are not enough."""
     *shape, num_classes = logits.shape
     strides = logits.stride()
     gradient_strides = strides if gradient is None else gradient.stride()
-    dims: list[tuple[int, int, int]] = []  # size and both strides, neighbours merged where one stride spans them
+    dims: list[tuple[int, int, int]] = []  # size and both strides; neighbours are merged if one stride spans them
     for size, f, g in zip(shape, strides[:-1], gradient_strides[:-1], strict=True):
         if size == 1:
             continue
@@ -36,20 +36,18 @@ def layout(logits: Tensor, gradient: Tensor | None) -> Layout | None:
     if len(dims) > 2:
         return None
     (outer, f0, g0), (inner, f1, g1) = [(1, 0, 0)] * (2 - len(dims)) + dims
-    f2, g2 = (1, 1) if num_classes == 1 else (strides[-1], gradient_strides[-1])  # the stride of a single class says nothing
+    f2, g2 = (1, 1) if num_classes == 1 else (strides[-1], gradient_strides[-1])  # the stride of a single class is arbitrary
     return Layout(outer, inner, num_classes, f0, f1, f2, g0, g1, g2)
 
 
 class Laid(NamedTuple):
-    """Logits and the gradient to write, in a layout that two strides describe."""
-
     layout: Layout
     logits: Tensor
     gradient: Tensor | None
 
 
 def lay(logits: Tensor, gradient: Tensor | None) -> Laid:
-    """``logits`` and ``gradient`` as they are, or contiguous copies: of a crop of an image no two strides lead from row to row."""
+    """``logits`` and ``gradient``, copied if two strides do not describe their rows, as in a crop of an image."""
     found = layout(logits, gradient)
     if found is None:
         logits = logits.contiguous()

@@ -1,20 +1,22 @@
-"""A linear layer whose logits are made a tile at a time, and whose gradients are added up from those of the tiles.
+"""A linear layer whose logits come one tile at a time, and whose gradients are sums over the tiles.
 
-Tiles and accumulators have float32 (float64 for float64). A layer of half precision is computed in float32 on the CPU. On a GPU its
-products take half precision and give float32: the gradient of a tile is rounded to half, and what would not survive that stays out of it,
-the part that all classes of a row share (it is of rank one) and the factors of the upstream gradient.
+Tiles and accumulators are float32 (float64 for float64). On the CPU a layer of half precision is computed in float32. On a GPU its
+products take half precision and give float32: the gradient of a tile is rounded to half precision. Two terms would not survive that and
+are kept apart: the term that all classes of a row share (of rank one), and the factor of the upstream gradient.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import shards
+from ..backends.protocol import Backend
+from ..rowstats import Cotangents
+from .parts import Part, WholeCotangents, gradient_of
 
 TILE = 15 * 2**20  # numbers in a tile: 60 MiB of float32
-TILE_OF_GPU = 2**26  # the classifier is read once a tile, which has to be worth it
+TILE_OF_GPU = 2**26  # large, because each tile reads the whole classifier
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of input, weight, bias
 
@@ -28,22 +30,19 @@ class Layer(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of tiles and accumulators."""
+        # of tiles and accumulators
         return torch.float64 if torch.float64 in (self.input.dtype, self.weight.dtype) else torch.float32
 
     @property
     def is_half(self) -> bool:
-        """Whether its products take half precision and give float32."""
         on_gpu = self.input.device.type in ("cuda", "xpu")
         return on_gpu and self.input.dtype == self.weight.dtype and self.input.dtype in (torch.float16, torch.bfloat16)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the logits."""
-        return len(self.input), len(self.weight)
+        return len(self.input), len(self.weight)  # of the logits
 
     def logits_into(self, tile: Tensor, rows: slice) -> None:
-        """``tile`` = the logits of some rows."""
         x = self.input[rows] if self.is_half else self.input[rows].to(self.dtype)
         for classes, weight in self._class_blocks():
             if tile.stride(0) == 1 and len(tile) > 1:
@@ -54,14 +53,13 @@ class Layer(NamedTuple):
             tile += self.bias.to(tile.dtype)
 
     def times_weight(self, tile: Tensor) -> Tensor:
-        """``tile W``."""
         product = tile.new_zeros((len(tile), self.weight.shape[1]), dtype=self.dtype)
         for i, (classes, weight) in enumerate(self._class_blocks()):
             _add_product(tile[:, classes], weight, product, int(i > 0))
         return product
 
     def _class_blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """The classifier in the dtype of its products: itself, or copies of some classes at a time."""
+        """The classifier in the dtype of its products: itself, or copies of a few classes at a time."""
         if self.is_half or self.weight.dtype == self.dtype:
             yield slice(None), self.weight
             return
@@ -72,7 +70,7 @@ class Layer(NamedTuple):
 
 
 def _add_product(a: Tensor, b: Tensor, out: Tensor, beta: int) -> None:
-    """``out = beta out + a b``, where with a beta of 0 what ``out`` held is not read."""
+    """``out = beta out + a b``; with a beta of 0, ``out`` may be uninitialised."""
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, beta=beta, out=out)
     elif a.is_cpu:
@@ -82,10 +80,10 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor, beta: int) -> None:
 
 
 class LayerGradients:
-    """The gradients of a layer, added up over tiles of its logits; those that are not wanted cost nothing.
+    """The gradients of a layer as sums over tiles of its logits; unwanted ones cost nothing.
 
-    Where the features are fewer than their width and the classifier needs a gradient, the logits of all rows stand in the memory of that
-    gradient, class by class, until it overwrites them: there is no tile at all.
+    If there are fewer rows than features and the classifier needs a gradient, there is no tile: the memory of that gradient holds the
+    logits of all rows, class by class, until the gradient overwrites them.
     """
 
     def __init__(self, layer: Layer, wanted: Sequence[bool]) -> None:
@@ -102,15 +100,15 @@ class LayerGradients:
         all_of_one_dtype = layer.input.dtype == layer.weight.dtype == dtype
         self.in_place = self.weight is not None and num_rows <= width and num_rows * num_classes > most and all_of_one_dtype
         num_chunks = 1 if self.in_place else max(1, -(-num_rows // max(1, most // max(1, num_classes))))
-        self.rows_a_chunk = max(1, -(-num_rows // num_chunks))  # of equal size: the products are the faster for it
+        self.rows_a_chunk = max(1, -(-num_rows // num_chunks))  # equal sizes make the products faster
         self.one_tile = num_rows <= self.rows_a_chunk
         if self.in_place and self.weight is not None:
-            self.workspace = self.weight[:, :num_rows].t()  # (N, C), class by class: row c of the gradient is made of row c of this alone
+            self.workspace = self.weight[:, :num_rows].t()  # (N, C), class by class: the gradient of class c needs only its own logits
         else:
             self.workspace = layer.input.new_empty((min(self.rows_a_chunk, num_rows), num_classes), dtype=dtype)
 
     def tiles(self, computed: bool = False) -> Iterator[tuple[slice, Tensor]]:
-        """Some rows at a time, and their logits; ``computed``: those of one tile are there."""
+        """A few rows at a time, with their logits; ``computed`` skips the product if a single tile still holds them."""
         num_rows = len(self.layer.input)
         for start in range(0, num_rows, self.rows_a_chunk):
             rows = slice(start, min(start + self.rows_a_chunk, num_rows))
@@ -120,7 +118,7 @@ class LayerGradients:
             yield rows, tile
 
     def add(self, rows: slice, tile: Tensor) -> None:
-        """Add what belongs to the gradient ``tile`` of the logits of some rows."""
+        """Add the contribution of ``tile``, the gradient of the logits of these rows."""
         if self.input is not None:
             self.input[rows] = self.layer.times_weight(tile)
         if self.bias is not None:
@@ -129,13 +127,12 @@ class LayerGradients:
             _add_product(tile.t(), self.layer.input[rows].to(tile.dtype), self.weight, int(rows.start > 0))
 
     def add_from_logits(
-        self, rows: slice, tile: Tensor, target: Tensor, whole: shards.Part, grads: shards.Grads, kernels: Any, weight: Tensor | None
+        self, rows: slice, tile: Tensor, target: Tensor, whole: Part, grads: WholeCotangents, backend: Backend, weight: Tensor | None
     ) -> None:
-        """The same, from the logits and the gradients of the statistics of their rows (see :func:`.shards.gradient_of`)."""
-        self.add(rows, shards.gradient_of(tile, target, weight, whole, grads, kernels, tile))
+        """The same from the logits in ``tile`` and the arguments of :func:`.parts.gradient_of`."""
+        self.add(rows, gradient_of(tile, target, weight, whole, grads, backend, tile))
 
     def finish(self) -> Gradients:
-        """The gradients, in the dtype of accumulators."""
         if self.in_place and self.weight is not None:
             num_rows, num_classes = self.layer.shape
             block = max(1, TILE // num_rows)
@@ -146,26 +143,26 @@ class LayerGradients:
 
 
 class HalfLayerGradients(LayerGradients):
-    """The same by products that take half precision; the factor of the upstream gradient is multiplied to their results."""
+    """The gradients by products that take half precision; ``factor``, of the upstream gradient, multiplies their results."""
 
     def __init__(self, layer: Layer, wanted: Sequence[bool], factor: Tensor) -> None:
         super().__init__(layer, wanted)
         self.factor = factor
         self.gradient = torch.empty_like(self.workspace, dtype=layer.input.dtype)
         kept = torch.ones(layer.shape[1], device=factor.device) if layer.bias is None else (layer.bias != -torch.inf).float()
-        self.kept = kept  # 1 for the classes that are in the row
+        self.kept = kept  # 1 for classes in the row
         self.sum_weight = layer.times_weight(kept.to(layer.input.dtype).unsqueeze(0))  # (1, D)
         self.dense_input = factor.new_zeros(layer.input.shape[1])
         self.dense = factor.new_zeros(())
 
     def add_from_logits(
-        self, rows: slice, tile: Tensor, target: Tensor, whole: shards.Part, grads: shards.Grads, kernels: Any, weight: Tensor | None
+        self, rows: slice, tile: Tensor, target: Tensor, whole: Part, grads: WholeCotangents, backend: Backend, weight: Tensor | None
     ) -> None:
-        """The gradient of the logits, which are O(1), in half precision; without ``g_a / K``, which every class of a row has."""
-        g_l, g_e, g_a = shards.of_three(grads, whole)
+        """The gradient of the logits is in half precision and O(1). It leaves out ``g_a / K``, which all classes of a row share."""
+        g_l, g_e, g_a, _, _ = (torch.zeros_like(whole.max) if grad is None else grad for grad in grads.stats.folded())
         dense = torch.where(whole.num_classes == 0, 0.0, g_a / whole.num_classes.clamp(min=1))
-        sparse: shards.Grads = [g_l + g_a, g_e, None, None, None, None, grads[6]]
-        gradient = shards.gradient_of(tile, target, weight, whole, sparse, kernels, self.gradient[: len(tile)])
+        sparse = grads._replace(stats=Cotangents(log_odds=g_l + g_a, neg_entropy=g_e))
+        gradient = gradient_of(tile, target, weight, whole, sparse, backend, self.gradient[: len(tile)])
         on_target = torch.where(whole.num_classes == 0, 0.0, g_l) - dense
         here = (target >= 0).unsqueeze(-1)
         at = target.clamp(min=0).unsqueeze(-1)
@@ -180,7 +177,7 @@ class HalfLayerGradients(LayerGradients):
             self.dense += dense.sum()
         if self.weight is not None:
             _add_product(gradient.t(), x, self.weight, int(rows.start > 0))
-            torch.addmv(self.dense_input, x.t().to(dense.dtype), dense, out=self.dense_input)  # not @, which autocast would round
+            torch.addmv(self.dense_input, x.t().to(dense.dtype), dense, out=self.dense_input)  # autocast would round @
 
     def finish(self) -> Gradients:
         if self.weight is not None:

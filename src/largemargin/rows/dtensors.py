@@ -1,29 +1,24 @@
-"""DTensor logits: each rank computes on the part that it has; where the classes are sharded, by the statistics of :mod:`.shards`.
+"""DTensor logits: each rank computes on its part, by :mod:`.shards` if classes are sharded.
 
-The result is a DTensor too. Its mean is that of the whole batch, whichever ranks hold its rows.
+The result is a DTensor too. A mean is over the whole batch, however its rows are placed.
 """
 
-import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _checks
-from ._reduce import Reduction, row_weights
-from .shards import Shard
-
-
-def is_dtensor(value: object) -> TypeGuard[Any]:
-    """Without importing what those who have no DTensor do not need."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(value, module.DTensor)
+from .. import _checks
+from .._backend_names import BackendName
+from .._reduce import Labels, Reduction, row_weights
+from ..loss import LossOptions
+from ..rowstats import RowStats
+from . import dense, shards, whole
+from .collectives import Shard
 
 
 class LocalRows(NamedTuple):
-    """The part of a rank, as plain tensors."""
-
     logits: Tensor
     target: Tensor
     weight: Tensor | None
@@ -33,22 +28,45 @@ class LocalRows(NamedTuple):
 Whole = Callable[[Tensor, bool], Tensor]
 
 
+def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
+    local, whole_of = local_rows(input, target, weight)
+    of_part = options.for_part()
+    if local.shard is None:
+        part = whole.loss(local.logits, local.target, local.weight, of_part)
+    else:
+        part = shards.loss(local.logits, local.target, local.weight, of_part, local.shard)
+    return reduced(part, local, options.ignore_index, options.reduction, whole_of)
+
+
+def rows_of(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> tuple[LocalRows, dense.Rows, Whole]:
+    """As :func:`local_rows`, with the part as rows too."""
+    local, whole_of = local_rows(input, target, weight)
+    logits = _checks.classes_last(local.logits)
+    labels = Labels.of(local.target.long().reshape(logits.shape[:-1]), _checks.num_classes(input), ignore_index)
+    return local, dense.Rows(logits, labels), whole_of
+
+
+def stats(local: LocalRows, rows: dense.Rows, backend: BackendName | None) -> RowStats:
+    """The statistics of the rows of this rank."""
+    return dense.stats(rows, backend) if local.shard is None else shards.stats(rows, local.shard, backend)
+
+
 def gathered(tensor: Tensor) -> Tensor:
-    """A DTensor as the plain tensor that it stands for, with its gradient; any other tensor as it is."""
-    whole: Tensor = tensor.full_tensor() if is_dtensor(tensor) else tensor
+    """The full tensor of a DTensor, with its gradient; any other tensor as it is."""
+    whole: Tensor = tensor.full_tensor() if _checks.is_dtensor(tensor) else tensor
     return whole
 
 
 def local_rows(input: Any, target: Tensor, weight: Tensor | None) -> tuple[LocalRows, Whole]:
-    """The part that this rank has of DTensor logits, and a function that makes the results of all ranks one DTensor.
+    """The part of DTensor logits on this rank, and a function that makes one DTensor of the results of all ranks.
 
-    That function takes the losses of the rows here, or (True) a part of a sum over all rows.
+    That function takes the losses of the rows here, or with ``True`` a part of a sum over all rows.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate
     from torch.distributed.tensor import Shard as Sharded
 
     mesh, class_dim = input.device_mesh, min(1, input.dim() - 1)
-    over: int | None = None  # the dimension of the mesh that has the classes
+    over: int | None = None  # the mesh dimension over which the classes are split
     placements: list[Any] = []
     for mesh_dim, placement in enumerate(input.placements):
         if type(placement) is not Sharded:
@@ -58,18 +76,18 @@ def local_rows(input: Any, target: Tensor, weight: Tensor | None) -> tuple[Local
         elif over is None and class_dim == placement.dim % input.dim():
             over = mesh_dim
             placements.append(Sharded(class_dim))
-        else:  # the classes are split twice: once is enough
+        else:  # the classes are split twice: undo the second split
             placements.append(Replicate())
     if tuple(placements) != tuple(input.placements):
         input = input.redistribute(placements=placements)
 
-    # the same rows of the target, which has no class dimension
+    # the placements of the target, which has no class dimension
     of_rows = [Sharded(p.dim - (p.dim > class_dim)) if type(p) is Sharded and i != over else Replicate() for i, p in enumerate(placements)]
-    if not is_dtensor(target):
+    if not _checks.is_dtensor(target):
         target = DTensor.from_local(target, mesh, [Replicate()] * mesh.ndim, run_check=False)
     placed: Any = target
     target = placed.redistribute(placements=of_rows).to_local()
-    if is_dtensor(weight):
+    if _checks.is_dtensor(weight):
         weight = weight.full_tensor()
     logits = input.to_local(grad_placements=placements)
     shard = None
@@ -80,8 +98,8 @@ def local_rows(input: Any, target: Tensor, weight: Tensor | None) -> tuple[Local
         size = min(chunk, num_classes - start)
         if logits.shape[class_dim] != size:
             raise ValueError(
-                f"input has {logits.shape[class_dim]} of its {num_classes} classes on this rank, where a DTensor has {size}; for shards of "
-                "other sizes use sharded_large_margin_cross_entropy"
+                f"input has {logits.shape[class_dim]} of {num_classes} classes on this rank, a DTensor has {size} there; for other "
+                "sizes of shards use sharded_large_margin_cross_entropy"
             )
         shard = Shard(mesh.get_group(over), start, size, num_classes)
 
@@ -96,7 +114,7 @@ def local_rows(input: Any, target: Tensor, weight: Tensor | None) -> tuple[Local
 
 
 def reduced(loss: Tensor, rows: LocalRows, ignore_index: int, reduction: Reduction, whole: Whole) -> Tensor:
-    """From the losses of the rows here (``"none"``) or else their sum, that of all rows."""
+    """The loss of all rows, from the losses of the rows here (``"none"``) or their sum."""
     if reduction != "mean":
         return whole(loss, reduction == "sum")
     return whole(loss, True) / whole(row_weights(rows.target, rows.weight, ignore_index).sum().to(loss.dtype), True)
@@ -108,23 +126,6 @@ def _shape_without(input: Tensor, class_dim: int) -> tuple[torch.Size, tuple[int
     return like.shape, like.stride()
 
 
-def check_plain(name: str, value: object) -> None:
-    """For what goes with plain logits."""
-    if is_dtensor(value):
-        raise TypeError(f"{name} is a DTensor, and input is not; pass {name}.full_tensor(), or input as a DTensor too")
-
-
-def check_alike(**tensors: Tensor | None) -> None:
-    """Refuse DTensors beside plain tensors where both meet in one product."""
-    given = {name: is_dtensor(tensor) for name, tensor in tensors.items() if tensor is not None}
-    if len(set(given.values())) > 1:
-        placed, plain = next(name for name in given if given[name]), next(name for name in given if not given[name])
-        raise TypeError(f"{placed} is a DTensor, and {plain} is not; pass {placed}.full_tensor(), or {plain} as a DTensor too")
-
-
-def check_indices_only(input: Tensor, target: Tensor) -> None:
+def check_no_probabilities(input: Tensor, target: Tensor) -> None:
     if _checks.is_probabilities(input, target):
-        raise NotImplementedError(
-            f"target holds class probabilities, {_checks.describe(target)}, and input is a DTensor; pass class indices, or "
-            "input.full_tensor()"
-        )
+        raise NotImplementedError("target holds class probabilities, but input is a DTensor; pass indices, or input.full_tensor()")

@@ -1,12 +1,11 @@
-"""The Triton kernels: the statistics of rows, and their gradient, on CUDA, ROCm and XPU; in the symbols of rowstats.py.
+"""The Triton kernels: the statistics of rows and their gradient on CUDA, ROCm and XPU, in the symbols of rowstats.py.
 
-A forward pass reads the logits once, a backward pass reads them once more and writes the gradient. A program has a tile of rows by
-classes: one row and as many classes as fit where the classes are neighbours in memory, many rows and a few classes where the rows are
-(N, C, d1, ...). Offsets are 64 bit, sums and gradients float32 up to the final store, and nothing waits for the device.
+A forward pass reads the logits once; a backward pass reads them once more and writes the gradient. Each program has a tile of rows by
+classes. If classes are neighbours in memory, the tile is one row with as many classes as fit; for (N, C, d1, ...) it is many rows with a
+few classes. Offsets have 64 bits, sums and gradients are float32 up to the final store, and nothing synchronises the device.
 """
 
 import subprocess
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,19 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import folded
+from ..rowstats import Cotangents, Record, RowStats, Softmax
 from .layout import Layout, lay
+from .protocol import WholeLoss, for_kernel, record_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_TILE = 16384  # elements of a tile held on chip
+loss: WholeLoss | None = None
 
 
 @triton.jit
 def _tile(logits_ptr, target_ptr, rows, inner, outer_stride, inner_stride, class_stride, num_rows, num_classes, classes):
-    """A tile of logits (rows, classes) with the targets and all that is not there as -inf, and the targets (rows).
-
-    A target of -1 is ignored; one of -2 is a class of the row that is not among these.
-    """
+    """A tile of logits (rows, classes), -inf at targets and outside the tensor, and the targets (rows): -1 is ignored, -2 is elsewhere."""
     exists = rows < num_rows
     y = tl.load(target_ptr + rows, mask=exists, other=-1)
     starts = logits_ptr + (rows // inner) * outer_stride + (rows % inner) * inner_stride
@@ -37,11 +35,11 @@ def _tile(logits_ptr, target_ptr, rows, inner, outer_stride, inner_stride, class
 
 @triton.jit
 def _clamp(z):
-    # for products with e^z, which is 0 from there down: a larger factor could overflow, and 0 * inf is NaN
+    # for products with e^z, which is 0 below -1e4: the factor could overflow otherwise, and 0 * inf is NaN
     return tl.where(z < -1e4, -1e4, z)
 
 
-# the number of rows differs with the last batch of an epoch: it is no reason to compile again
+# the last batch of an epoch has another number of rows, which must not compile the kernel again
 @triton.jit(do_not_specialize=["num_rows"])
 def _forward(
     logits_ptr, target_ptr, log_odds_ptr, neg_entropy_ptr, mean_log_q_ptr, rho_ptr, spread_ptr, num_nontargets_ptr, state_ptr,
@@ -56,7 +54,7 @@ def _forward(
     for start in range(0, num_classes, CLASSES):
         classes = start + tl.arange(0, CLASSES).to(tl.int64)
         f, _ = _tile(logits_ptr, target_ptr, rows, inner, outer_stride, inner_stride, class_stride, num_rows, num_classes, classes)
-        largest = tl.maximum(m, tl.max(f, 1))  # NaN may be passed over here: it makes every sum NaN below
+        largest = tl.maximum(m, tl.max(f, 1))  # may skip NaN, which makes every sum below NaN
         shift = tl.where(largest == -float("inf"), 0.0, largest)
         d = tl.where(count == 0, 0.0, m - shift)
         scale = tl.exp(d)
@@ -112,9 +110,9 @@ def _backward(
     m = tl.load(state_ptr + rows, mask=exists, other=0.0)
     inv_sum_exp = 1.0 / tl.load(state_ptr + rows + num_rows, mask=exists, other=1.0)
     mean_q_z = tl.load(state_ptr + rows + num_rows + num_rows, mask=exists, other=0.0)
-    found = tl.zeros([ROWS], tl.int32) > 0  # whether c*, the first class that reaches the maximum, has been met
+    found = tl.zeros([ROWS], tl.int32) > 0  # whether c*, the first class with the maximum, is in a tile so far
 
-    # a program has one tile, or with the gradient of rho, which must meet c* first, all the tiles of its rows
+    # a program has one tile; with a gradient of rho it has all tiles of its rows in turn, to find c*
     for start in range(program % programs_a_row * CLASSES, num_classes, programs_a_row * CLASSES):
         classes = start + tl.arange(0, CLASSES).to(tl.int64)
         f, y = _tile(logits_ptr, target_ptr, rows, inner, outer_stride, inner_stride, class_stride, num_rows, num_classes, classes)
@@ -123,7 +121,7 @@ def _backward(
         q = tl.exp(z) * inv_sum_exp[:, None]
         value = q * (g_e[:, None] * (_clamp(z) - mean_q_z[:, None]) - g_l[:, None])
         if HAS_A:
-            # never added to g_l first: with one non-target class this term is exactly 0, and a small g_l must not drown in it
+            # not added to g_l first: see row_stats_vjp in rowstats.py
             value += g_a[:, None] * (1.0 / tl.maximum(count, 1.0)[:, None] - q)
         if HAS_RHO:
             at = tl.where(f == m[:, None], classes[None, :], 9223372036854775807)
@@ -148,7 +146,6 @@ INTERPRETED = not isinstance(_forward, triton.runtime.JITFunction)  # TRITON_INT
 
 
 def why_not() -> str | None:
-    """Why the kernels cannot be used on this machine, or None."""
     if INTERPRETED:
         return None
     accelerator = torch.accelerator.current_accelerator()
@@ -162,12 +159,10 @@ def why_not() -> str | None:
 
 
 def describe() -> str:
-    """The kernels in use, in a few words."""
     return f"triton {triton.__version__}{', interpreted on the CPU' if INTERPRETED else ''}"
 
 
 def _tile_shape(found: Layout) -> dict[str, int]:
-    """Rows and classes of a tile, and the warps for it."""
     num_classes = triton.next_power_of_2(max(found.num_classes, 1))
     if found.class_stride == 1 or found.inner_stride != 1:
         classes = min(num_classes, MAX_TILE)
@@ -179,46 +174,38 @@ def _tile_shape(found: Layout) -> dict[str, int]:
 
 
 def _plain_rows(found: Layout) -> Layout:
-    """Rows of one stride as outer ones: division by an inner size of 1 costs nothing."""
+    """Rows of one stride as outer rows, because division by an inner size of 1 costs nothing."""
     if found.outer != 1:
         return found
     return found._replace(outer=found.inner, inner=1, outer_stride=found.inner_stride, gradient_outer_stride=found.gradient_inner_stride)
 
 
 def _on_device(tensor: Tensor) -> Any:
-    """Kernels start on the current device, which need not be that of the tensor."""
+    """Makes the tensor's device current, because kernels start on the current device."""
     return torch.get_device_module(tensor.device).device(tensor.device) if tensor.device.type != "cpu" else nullcontext()
 
 
-def row_stats(logits: Tensor, target: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The fields of RowStats and the state (3, ...) their gradient needs; ``logits`` (..., C), ``target`` (...), -1 where ignored."""
+def row_stats(logits: Tensor, target: Tensor) -> tuple[RowStats, Softmax]:
     shape = logits.shape[:-1]
-    stats = tuple(torch.empty(shape, dtype=torch.float32, device=logits.device) for _ in range(6))
-    state = torch.empty((3, *shape), dtype=torch.float32, device=logits.device)
+    stats = RowStats(*(torch.empty(shape, dtype=torch.float32, device=logits.device) for _ in RowStats._fields))
+    softmax = Softmax(torch.empty((3, *shape), dtype=torch.float32, device=logits.device), stats.num_nontargets)
     found, logits, _ = lay(logits, None)
     num_rows, tile, found = found.outer * found.inner, _tile_shape(found), _plain_rows(found)
     if num_rows:
         with _on_device(logits):
             _forward[(triton.cdiv(num_rows, tile["ROWS"]),)](
-                logits, target.contiguous(), *stats, state,
+                logits, target.contiguous(), *stats, softmax.state,
                 num_rows, found.num_classes, found.inner, found.outer_stride, found.inner_stride, found.class_stride, **tile,
             )  # fmt: skip
-    return stats, state
+    return stats, softmax
 
 
-def row_stats_backward(
-    logits: Tensor,
-    target: Tensor,
-    num_nontargets: Tensor,
-    state: Tensor,
-    grads: Sequence[Tensor | None],
-    gradient: Tensor | None = None,
-) -> Tensor:
-    """The gradient with respect to ``logits`` from those of the first five fields, of which any may be None.
+def record(logits: Tensor, target: Tensor) -> Record:
+    return record_of(*row_stats(logits, target))
 
-    It is written to ``gradient``, where that is given: it may be ``logits`` itself, unless there is one of rho.
-    """
-    upstream = folded(grads)
+
+def row_stats_backward(logits: Tensor, target: Tensor, softmax: Softmax, cotangents: Cotangents, gradient: Tensor | None = None) -> Tensor:
+    upstream, state = for_kernel(cotangents), softmax.state
     if gradient is None:
         gradient = torch.empty_like(logits)
     found, logits, written = lay(logits, gradient)
@@ -227,7 +214,7 @@ def row_stats_backward(
         programs_a_row = 1 if upstream[-1] is not None else triton.cdiv(found.num_classes, tile["CLASSES"])
         with _on_device(logits):
             _backward[(triton.cdiv(num_rows, tile["ROWS"]) * programs_a_row,)](
-                logits, target.contiguous(), written, num_nontargets, state, *(state if g is None else g for g in upstream),
+                logits, target.contiguous(), written, softmax.num_nontargets, state, *(state if g is None else g for g in upstream),
                 num_rows, found.num_classes, found.inner, *found[3:], programs_a_row, *(g is not None for g in upstream), **tile,
             )  # fmt: skip
         if written is not None and written is not gradient:

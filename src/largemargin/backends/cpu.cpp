@@ -1,16 +1,17 @@
-// Rows of logits on the CPU: their statistics, the large-margin loss, and the gradients of both. The maths is that of rowstats.py, the
-// caller is cpu.py, and both use its symbols: f the logits, y the target, z = f - max over the non-targets, q their softmax.
+// Rows of logits on the CPU: their statistics, the large-margin loss, and the gradients of both. rowstats.py explains the maths and cpu.py
+// calls this file. Symbols: f the logits, y the target, z = f - max over the non-targets, q their softmax.
 //
-// A row is handled in three steps, whichever of the two layouts it has:
+// In both layouts a row takes three steps:
 //   gather   one pass over the logits: e^z, kept for the gradient, and the sums S = sum e^z, T = sum e^z z, A = sum z, K = sum 1
 //   finish   a handful of numbers a row: the statistics, the loss, and the coefficients of the gradient
 //   scatter  one pass: gradient_c = q_c (g_e (z_c - E_q z) + g_q) + g_a (1/K - q_c) - dense w_c off the target, on_target on it
-// so that an element costs one exp. Where the statistics are given (`state`) the gradient is a scatter alone.
+// An element costs one exp. If the statistics are given (`state`), the gradient is a scatter alone.
 //
-// The file is compiled once for each instruction set, with LARGEMARGIN_ISA set to its name, and without it for what they share. It uses
-// no templates of the standard library: the linker would merge their copies and could run one instruction set's code on another's machine.
+// The file is compiled once per instruction set, with LARGEMARGIN_ISA set to its name, and once without it for the shared code. It must not
+// use templates of the standard library: the linker would merge their copies, and a machine could run code of an instruction set it lacks.
 
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -28,29 +29,29 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-// Mirrored field by field in cpu.py.
+// Mirrored field by field in cpu.py, which checks each offset with largemargin_offset_of.
 struct Job {
     // logits and gradient: rows (outer, inner) of num_classes, with the strides of outer, inner and class in elements
     int64_t outer, inner, num_classes;
     int64_t logits_strides[3], gradient_strides[3];
     const void* logits;
     void* gradient;         // null: no gradient; may be the logits themselves
-    const int64_t* target;  // one a row; for statistics also -1, ignored, and -2: a class of the row that is not among these
+    const int64_t* target;  // one per row; statistics also take -1, ignored, and -2, a class of the row that is not here
     int64_t ignore_index;
     int32_t is_bfloat16, num_threads;
-    // statistics: each null or one number a row
+    // statistics: each null or one number per row
     float* stats[6];        // log_odds, neg_entropy, mean_log_q, rho, spread, num_nontargets
     float* state;           // (3, rows): max, S, E_q z; written with the statistics, read with their gradients
     const float* grads[4];  // upstream of log_odds, neg_entropy, mean_log_q, rho
     // loss
-    const float* weight;  // one a class, or null
-    float* losses;        // one a row, or null
+    const float* weight;  // one per class, or null
+    float* losses;        // one per row, or null
     const float* row_upstream;
-    double upstream;  // of the reduced loss; where row_upstream is null
+    double upstream;  // of the reduced loss; used if row_upstream is null
     double lam, hard_bias, label_smoothing;
     float* reduced;            // the reduced loss, or null
     int32_t divergence, mean;  // mean: divide by the summed weights of the kept rows
-    int32_t kind;              // what is wanted
+    int32_t kind;              // the result wanted
 };
 
 enum Kind { STATISTICS = 0, STATISTICS_GRADIENT = 1, LOSS = 2 };
@@ -59,6 +60,21 @@ enum Divergence { SYMMETRIC = 0, KL_QU = 1, KL_UQ = 2 };
 #ifndef LARGEMARGIN_ISA
 
 EXPORT int64_t largemargin_sizeof_job() { return sizeof(Job); }
+
+// The offset of a field of Job, by its name in cpu.py; -1 for an unknown name.
+EXPORT int64_t largemargin_offset_of(const char* name) {
+#define FIELD(named, field) if (!std::strcmp(name, #named)) return offsetof(Job, field)
+#define SAME(field) FIELD(field, field)
+    SAME(outer); SAME(inner); SAME(num_classes); SAME(logits); SAME(gradient); SAME(target); SAME(ignore_index); SAME(is_bfloat16);
+    FIELD(outer_stride, logits_strides[0]); FIELD(inner_stride, logits_strides[1]); FIELD(class_stride, logits_strides[2]);
+    FIELD(gradient_outer_stride, gradient_strides[0]); FIELD(gradient_inner_stride, gradient_strides[1]);
+    FIELD(gradient_class_stride, gradient_strides[2]); SAME(num_threads); SAME(state); SAME(weight); SAME(losses); SAME(row_upstream);
+    FIELD(log_odds, stats[0]); FIELD(neg_entropy, stats[1]); FIELD(mean_log_q, stats[2]); FIELD(rho, stats[3]); FIELD(spread, stats[4]);
+    FIELD(num_nontargets, stats[5]); FIELD(log_odds_grad, grads[0]); FIELD(neg_entropy_grad, grads[1]); FIELD(mean_log_q_grad, grads[2]);
+    FIELD(rho_grad, grads[3]); SAME(upstream); SAME(lam); SAME(hard_bias); SAME(label_smoothing); SAME(reduced); SAME(divergence);
+    SAME(mean); SAME(kind);
+    return -1;
+}
 
 // The widest instruction set of this machine among those compiled.
 EXPORT const char* largemargin_isa() {
@@ -76,18 +92,18 @@ EXPORT const char* largemargin_isa() {
 namespace {
 
 constexpr int64_t kBlock = 1024;           // classes summed in float32 before the sum goes to float64
-constexpr int64_t kTileBlock = 128;        // the same, in the other layout
-constexpr int64_t kAlignment = 64;          // bytes: a vector that straddles two cache lines costs two
-constexpr int64_t kTileClasses = 512;       // classes of a tile; of rows with more, e^z is not kept but computed again for the gradient
+constexpr int64_t kTileBlock = 128;        // the same for tiles
+constexpr int64_t kAlignment = 64;          // bytes: a vector across two cache lines costs two accesses
+constexpr int64_t kTileClasses = 512;       // classes of a tile; for longer rows the gradient computes e^z again
 constexpr int64_t kRows = 128;              // the most rows finished together
-constexpr int64_t kLanes = 16;             // loops run over multiples of this many elements: a remainder would be left scalar
+constexpr int64_t kLanes = 16;             // loops run over multiples of this many elements, to have no scalar remainder
 constexpr int64_t kElementsATask = 4096;   // rows are finished together up to this many elements
 constexpr int64_t kElementsAThread = 4096;
 constexpr int64_t kHugePages = 8 << 20;    // gradients from this many bytes ask for huge pages
 constexpr float kInf = INFINITY;
-constexpr int32_t kIgnored = -1, kElsewhere = -2;  // targets that are no index, as in rowstats.py
+constexpr int32_t kIgnored = -1, kElsewhere = -2;  // targets that are not an index, as in rowstats.py
 
-// Hot loops are functions of their own: of those inlined or cloned into their callers, compilers leave some scalar.
+// Hot loops are separate functions: compilers leave some loops scalar if they inline or clone them.
 #if defined(_MSC_VER)
 #define HOT static __declspec(noinline)
 #define RESTRICT __restrict
@@ -130,7 +146,7 @@ constexpr float kLow = -87.3365f;  // e^x is a normal number from here up
 
 inline float at_least(float low, float x) { return low > x ? low : x; }  // NaN stays NaN
 
-// e^x for x <= 0, to 0.75 units in the last place, and 0 below kLow unless subnormal numbers are asked for; NaN stays NaN.
+// e^x for x <= 0, to 0.75 units in the last place. It is 0 below kLow unless the caller wants subnormal numbers; NaN stays NaN.
 // e^r = 1 + r + r^2 p(r), with p the Chebyshev fit on |r| <= log(2)/2 (error 8e-9).
 template <bool subnormal = false>
 inline float exp_(float x) {
@@ -171,10 +187,10 @@ inline Softplus softplus(float x) {
     return {(x > 0 ? x : 0.0f) + log1p, (x > 0 ? 1.0f : t) / u};
 }
 
-// z for products with e^z, which is 0 from there down: 0 * inf is NaN.
+// z clamped for products with e^z, which is 0 below the clamp, because 0 * inf is NaN.
 inline float near(float z) { return at_least(kLow, z); }
 
-// The sums over a set of non-target classes; merge() is that of rowstats.py.
+// The sums over a set of non-target classes; merge() as in rowstats.py.
 struct Record {
     float max;
     double sum_exp, sum_exp_z, sum_z, count, sum_weight, sum_weight_z;
@@ -200,16 +216,16 @@ inline Record merge(const Record& a, const Record& b) {
     return sum;
 }
 
-// Rows finished together: what gather found, and what scatter needs. One array a quantity, so that loops over rows vectorise.
+// Rows finished together: the results of gather and the inputs of scatter. Each quantity has its own array, so loops over rows vectorise.
 struct Rows {
-    int64_t offset[kRows], gradient_offset[kRows];  // where each begins, in elements
-    int32_t y[kRows];     // kIgnored also beyond the last row
+    int64_t offset[kRows], gradient_offset[kRows];  // in elements
+    int32_t y[kRows];     // kIgnored beyond the last row too
     float target_logit[kRows], target_weight[kRows], upstream[kRows];
     float max[kRows];
     double sum_exp[kRows], sum_exp_z[kRows], sum_z[kRows], count[kRows], sum_weight[kRows], sum_weight_z[kRows];
     float inv_sum_exp[kRows], mean_z[kRows], inv_count[kRows];
     float g_e[kRows], g_q[kRows], g_a[kRows], dense[kRows], on_target[kRows], at_max[kRows];
-    int32_t live[kRows];  // else the gradient is 0 but for on_target
+    int32_t live[kRows];  // if 0, the gradient is 0 except for on_target
     float losses[kRows];
     int64_t size, first;  // the rows [first, first + size)
 
@@ -251,7 +267,7 @@ inline Stats statistics(const Rows& rows, int64_t p) {
 // One element of the gradient, off the target.
 inline float element(float f, float q, float z, float mean_z, float g_e, float g_q, float g_a, float inv_count, float dense) {
     float sparse = q * (g_e * (near(z) - mean_z) + g_q);
-    // g_a is never added to g_q first: with one non-target class its term is exactly 0
+    // g_a is not added to g_q first: with one non-target class its term is exactly 0
     float uniform = g_a * (inv_count - q) - dense;
     return f == -kInf ? 0.0f : sparse + uniform;
 }
@@ -295,10 +311,10 @@ HOT void finish_losses(const Options& options, Rows& rows) {
         const float l = stats.log_odds, rho = stats.rho, count = static_cast<float>(rows.count[p]);
         const float w_y = rows.target_weight[p], s = rows.upstream[p];
         const Softplus hard = softplus(hard_bias - l);
-        // with a smoothing of 1 the first term is out, but a masked target stays infinite
+        // a smoothing of 1 drops the first term, but a masked target stays infinite
         const float kept_share = keep > 0 ? keep : (hard.value < kInf ? 0.0f : 1.0f);
         float loss = kept_share > 0 ? kept_share * hard.value : 0.0f;
-        // lam_e e + lam_a a + lam_log_count log K, without the log S that e and a share where both count
+        // lam_e e + lam_a a + lam_log_count log K; if e and a both count, their common log S is left out
         const float e_term = lam_e != 0 ? lam_e * (stats.mean_q_z - rho) : 0.0f, a_term = lam_a != 0 ? lam_a * (stats.mean_u_z - rho) : 0.0f;
         const float mean_z = lam_a == -lam_e ? lam_e * (stats.mean_q_z - stats.mean_u_z) : e_term + a_term;
         const float log_count = log_(alone ? 1.0f : count);
@@ -308,7 +324,7 @@ HOT void finish_losses(const Options& options, Rows& rows) {
         float g_q = -g_l, on_target = g_l, dense = 0.0f;
         if (smoothing > 0) {
             const Softplus off = softplus(l), on = softplus(-l);
-            const bool masked = rows.target_logit[p] == -kInf;  // then y is no class of the row
+            const bool masked = rows.target_logit[p] == -kInf;  // then y is not a class of the row
             const float w_n = static_cast<float>(rows.sum_weight[p]), w_z = static_cast<float>(rows.sum_weight_z[p]);
             const float w_t = masked ? 0.0f : (weighted_smoothing ? w_y : 1.0f);
             const float each = smoothing / (count + (masked ? 0.0f : 1.0f));
@@ -323,7 +339,7 @@ HOT void finish_losses(const Options& options, Rows& rows) {
         rows.inv_sum_exp[p] = stats.inv_sum_exp;
         rows.mean_z[p] = stats.mean_q_z;
         rows.inv_count[p] = stats.inv_count;
-        rows.g_e[p] = lam_e != 0 ? s * w_y * lam_e : 0.0f;  // an infinite s is not to meet a 0
+        rows.g_e[p] = lam_e != 0 ? s * w_y * lam_e : 0.0f;  // avoids inf * 0
         rows.g_a[p] = lam_a != 0 ? s * w_y * lam_a : 0.0f;
         rows.g_q[p] = g_q;
         rows.dense[p] = dense;
@@ -346,7 +362,7 @@ double finish(const Job& job, const Options& options, double upstream, Rows& row
     return sum;
 }
 
-// The element of the gradient that belongs to c*, where rho has one too: its terms q g_rho and -g_rho nearly cancel as q nears 1.
+// The gradient at c* with a gradient of rho: its terms q g_rho and -g_rho nearly cancel if q is close to 1.
 inline float at_first_max(const Rows& rows, int64_t p) {
     const float q = rows.inv_sum_exp[p];
     return element(rows.max[p], q, 0.0f, rows.mean_z[p], rows.g_e[p], -rows.on_target[p], rows.g_a[p], rows.inv_count[p], 0.0f) +
@@ -376,19 +392,19 @@ void resume(const Job& job, Rows& rows) {
 }
 
 struct Scratch {
-    float* exp_z;      // e^z of the rows in hand, each relative to the maximum of its block
-    float* block;      // the logits of one block, or of a tile, the target masked
-    float* block_max;  // the maximum of every block of the rows in hand
-    const float* weight;  // that of the classes, padded
+    float* exp_z;      // e^z of the current rows, relative to the maximum of each block
+    float* block;      // the logits of one block or tile, the target masked
+    float* block_max;  // the maximum of every block of the current rows
+    const float* weight;  // of the classes, padded
 };
 
 // ---- rows whose classes are neighbours in memory
 
-// The records of `num_blocks` blocks of `lanes` classes each, one behind the other in x; w, where given, is of all of them.
+// The records of `num_blocks` consecutive blocks of `lanes` classes in x; w, if given, holds the weights of all of them.
 HOT void gather_blocks(const float* RESTRICT x, const float* RESTRICT w, float* RESTRICT exp_z, int64_t num_blocks, int64_t lanes,
                        Record* RESTRICT records) {
-    for (int64_t i = 0; i < num_blocks; ++i) {  // a loop of its own: the sums of one block need not wait for its maximum
-        float max = -kInf;                      // NaN is passed over here, and makes every sum NaN below
+    for (int64_t i = 0; i < num_blocks; ++i) {  // a separate loop, so that the sums of a block need not wait for its maximum
+        float max = -kInf;                      // skips NaN, which makes every sum below NaN
 #pragma omp simd reduction(max : max)
         for (int64_t c = 0; c < lanes; ++c) max = x[i * lanes + c] > max ? x[i * lanes + c] : max;
         records[i].max = max;
@@ -437,7 +453,7 @@ HOT void scatter_lanes(const Rows& rows, int64_t p, const T* f, const float* exp
     const float max = rows.max[p], mean_z = rows.mean_z[p], inv_count = rows.inv_count[p];
     const float g_e = rows.g_e[p], g_q = rows.g_q[p], g_a = rows.g_a[p], dense = rows.dense[p];
     lanes = padded(lanes);
-#pragma omp simd  // f and gradient may be the same memory: element c is read before it is written
+#pragma omp simd  // f and gradient may be the same memory: the loop reads element c before it writes it
     for (int64_t c = 0; c < lanes; ++c) {
         const float x = load(f[c]), z = x - max, q = (have_exp ? exp_z[c] : exp_(z)) * scale;
         store(gradient + c, element(x, q, z, mean_z, g_e, g_q, g_a, inv_count, weighted ? dense * w[c] : dense));
@@ -472,7 +488,7 @@ void scatter_row(const Rows& rows, int64_t p, const T* f, const float* w, int64_
         scatter_block(rows, p, some, e ? e + whole : nullptr, v ? v + whole : nullptr, scale, kLanes, values);
         std::memcpy(gradient + from + whole, values, static_cast<size_t>(rest) * sizeof(T));
     }
-    if (rows.at_max[p] != 0.0f) {  // the first class that reaches the maximum takes the gradient of rho
+    if (rows.at_max[p] != 0.0f) {  // the first class with the maximum gets the gradient of rho
         for (int64_t c = 0; c < num_classes; ++c) {
             if (c == y || load(f[c]) != rows.max[p]) continue;
             store(gradient + c, at_first_max(rows, p));
@@ -495,7 +511,7 @@ double run_rows(const Job& job, const Options& options, double upstream, Rows& r
         const int64_t y = rows.y[p];
         const T* f = logits + rows.offset[p];
         if (y >= 0) rows.target_logit[p] = load(f[y]);
-        if (num_blocks <= 1) {  // a few short rows are loaded first and gathered together
+        if (num_blocks <= 1) {  // loads a few short rows first, and gathers them together
             load_block(f, num_classes, y, scratch.block + p * lanes);
             continue;
         }
@@ -526,9 +542,9 @@ double run_rows(const Job& job, const Options& options, double upstream, Rows& r
     return sum;
 }
 
-// ---- any other strides: a tile (class, row) of up to kRows rows, whose neighbours in memory are rows (N, C, d1, ...) or nothing
+// ---- any other strides, such as (N, C, d1, ...): a tile (class, row) of up to kRows rows
 
-// The logits of a tile, whose first class is `first`, the targets masked, and the maximum of each row; rows beyond the last have no class.
+// The logits of a tile from class `first` on, the targets masked, and the maximum of each row; rows beyond the last have no class.
 template <class T>
 HOT void load_tile(const T* from, const int64_t* strides, const Rows& rows, int64_t first, int64_t num_classes, float* RESTRICT tile,
                    float* RESTRICT max) {
@@ -597,7 +613,7 @@ HOT void scatter_tile(const float* RESTRICT tile, const float* RESTRICT exp_z, c
                 element(x, q, z, rows.mean_z[p], rows.g_e[p], rows.g_q[p], rows.g_a[p], rows.inv_count[p], rows.dense[p] * weight);
             values[p] = rows.y[p] == static_cast<int32_t>(c) ? rows.on_target[p] : (rows.live[p] ? value : 0.0f);
         }
-        if (!have_exp) {  // the first class that reaches the maximum takes the gradient of rho
+        if (!have_exp) {  // the first class with the maximum gets the gradient of rho
             for (int64_t p = 0; p < lanes; ++p) {
                 if (rows.at_max[p] == 0.0f || !rows.live[p] || tile[p] != rows.max[p]) continue;
                 values[p] = at_first_max(rows, p);
@@ -613,7 +629,7 @@ HOT void scatter_tile(const float* RESTRICT tile, const float* RESTRICT exp_z, c
     }
 }
 
-// The records of the rows of a tile of a few classes, which has them from `from` on; exp_z is kept where it has a stride.
+// The records of the rows of a tile of a few classes from `from` on; exp_z is kept if it has a stride.
 void gather_records(const float* tile, const float* max, const float* w, int64_t lanes, int64_t num_classes, float* exp_z,
                     int64_t exp_stride, Record* records) {
     alignas(kAlignment) float shift[kRows];
@@ -732,7 +748,7 @@ int64_t run(const Job& job) {
     for (int64_t c = 0; c < weight_size; ++c) weight[c] = c < num_classes ? job.weight[c] : 0.0f;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     const int64_t bytes = num_rows * num_classes * static_cast<int64_t>(sizeof(T));
-    if (job.gradient && job.gradient != job.logits && bytes >= kHugePages) {  // most of the time of a fresh gradient is its page faults
+    if (job.gradient && job.gradient != job.logits && bytes >= kHugePages) {  // page faults take most of the time of a fresh gradient
         const uintptr_t huge = 2 << 20, from = (reinterpret_cast<uintptr_t>(job.gradient) + huge - 1) / huge * huge;
         madvise(reinterpret_cast<void*>(from), reinterpret_cast<uintptr_t>(job.gradient) + bytes - from, MADV_HUGEPAGE);
     }
@@ -746,7 +762,7 @@ int64_t run(const Job& job) {
 #endif
         float* mine = memory + thread * scratch_size;
         Scratch scratch = {mine, mine + exp_size, mine + exp_size + block_size, weight};
-        // in the scratch too, where it is aligned; to align it on the stack costs more than it brings
+        // in the scratch too, where it is aligned; aligning it on the stack costs more than it saves
         Rows& rows = *reinterpret_cast<Rows*>(mine + exp_size + block_size + padded(max_size));
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < num_tasks; ++task) {
@@ -770,7 +786,7 @@ int64_t run(const Job& job) {
             sums[task] = tiled ? run_tile<T>(job, options, upstream, rows, scratch) : run_rows<T>(job, options, upstream, rows, scratch);
         }
     }
-    double sum = 0;  // in the order of the rows, whatever the number of threads
+    double sum = 0;  // in the order of the rows, for any number of threads
     for (int64_t task = 0; task < num_tasks; ++task) sum += sums[task];
     if (job.reduced) *job.reduced = static_cast<float>(job.mean ? sum / total_weight : sum);
     std::free(sums);
@@ -780,7 +796,7 @@ int64_t run(const Job& job) {
 
 }  // namespace
 
-// Returns -1, or the first row whose label is out of range (then nothing was written), or -2 where there is no memory.
+// Returns -1 for success, -2 without memory, or else the first row whose label is out of range (nothing was written).
 EXPORT int64_t CONCATENATE(largemargin_run_, LARGEMARGIN_ISA)(const Job* job) { return job->is_bfloat16 ? run<BFloat16>(*job) : run<float>(*job); }
 
 #endif

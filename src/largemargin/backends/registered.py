@@ -1,8 +1,7 @@
-"""The kernels as operators of torch, for compiled code: ``torch.ops.largemargin.row_stats`` and its backward, on any device.
+"""The kernels as operators of torch, for compiled code only: ``torch.ops.largemargin.row_stats`` and its backward, on any device.
 
-Compiled code cannot trace a kernel; an operator it takes as it is, without a break in its graph. In eager mode nobody comes this way.
-Stored programs may name these operators, so ``import largemargin`` imports this module. It is cheap, and it needs torch alone: the rest of
-the package may be half imported by then.
+Compiled code cannot trace a kernel, but can call an operator without a graph break. ``import largemargin`` imports this module, because
+stored programs may name the operators. It must import nothing but torch: the rest of the package may be half imported.
 """
 
 from typing import Any
@@ -15,11 +14,11 @@ Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 @torch.library.custom_op("largemargin::row_stats", mutates_args=())
 def row_stats(logits: Tensor, target: Tensor) -> Seven:
-    """The six fields of RowStats, and the state (3, ...) that their gradient needs."""
-    from ._backends import ladder
+    """The six fields of RowStats, and the state (3, ...) for their gradient."""
+    from . import ladder
 
-    stats, state = ladder.kernels_of(logits).row_stats(logits, target)
-    return (*stats, state)
+    stats, softmax = ladder.kernels_of(logits).row_stats(logits, target)
+    return (*stats, softmax.state)
 
 
 @row_stats.register_fake
@@ -41,11 +40,12 @@ def row_stats_backward(
     g_rho: Tensor | None,
     g_spread: Tensor | None,
 ) -> Tensor:
-    """The gradient with respect to the logits from those of the first five fields."""
-    from ._backends import ladder
+    """The gradient of the logits, from the gradients of the first five fields."""
+    from ..rowstats import Cotangents, Softmax
+    from . import ladder
 
-    gradient: Tensor = ladder.kernels_of(logits).row_stats_backward(logits, target, num_nontargets, state, (g_l, g_e, g_a, g_rho, g_spread))
-    return gradient
+    cotangents = Cotangents(g_l, g_e, g_a, g_rho, g_spread)
+    return ladder.kernels_of(logits).row_stats_backward(logits, target, Softmax(state, num_nontargets), cotangents)
 
 
 @row_stats_backward.register_fake

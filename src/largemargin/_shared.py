@@ -1,0 +1,50 @@
+"""Arguments of several public functions and modules: described once, shown in every signature and docstring."""
+
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+Documented = TypeVar("Documented", bound=Callable[..., Any])
+
+_SECTION = re.compile(r"^ {4}(Args|Returns|Raises|Example|Source):", re.MULTILINE)
+_ENTRY = re.compile(r"^ {8}(?=[a-z_]+(?:, [a-z_]+)*:)", re.MULTILINE)  # an argument, with the lines that follow
+
+
+def takes(function: Callable[..., Any], names: Iterable[str]) -> Callable[[Documented], Documented]:
+    """Show the arguments ``names`` of ``function`` instead of ``**options``, in signature and docstring.
+
+    In the docstring they replace the entry ``options:``. An entry that the docstring has itself takes precedence.
+    """
+    shared = {name: parameter for name, parameter in inspect.signature(function).parameters.items() if name in set(names)}
+
+    def show(documented: Documented) -> Documented:
+        signature = inspect.signature(documented)
+        own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+        documented.__signature__ = signature.replace(parameters=[*own, *shared.values()])  # type: ignore[attr-defined]
+        if documented.__doc__ and function.__doc__:
+            here, texts = arguments(documented.__doc__), arguments(function.__doc__)
+            options = "".join(texts[name] for name in shared if name not in here)
+            documented.__doc__ = documented.__doc__.replace(here["options"], options)
+        return documented
+
+    return show
+
+
+def sections(docstring: str) -> dict[str, str]:
+    """Split the source of a docstring into its sections, by heading; the text before the first section has the heading ``""``."""
+    head, *rest = _SECTION.split(docstring)
+    return {"": head} | dict(zip(rest[::2], rest[1::2], strict=True))
+
+
+def joined(parts: dict[str, str]) -> str:
+    """The docstring of these sections, in the order that every docstring of the library has."""
+    order = ("Args", "Returns", "Raises", "Example", "Source")
+    return parts[""] + "".join(f"    {name}:{parts[name]}" for name in order if name in parts)
+
+
+def arguments(docstring: str) -> dict[str, str]:
+    section = sections(docstring).get("Args", "").removeprefix("\n").rstrip() + "\n"
+    starts = [match.start() for match in _ENTRY.finditer(section)]
+    entries = [section[start:stop] for start, stop in zip(starts, [*starts[1:], len(section)], strict=False)]
+    return {entry.strip().partition(":")[0]: entry for entry in entries}

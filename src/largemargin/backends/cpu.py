@@ -1,0 +1,222 @@
+"""The native CPU kernel ``cpu.cpp``, without autograd. Each call passes one C structure; the kernel checks the labels, and nothing else."""
+
+import ctypes
+import functools
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks, backends
+from ..loss import DIVERGENCES, LossOptions
+from ..rowstats import Cotangents, Record, RowStats, Softmax
+from .layout import Layout, lay
+from .protocol import for_kernel, record_of
+
+DTYPES = (torch.float32, torch.bfloat16)
+_SUFFIXES = (".so", ".dylib", ".dll")
+
+
+class _StatisticsJob(NamedTuple):
+    """The addresses of the statistics of rows, or of the inputs of their gradient; 0 means none."""
+
+    log_odds: int = 0
+    neg_entropy: int = 0
+    mean_log_q: int = 0
+    rho: int = 0
+    spread: int = 0
+    num_nontargets: int = 0
+    state: int = 0
+    log_odds_grad: int = 0
+    neg_entropy_grad: int = 0
+    mean_log_q_grad: int = 0
+    rho_grad: int = 0
+
+
+class _LossJob(NamedTuple):
+    weight: int = 0
+    losses: int = 0
+    row_upstream: int = 0
+    upstream: float = 1.0
+    lam: float = 0.0
+    hard_bias: float = 0.0
+    label_smoothing: float = 0.0
+    reduced: int = 0
+    divergence: int = 0
+    mean: bool = False
+
+
+_NO_STATISTICS, _NO_LOSS = _StatisticsJob(), _LossJob()
+_STATISTICS, _STATISTICS_GRADIENT, _LOSS = range(3)  # kinds of a job
+
+# struct Job of cpu.cpp: the name of each field and its type
+FIELDS = {
+    **dict.fromkeys(Layout._fields, "q"),
+    **dict.fromkeys(("logits", "gradient", "target"), "P"),
+    **{"ignore_index": "q", "is_bfloat16": "i", "num_threads": "i"},
+    **dict.fromkeys(_StatisticsJob._fields, "P"),
+    **dict.fromkeys(("weight", "losses", "row_upstream"), "P"),
+    **dict.fromkeys(("upstream", "lam", "hard_bias", "label_smoothing"), "d"),
+    **{"reduced": "P", "divergence": "i", "mean": "i", "kind": "i"},
+}
+_JOB = struct.Struct(f"@{''.join(FIELDS.values())}0q")
+
+
+def offsets() -> dict[str, int]:
+    codes = "@"
+    found = {}
+    for name, code in FIELDS.items():
+        codes += code
+        found[name] = struct.calcsize(codes) - struct.calcsize(code)
+    return found
+
+
+class _Kernel(NamedTuple):
+    run: Any
+    isa: str
+    path: Path
+
+
+@functools.cache
+def _library() -> tuple[ctypes.CDLL, Path] | str:
+    """The compiled library and its file, or the reason why there is none."""
+    # an editable install keeps the library apart from the sources; both folders belong to the package
+    found = [path for folder in backends.__path__ for path in sorted(Path(folder).glob("largemargin_cpu.*")) if path.suffix in _SUFFIXES]
+    if not found:
+        return "it was not compiled, because the installation of largemargin found no working C++ compiler; install one and reinstall"
+    try:
+        library = ctypes.CDLL(str(found[0]))
+    except OSError as error:
+        return f"{found[0].name} could not be loaded: {error}"
+    library.largemargin_offset_of.argtypes, library.largemargin_offset_of.restype = (ctypes.c_char_p,), ctypes.c_int64
+    agree = all(library.largemargin_offset_of(name.encode()) == offset for name, offset in offsets().items())
+    if not agree or library.largemargin_sizeof_job() != _JOB.size:
+        return f"{found[0]} belongs to another version of largemargin; reinstall largemargin"
+    library.largemargin_isa.restype = ctypes.c_char_p
+    return library, found[0]
+
+
+@functools.cache
+def kernel_for(isa: str | None = None) -> _Kernel | str:
+    """The kernel for an instruction set, by default the widest that this machine has."""
+    library = _library()
+    if isinstance(library, str):
+        return library
+    isa = isa or library[0].largemargin_isa().decode()
+    run = getattr(library[0], f"largemargin_run_{isa}")
+    run.argtypes, run.restype = (ctypes.c_char_p,), ctypes.c_int64
+    return _Kernel(run, isa, library[1])
+
+
+@functools.cache
+def _kernel() -> _Kernel | str:
+    return kernel_for()
+
+
+def why_not() -> str | None:
+    kernel = _kernel()
+    return kernel if isinstance(kernel, str) else None
+
+
+def describe() -> str:
+    kernel = _kernel()
+    assert isinstance(kernel, _Kernel), kernel
+    return f"{kernel.path.name}, {kernel.isa}"
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _run(
+    kind: int,
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    gradient: Tensor | None,
+    statistics: _StatisticsJob = _NO_STATISTICS,
+    loss: _LossJob = _NO_LOSS,
+) -> None:
+    """Run the kernel on ``logits`` (..., C) and int64 ``target`` (...); it writes ``gradient`` (..., C) if given."""
+    kernel = _kernel()
+    assert isinstance(kernel, _Kernel), kernel
+    rows: tuple[int, ...]
+    if logits.dim() == 2 and logits.is_contiguous() and (gradient is None or gradient.is_contiguous()):  # the fast path
+        num_rows, num_classes = logits.shape
+        rows, written = (1, num_rows, num_classes, 0, num_classes, 1, 0, num_classes, 1), gradient
+    else:
+        rows, logits, written = lay(logits, gradient)
+    target = target.contiguous()
+    is_bfloat16, num_threads = logits.dtype is torch.bfloat16, torch.get_num_threads()
+    pointers = logits.data_ptr(), _address(written), target.data_ptr()
+    status = kernel.run(_JOB.pack(*rows, *pointers, ignore_index, is_bfloat16, num_threads, *statistics, *loss, kind))
+    if status == -1:
+        if gradient is not None and written is not None and written is not gradient:
+            gradient.copy_(written)
+        return
+    if status == -2:
+        raise MemoryError(f"no memory for the scratch of the CPU kernel: a few rows of {logits.shape[-1]} classes per thread")
+    _checks.check_range(target, logits.shape[-1], ignore_index)
+
+
+def row_stats(logits: Tensor, target: Tensor) -> tuple[RowStats, Softmax]:
+    shape = logits.shape[:-1]
+    stats = RowStats(*(torch.empty(shape, dtype=torch.float32, device="cpu") for _ in RowStats._fields))
+    softmax = Softmax(torch.empty((3, *shape), dtype=torch.float32, device="cpu"), stats.num_nontargets)
+    _run(_STATISTICS, logits, target, -1, None, _StatisticsJob(*map(_address, (*stats, softmax.state))))
+    return stats, softmax
+
+
+def record(logits: Tensor, target: Tensor) -> Record:
+    return record_of(*row_stats(logits, target))
+
+
+def row_stats_backward(logits: Tensor, target: Tensor, softmax: Softmax, cotangents: Cotangents, gradient: Tensor | None = None) -> Tensor:
+    if gradient is not None and gradient.dtype != logits.dtype:
+        return gradient.copy_(row_stats_backward(logits, target, softmax, cotangents))
+    if gradient is None:
+        gradient = torch.empty_like(logits)
+    state, num_nontargets = softmax.state.contiguous(), softmax.num_nontargets.contiguous()
+    upstream = for_kernel(cotangents)  # keeps these tensors alive during the call
+    of_l, of_e, of_a, of_rho = map(_address, upstream)
+    statistics = _StatisticsJob(
+        num_nontargets=num_nontargets.data_ptr(),
+        state=state.data_ptr(),
+        log_odds_grad=of_l,
+        neg_entropy_grad=of_e,
+        mean_log_q_grad=of_a,
+        rho_grad=of_rho,
+    )
+    _run(_STATISTICS_GRADIENT, logits, target, -1, gradient, statistics)
+    return gradient
+
+
+def loss(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    gradient: Tensor | None = None,
+    upstream: float | Tensor = 1.0,
+) -> Tensor:
+    if weight is not None:
+        weight = weight.to(torch.float32).contiguous()
+    a_row = options.reduction == "none"
+    losses = logits.new_empty(logits.shape[:-1] if a_row else (), dtype=torch.float32)
+    row_upstream, factor = (upstream.contiguous(), 1.0) if isinstance(upstream, Tensor) else (None, upstream)
+    job = _LossJob(
+        weight=_address(weight),
+        losses=losses.data_ptr() if a_row else 0,
+        row_upstream=_address(row_upstream),
+        upstream=factor,
+        lam=options.lam,
+        hard_bias=options.hard_bias,
+        label_smoothing=options.label_smoothing,
+        reduced=0 if a_row else losses.data_ptr(),
+        divergence=DIVERGENCES.index(options.divergence),
+        mean=options.reduction == "mean",
+    )
+    _run(_LOSS, logits, target, options.ignore_index, gradient, loss=job)
+    return losses

@@ -1,0 +1,69 @@
+"""A backend is a module with the names of :class:`Backend`: functions on rows, without autograd. mypy checks them in :mod:`.ladder`."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..loss import LossOptions
+from ..rowstats import Cotangents, Record, RowStats, Softmax
+
+
+class WholeLoss(Protocol):
+    def __call__(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: LossOptions,
+        gradient: Tensor | None = None,
+        upstream: float | Tensor = 1.0,
+    ) -> Tensor:
+        """The reduced loss of ``logits`` (..., C) with int64 labels ``target`` (...); a label out of range raises.
+
+        The gradient times ``upstream`` is written to ``gradient`` if given, which may be ``logits`` itself. ``upstream`` is a number, or
+        with the reduction ``"none"`` one number per row.
+        """
+
+
+class Backend(Protocol):
+    @property
+    def DTYPES(self) -> tuple[torch.dtype, ...]:
+        """The dtypes of the logits that it takes."""
+
+    def why_not(self) -> str | None:
+        """The reason why it cannot be used on this machine, or None."""
+
+    def describe(self) -> str:
+        """The version in use, in a few words."""
+
+    def row_stats(self, logits: Tensor, target: Tensor) -> tuple[RowStats, Softmax]:
+        """The statistics of ``logits`` (..., C) about ``target`` (...), an index or IGNORED, and the softmax that their gradient needs."""
+
+    def record(self, logits: Tensor, target: Tensor) -> Record:
+        """The sums over the non-targets of ``logits`` (..., C); ``target`` (...) is an index, IGNORED or ELSEWHERE."""
+
+    def row_stats_backward(
+        self, logits: Tensor, target: Tensor, softmax: Softmax, cotangents: Cotangents, gradient: Tensor | None = None
+    ) -> Tensor:
+        """The gradient with respect to ``logits``. If these are only some classes of a row, ``softmax`` is over the whole row.
+
+        It is written to ``gradient`` if given, which may be ``logits`` itself unless rho has a cotangent.
+        """
+
+    @property
+    def loss(self) -> WholeLoss | None:
+        """The kernel of the whole loss, or None."""
+
+
+def record_of(stats: RowStats, softmax: Softmax) -> Record:
+    """The sums over the non-targets, from the results of a kernel for the same row."""
+    m, sum_exp, mean_q_z = softmax.state
+    count = softmax.num_nontargets
+    return Record(m, sum_exp, mean_q_z * sum_exp, (mean_q_z - stats.spread) * count, count)
+
+
+def for_kernel(cotangents: Cotangents) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The contiguous cotangents of log_odds, neg_entropy, mean_log_q and rho, which a kernel takes."""
+    g_l, g_e, g_a, g_rho, _ = (None if g is None else g.contiguous() for g in cotangents.folded())
+    return g_l, g_e, g_a, g_rho

@@ -1,0 +1,155 @@
+"""The formulas of the paper: from the statistics of rows to their loss.
+
+In the symbols of :mod:`.rowstats` (``l`` the log-odds of the target, ``e`` and ``a`` the two averages of ``log q``, K non-targets):
+
+    softmax loss                (2, 3, 6)   softplus(-l)
+    with a hard bias b          (15)        softplus(b - l)
+    D(q||u), D(u||q), half sum  (10, 8)     log K + e,  -log K - a,  (e - a) / 2
+    the large-margin loss       (11)        softplus(b - l) + lam * divergence
+    label smoothing             (13)        (1 - eps) softplus(-l) + eps * mean over all classes of -log p_c
+
+:mod:`.rows` computes the statistics that :func:`loss_of_indices` and :func:`loss_of_probabilities` take.
+"""
+
+from typing import Literal, NamedTuple, TypedDict, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _checks
+from ._backend_names import BackendName
+from ._reduce import REDUCTIONS, Labels, Reduction, reduce, reduce_rows
+from .rowstats import RowStats
+
+Divergence = Literal["symmetric", "kl_qu", "kl_uq"]
+DIVERGENCES = get_args(Divergence)
+
+
+class Options(TypedDict, total=False):
+    """The options of the loss by name; :func:`.large_margin_cross_entropy` describes them."""
+
+    lam: float
+    divergence: Divergence
+    hard_bias: float
+    label_smoothing: float
+    ignore_index: int
+    reduction: Reduction
+    backend: BackendName | None
+
+
+class LossOptions(NamedTuple):
+    lam: float = 0.3
+    divergence: Divergence = "symmetric"
+    hard_bias: float = 0.0
+    label_smoothing: float = 0.0
+    ignore_index: int = -100
+    reduction: Reduction = "mean"
+    backend: BackendName | None = None
+
+    @classmethod
+    def of(cls, function: str, options: Options) -> "LossOptions":
+        for name in options:
+            if name not in cls._fields:
+                raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+        return cls(**options).checked()
+
+    def checked(self) -> "LossOptions":
+        _checks.check_number("lam", self.lam, low=0)
+        _checks.check_word("divergence", self.divergence, DIVERGENCES)
+        _checks.check_number("hard_bias", self.hard_bias)
+        _checks.check_label_smoothing(self.label_smoothing)
+        _checks.check_word("reduction", self.reduction, REDUCTIONS)
+        return self
+
+    def for_part(self) -> "LossOptions":
+        # for a part of a batch, whose sum the caller divides
+        return self if self.reduction == "none" else self._replace(reduction="sum")
+
+
+class ClassSums(NamedTuple):
+    target_weight: Tensor  # w_y
+    sum_weight: Tensor  # sum of w_c over the non-targets
+    weighted_log_q: Tensor  # sum of w_c log q_c over the non-targets
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x), the paper's L of eq. (3)."""
+    # torch's default threshold of 20 has an error of 2e-9 in float64; log1p(exp(-|x|)) + max(x, 0) has the wrong derivative at 0
+    return F.softplus(x, threshold=40)
+
+
+def divergence(stats: RowStats, kind: Divergence = "symmetric") -> Tensor:
+    r"""How far the non-target logits are from uniform: the paper's regulariser, differentiable.
+
+    .. math:: \tilde D = \tfrac12 \{D(q \| u) + D(u \| q)\} \; (8), \quad D(q \| u) = \log K + E_q[\log q], \quad
+              D(u \| q) = -\log K - \tfrac1K \textstyle\sum_{c \neq y} \log q_c \; (10)
+
+    It does not depend on the target's logit. With two classes q = u, so it is 0, and the large-margin loss is the softmax loss.
+
+    Args:
+        stats: the result of :func:`row_stats`.
+        kind: ``"symmetric"`` for (8), ``"kl_qu"`` for D(q||u), ``"kl_uq"`` for D(u||q).
+
+    Returns:
+        One value per row, shaped like the fields of ``stats``; at least 0 up to rounding. Clamping would stop its gradient.
+
+    Raises:
+        ValueError: unknown ``kind``.
+
+    Example:
+        >>> import torch, largemargin
+        >>> stats = largemargin.row_stats(torch.tensor([[5.0, 1.0, 1.0], [5.0, 3.0, 1.0]]), torch.tensor([0, 0]))
+        >>> largemargin.divergence(stats)
+        tensor([0.0000, 0.3808])
+
+    Source: Kobayashi, BMVC 2019, eqs. (8) and (10).
+    """
+    _checks.check_word("kind", kind, DIVERGENCES)
+    if kind == "symmetric":
+        return stats.spread / 2  # eq. (8); log K cancels
+    log_num_nontargets = stats.num_nontargets.clamp(min=1).log()
+    return log_num_nontargets + stats.neg_entropy if kind == "kl_qu" else -log_num_nontargets - stats.mean_log_q  # eq. (10)
+
+
+def loss_of_indices(stats: RowStats, labels: Labels, weight: Tensor | None, options: LossOptions, sums: ClassSums | None = None) -> Tensor:
+    """Eqs. (3), (11), (13) and (15), weighted and reduced, for rows with one class each. Smoothing with ``weight`` needs ``sums``."""
+    smoothing = options.label_smoothing * _mean_cross_entropy(stats, sums) if options.label_smoothing > 0 else None
+    losses = labels.mark(_margin_term(stats, options))
+    return reduce_rows(losses, labels.class_index, weight, options.reduction, smoothing)
+
+
+def loss_of_probabilities(stats: RowStats, probabilities: Tensor, weight: Tensor | None, options: LossOptions, num_rows: int) -> Tensor:
+    """The expectation of the loss over y ~ ``probabilities`` (..., C), from the statistics (..., C) of each class as the target."""
+    losses = _margin_term(stats, options)
+    losses = torch.where((probabilities == 0) & (losses == torch.inf), 0.0, losses)  # a masked class of probability 0 adds nothing
+    losses = losses * probabilities if weight is None else losses * probabilities * weight.to(losses.dtype)
+    losses = losses.sum(-1)
+    if options.label_smoothing > 0:  # the mean of -w_c log p_c; -log p_c is softplus(-l) with class c as the target
+        kept = stats.log_odds != -torch.inf
+        cross_entropy = torch.where(kept, softplus(-stats.log_odds), 0.0)
+        cross_entropy = cross_entropy if weight is None else cross_entropy * weight.to(losses.dtype)
+        losses = losses + options.label_smoothing * (cross_entropy.sum(-1) / kept.sum(-1))
+    return reduce(losses, num_rows, options.reduction)
+
+
+def _margin_term(stats: RowStats, options: LossOptions) -> Tensor:
+    """``(1 - eps) softplus(b - l) + lam D``: eqs. (3), (11) and (15), and the first term of (13)."""
+    loss = softplus(options.hard_bias - stats.log_odds)
+    if options.label_smoothing == 1:
+        loss = torch.where(loss.isfinite(), 0.0, loss)  # 0 * inf is NaN; a masked target stays infinite
+    elif options.label_smoothing > 0:
+        loss = (1 - options.label_smoothing) * loss
+    return loss + options.lam * divergence(stats, options.divergence) if options.lam > 0 else loss
+
+
+def _mean_cross_entropy(stats: RowStats, sums: ClassSums | None) -> Tensor:
+    """The mean of ``-w_c log p_c`` over the classes of the row: the second term of (13), ``D(u||p) + log C`` without weights."""
+    l, count = stats.log_odds, stats.num_nontargets
+    target_weight, sum_weight, weighted_log_q = sums or (torch.ones_like(l), count, count * stats.mean_log_q)
+    alone, masked = count == 0, l == -torch.inf  # masked: y is not a class of the row
+    # -log p_c = softplus(l) - log q_c; an infinite softplus leaves before the product, whose factor may need a gradient
+    off_target = sum_weight * softplus(l.masked_fill(alone, 0.0)) - weighted_log_q
+    on_target = target_weight * softplus(-l.masked_fill(masked, 0.0))
+    total = off_target.masked_fill(alone, 0.0) + on_target.masked_fill(masked, 0.0)
+    return total / (count + (~masked).to(l.dtype))

@@ -1,0 +1,220 @@
+"""The large-margin loss as modules. Each keeps its options, and its ``forward`` calls the function in :mod:`largemargin.functional`.
+
+A module that takes logits is an ``nn.CrossEntropyLoss``, because frameworks use ``isinstance`` to decide whether to apply a softmax to
+predictions. :class:`OpaqueLargeMarginLoss` is for tools that replace such a loss by formulas of the softmax loss.
+"""
+
+from typing import TYPE_CHECKING, Any, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks, plain_layer
+from .._backend_names import BACKENDS
+from .._reduce import Reduction
+from .._shared import takes
+from ..functional import large_margin_cross_entropy, linear_large_margin_cross_entropy
+from ..loss import LossOptions, Options
+from ..tracing import refuse_script
+
+
+class _HasOptions(nn.Module):
+    """A module whose options are attributes: ``criterion.lam = 1.0``."""
+
+    weight: Tensor | None
+    __prepare_scriptable__ = refuse_script
+
+    def _set_options(self, weight: Tensor | None, options: Options) -> LossOptions:
+        given = LossOptions.of(type(self).__name__, options)
+        _checks.check_integer("ignore_index", given.ignore_index)
+        _checks.check_word("backend", given.backend, BACKENDS)
+        _checks.check_given_first(weight, "lam")
+        for name, value in given._asdict().items():
+            setattr(self, name, value)
+        return given
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in LossOptions._fields}
+
+    def extra_repr(self) -> str:
+        shown = {name: repr(value) if isinstance(value, str) else value for name, value in self._options().items()}
+        return ", ".join(f"{name}={value}" for name, value in shown.items())
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+        def __call__(self, input: Tensor, target: Tensor) -> Tensor: ...
+
+
+_takes_options = takes(large_margin_cross_entropy, Options.__annotations__)
+
+
+class _LogitsLoss(_HasOptions):
+    """The loss of logits, whose module may let them be overwritten."""
+
+    donate: bool
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of logits ``input`` and class indices or probabilities ``target``."""
+        return large_margin_cross_entropy(input, target, self.weight, **self._options(), donate=self.donate)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, donate={self.donate}"
+
+
+class LargeMarginCrossEntropyLoss(_LogitsLoss, nn.CrossEntropyLoss):
+    """:func:`.large_margin_cross_entropy` as a module; replaces ``nn.CrossEntropyLoss``.
+
+    Example:
+        >>> import torch
+        >>> from largemargin import LargeMarginCrossEntropyLoss
+        >>> criterion = LargeMarginCrossEntropyLoss(lam=0.3)
+        >>> criterion(torch.tensor([[3.0, 1.0, 0.0]]), torch.tensor([0]))
+        tensor(0.2045)
+    """
+
+    @_takes_options
+    def __init__(self, weight: Tensor | None = None, *, donate: bool = False, **options: Unpack[Options]) -> None:
+        given = self._set_options(weight, options)
+        super().__init__(weight, ignore_index=given.ignore_index, reduction=given.reduction, label_smoothing=given.label_smoothing)
+        self.donate = donate
+
+
+class LargeMarginInSoftmaxLoss(LargeMarginCrossEntropyLoss):
+    """:class:`LargeMarginCrossEntropyLoss` with the argument names and order of the paper author's own class.
+
+    Both agree for unweighted rows (N, C) in float32 and float64. Elsewhere this class follows the library: the regulariser leaves ignored
+    rows out, ``weight`` scales both terms, and half precision, (N, C, d1, ..., dk) and probabilities work.
+
+    Args:
+        reg_lambda: the paper's lambda, an alias of ``lam``.
+        deg_logit: an alias of ``hard_bias``, in nats; ``True`` is 1.0 (eq. 15), ``None`` and ``False`` are 0.
+        weight, ignore_index, reduction: as in :func:`.large_margin_cross_entropy`.
+        size_average, reduce: torch's deprecated spelling of ``reduction``.
+
+    Example:
+        >>> import torch
+        >>> from largemargin import LargeMarginInSoftmaxLoss
+        >>> LargeMarginInSoftmaxLoss(0.3, True)(torch.tensor([[3.0, 1.0, 0.0]]), torch.tensor([0]))
+        tensor(0.4423)
+
+    Source: Kobayashi, BMVC 2019, eqs. (11) and (15).
+    """
+
+    def __init__(
+        self,
+        reg_lambda: float = 0.3,
+        deg_logit: float | bool | None = None,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: Reduction = "mean",
+    ) -> None:
+        if size_average is not None or reduce is not None:
+            reduction = nn.CrossEntropyLoss(size_average=size_average, reduce=reduce).reduction  # type: ignore[assignment]
+        _checks.check_number("reg_lambda", reg_lambda, low=0)
+        _checks.check_is_weight(weight)
+        super().__init__(weight, lam=reg_lambda, hard_bias=_hard_bias(deg_logit), ignore_index=ignore_index, reduction=reduction)
+
+    @property
+    def reg_lambda(self) -> float:
+        return self.lam
+
+    @reg_lambda.setter
+    def reg_lambda(self, value: float) -> None:
+        _checks.check_number("reg_lambda", value, low=0)
+        self.lam = value
+
+    @property
+    def deg_logit(self) -> float | bool | None:
+        return self.hard_bias
+
+    @deg_logit.setter
+    def deg_logit(self, value: float | bool | None) -> None:
+        self.hard_bias = _hard_bias(value)
+
+    def extra_repr(self) -> str:
+        return f"reg_lambda={self.lam}, deg_logit={self.hard_bias}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
+
+
+def _hard_bias(deg_logit: float | bool | None) -> float:
+    if deg_logit is None:
+        return 0.0
+    _checks.check_number("deg_logit", deg_logit)
+    return float(deg_logit)
+
+
+class OpaqueLargeMarginLoss(_LogitsLoss):
+    """:class:`LargeMarginCrossEntropyLoss` as a plain module, with the same arguments, values and ``state_dict``.
+
+    Some tools test ``isinstance(loss, nn.CrossEntropyLoss)`` and then use the curvature or sampling of the softmax loss, which is wrong
+    for this loss (docs/guide.md lists them). They differentiate this module instead, or refuse it.
+
+    Example:
+        >>> import torch
+        >>> from largemargin import OpaqueLargeMarginLoss
+        >>> criterion = OpaqueLargeMarginLoss(lam=0.3)
+        >>> criterion(torch.tensor([[3.0, 1.0, 0.0]]), torch.tensor([0]))
+        tensor(0.2045)
+        >>> isinstance(criterion, torch.nn.CrossEntropyLoss)
+        False
+    """
+
+    @_takes_options
+    def __init__(self, weight: Tensor | None = None, *, donate: bool = False, **options: Unpack[Options]) -> None:
+        super().__init__()
+        self._set_options(weight, options)
+        self.register_buffer("weight", weight)
+        self.donate = donate
+
+
+class LinearLargeMarginCrossEntropyLoss(_HasOptions):
+    """A linear classifier and its loss in one, by :func:`.linear_large_margin_cross_entropy`, which never stores all logits.
+
+    Args:
+        in_features, num_classes: the width D of the features, and C.
+        bias: whether the classifier has one.
+        weight: a factor for each class, shape ``(num_classes,)``.
+        lam, divergence, hard_bias, label_smoothing, ignore_index, reduction, backend: as in :func:`.large_margin_cross_entropy`.
+        device, dtype: of the classifier.
+
+    The classifier is the attribute ``linear``; ``criterion.linear(features)`` gives the logits for prediction. If ``linear`` does more than
+    multiply and add (an adapter, a hook, pruning, quantisation, offloading), the loss calls it and stores its logits, with one warning.
+
+    Example:
+        >>> import torch
+        >>> from largemargin import LinearLargeMarginCrossEntropyLoss
+        >>> criterion = LinearLargeMarginCrossEntropyLoss(16, 100)
+        >>> criterion(torch.randn(8, 16), torch.arange(8)).backward()
+        >>> criterion.linear.weight.grad.shape
+        torch.Size([100, 16])
+    """
+
+    @_takes_options
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        bias: bool = True,
+        weight: Tensor | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__()
+        self._set_options(weight, options)
+        self.linear = nn.Linear(in_features, num_classes, bias, device=device, dtype=dtype)
+        self.register_buffer("weight", weight)
+        self._said: set[str] = set()
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of features ``input`` (..., D) and class indices ``target`` (...)."""
+        layer, options = plain_layer.weight_and_bias(self.linear), self._options()
+        if isinstance(layer, str):
+            _checks.warn_once(self._said, f"linear {layer}: the loss cannot be fused with it, so it is computed from its logits")
+            return plain_layer.loss_of_logits(self.linear(input), target, self.weight, **options)
+        linear_weight, linear_bias = layer
+        return linear_large_margin_cross_entropy(input, linear_weight, target, linear_bias=linear_bias, weight=self.weight, **options)

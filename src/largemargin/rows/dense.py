@@ -1,0 +1,133 @@
+"""Rows whose classes are all here: their statistics as one differentiable operation, and their loss.
+
+The autograd functions of the reference save only their inputs, and their backward pass is plain torch: torch can differentiate it again,
+batch it by ``vmap`` and trace it. Kernels do not allow that; in these cases the ladder, or a kernel's backward pass, uses the reference.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks, _torch, rowstats
+from .._backend_names import BackendName
+from .._reduce import Labels, weights_of
+from ..backends import ladder, reference
+from ..backends.protocol import Backend
+from ..loss import ClassSums, LossOptions, loss_of_indices
+from ..rowstats import Cotangents, RowStats, Softmax
+
+
+class Rows(NamedTuple):
+    logits: Tensor  # (..., C), C >= 1
+    labels: Labels  # (...)
+
+    @classmethod
+    def of(cls, input: Tensor, target: Tensor, ignore_index: int) -> "Rows":
+        """``input`` (C,), (N, C) or (N, C, d1, ..., dk) and the class indices have been checked."""
+        logits = _checks.classes_last(input)
+        return cls(logits, Labels.of(target.long().reshape(logits.shape[:-1]), _checks.num_classes(input), ignore_index))
+
+
+def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
+    """The loss of logits (C,), (N, C) or (N, C, d1, ...) and class indices, by the statistics of the rows."""
+    if options.label_smoothing == 0 or weight is None or not weight.numel():
+        rows = Rows.of(input, target, options.ignore_index)
+        return loss_of_indices(_stats(rows, options.backend), rows.labels, weight, options)
+    # two terms read the logits: the wider dtype adds their gradients before rounding
+    rows = Rows.of(input.to(rowstats.accumulation_dtype(input.dtype)), target, options.ignore_index)
+    return loss_of_indices(_stats(rows, options.backend), rows.labels, weight, options, _class_sums(rows, weight))
+
+
+def _class_sums(rows: Rows, weight: Tensor) -> ClassSums:
+    index, weight = rows.labels.class_index, weight.to(rows.logits.dtype)
+    others = rowstats.nontargets(rows.logits, index)
+    present = others != -torch.inf
+    # a row without non-targets, such as an ignored one, has no softmax over them
+    log_q = others.masked_fill(~present.any(-1, keepdim=True), 0.0).log_softmax(-1)
+    weighted_log_q = torch.where(present, log_q, 0.0) * weight
+    return ClassSums(weights_of(index, weight), (present * weight).sum(-1), weighted_log_q.sum(-1))
+
+
+def stats(rows: Rows, backend: BackendName | None) -> RowStats:
+    """The statistics of each row about its target; 0 if it is ignored, NaN if its label is out of range."""
+    return rows.labels.mark_stats(_stats(rows, backend))
+
+
+def _stats(rows: Rows, backend: BackendName | None) -> RowStats:
+    logits, index = rows.logits, rows.labels.class_index
+    fields: tuple[Tensor, ...]
+    if _torch.is_recording():
+        fields = rowstats.row_stats_by_autograd(logits, index)
+    elif torch.compiler.is_compiling():
+        from ..backends import compiled  # it imports torch._dynamo and sympy, which eager mode does not need
+
+        if compiled.has_kernels(logits, backend):
+            fields = torch.ops.largemargin.row_stats(logits, index)[:6]
+        else:
+            fields = _RowStats.apply(logits, index)
+    elif (kernels := ladder.pick(logits, backend)) is not reference and _torch.is_plain(index):
+        fields = _RowStatsByKernels.apply(logits, index, kernels)
+    else:
+        fields = _RowStatsWithJvp.apply(logits, index)
+    return RowStats(*fields)
+
+
+class RowsFunction(torch.autograd.Function):
+    """An operation on rows with any leading dimensions, with a rule for vmap. (The rule that torch generates fails under forward mode.)"""
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *operands: Tensor) -> tuple[tuple[Tensor, ...], int]:
+        moved = (
+            x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in zip(operands, in_dims, strict=True)
+        )
+        return cls.apply(*moved), 0
+
+
+class _RowStats(RowsFunction):
+    @staticmethod
+    def forward(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        return tuple(rowstats.row_stats(logits, target))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+        ctx.mark_non_differentiable(output[-1])
+        ctx.set_materialize_grads(False)  # saves the gradient of the regulariser if the loss has none
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None]:
+        logits, target = ctx.saved_tensors
+        return rowstats.row_stats_vjp(logits, target, grads), None
+
+
+class _RowStatsWithJvp(_RowStats):
+    # a separate class, because torch.compile cannot trace a function with a jvp
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        with _torch.forward_mode_enabled():
+            logits, target = (torch.autograd.forward_ad.unpack_dual(saved).primal for saved in ctx.saved_tensors)
+            return (*rowstats.row_stats_jvp(logits, target, tangent)[:-1], None)
+
+
+class _RowStatsByKernels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, backend: Backend) -> tuple[Tensor, ...]:
+        stats, softmax = backend.row_stats(logits, target)
+        ctx.backend = backend
+        ctx.save_for_backward(logits, target, *softmax)
+        ctx.mark_non_differentiable(stats.num_nontargets)
+        ctx.set_materialize_grads(False)
+        return tuple(stats)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None]:
+        logits, target, *saved = ctx.saved_tensors
+        softmax, cotangents = Softmax(*saved), Cotangents(*grads[:-1])
+        plain = all(g is None or _torch.is_plain_gradient(g) for g in cotangents)
+        # hooks on saved tensors may return other tensors
+        kept = _torch.is_plain(logits) and logits.dtype in ctx.backend.DTYPES and all(x.dtype == torch.float32 for x in softmax)
+        if not (plain and kept):
+            return rowstats.row_stats_vjp(logits, target, cotangents), None, None
+        return ctx.backend.row_stats_backward(logits, target, softmax, cotangents), None, None

@@ -1,0 +1,116 @@
+r"""Linear layer and loss whose classes are split over ranks: no rank has all logits or the whole classifier.
+
+A rank makes the logits of its classes one tile at a time and sums up their statistics. One all-gather completes these, and then the tiles
+become gradients. If there are several tiles, the logits are computed twice: four products instead of three. The gradient of the features
+is a sum over the classes of all ranks: one all-reduce, in which every rank takes part, even if it does not need that gradient.
+"""
+
+from __future__ import annotations  # there are builds of torch without process groups
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import _checks, _torch
+from .._reduce import Labels
+from ..backends import ladder, reference
+from . import collectives
+from .collectives import Shard, once
+from .linear import Problem, factor_and_denominator, gradients_of, is_finite, scaled
+from .parts import Part, loss_and_cotangents, merge, part_of
+from .shards import exchange
+
+
+def loss(problem: Problem, group: dist.ProcessGroup, class_start: int | None, num_classes: int | None) -> Tensor:
+    """``problem`` has the layer of this rank's classes, and labels among all classes."""
+    needed = [tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in problem.layer]
+    later = problem.options.reduction == "none" or _torch.has_saved_tensor_hooks()
+    size = len(problem.linear_weight)
+    shard, (of_input, laters) = collectives.shard_of(size, problem.target, group, class_start, num_classes, (needed[0], later))
+    wanted = _Wanted(needed[0], needed[1], needed[2], any(of_input), all(of_input))
+    if any(laters) and wanted.input_of_any and not (wanted.input_of_all and all(laters)):
+        raise ValueError(
+            'with reduction="none" or hooks on saved tensors the backward pass sums the gradient of input over the ranks: all ranks of the '
+            f"group must need it and have such hooks, or none; got input.requires_grad {of_input}, in the backward pass {laters}"
+        )
+    like_logits = problem.input[:, :1].expand(-1, shard.num_classes)  # has their shape, dtype and device, for the checks of the loss
+    _checks.check_indices(like_logits, problem.target, problem.options.ignore_index)
+    _checks.check_weight(problem.weight, like_logits)
+    if problem.weight is not None and problem.weight.requires_grad:
+        raise ValueError("weight must not require a gradient if classes are split; pass weight.detach()")
+    result: Tensor = _ShardedLinear.apply(*problem._replace(target=problem.target.long()), shard, wanted, later)
+    return result
+
+
+class _Wanted(NamedTuple):
+    """The gradients that this rank needs, and whether any or all ranks need the gradient of the features."""
+
+    input: bool
+    linear_weight: bool
+    linear_bias: bool
+    input_of_any: bool
+    input_of_all: bool
+
+    @property
+    def layer(self) -> tuple[bool, bool, bool]:
+        return self.input_of_any, self.linear_weight, self.linear_bias
+
+
+class _ShardedLinear(torch.autograd.Function):
+    """The forward pass computes the gradients, because there all ranks are in step, unless rows have separate upstream gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *problem, shard, wanted, later = arguments
+        loss, gradients, whole = _run(Problem(*problem), shard, None if later else wanted)
+        *tensors, options = problem
+        ctx.settings, ctx.gradients = (options, shard, wanted), gradients
+        ctx.save_for_backward(*tensors, *whole)
+        return loss
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        options, shard, wanted = ctx.settings
+        input, linear_weight, linear_bias, target, weight, *whole = ctx.saved_tensors
+        problem = Problem(input, linear_weight, linear_bias, target, weight, options)
+        factor: Tensor | None = upstream
+        with_all = wanted.input_of_all or not wanted.input_of_any  # whether all ranks run this backward pass, and can sum again
+        if gradients is None or (with_all and not is_finite(upstream)):
+            if not with_all:
+                raise RuntimeError("a second backward pass sums the gradient of input again, but some ranks of the group do not need it")
+            gradients, factor = _run(problem, shard, wanted, Part(*whole), upstream)[1], None
+        return *scaled(gradients, factor, problem.layer), *[None] * 6
+
+
+def _run(
+    problem: Problem, shard: Shard, wanted: _Wanted | None, whole: Part | None = None, upstream: Tensor | None = None
+) -> tuple[Tensor, Any, Part]:
+    """The loss, the wanted gradients times ``upstream``, and the merged sums of the rows, which a later pass gives as ``whole``."""
+    options = problem.options.for_part()
+    labels = Labels.of(problem.target, shard.num_classes, options.ignore_index)
+    local, summed = shard.local(labels.class_index), shard.own(problem.summed_weight, problem.layer.dtype)
+    factor, denominator = factor_and_denominator(problem, upstream)
+    gradients, factor = gradients_of(problem.layer, (False,) * 3 if wanted is None else wanted.layer, factor)
+    backend = ladder.pick(gradients.workspace, options.backend) if shard.size else reference
+    was_known = whole is not None
+    if whole is None:
+        parts = [part_of(tile, local[rows], summed, backend) for rows, tile in gradients.tiles()]
+        parts = parts or [part_of(gradients.workspace, local, summed, reference)]
+        mine = Part._make(None if fields[0] is None else torch.cat(fields) for fields in zip(*parts, strict=True))
+        whole = merge(exchange(mine, local, shard.group))
+    wants_any = wanted is not None and any(wanted.layer)
+    loss, cotangents = loss_and_cotangents(whole, labels, problem.weight, options, factor, wants_any)
+    loss = loss / denominator
+    if wanted is None:
+        return loss, None, whole
+    if wants_any:
+        for rows, tile in gradients.tiles(computed=not was_known):
+            gradients.add_from_logits(rows, tile, local[rows], whole.of_rows(rows), cotangents.of_rows(rows), backend, summed)
+    d_input, d_weight, d_bias = gradients.finish()
+    if d_input is not None:  # because some rank needs it
+        collectives.all_reduce(d_input, shard.group)
+    return loss, (d_input if wanted.input else None, d_weight, d_bias), whole

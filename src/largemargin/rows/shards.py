@@ -1,0 +1,91 @@
+"""Rows whose classes are split over ranks: their statistics, by one all-gather of six numbers per row.
+
+Each rank has the logits of some classes, in rank order, and sums them up (a :class:`.parts.Part`). After one exchange every rank merges
+all parts in the same way, so all ranks have the same statistics and the same loss, bit for bit. The gradient of a rank's logits needs only
+these statistics: the backward pass is local.
+"""
+
+from __future__ import annotations  # there are builds of torch without process groups
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .._backend_names import BackendName
+from .._reduce import Labels
+from ..backends import ladder, reference
+from ..backends.protocol import Backend
+from ..loss import LossOptions
+from ..rowstats import IGNORED, Cotangents, RowStats
+from . import collectives
+from .collectives import Shard, once
+from .dense import Rows
+from .parts import Part, WholeCotangents, WholeRows, finished, gradient_of, loss_of, merge, part_of
+
+
+def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, shard: Shard) -> Tensor:
+    """The loss of logits of some classes, (C_r,), (N, C_r) or (N, C_r, d1, ...), and indices among all classes."""
+    logits = input.movedim(1, -1) if input.dim() > 2 else input
+    labels = Labels.of(target.long().reshape(logits.shape[:-1]), shard.num_classes, options.ignore_index)
+    summed = weight if options.label_smoothing > 0 else None
+    if summed is not None and summed.requires_grad:
+        raise ValueError("weight must not require a gradient if classes are split and label_smoothing > 0; pass weight.detach()")
+    summed = shard.own(summed, logits.dtype)
+    if summed is not None:
+        logits = logits.to(summed.dtype)  # two terms read them: the wider dtype adds their gradients before rounding
+    found, sum_weight = _stats(logits, shard.local(labels.class_index), summed, shard, options.backend)
+    return loss_of(found, sum_weight, labels, weight, options)
+
+
+def stats(rows: Rows, shard: Shard, backend: BackendName | None) -> RowStats:
+    """``rows`` has the logits of this rank's classes, and labels among all classes."""
+    found, _ = _stats(rows.logits, shard.local(rows.labels.class_index), None, shard, backend)
+    return rows.labels.mark_stats(found.stats)
+
+
+def _stats(
+    logits: Tensor, target: Tensor, weight: Tensor | None, shard: Shard, backend: BackendName | None
+) -> tuple[WholeRows, Tensor | None]:
+    """The statistics of rows (..., C_r) with local targets, and the sums of ``weight`` (C_r,) if given."""
+    computes = ladder.pick(logits, backend) if logits.shape[-1] else reference
+    *fields, weighted_log_q, sum_weight = _StatsOfShard.apply(logits, target, weight, shard.group, computes)
+    return WholeRows(RowStats(*fields), weighted_log_q), sum_weight
+
+
+def exchange(part: Part, target: Tensor, group: dist.ProcessGroup) -> Part:
+    """The parts of all ranks, along the first dimension of each field; the same on every rank."""
+    fields = torch.stack([field for field in part if field is not None])
+    empty = fields.new_tensor([-torch.inf, 0, 0, 0, 0, -torch.inf, 0, 0])[: len(fields)]  # a Part without classes
+    fields = torch.where(target == IGNORED, empty.reshape(-1, *[1] * target.dim()), fields)
+    return Part(*collectives.all_gather(fields, group).unbind(1))
+
+
+class _StatsOfShard(torch.autograd.Function):
+    """The fields of RowStats, then ``weighted_log_q`` and ``sum_weight``, which are None without a weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, group: dist.ProcessGroup, backend: Backend
+    ) -> tuple[Tensor | None, ...]:
+        parts = exchange(part_of(logits, target, weight, backend), target, group)
+        whole = merge(parts)
+        # c* is the first largest class, so the first rank that has the maximum has it
+        has_largest = (parts.max.argmax(0) == dist.get_rank(group)) & (whole.num_classes > 0)
+        rows = finished(whole, target)
+        ctx.backend = backend
+        ctx.save_for_backward(logits, target, weight, has_largest, *whole)
+        constants = rows.stats.num_nontargets, whole.sum_weight
+        ctx.mark_non_differentiable(*(field for field in constants if field is not None))
+        ctx.set_materialize_grads(False)
+        return *rows.stats, rows.weighted_log_q, whole.sum_weight
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        logits, target, weight, has_largest, *whole = ctx.saved_tensors
+        *of_stats, _, of_weights, _ = grads
+        cotangents = WholeCotangents(Cotangents(*of_stats), of_weights)
+        gradient = gradient_of(logits, target, weight, Part(*whole), cotangents, ctx.backend, has_largest=has_largest)
+        return gradient, None, None, None, None

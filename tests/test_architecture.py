@@ -1,0 +1,205 @@
+"""How the library is built: what docs/architecture.md says of it, and what a change must not undo."""
+
+import ast
+import ctypes
+import inspect
+import re
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+import torch
+
+import largemargin
+from largemargin.backends import cpu, ladder, reference
+from largemargin.backends.protocol import Backend
+from largemargin.loss import LossOptions, Options
+from measure import assert_within
+
+ROOT = Path(largemargin.__file__).parent
+SOURCES = [path for path in sorted(ROOT.rglob("*.py")) if "lab" not in path.relative_to(ROOT).parts]
+FUNCTIONS = ["linear_large_margin_cross_entropy", "sharded_large_margin_cross_entropy", "sharded_linear_large_margin_cross_entropy"]
+MODULES = ["LargeMarginCrossEntropyLoss", "OpaqueLargeMarginLoss", "LinearLargeMarginCrossEntropyLoss"]
+
+
+# the options of the loss: names, defaults and types, wherever they stand
+
+
+def written_out() -> dict[str, inspect.Parameter]:
+    parameters = inspect.signature(largemargin.large_margin_cross_entropy).parameters
+    return {name: parameter for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY and name != "donate"}
+
+
+def test_the_options_are_those_of_the_main_loss():
+    assert list(written_out()) == list(Options.__annotations__) == list(LossOptions._fields)
+    assert {name: parameter.default for name, parameter in written_out().items()} == LossOptions._field_defaults
+
+
+def test_the_options_have_one_type_each():
+    types = get_type_hints(largemargin.large_margin_cross_entropy)
+    assert {name: types[name] for name in written_out()} == get_type_hints(Options) == get_type_hints(LossOptions)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS + MODULES)
+def test_signature_and_docstring_show_every_option(name):
+    shown = inspect.signature(getattr(largemargin, name)).parameters
+    for option, parameter in written_out().items():
+        assert shown[option] == parameter
+        if name in FUNCTIONS:
+            assert f"        {option}: " in getattr(largemargin, name).__doc__
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_an_option_of_a_module_is_an_attribute_that_can_be_changed(name):
+    sizes = {"in_features": 3, "num_classes": 4} if name.startswith("Linear") else {}
+    others = {"lam": 2.0, "divergence": "kl_qu", "hard_bias": 1.0, "label_smoothing": 0.2, "ignore_index": 3, "reduction": "sum"}
+    module, made = getattr(largemargin, name)(**sizes), getattr(largemargin, name)(**sizes, **others)
+    for option, value in others.items():
+        assert getattr(module, option) == LossOptions._field_defaults[option]
+        setattr(module, option, value)
+    assert all(getattr(module, option) == getattr(made, option) for option in LossOptions._fields)
+    assert repr(module) == repr(made)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS + MODULES)
+def test_an_unknown_option_is_named(name):
+    given: dict[str, object] = {"in_features": 3, "num_classes": 4} if name.startswith("Linear") else {}
+    if name in FUNCTIONS:
+        given = dict.fromkeys(inspect.signature(getattr(largemargin, name)).parameters, torch.zeros(2, 2))
+        given = {parameter: value for parameter, value in given.items() if parameter not in LossOptions._fields} | {"group": None}
+        given = given if name.startswith("sharded") else {k: v for k, v in given.items() if k != "group"}
+    with pytest.raises(TypeError, match=rf"^{name}\(\) got an unexpected keyword argument 'lambda_'"):
+        getattr(largemargin, name)(**given, lambda_=1.0)
+
+
+# private names of torch stand in one file
+
+PRIVATE = re.compile(r"\btorch(?:\.\w+)*\._(?!_)\w+|\bforward_ad\._\w+|\.(?:_version|_base|_is_view|_is_zerotensor|_sequence_nr)\b")
+
+
+def private_names(path: Path) -> list[str]:
+    """The private names of torch that a file uses."""
+    tree = ast.parse(path.read_text())
+    used = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    imported = [
+        f"{node.module}.{alias.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch")
+        for alias in node.names
+    ]
+    return sorted({match[0] for text in used + imported if (match := PRIVATE.search(text))})
+
+
+def test_private_names_of_torch_stand_in_one_file():
+    found = {str(path.relative_to(ROOT)): private_names(path) for path in SOURCES}
+    assert [file for file, names in found.items() if names] == ["_torch.py"], found
+
+
+# a backend
+
+
+@pytest.mark.parametrize("module", [cpu, reference], ids=lambda module: module.__name__)
+def test_a_backend_has_every_name_of_the_protocol(module):
+    assert [name for name in vars(Backend) if not name.startswith("_") and not hasattr(module, name)] == []
+
+
+def test_both_sides_lay_out_a_job_of_the_cpu_kernel_alike():
+    if isinstance(ladder.load("cpu"), str):
+        pytest.skip(cpu.why_not())
+    library, _ = cpu._library()  # type: ignore[str-unpack]
+    assert isinstance(library, ctypes.CDLL)
+    assert {name: library.largemargin_offset_of(name.encode()) for name in cpu.FIELDS} == cpu.offsets()
+    assert library.largemargin_offset_of(b"no_such_field") == -1
+
+
+# what CONTRIBUTING.md shows
+
+
+def worked_examples() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT.parents[1] / "CONTRIBUTING.md").read_text(), re.DOTALL)
+
+
+def test_the_loss_of_the_contributing_page_is_a_loss(rng):
+    names: dict[str, Any] = {}
+    exec(worked_examples()[0], names)
+    function, module = names["generalized_cross_entropy"], names["GeneralizedCrossEntropyLoss"]
+    assert list(inspect.signature(function).parameters) == ["input", "target", "weight", "q", "ignore_index", "reduction"]
+    assert "ignore_index: " in function.__doc__ and repr(module(q=0.5)) == (
+        "GeneralizedCrossEntropyLoss(q=0.5, ignore_index=-100, reduction='mean')"
+    )
+    input, target, weight = torch.randn(6, 5, generator=rng), torch.tensor([0, 1, 4, -100, 2, 2]), torch.rand(5, generator=rng)
+    kept, p = target >= 0, input.double().softmax(-1)
+    losses = (1 - p[kept, target[kept]] ** 0.5) / 0.5
+    expected = (losses * weight[target[kept]]).sum() / weight[target[kept]].sum()
+    assert_within(module(weight, q=0.5)(input, target), expected, 1.0, 8)
+    with pytest.raises(ValueError, match="q must be above 0"):
+        function(input, target, q=0.0)
+    with pytest.raises(TypeError, match=r"generalized_cross_entropy\(\) got an unexpected keyword argument 'gamma'"):
+        function(input, target, gamma=1.0)
+
+
+def test_the_head_of_the_contributing_page_is_a_head(rng):
+    names: dict[str, Any] = {}
+    exec(worked_examples()[1], names)
+    head, features, target = names["MarginLinear"](3, 4), torch.randn(5, 3, generator=rng), torch.tensor([0, 3, -1, 1, 1])
+    lower = torch.zeros(5, 4).index_put((torch.tensor([0, 1, 3, 4]), torch.tensor([0, 3, 1, 1])), torch.tensor(1.0))
+    assert torch.equal(head(features, target), head(features) - lower)
+    assert torch.equal(head.eval()(features, target), head(features))
+    assert repr(head) == "MarginLinear(in_features=3, num_classes=4, margin=1.0)"
+
+
+# the way of the logits
+
+
+def layers() -> list[set[str]]:
+    """The rooms of the library from the top, as the import rules have them."""
+    contracts = tomllib.loads((ROOT.parents[1] / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    return [set(layer.split(" | ")) for layer in contracts[0]["layers"]]
+
+
+def calls(function: Callable[[], object]) -> list[tuple[str, str]]:
+    """Every call from one file of the package to another."""
+    found = []
+
+    def note(frame, event, _):
+        # a function that a decorator has put around another is named call
+        if event == "call" and frame.f_back is not None and frame.f_back.f_code.co_name != "call":
+            caller, callee = (Path(f.f_code.co_filename) for f in (frame.f_back, frame))
+            if caller != callee and caller.is_relative_to(ROOT) and callee.is_relative_to(ROOT):
+                found.append((str(caller.relative_to(ROOT)), str(callee.relative_to(ROOT))))
+
+    function()  # names of the package load on first use
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+LOGITS, TARGET = torch.tensor([[0.5, -1.0, 2.0], [0.0, 1.0, 0.0]]), torch.tensor([0, 2])
+WAYS = {
+    "indices": lambda: largemargin.large_margin_cross_entropy(LOGITS.clone().requires_grad_(), TARGET),
+    "pixels": lambda: largemargin.large_margin_cross_entropy(LOGITS.reshape(1, 3, 2).requires_grad_(), TARGET.reshape(1, 2)),
+    "by the reference": lambda: largemargin.large_margin_cross_entropy(LOGITS.clone().requires_grad_(), TARGET, backend="reference"),
+    "smoothed by class": lambda: largemargin.large_margin_cross_entropy(
+        LOGITS.clone().requires_grad_(), TARGET, torch.ones(3), label_smoothing=0.1, backend="reference"
+    ),
+    "probabilities": lambda: largemargin.large_margin_cross_entropy(LOGITS.clone().requires_grad_(), LOGITS.softmax(-1)),
+    "features": lambda: largemargin.linear_large_margin_cross_entropy(LOGITS, torch.ones(4, 3, requires_grad=True), TARGET),
+    "statistics": lambda: largemargin.row_stats(LOGITS.clone().requires_grad_(), TARGET),
+    "a hinge": lambda: largemargin.hard_margin_softplus(LOGITS.clone().requires_grad_(), TARGET),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_calls_go_down(way):
+    """No function is handed down to be called back."""
+    floors = {room: floor for floor, rooms in enumerate(layers()) for room in rooms}
+    for caller, callee in calls(WAYS[way]):
+        above, below = (Path(file).with_suffix("").parts[0] for file in (caller, callee))
+        if callee != "tracing.py":
+            assert floors[above] <= floors[below], f"{caller} calls {callee}, which is above it"
