@@ -1,7 +1,10 @@
 """What the site needs and the repository view does not: formulas as MathML, links out of docs/ as text, docstrings as Markdown."""
 
+import functools
 import html
+import inspect
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -64,14 +67,50 @@ def mathml(latex: str, displayed: bool) -> str:
 
 
 class MarkdownDocstrings(griffe.Extension):
-    """The docstrings' few words of reStructuredText, formulas and references, as Markdown."""
+    """Signatures as Python has them, and the docstrings' few words of reStructuredText, formulas and references, as Markdown."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Rewrite the docstring of any object."""
+        """Rewrite the signature and the docstring of any object."""
+        if isinstance(obj, griffe.Function):
+            _show_all(obj)
+        elif isinstance(obj, griffe.Class) and "__signature__" in vars(value := _runtime(obj.path) or object):
+            obj.set_member("__init__", griffe.Function("__init__", parameters=_parameters(value), parent=obj))
         if obj.docstring is not None:
             text = DISPLAYED.sub(lambda found: f"\n$$\n{' '.join(found[1].split())}\n$$\n", obj.docstring.value)
             text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)  # the title that griffe knows
             obj.docstring.value = ROLE.sub(_reference, text)
+
+
+def _show_all(function: griffe.Function) -> None:
+    """Arguments that several functions share are written once in the source; the page shows all of them."""
+    value = _runtime(function.path.removesuffix(".__init__"))
+    if hasattr(value, "__signature__") or hasattr(getattr(value, "__init__", None), "__signature__"):
+        function.parameters = _parameters(value)
+        if function.docstring is not None and inspect.isfunction(value):
+            function.docstring.value = inspect.getdoc(value) or ""
+
+
+def _parameters(value: Any) -> griffe.Parameters:
+    return griffe.Parameters(*map(_parameter, inspect.signature(value).parameters.values()))
+
+
+def _runtime(path: str) -> Any:
+    """What a dotted path of the library names; None for a method, and where other packages would be imported."""
+    module, _, name = path.rpartition(".")
+    while module and module.startswith("largemargin") and not module.startswith(("largemargin.lab", "largemargin.integrations")):
+        try:
+            return functools.reduce(getattr, name.split("."), import_module(module))
+        except (ModuleNotFoundError, AttributeError):  # of a class
+            module, _, inner = module.rpartition(".")
+            name = f"{inner}.{name}"
+    return None
+
+
+def _parameter(parameter: inspect.Parameter) -> griffe.Parameter:
+    shown = inspect.formatannotation(parameter.annotation) if parameter.annotation is not parameter.empty else None
+    default = None if parameter.default is parameter.empty else repr(parameter.default)
+    kind = griffe.ParameterKind(parameter.kind.description)
+    return griffe.Parameter(parameter.name, annotation=shown, kind=kind, default=default)
 
 
 def _reference(role: re.Match[str]) -> str:
