@@ -16,8 +16,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import plain_on_ranks
 from largemargin import LinearLargeMarginCrossEntropyLoss, large_margin_cross_entropy, plain_layer
-from largemargin.losses import large_margin
 from largemargin.lab._torchvision import import_torchvision
+from largemargin.losses import large_margin
 from measure import compiles
 
 with contextlib.suppress(ImportError):
@@ -290,7 +290,7 @@ def gradients(loss, criterion, features):
 def fused(monkeypatch) -> list:
     """What the fused loss was called with."""
     calls: list[tuple] = []
-    original = losses.linear_large_margin_cross_entropy
+    original = large_margin.linear_large_margin_cross_entropy
 
     def recorded(*args, **options):
         calls.append(args)
