@@ -350,3 +350,19 @@ def test_script_of_a_head_is_refused_and_told_of_export(name):
 def test_a_head_alone_is_no_model_to_trace():
     with pytest.raises(TypeError, match="trace a module that calls it"):
         torch.fx.symbolic_trace(HEADS["lsoftmax"]())
+
+
+def test_fx_records_the_fused_loss_of_a_layer_that_does_more():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.criterion = LinearLargeMarginCrossEntropyLoss(4, 3)
+            self.criterion.linear = torch.nn.Sequential(self.criterion.linear)
+
+        def forward(self, x, y):
+            return self.criterion(x, y)
+
+    model, x, y = Model(), torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    with pytest.warns(UserWarning, match="cannot be fused"):
+        traced = torch.fx.symbolic_trace(model)
+    assert torch.equal(traced(x, y), model(x, y))

@@ -74,3 +74,24 @@ def test_a_head_without_a_margin_never_reads_the_target(head):
     head.zero_grad()
     gradient = torch.func.grad(lambda x: head(x, torch.tensor([9])).sum())(torch.ones(1, 4))  # labels cannot be looked at here
     assert torch.equal(gradient, torch.func.grad(lambda x: head(x).sum())(torch.ones(1, 4)))
+
+
+@pytest.mark.parametrize(
+    ("head", "name", "value"),
+    [
+        (heads.CosineLinear(4, 3), "kind", "ArcFace"),
+        (heads.LSoftmaxLinear(4, 3), "angular_multiplier", 0),
+        (heads.NoisySoftmaxLinear(4, 3), "alpha_squared", -1.0),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_attribute_that_was_changed_is_checked_when_it_counts(head, name, value):
+    setattr(head, name, value)
+    with pytest.raises(ValueError, match=name):
+        head(torch.ones(2, 4), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize(("head", "name"), [(heads.CenterLoss(4, 3), "as_parameter"), (heads.GaussianMixtureHead(4, 3), "covariance")])
+def test_what_a_head_was_built_with_cannot_be_changed(head, name):
+    with pytest.raises(AttributeError):
+        setattr(head, name, True)

@@ -247,3 +247,9 @@ def test_what_the_authors_class_got_wrong_follows_this_library(batch, device):
     assert same_bits(loss(input, ignored), large_margin_cross_entropy(input, ignored, weight))
     assert same_bits(loss(half, target), large_margin_cross_entropy(half, target, weight))
     assert same_bits(loss(spatial, target.reshape(3, 2)), large_margin_cross_entropy(spatial, target.reshape(3, 2), weight))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_numbers_of_numpy_are_numbers(dtype):
+    number = pytest.importorskip("numpy").dtype(dtype).type(0.5)
+    assert LargeMarginCrossEntropyLoss(lam=number, hard_bias=number)(torch.zeros(2, 3), torch.tensor([0, 1])).isfinite()

@@ -465,3 +465,9 @@ def test_super_symmetry_names_a_bad_weight(weight):
 def test_super_symmetry_needs_a_tensor():
     with pytest.raises(TypeError, match=r"weight must be a torch\.Tensor"):
         metrics.super_symmetry([[1.0], [2.0]])
+
+
+@pytest.mark.parametrize("name", ["top_k", "num_bins"])
+def test_what_the_sums_were_made_with_cannot_be_changed(name):
+    with pytest.raises(AttributeError):
+        setattr(MarginMetrics(), name, 2)

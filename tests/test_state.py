@@ -663,3 +663,34 @@ def test_nothing_is_remembered_of_a_module_that_is_gone():
     size = len(_state._last)
     del loss
     assert gone() is None and len(_state._last) == size - 1
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize(
+    "head",
+    [
+        LSoftmaxLinear(4, 3, schedule=AnnealedLambda(10.0, 0.1, 1.0)),
+        GaussianMixtureHead(4, 3, alpha=SteppedAlpha()),
+    ],
+    ids=lambda head: type(head).__name__,
+)
+def test_a_scheduled_head_is_not_recomputed_in_another_mode(head, use_reentrant):
+    features, target = torch.randn(5, 4, requires_grad=True), torch.tensor([0, 1, 2, 0, 1])
+    head.train()
+    loss = checkpoint(lambda x: head(x, target).square().sum(), features, use_reentrant=use_reentrant)
+    head.eval()
+    with pytest.raises(RuntimeError, match="in another mode"):
+        loss.backward()
+
+
+def test_a_reset_schedule_cannot_recompute_what_it_said_before():
+    schedule, x = AnnealedLambda(10.0, 1.0, 1.0), torch.ones((), requires_grad=True)
+    loss = checkpoint(lambda z: schedule() * z * z, x, use_reentrant=False)
+    schedule.reset()
+    with pytest.raises(RuntimeError, match="no forward pass with these buffers came before it"):
+        loss.backward()
+
+
+def test_a_schedule_says_nothing_in_plain_code(caplog):
+    AnnealedLambda(10.0, 1.0, 1.0)()
+    assert not caplog.records

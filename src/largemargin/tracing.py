@@ -60,7 +60,8 @@ def as_one_call(function: Function) -> Function:
             if isinstance(value, Proxy):
                 given = inspect.signature(call).bind(*inputs, **options)
                 given.apply_defaults()
-                return record(call, given.arguments)
+                named = dict(zip(given.signature.parameters, given.args, strict=False)) | given.kwargs
+                return record(call, named)
         return function(*inputs, **options)
 
     return cast(Function, call)
