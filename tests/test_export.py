@@ -357,7 +357,7 @@ def test_fx_records_the_fused_loss_of_a_layer_that_does_more():
         def __init__(self):
             super().__init__()
             self.criterion = LinearLargeMarginCrossEntropyLoss(4, 3)
-            self.criterion.linear = torch.nn.Sequential(self.criterion.linear)
+            self.criterion.linear = torch.nn.Sequential(self.criterion.linear)  # type: ignore[assignment]
 
         def forward(self, x, y):
             return self.criterion(x, y)

@@ -182,6 +182,75 @@ def test_leading_dimensions_are_those_of_the_target(shape, tile, rng, device):
     assert_within(losses.flatten(), flat.double(), 16.0, 2)
 
 
+# the target, and the positions (d1, ...) of a classifier (C, d1, ..., D)
+KINDS = {"probabilities": (True, ()), "positions": (False, (2,)), "probabilities of positions": (True, (2, 3))}
+
+
+def of_kind(kind: str, shape: tuple[int, int, int], rng: torch.Generator) -> tuple[list[Tensor], Tensor]:
+    """Features, classifier and bias in float64, and the target."""
+    (rows, width, classes), (soft, positions) = shape, KINDS[kind]
+    leaves = [torch.randn(size, generator=rng, dtype=torch.float64) for size in ((rows, width), (classes, *positions, width))]
+    leaves.append(torch.randn(classes, *positions, generator=rng, dtype=torch.float64))
+    if soft:
+        return leaves, torch.rand(rows, classes, *positions, generator=rng, dtype=torch.float64)
+    target = torch.randint(classes, (rows, *positions), generator=rng)
+    target[-1] = -100
+    return leaves, target
+
+
+def with_logits(leaves: list[Tensor], target: Tensor, **options: Any) -> Tensor:
+    logits = torch.einsum("nd,c...d->nc...", leaves[0], leaves[1]) + leaves[2]
+    return large_margin_cross_entropy(logits, target, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(7, 5, 13), (5, 9, 40)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_probabilities_and_positions_equal_the_loss_of_the_logits(kind, shape, dtype, tile, rng, device):
+    leaves, target = of_kind(kind, shape, rng)
+    exact = [leaf.to(dtype).double().requires_grad_() for leaf in leaves]
+    target = target.to(dtype) if target.is_floating_point() else target
+    weight = torch.rand(shape[2], generator=rng)
+    mine = [leaf.detach().to(device, dtype).requires_grad_() for leaf in exact]
+    for reduction, options in (
+        ("mean", {}),
+        ("none", {"weight": weight, "label_smoothing": 0.1, "hard_bias": 1.0}),
+        ("sum", {"divergence": "kl_qu", "label_smoothing": 0.1}),
+        ("mean", {"lam": 0.0}),
+    ):
+        on_device = {name: value.to(device) if torch.is_tensor(value) else value for name, value in options.items()}
+        loss = fused(mine, target.to(device), reduction=reduction, **on_device)
+        truth = with_logits(exact, target.double() if target.is_floating_point() else target, reduction=reduction, **options)
+        assert loss.shape == truth.shape and loss.dtype == dtype
+        assert_within(loss, truth.detach(), 64 + truth.detach().abs(), 4)
+        upstream = torch.randn(truth.shape, generator=rng).double()
+        for factor in (1.0, -2.0):  # the second pass computes the logits again
+            gradients = torch.autograd.grad(loss, mine, factor * upstream.to(device, dtype), retain_graph=True)
+            for got, expected in zip(gradients, torch.autograd.grad(truth, exact, factor * upstream, retain_graph=True), strict=True):
+                assert_within(got, expected, 64 + expected.abs(), 4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_higher_derivatives_and_gradients_of_probabilities(kind, rng, device):
+    leaves, target = of_kind(kind, (3, 2, 4), rng)
+    leaves = [leaf.to(device).requires_grad_() for leaf in leaves]
+    if target.is_floating_point():
+        leaves.append(target.to(device).requires_grad_())
+    loss = lambda *p: fused([*p[:3]], p[3] if len(p) > 3 else target.to(device))  # noqa: E731
+    assert torch.autograd.gradcheck(loss, leaves)
+    assert torch.autograd.gradgradcheck(loss, leaves)
+
+
+def test_probabilities_have_leading_dimensions_and_a_padded_vocabulary(rng, device):
+    input, linear_weight = torch.randn(2, 3, 5, generator=rng).to(device), torch.randn(9, 5, generator=rng).to(device)
+    target = torch.rand(2, 3, 7, generator=rng).to(device)
+    losses = linear_large_margin_cross_entropy(input, linear_weight, target, reduction="none", num_classes=7)
+    flat = large_margin_cross_entropy((input @ linear_weight[:7].t()).reshape(-1, 7), target.reshape(-1, 7), reduction="none")
+    assert losses.shape == (2, 3)
+    assert_within(losses.flatten(), flat.double(), 64.0, 2)
+    assert linear_large_margin_cross_entropy(input[:0], linear_weight[:7], target[:0]).isnan()
+
+
 def test_inputs_that_are_not_contiguous(tile, rng, device):
     wide, classifier = torch.randn(5, 14, generator=rng).to(device), torch.randn(7, 30, generator=rng).to(device)
     target = torch.randint(30, (7,), generator=rng).to(device)
@@ -247,6 +316,14 @@ def test_case_23_memory_is_that_of_the_gradients_that_are_wanted_and_a_tile(need
     assert all(leaf.grad is None for leaf in frozen)
 
 
+def test_the_logits_of_probabilities_are_not_held(monkeypatch, rng):
+    monkeypatch.setattr(tiles, "TILE", 20_000)
+    input, linear_weight = torch.randn(100, 16, generator=rng, requires_grad=True), torch.randn(4000, 16, generator=rng, requires_grad=True)
+    target = torch.rand(100, 4000, generator=rng)
+    step = lambda: torch.autograd.grad(linear_large_margin_cross_entropy(input, linear_weight, target), (input, linear_weight))  # noqa: E731
+    assert peak_bytes(step) < input.nbytes + linear_weight.nbytes + 25 * 4 * 4000 + 100_000  # a row at a time; the logits take 1,600,000
+
+
 def test_few_rows_of_many_classes_need_no_tile(monkeypatch, rng):
     monkeypatch.setattr(tiles, "TILE", 2000)
     input, linear_weight = torch.randn(16, 32, generator=rng, requires_grad=True), torch.randn(5000, 32, generator=rng, requires_grad=True)
@@ -273,21 +350,34 @@ def test_errors_name_the_argument(rng):
         ),
         ((input, torch.randn(5, 4), target), ValueError, "linear_weight must have shape \\(C, D\\)"),
         ((input, linear_weight, target[:3]), ValueError, "target must be int64 class indices of shape \\(4,\\)"),
-        ((input, linear_weight, torch.rand(4, 5)), ValueError, "class probabilities need the logits"),
+        ((input, linear_weight, torch.rand(4, 6)), ValueError, "class probabilities have the shape \\(4, 5\\)"),
+        ((input, linear_weight, torch.ones(4, 5).long()), RuntimeError, "class probabilities in a floating dtype"),
+        ((input, torch.randn(5, 2, 3), target), ValueError, "class indices of shape \\(4, 2\\)"),
+        ((input[0], torch.randn(5, 2, 3), target), ValueError, "\\(C, d1, ..., dk, D\\) for input \\(N, D\\)"),
         ((input, linear_weight, target + 2), IndexError, "holds 5 \\(1 of 4 labels are out of range\\)"),
         ((input, linear_weight, target.int()), RuntimeError, "target.long\\(\\)"),
     ):
         with pytest.raises(error, match=words):
             linear_large_margin_cross_entropy(*arguments)
-    for options, error, words in (
+    bad: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"linear_bias": torch.randn(4)}, ValueError, r"linear_bias must be floating of shape \(C,\), with C = 5"),
         ({"num_classes": 6}, ValueError, "num_classes must be between 1 and the 5 rows"),
         ({"weight": torch.rand(4)}, RuntimeError, "weight must have one entry for each of the 5 classes"),
         ({"lam": -1.0}, ValueError, "lam"),
         ({"reduction": "avg"}, ValueError, "reduction"),
-    ):
-        with pytest.raises(error, match=words):
+        ({"ignore_index": 1.5}, TypeError, "ignore_index"),
+        ({"options": {"lam": 0.3}}, TypeError, "options must be None or a torch.nn.LinearCrossEntropyOptions.* by name: lam=0.3"),
+    ]
+    for options, kind, words in bad:
+        with pytest.raises(kind, match=words):
             linear_large_margin_cross_entropy(input, linear_weight, target, **options)
+    with pytest.raises(RuntimeError, match="ignore_index=0 needs class indices"):
+        linear_large_margin_cross_entropy(input, linear_weight, torch.rand(4, 5), ignore_index=0)
+    with pytest.raises(ValueError, match=r"linear_bias must be floating of shape \(C, d1, \.\.\., dk\)"):
+        linear_large_margin_cross_entropy(input, torch.randn(5, 2, 3), torch.zeros(4, 2).long(), linear_bias=torch.zeros(10))
+    for sizes in ("3", 3, (3, 0), (3.0,)):
+        with pytest.raises((TypeError, ValueError), match="out_features"):
+            LinearLargeMarginCrossEntropyLoss(3, 5, out_features=sizes)
 
 
 # the module, and compiled code
@@ -311,6 +401,21 @@ def test_the_module_is_the_function_and_trains(rng, device):
     assert float(criterion(features, target).detach()) < first
     with pytest.raises(ValueError, match="lam"):
         LinearLargeMarginCrossEntropyLoss(6, 11, lam=-1.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_module_takes_probabilities_and_positions_fused_or_not(kind, rng):
+    leaves, target = of_kind(kind, (4, 5, 3), rng)
+    criterion = LinearLargeMarginCrossEntropyLoss(5, 3, out_features=KINDS[kind][1], dtype=torch.float64, reduction="none")
+    criterion.linear.load_state_dict({"weight": leaves[1].flatten(0, -2), "bias": leaves[2].flatten()})
+    expected = with_logits(leaves, target, reduction="none")
+    assert_within(criterion(leaves[0], target), expected, 64.0, 2)
+    criterion.linear.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="hook"):
+        assert_within(criterion(leaves[0], target), expected, 64.0, 2)
+    if criterion.out_features:
+        with pytest.raises(ValueError, match="input must have shape"):
+            criterion(leaves[0][None], target)
 
 
 @compiles
@@ -377,6 +482,24 @@ def test_half_products_cost_the_rounding_of_their_factors(dtype, backend, tile, 
 def test_half_products_of_a_gpu(dtype, tile, reduction, monkeypatch, rng):
     monkeypatch.setattr(tiles, "TILE_OF_GPU", tile)
     assert_half_products(dtype, None, reduction, rng, "cuda")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_products_of_probabilities_and_positions(kind, dtype, half_products, monkeypatch, rng):
+    monkeypatch.setattr(tiles, "TILE", 200)
+    leaves, target = of_kind(kind, (33, 3, 11), rng)
+    mine = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+    exact = [leaf.detach().double().requires_grad_() for leaf in mine]
+    for reduction in ("mean", "none"):
+        loss = fused(mine, target.float() if target.is_floating_point() else target, reduction=reduction)
+        truth = with_logits(exact, target, reduction=reduction)
+        assert_within(loss, truth.detach(), 64 + truth.detach().abs(), 8, torch.float32)
+        upstream = torch.randn(truth.shape, generator=rng)
+        for got, expected in zip(
+            torch.autograd.grad(loss, mine, upstream), torch.autograd.grad(truth, exact, upstream.double()), strict=True
+        ):
+            assert (got.double() - expected).norm() < torch.finfo(dtype).eps * expected.norm()
 
 
 def test_what_all_classes_share_survives_float16(half_products, rng, device):

@@ -457,7 +457,7 @@ def test_targets_that_do_not_fit_are_refused_alike(change, rng):
     criterion = criterion_of(change)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for target in (torch.zeros(3).long(), torch.rand(4, C)):
+        for target in (torch.zeros(3).long(), torch.rand(4, 2), torch.rand(4, C + 1)):
             with pytest.raises(ValueError, match="class indices of shape"):
                 criterion(torch.randn(4, D, generator=rng), target)
 

@@ -8,7 +8,7 @@ import math
 import numbers
 import sys
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NoReturn, TypeGuard
 
 import torch
@@ -87,6 +87,13 @@ def check_at_least_1(name: str, value: object) -> None:
         raise ValueError(f"{name} must be at least 1, got {value!r}")
 
 
+def check_sizes(name: str, value: object) -> None:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError(f"{name} must be a tuple of ints, got {describe(value)}")
+    for size in value:
+        check_at_least_1(name, size)
+
+
 def check_label_smoothing(value: object) -> None:
     if not is_number(value):
         raise TypeError(f"label_smoothing must be a Python number in [0, 1], got {describe(value)}")
@@ -129,7 +136,7 @@ def check_probabilities(input: Tensor, target: Tensor, ignore_index: int) -> Non
     check_integer("ignore_index", ignore_index)
     if target.dtype not in FLOATING:
         raise RuntimeError(
-            f"target has the shape of input, {tuple(input.shape)}, so it must hold class probabilities in a floating dtype; got "
+            f"target has the shape of the logits, {tuple(input.shape)}, so it must hold class probabilities in a floating dtype; got "
             f"{describe(target)}; class indices would have the shape {index_shape(input)}, for one-hot rows pass target.float()"
         )
     check_same_device("target", target, input)
@@ -258,32 +265,49 @@ def check_weight(weight: object, input: Tensor, of_classes: int | None = None) -
 
 
 def check_linear(
-    input: object, linear_weight: object, target: object, linear_bias: object, num_classes: object, may_be_empty: bool = False
+    input: object, linear_weight: object, target: object, linear_bias: object, num_classes: object, sharded: bool = False
 ) -> None:
-    """``may_be_empty`` allows ``linear_weight`` (0, D), for a rank without classes."""
+    """If ``sharded``, ``linear_weight`` may be (0, D), for a rank without classes, and the target has class indices."""
     for name, value in (("input", input), ("linear_weight", linear_weight), ("target", target)):
         check_tensor(name, value)
     assert isinstance(input, Tensor) and isinstance(linear_weight, Tensor) and isinstance(target, Tensor)
-    if linear_weight.numel() == 0 and not (may_be_empty and linear_weight.dim() == 2):
+    if linear_weight.numel() == 0 and not (sharded and linear_weight.dim() == 2):
         raise ValueError(f"linear_weight is empty, {describe(linear_weight)}; gather a sharded parameter before its loss")
-    if linear_weight.dim() != 2 or input.dim() < 1 or input.shape[-1] != linear_weight.shape[1]:
-        raise ValueError(f"linear_weight must have shape (C, D), got {describe(linear_weight)} for input (..., D) {describe(input)}")
+    positions = tuple(linear_weight.shape[1:-1])
+    dims_fit = input.dim() == 2 and not sharded if positions else linear_weight.dim() == 2 and input.dim() >= 1
+    if not dims_fit or input.shape[-1] != linear_weight.shape[-1]:
+        raise ValueError(
+            f"linear_weight must have shape (C, D) for input (..., D){'' if sharded else ', or (C, d1, ..., dk, D) for input (N, D)'}, "
+            f"got {describe(linear_weight)} for {describe(input)}"
+        )
     for name, value in (("input", input), ("linear_weight", linear_weight)):
         if value.dtype not in FLOATING:
             raise NotImplementedError(f"{name} must have a floating dtype, got {describe(value)}; convert it with {name}.float()")
     check_same_device("linear_weight", linear_weight, input)
-    if target.shape != input.shape[:-1]:
-        raise ValueError(
-            f"target must be int64 class indices of shape {tuple(input.shape[:-1])} for input {describe(input)}, got {describe(target)}; "
-            "class probabilities need the logits: use large_margin_cross_entropy"
-        )
     if linear_bias is not None:
         check_tensor("linear_bias", linear_bias)
         assert isinstance(linear_bias, Tensor)
-        if tuple(linear_bias.shape) != (len(linear_weight),) or linear_bias.dtype not in FLOATING:
-            raise ValueError(f"linear_bias must be floating of shape (C,), with C = {len(linear_weight)}, got {describe(linear_bias)}")
+        if linear_bias.shape != linear_weight.shape[:-1] or linear_bias.dtype not in FLOATING:
+            words = "(C, d1, ..., dk)" if positions else f"(C,), with C = {len(linear_weight)}"
+            raise ValueError(f"linear_bias must be floating of shape {words}, got {describe(linear_bias)}")
         check_same_device("linear_bias", linear_bias, input)
     if num_classes is not None:
         check_integer("num_classes", num_classes)
         if not 1 <= num_classes <= len(linear_weight):  # type: ignore[operator]
             raise ValueError(f"num_classes must be between 1 and the {len(linear_weight)} rows of linear_weight, got {num_classes}")
+    rows, classes = tuple(input.shape[:-1]), len(linear_weight) if num_classes is None else num_classes
+    indices, probabilities = (*rows, *positions), (*rows, classes, *positions)
+    if target.shape != indices and (sharded or target.shape != probabilities):
+        other = "probabilities need the whole classifier" if sharded else f"probabilities have the shape {probabilities}"
+        raise ValueError(
+            f"target must be int64 class indices of shape {indices} for input {describe(input)}, got {describe(target)}; class {other}"
+        )
+
+
+def check_torch_options(options: object) -> None:
+    """The ``options`` of torch's linear_cross_entropy. They say how torch cuts and rounds, and change nothing here."""
+    kind = getattr(torch.nn, "LinearCrossEntropyOptions", None)  # torch 2.13 has it
+    if options is not None and not (kind is not None and isinstance(options, kind)):
+        raise TypeError(
+            f"options must be None or a torch.nn.LinearCrossEntropyOptions, got {describe(options)}; give others by name: lam=0.3"
+        )

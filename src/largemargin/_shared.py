@@ -12,20 +12,22 @@ _ENTRY = re.compile(r"^ {8}(?=[a-z_]+(?:, [a-z_]+)*:)", re.MULTILINE)  # an argu
 
 
 def takes(function: Callable[..., Any], names: Iterable[str]) -> Callable[[Documented], Documented]:
-    """Show the arguments ``names`` of ``function`` instead of ``**options``, in signature and docstring.
+    """Show the arguments ``names`` of ``function`` instead of ``**options``, or whatever its name is, in signature and docstring.
 
-    In the docstring they replace the entry ``options:``. An entry that the docstring has itself takes precedence.
+    In the docstring they replace the entry of that name. An entry or argument that the function has itself takes precedence.
     """
-    shared = {name: parameter for name, parameter in inspect.signature(function).parameters.items() if name in set(names)}
+    listed = {name: parameter for name, parameter in inspect.signature(function).parameters.items() if name in set(names)}
 
     def show(documented: Documented) -> Documented:
         signature = inspect.signature(documented)
         own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+        (rest,) = (name for name, parameter in signature.parameters.items() if parameter.kind is parameter.VAR_KEYWORD)
+        shared = {name: parameter for name, parameter in listed.items() if name not in signature.parameters}
         documented.__signature__ = signature.replace(parameters=[*own, *shared.values()])  # type: ignore[attr-defined]
         if documented.__doc__ and function.__doc__:
             here, texts = arguments(documented.__doc__), arguments(function.__doc__)
             options = "".join(texts[name] for name in shared if name not in here)
-            documented.__doc__ = documented.__doc__.replace(here["options"], options)
+            documented.__doc__ = documented.__doc__.replace(here[rest], options)
         return documented
 
     return show

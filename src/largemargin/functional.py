@@ -12,13 +12,14 @@ from . import _checks
 from ._backend_names import BackendName
 from ._reduce import Reduction
 from ._shared import takes
-from .loss import Divergence, LossOptions, Options
+from .loss import Divergence, LinearOptions, LossOptions, Options
 from .rows import all_classes, collectives, dense, dtensors, linear, sharded_linear, shards, whole
 from .rowstats import RowStats
 from .tracing import no_script, record, traceable
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # there are builds of torch without it
+    from torch.nn import LinearCrossEntropyOptions  # from torch 2.13 on
 
 
 @traceable
@@ -217,26 +218,36 @@ def linear_large_margin_cross_entropy(
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     num_classes: int | None = None,
-    **options: Unpack[Options],
+    ignore_index: int | None = -100,
+    options: "LinearCrossEntropyOptions | None" = None,
+    **others: Unpack[LinearOptions],
 ) -> Tensor:
     r"""The large-margin loss of ``linear(input, linear_weight, linear_bias)``, without ever storing all logits.
 
     .. math:: \ell(X W^\top + b, y), \quad \ell \text{ of eqs. (8), (11), (13), (15)}
 
-    The loss equals :func:`large_margin_cross_entropy` of these logits up to rounding. Half precision is accumulated in float32.
+    The loss equals :func:`large_margin_cross_entropy` of these logits up to rounding. Half precision is accumulated in float32. With
+    ``lam=0`` it is that of ``torch.nn.functional.linear_cross_entropy``, which torch 2.13 has.
 
     Args:
         input: features, shape ``(N, D)``, ``(B, T, D)`` or any ``(..., D)``, floating.
-        linear_weight: the classifier, shape ``(C, D)``, floating; its dtype may differ from the dtype of ``input``.
-        target: class indices, shape ``(...)`` of ``input`` without its last dimension, int64 (or uint8); no probabilities.
-        linear_bias: shape ``(C,)``, floating; a class whose bias is -inf is not in the row.
+        linear_weight: the classifier, shape ``(C, D)``, floating; its dtype may differ from the dtype of ``input``. For features ``(N, D)``
+            it may have the shape ``(C, d1, ..., dk, D)``, and makes logits ``(N, C, d1, ..., dk)``.
+        target: class indices, int64 (or uint8), or floating probabilities. For a classifier ``(C, D)`` their shapes are ``(...)`` and
+            ``(..., C)``, for one with more dimensions ``(N, d1, ..., dk)`` and ``(N, C, d1, ..., dk)``. Probabilities that require a
+            gradient need all logits.
+        linear_bias: shape ``(C,)`` or ``(C, d1, ..., dk)``, floating; a class whose bias is -inf is not in the row.
         weight: a factor for each class, shape ``(num_classes,)``, floating.
         num_classes: the first ``num_classes`` rows of ``linear_weight`` are classes; the rest is padding with gradient 0. Default: all.
-        options: as in :func:`large_margin_cross_entropy`.
+        ignore_index: as in :func:`large_margin_cross_entropy`; None, torch's default, is -100.
+        options: torch's ``LinearCrossEntropyOptions``, which change nothing here: tiles have a size of their own, sums are float32, and
+            every backward pass can be repeated.
+        others: those of :func:`large_margin_cross_entropy`.
         reduction: ``"none"``, ``"sum"`` or ``"mean"``; ``"none"`` computes the logits a second time in the backward pass.
 
     Returns:
-        A scalar, or with ``reduction="none"`` the loss of each row, shaped like ``target``; float32, or float64 for float64 input.
+        A scalar, or with ``reduction="none"`` the loss of each row, shaped like class indices; float32, or float64 for float64 input or
+        probabilities.
 
     Raises:
         TypeError, ValueError, RuntimeError, IndexError: as :func:`large_margin_cross_entropy` for the logits; ValueError if features and
@@ -253,23 +264,39 @@ def linear_large_margin_cross_entropy(
 
     Source: Kobayashi, BMVC 2019, eqs. (8), (11), (13) and (15); computing it in chunks of rows is folklore.
     """
-    checked = LossOptions.of("linear_large_margin_cross_entropy", options)
+    index = -100 if ignore_index is None else ignore_index
+    checked = LossOptions.of("linear_large_margin_cross_entropy", {**others, "ignore_index": index})
+    _checks.check_torch_options(options)
     _checks.check_linear(input, linear_weight, target, linear_bias, num_classes)
     _checks.check_alike(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
+    positions = linear_weight.shape[1:-1]
     if not _checks.is_dtensor(input):
         _checks.check_plain("target", target)
         _checks.check_plain("weight", weight)
+    elif positions:
+        raise NotImplementedError("linear_weight (C, d1, ..., dk, D) is a DTensor; pass linear_weight.full_tensor(), and input too")
     if num_classes is not None and num_classes != len(linear_weight):  # autograd of the slice gives the padding a gradient of 0
         linear_weight = linear_weight[:num_classes]
         linear_bias = None if linear_bias is None else linear_bias[:num_classes]
-    features, labels = input.reshape(-1, input.shape[-1]), target.reshape(-1)
-    like_logits = features[:, :1].expand(-1, len(linear_weight))  # has their shape, dtype and device, for the checks of the loss
-    _checks.check_indices(like_logits, labels, checked.ignore_index)
+    features, indices = input.reshape(-1, input.shape[-1]), (*input.shape[:-1], *positions)
+    # has the shape, dtype and device of the logits, for the checks of the loss
+    like_logits = features[(..., slice(1), *[None for _ in positions])].expand(-1, len(linear_weight), *positions)
+    if target.shape != indices:
+        target = target.reshape(like_logits.shape)
+        _checks.check_probabilities(like_logits, target, checked.ignore_index)
+        dtensors.check_no_probabilities(input, target)
+    else:
+        target = target.reshape(-1, *positions)
+        _checks.check_indices(like_logits, target, checked.ignore_index)
+        if _checks.can_look_at(target):
+            _checks.check_range(target, len(linear_weight), checked.ignore_index)
+        target = target.long()
     _checks.check_weight(weight, like_logits)
-    if _checks.can_look_at(labels):
-        _checks.check_range(labels, len(linear_weight), checked.ignore_index)
-    loss = linear.loss(linear.Problem(features, linear_weight, linear_bias, labels.long(), weight, checked))
-    return loss.reshape(target.shape) if checked.reduction == "none" else loss
+    if positions:
+        linear_weight = linear_weight.flatten(0, -2)
+        linear_bias = None if linear_bias is None else linear_bias.flatten()
+    loss = linear.loss(linear.Problem(features, linear_weight, linear_bias, target, weight, checked))
+    return loss.reshape(indices) if checked.reduction == "none" else loss
 
 
 @collectives.eagerly
@@ -328,7 +355,7 @@ def sharded_linear_large_margin_cross_entropy(
         return linear_large_margin_cross_entropy(
             input, linear_weight_shard, target, linear_bias=linear_bias_shard, weight=weight, **options
         )
-    _checks.check_linear(input, linear_weight_shard, target, linear_bias_shard, None, may_be_empty=True)
+    _checks.check_linear(input, linear_weight_shard, target, linear_bias_shard, None, sharded=True)
     for name, value in (("input", input), ("linear_weight_shard", linear_weight_shard)):
         _checks.check_local(name, value, "linear_large_margin_cross_entropy")
     _checks.check_plain("target", target)

@@ -26,16 +26,21 @@ Divergence = Literal["symmetric", "kl_qu", "kl_uq"]
 DIVERGENCES = get_args(Divergence)
 
 
-class Options(TypedDict, total=False):
-    """The options of the loss by name; :func:`.large_margin_cross_entropy` describes them."""
+class LinearOptions(TypedDict, total=False):
+    """The options of the loss by name, but ``ignore_index``, which may be None in the losses that are fused with a classifier."""
 
     lam: float
     divergence: Divergence
     hard_bias: float
     label_smoothing: float
-    ignore_index: int
     reduction: Reduction
     backend: BackendName | None
+
+
+class Options(LinearOptions, total=False):
+    """The options of the loss by name; :func:`.large_margin_cross_entropy` describes them."""
+
+    ignore_index: int
 
 
 class LossOptions(NamedTuple):

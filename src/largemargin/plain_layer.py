@@ -134,14 +134,28 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 @as_one_call
-def loss_of_logits(logits: Tensor, target: Tensor, weight: Tensor | None, **options: Any) -> Tensor:
-    """The loss of logits (..., C) with the classes last, as a layer gives them, and class indices (...)."""
+def loss_of_logits(logits: Tensor, target: Tensor, weight: Tensor | None, out_features: tuple[int, ...] = (), **options: Any) -> Tensor:
+    """The loss of logits (..., C) with the classes last, as a layer gives them, and class indices (...) or probabilities (..., C).
+
+    With ``out_features`` (d1, ...), the layer gives (N, C d1 ...), and ``target`` has the shape (N, d1, ...) or (N, C, d1, ...).
+    """
     _checks.check_tensor("logits", logits)
     _checks.check_tensor("target", target)
-    if target.shape != logits.shape[:-1]:
+    if out_features and logits.dim() == 2:
+        logits = logits.unflatten(1, (-1, *out_features))
+        indices = (len(logits), *out_features)
+    elif out_features:
+        raise ValueError(f"input must have shape (N, D), because out_features is {out_features}, but gives {_checks.describe(logits)}")
+    else:
+        indices = tuple(logits.shape[:-1])
+    if target.shape != indices and target.shape != logits.shape:
         raise ValueError(
-            f"target must be int64 class indices of shape {tuple(logits.shape[:-1])} for logits of shape {tuple(logits.shape)}, got shape "
-            f"{tuple(target.shape)}; class probabilities need the logits: use large_margin_cross_entropy"
+            f"target must be int64 class indices of shape {indices} for logits of shape {tuple(logits.shape)}, got shape "
+            f"{tuple(target.shape)}; class probabilities have the shape of the logits"
         )
-    loss = large_margin_cross_entropy(logits.reshape(-1, logits.shape[-1]), target.reshape(-1), weight, **options)
-    return loss.reshape(target.shape) if options.get("reduction") == "none" else loss
+    if not out_features:
+        flat = logits.reshape(-1, logits.shape[-1])
+        target = target.reshape(-1) if target.shape == indices else target.reshape(flat.shape)
+        logits = flat
+    loss = large_margin_cross_entropy(logits, target, weight, **options)
+    return loss.reshape(indices) if options.get("reduction") == "none" else loss

@@ -4,6 +4,7 @@ A module that takes logits is an ``nn.CrossEntropyLoss``, because frameworks use
 predictions. :class:`OpaqueLargeMarginLoss` is for tools that replace such a loss by formulas of the softmax loss.
 """
 
+import math
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
@@ -14,8 +15,11 @@ from .._backend_names import BACKENDS
 from .._reduce import Reduction
 from .._shared import takes
 from ..functional import large_margin_cross_entropy, linear_large_margin_cross_entropy
-from ..loss import LossOptions, Options
+from ..loss import LinearOptions, LossOptions, Options
 from ..tracing import refuse_script
+
+if TYPE_CHECKING:
+    from torch.nn import LinearCrossEntropyOptions  # from torch 2.13 on
 
 
 class _HasOptions(nn.Module):
@@ -173,11 +177,15 @@ class OpaqueLargeMarginLoss(_LogitsLoss):
 class LinearLargeMarginCrossEntropyLoss(_HasOptions):
     """A linear classifier and its loss in one, by :func:`.linear_large_margin_cross_entropy`, which never stores all logits.
 
+    With ``lam=0`` it is torch's ``nn.LinearCrossEntropyLoss``, whose ``state_dict`` it has too.
+
     Args:
         in_features, num_classes: the width D of the features, and C.
-        bias: whether the classifier has one.
+        bias: whether the classifier has one, as an ``nn.Linear`` does; torch's ``LinearCrossEntropyLoss`` has none by default.
         weight: a factor for each class, shape ``(num_classes,)``.
-        lam, divergence, hard_bias, label_smoothing, ignore_index, reduction, backend: as in :func:`.large_margin_cross_entropy`.
+        out_features: ``(d1, ..., dk)`` for logits (N, C, d1, ..., dk). The classifier then has C x d1 x ... x dk outputs, class by class.
+        lam, divergence, hard_bias, label_smoothing, reduction, backend: as in :func:`.large_margin_cross_entropy`.
+        ignore_index, options: as in :func:`.linear_large_margin_cross_entropy`; torch's options change nothing, and are not kept.
         device, dtype: of the classifier.
 
     The classifier is the attribute ``linear``; ``criterion.linear(features)`` gives the logits for prediction. If ``linear`` does more than
@@ -200,21 +208,36 @@ class LinearLargeMarginCrossEntropyLoss(_HasOptions):
         bias: bool = True,
         weight: Tensor | None = None,
         *,
+        out_features: tuple[int, ...] = (),
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **options: Unpack[Options],
+        ignore_index: int | None = -100,
+        options: "LinearCrossEntropyOptions | None" = None,
+        **others: Unpack[LinearOptions],
     ) -> None:
         super().__init__()
-        self._set_options(weight, options)
-        self.linear = nn.Linear(in_features, num_classes, bias, device=device, dtype=dtype)
+        self._set_options(weight, {**others, "ignore_index": -100 if ignore_index is None else ignore_index})
+        _checks.check_torch_options(options)
+        _checks.check_sizes("out_features", out_features)
+        self.out_features = tuple(out_features)
+        self.linear = nn.Linear(in_features, num_classes * math.prod(out_features), bias, device=device, dtype=dtype)
         self.register_buffer("weight", weight)
         self._said: set[str] = set()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"out_features": (), **state})  # modules pickled by an older version have none
+
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of features ``input`` (..., D) and class indices ``target`` (...)."""
+        """The loss of features ``input`` (..., D) and class indices (...) or probabilities (..., C).
+
+        With ``out_features`` the features are (N, D), and ``target`` has the shape (N, d1, ..., dk) or (N, C, d1, ..., dk).
+        """
         layer, options = plain_layer.weight_and_bias(self.linear), self._options()
         if isinstance(layer, str):
             _checks.warn_once(self._said, f"linear {layer}: the loss cannot be fused with it, so it is computed from its logits")
-            return plain_layer.loss_of_logits(self.linear(input), target, self.weight, **options)
+            return plain_layer.loss_of_logits(self.linear(input), target, self.weight, self.out_features, **options)
         linear_weight, linear_bias = layer
+        if self.out_features:
+            linear_weight = linear_weight.unflatten(0, (-1, *self.out_features))
+            linear_bias = None if linear_bias is None else linear_bias.unflatten(0, (-1, *self.out_features))
         return linear_large_margin_cross_entropy(input, linear_weight, target, linear_bias=linear_bias, weight=self.weight, **options)

@@ -2,8 +2,10 @@ r"""Linear layer and loss in one, without all logits N x C in memory.
 
 One tile holds the logits of a few rows. The loss turns the tile into its gradient in place, and two products turn that into a part of the
 gradients of features and classifier. If the loss is reduced, all this happens in the forward pass, with three products. With
-``reduction="none"`` rows need their upstream gradients first, so the backward pass computes the logits again. A second backward pass does
-so too. :mod:`.tiles` makes the tiles and accumulates their gradients.
+``reduction="none"`` rows need their upstream gradients first, so the backward pass computes the logits again, as every second backward
+pass does. :mod:`.tiles` makes the tiles and accumulates their gradients.
+
+A classifier (C, d1, ..., D) has d1 x ... rows of logits for each row of features. A tile has them side by side, class by class.
 """
 
 import math
@@ -18,16 +20,18 @@ from .._reduce import Labels, row_weights
 from ..backends import ladder
 from ..loss import LossOptions
 from ..products import linear
-from . import dtensors, whole
-from .parts import loss_and_cotangents, part_of
+from . import all_classes, dtensors, whole
+from .parts import gradient_of, loss_and_cotangents, part_of
 from .tiles import Gradients, HalfLayerGradients, Layer, LayerGradients
+
+TILES_OF_PROBABILITIES = 16  # the statistics of every class as the target take about so many times the memory of their logits
 
 
 class Problem(NamedTuple):
     input: Tensor  # (N, D)
-    linear_weight: Tensor  # (C, D)
+    linear_weight: Tensor  # (C, D), or (C d1 ..., D) of a classifier (C, d1, ..., D)
     linear_bias: Tensor | None
-    target: Tensor  # (N,)
+    target: Tensor  # int64 indices (N, d1, ...), or probabilities (N, C, d1, ...)
     weight: Tensor | None
     options: LossOptions
 
@@ -39,14 +43,32 @@ class Problem(NamedTuple):
     def summed_weight(self) -> Tensor | None:
         return self.weight if self.options.label_smoothing > 0 else None
 
+    @property
+    def has_probabilities(self) -> bool:
+        return self.target.is_floating_point()
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """``(d1, ...)``; empty for a classifier (C, D)."""
+        return tuple(self.target.shape[2 if self.has_probabilities else 1 :])
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.linear_weight) // math.prod(self.positions)
+
+    def logits_of(self, products: Tensor) -> Tensor:
+        """A view (n, C, d1, ...) of ``products`` (n, C d1 ...)."""
+        return products.unflatten(1, (self.num_classes, *self.positions)) if self.positions else products
+
 
 def loss(problem: Problem) -> Tensor:
     parameters = [tensor for tensor in problem.layer if tensor is not None]
+    probabilities = [problem.target] if problem.has_probabilities else []
     if (
         torch.compiler.is_compiling()
         or not _torch.is_unwatched()
-        or not all(map(_torch.is_plain, parameters))
-        or (problem.weight is not None and problem.weight.requires_grad)
+        or not all(map(_torch.is_plain, [*parameters, *probabilities]))
+        or any(tensor is not None and tensor.requires_grad for tensor in (problem.weight, problem.target))
     ):
         return _with_logits(problem)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in parameters):
@@ -62,6 +84,9 @@ def _with_logits(problem: Problem) -> Tensor:
     logits = linear(input.to(dtype), weight.to(dtype))
     if bias is not None:
         logits = logits + bias.to(dtype)
+    logits = problem.logits_of(logits)
+    if problem.has_probabilities:
+        return all_classes.loss(logits, problem.target, problem.weight, problem.options)
     if _checks.is_dtensor(logits):
         return dtensors.loss(logits, problem.target, problem.weight, problem.options)
     return whole.loss(logits, problem.target, problem.weight, problem.options)
@@ -130,27 +155,56 @@ def _reference_gradients(ctx: Any, upstream: Tensor) -> Gradients:
 
 def _chunked(problem: Problem, wanted: Sequence[bool], upstream: Tensor | None = None) -> tuple[Tensor, Gradients]:
     """The loss, and the wanted gradients of input, linear_weight and linear_bias times ``upstream``, as accumulators."""
-    layer, target, weight, options = problem.layer, problem.target, problem.weight, problem.options.for_part()
-    a_row = options.reduction == "none"
     factor, denominator = factor_and_denominator(problem, upstream)
-    losses = factor.new_zeros(len(target) if a_row else ())
-    gradients, upstream = gradients_of(layer, wanted, factor)
+    problem = problem._replace(options=problem.options.for_part())
+    a_row, dtype = problem.options.reduction == "none", factor.dtype
+    if problem.has_probabilities:
+        dtype = torch.promote_types(dtype, problem.target.dtype)
+    losses = factor.new_zeros((len(problem.target), *problem.positions) if a_row else (), dtype=dtype)
+    gradients, upstream = gradients_of(problem.layer, wanted, factor, TILES_OF_PROBABILITIES if problem.has_probabilities else 1)
+    loss_of_tile = _loss_of_probabilities if problem.has_probabilities else _loss_of_indices
     for rows, tile in gradients.tiles():
         here = upstream[rows] if upstream.dim() else upstream
-        kernel = whole.kernel(tile, target, weight, options)
-        if kernel is not None:
-            loss = kernel(tile, target[rows], weight, options, tile if any(wanted) else None, here if here.dim() else here.item())
-            gradients.add(rows, tile)
-        else:
-            labels = Labels.of(target[rows], len(layer.weight), options.ignore_index)
-            backend = ladder.pick(tile, options.backend)
-            summed = None if problem.summed_weight is None else problem.summed_weight.to(tile.dtype)
-            part = part_of(tile, labels.class_index, summed, backend)
-            loss, cotangents = loss_and_cotangents(part, labels, weight, options, here, any(wanted))
-            if any(wanted):
-                gradients.add_from_logits(rows, tile, labels.class_index, part, cotangents, backend, summed)
-        losses[rows if a_row else ...] += loss
+        losses[rows if a_row else ...] += loss_of_tile(problem, rows, tile, gradients, here, any(wanted))
     return losses / denominator, gradients.finish()
+
+
+def _loss_of_indices(problem: Problem, rows: slice, tile: Tensor, gradients: LayerGradients, upstream: Tensor, wanted: bool) -> Tensor:
+    """The loss of a tile. If ``wanted``, its gradient times ``upstream`` replaces the logits and is added to ``gradients``."""
+    target, weight, options = problem.target[rows], problem.weight, problem.options
+    logits = _checks.classes_last(problem.logits_of(tile))
+    kernel = whole.kernel(logits, target, weight, options)
+    if kernel is not None:
+        loss = kernel(logits, target, weight, options, logits if wanted else None, upstream if upstream.dim() else upstream.item())
+        gradients.add(rows, tile)
+        return loss
+    labels = Labels.of(target, problem.num_classes, options.ignore_index)
+    backend = ladder.pick(logits, options.backend)
+    summed = None if problem.summed_weight is None else problem.summed_weight.to(tile.dtype)
+    part = part_of(logits, labels.class_index, summed, backend)
+    loss, cotangents = loss_and_cotangents(part, labels, weight, options, upstream, wanted)
+    if wanted and problem.positions:
+        gradient_of(logits, labels.class_index, summed, part, cotangents, backend, logits)
+        gradients.add(rows, tile)
+    elif wanted:
+        gradients.add_from_logits(rows, tile, labels.class_index, part, cotangents, backend, summed)
+    return loss
+
+
+def _loss_of_probabilities(
+    problem: Problem, rows: slice, tile: Tensor, gradients: LayerGradients, upstream: Tensor, wanted: bool
+) -> Tensor:
+    """The same for probabilities."""
+    logits, target = problem.logits_of(tile), problem.target[rows]
+    if not wanted:
+        return all_classes.loss(logits, target, problem.weight, problem.options)
+    leaf = logits.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = all_classes.loss(leaf, target, problem.weight, problem.options)
+        (gradient,) = torch.autograd.grad(loss, leaf, upstream.to(loss.dtype).expand_as(loss))
+    logits.copy_(gradient)
+    gradients.add(rows, tile)
+    return loss.detach()
 
 
 def factor_and_denominator(problem: Problem, upstream: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -159,15 +213,18 @@ def factor_and_denominator(problem: Problem, upstream: Tensor | None) -> tuple[T
     factor = torch.ones((), dtype=dtype, device=target.device) if upstream is None else upstream.to(dtype)
     if problem.options.reduction != "mean":
         return factor, torch.ones_like(factor)
+    if problem.has_probabilities:
+        num_rows = len(problem.target) * math.prod(problem.positions)
+        return factor / num_rows if num_rows else factor, torch.full_like(factor, num_rows)
     denominator = row_weights(target, problem.weight, problem.options.ignore_index).sum().to(dtype)
     return factor / denominator, denominator
 
 
-def gradients_of(layer: Layer, wanted: Sequence[bool], factor: Tensor) -> tuple[LayerGradients, Tensor]:
-    """The accumulators of a layer's gradients, and the factor of the gradients of its logits."""
+def gradients_of(layer: Layer, wanted: Sequence[bool], factor: Tensor, tiles: int = 1) -> tuple[LayerGradients, Tensor]:
+    """The accumulators of a layer's gradients, and the factor of the gradients of its logits; ``tiles`` as in :class:`LayerGradients`."""
     if not layer.is_half:
-        return LayerGradients(layer, wanted), factor
+        return LayerGradients(layer, wanted, tiles), factor
     # scaled to a largest factor of 1, for half precision
     size = factor.abs().amax() if factor.numel() else factor.new_ones(())
     size = torch.where((size > 0) & (size < torch.inf), size, 1.0)
-    return HalfLayerGradients(layer, wanted, size), factor / size
+    return HalfLayerGradients(layer, wanted, size, tiles), factor / size

@@ -84,9 +84,11 @@ class LayerGradients:
 
     If there are fewer rows than features and the classifier needs a gradient, there is no tile: the memory of that gradient holds the
     logits of all rows, class by class, until the gradient overwrites them.
+
+    If the loss of a tile takes the memory of several ``tiles``, each is so many times smaller, and none is in the place of the gradient.
     """
 
-    def __init__(self, layer: Layer, wanted: Sequence[bool]) -> None:
+    def __init__(self, layer: Layer, wanted: Sequence[bool], tiles: int = 1) -> None:
         num_rows, num_classes = layer.shape
         width, dtype = layer.input.shape[1], layer.dtype
         self.layer = layer
@@ -96,9 +98,10 @@ class LayerGradients:
         if self.weight is not None and num_rows == 0:
             self.weight.zero_()
 
-        most = TILE if layer.input.is_cpu else TILE_OF_GPU
+        most = (TILE if layer.input.is_cpu else TILE_OF_GPU) // tiles
         all_of_one_dtype = layer.input.dtype == layer.weight.dtype == dtype
-        self.in_place = self.weight is not None and num_rows <= width and num_rows * num_classes > most and all_of_one_dtype
+        few_rows = num_rows <= width and num_rows * num_classes > most
+        self.in_place = self.weight is not None and few_rows and all_of_one_dtype and tiles == 1
         num_chunks = 1 if self.in_place else max(1, -(-num_rows // max(1, most // max(1, num_classes))))
         self.rows_a_chunk = max(1, -(-num_rows // num_chunks))  # equal sizes make the products faster
         self.one_tile = num_rows <= self.rows_a_chunk
@@ -145,8 +148,8 @@ class LayerGradients:
 class HalfLayerGradients(LayerGradients):
     """The gradients by products that take half precision; ``factor``, of the upstream gradient, multiplies their results."""
 
-    def __init__(self, layer: Layer, wanted: Sequence[bool], factor: Tensor) -> None:
-        super().__init__(layer, wanted)
+    def __init__(self, layer: Layer, wanted: Sequence[bool], factor: Tensor, tiles: int = 1) -> None:
+        super().__init__(layer, wanted, tiles)
         self.factor = factor
         self.gradient = torch.empty_like(self.workspace, dtype=layer.input.dtype)
         kept = torch.ones(layer.shape[1], device=factor.device) if layer.bias is None else (layer.bias != -torch.inf).float()
@@ -154,6 +157,16 @@ class HalfLayerGradients(LayerGradients):
         self.sum_weight = layer.times_weight(kept.to(layer.input.dtype).unsqueeze(0))  # (1, D)
         self.dense_input = factor.new_zeros(layer.input.shape[1])
         self.dense = factor.new_zeros(())
+
+    def add(self, rows: slice, tile: Tensor) -> None:
+        """As for a layer in float32, with ``tile`` rounded to half precision for the products."""
+        gradient = self.gradient[: len(tile)].copy_(tile)
+        if self.input is not None:
+            self.input[rows] = self.layer.times_weight(gradient) * self.factor
+        if self.bias is not None:
+            self.bias += tile.sum(0)
+        if self.weight is not None:
+            _add_product(gradient.t(), self.layer.input[rows], self.weight, int(rows.start > 0))
 
     def add_from_logits(
         self, rows: slice, tile: Tensor, target: Tensor, whole: Part, grads: WholeCotangents, backend: Backend, weight: Tensor | None
