@@ -570,8 +570,10 @@ def test_forcing_a_backend_warns_once_where_the_reference_steps_in(rng):
         warnings.simplefilter("error")
         large_margin_cross_entropy(input, target, backend="cpu")
         large_margin_cross_entropy(input, target)  # nobody asked for the kernel
-    with pytest.warns(UserWarning, match="class probabilities"):
-        large_margin_cross_entropy(input, input.softmax(1), backend="cpu")
+        large_margin_cross_entropy(input.float(), input.softmax(1), backend="cpu")  # class probabilities: the kernel has them
+    weight = torch.ones(5, requires_grad=True)
+    with pytest.warns(UserWarning, match="backend='cpu' does not compute these class probabilities"):
+        large_margin_cross_entropy(input.float(), input.softmax(1), weight, backend="cpu")
     ladder.warn_once.cache_clear()
 
 
@@ -765,6 +767,284 @@ def test_logits_that_share_memory_are_not_overwritten(rng):
     assert same_bits(gradient, expected)
 
 
+# class probabilities by the CPU kernel
+
+
+class Soft:
+    """Logits with masked and leading classes, probabilities with a row of zeros, weights, and all of it in float64."""
+
+    def __init__(self, shape: tuple[int, ...], rng: torch.Generator, dtype: torch.dtype = torch.float32, weighted: bool = False) -> None:
+        skip_unless_available("cpu")
+        self.input = logits(shape, rng, dtype)
+        target = torch.rand(shape, generator=rng) * 2 / shape[1]
+        target[:1] = target[:1].where(torch.rand(target[:1].shape, generator=rng) < 0.5, 0.0)
+        target[-1:] = 0.0
+        self.target = target.masked_fill(self.input == -INF, 0.0).to(dtype)
+        self.weight = torch.rand(shape[1], generator=rng) if weighted else None
+        self.wanted = (True, True)
+
+    def with_(self, **changes: Any) -> "Soft":
+        other = copy.copy(self)
+        other.__dict__.update(changes)
+        return other
+
+    def exact(self) -> "Soft":
+        return self.with_(
+            input=self.input.double(), target=self.target.double(), weight=None if self.weight is None else self.weight.double()
+        )
+
+    def leaves(self) -> tuple[Tensor, Tensor]:
+        input_wanted, target_wanted = self.wanted
+        return self.input.detach().requires_grad_(input_wanted), self.target.detach().requires_grad_(target_wanted)
+
+    def results(self, backend: str = "cpu", factor: float = 1.0, **options: Any) -> list[Tensor]:
+        """The loss and its gradients."""
+        leaves = self.leaves()
+        loss = large_margin_cross_entropy(*leaves, weight=self.weight, backend=backend, **options)
+        return [loss.detach(), *torch.autograd.grad(loss.sum() * factor, [x for x in leaves if x.requires_grad])]
+
+    def check(self, backend: str = "cpu", factor: float = 1.0, **options: Any) -> None:
+        """As the reference in float64, and its NaN and infinities."""
+        truths = self.exact().results("reference", factor, **options)
+        for got, their, truth, leaf in zip(
+            self.results(backend, factor, **options),
+            self.results("reference", factor, **options),
+            truths,
+            (None, *self.leaves()),
+            strict=True,
+        ):
+            assert got.dtype == (torch.float32 if leaf is None else leaf.dtype) and got.shape == their.shape
+            assert torch.equal(got.isnan(), their.isnan()) and torch.equal(got.isinf(), their.isinf())
+            finite = truth.isfinite() & got.isfinite()
+            size = truth[finite].abs().max() if finite.any() else 0.0
+            scale = (8 + 8 * options.get("lam", 0.3)) * max(1.0, factor) + size
+            assert_rounded(got[finite], truth[finite], torch.as_tensor(scale, dtype=torch.float64).expand(truth[finite].shape), 2)
+
+
+SOFT_OPTIONS = covering(
+    dtype=[torch.float32, torch.bfloat16],
+    shape=[(5, 2), (20, 17), (3, 2500), (2, 19, 5, 4), (1, 1100, 3)],
+    divergence=DIVERGENCES,
+    smoothing=[0.0, 0.1, 1.0],
+    weighted=[False, True],
+    reduction=["none", "sum", "mean"],
+    strength=2,
+)
+
+
+@pytest.mark.parametrize(("dtype", "shape", "divergence", "smoothing", "weighted", "reduction"), SOFT_OPTIONS, ids=str)
+def test_every_option_with_class_probabilities(dtype, shape, divergence, smoothing, weighted, reduction, rng):
+    soft = Soft(shape, rng, dtype, weighted)
+    for lam, hard_bias, factor in ((0.3, 0.0, 1.0), (0.0, 0.0, 0.7), (0.0, 1.0, 1.0), (9.0, -3.0, 0.7)):
+        soft.check(lam=lam, hard_bias=hard_bias, factor=factor, label_smoothing=smoothing, divergence=divergence, reduction=reduction)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", STRIDES)
+def test_strides_of_class_probabilities(name, dtype, rng):
+    input = strided(name, rng, dtype, torch.device("cpu"))
+    plain = Soft(tuple(input.shape), rng, dtype).with_(input=input)
+    like = torch.empty_strided(input.shape, input.stride(), dtype=dtype) if "expanded" not in name and "repeated" not in name else input
+    targets = (
+        plain.target,
+        like.detach().clone(memory_format=torch.preserve_format).copy_(plain.target),
+        plain.target[:1].expand(input.shape),
+    )
+    for target in targets:
+        expected = plain.with_(input=input.contiguous(), target=target.contiguous()).results(label_smoothing=0.1)
+        for got, same in zip(plain.with_(target=target).results(label_smoothing=0.1), expected, strict=True):
+            assert_within(got, same.double(), 4.0, 2, dtype)
+
+
+@pytest.mark.parametrize("place", [0, 2, 4])
+@pytest.mark.parametrize("value", [float("nan"), INF, -INF])
+@pytest.mark.parametrize("shape", [(3, 5), (3, 5, 2), (3, 1500)], ids=str)
+def test_nan_and_infinity_beside_class_probabilities(shape, value, place, rng):
+    soft = Soft(shape, rng).with_(input=torch.randn(shape, generator=rng), target=torch.rand(shape, generator=rng) / shape[1])
+    soft.input[0, place] = value  # -inf: a masked class with a share, an infinite loss and the pull of a masked target
+    soft.input[1] = -INF
+    for options in ({}, {"lam": 0.0}, {"divergence": "kl_qu", "hard_bias": 1.0}, {"label_smoothing": 1.0}):
+        soft.check(reduction="none", **options)
+
+
+def test_one_hot_probabilities_are_class_indices_in_the_kernel(rng):
+    soft = Soft((30, 40), rng)
+    target = soft.input.argmax(1).where(torch.arange(30) % 2 == 0, torch.arange(30))  # the largest logit, and others
+    onehot = soft.with_(target=torch.nn.functional.one_hot(target, 40).float(), wanted=(True, False))
+    for options in ({}, {"hard_bias": 1.0, "divergence": "kl_uq"}, {"label_smoothing": 0.1}):
+        leaf = soft.input.clone().requires_grad_()
+        loss = large_margin_cross_entropy(leaf, target, reduction="none", **options)
+        (expected,) = torch.autograd.grad(loss.sum(), leaf)
+        finite = loss.isfinite()
+        got, gradient = onehot.results(reduction="none", **options)
+        assert torch.equal(finite, got.isfinite())
+        assert_within(got[finite], loss.detach()[finite].double(), 32.0, 2)
+        assert_within(gradient, expected.double(), 2.0, 2)
+
+
+def test_the_tail_of_a_confident_row_keeps_its_digits(rng):
+    skip_unless_available("cpu")
+    for lead in (12.0, 50.0, 100.0):
+        others = torch.randn(300, generator=rng)
+        input = torch.cat([others[:100], (others.logsumexp(0) + lead)[None], others[100:]])[None].requires_grad_()
+        target = torch.nn.functional.one_hot(torch.tensor([100]), 301).float()
+        loss = large_margin_cross_entropy(input, target, lam=0.0, backend="cpu")
+        (gradient,) = torch.autograd.grad(loss, input)
+        exact = input.detach().double()
+        behind = others.double().logsumexp(0) - exact[0, 100]
+        tail, truth = torch.nn.functional.softplus(behind, threshold=200), exact.softmax(1)
+        truth[0, 100] = -behind.sigmoid()
+        assert_within(loss, tail, tail * lead, 2)
+        assert_within(gradient, truth, tail * lead, 2)
+
+
+def test_a_low_hard_bias_keeps_the_digits_of_small_losses(rng):
+    soft = Soft((6, 40), rng).with_(input=torch.randn(6, 40, generator=rng))
+    got, truth = (x.results(name, lam=0.0, hard_bias=-30.0)[0] for x, name in ((soft, "cpu"), (soft.exact(), "reference")))
+    assert 0 < truth < 1e-8
+    assert_within(got, truth, 40 * truth, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_probabilities_of_another_dtype_have_a_gradient_in_theirs(dtype, rng):
+    soft = Soft((6, 9), rng)
+    exact = soft.target.to(dtype)
+    expected = soft.with_(target=exact.float()).results()
+    for got, same in zip(soft.with_(target=exact).results(), expected, strict=True):
+        assert_within(got, same.double(), 16.0, 1, max((dtype, torch.float32), key=lambda d: torch.finfo(d).eps))
+
+
+def test_rows_without_a_share_have_no_loss_and_no_gradient(rng):
+    losses, gradient, _ = Soft((6, 30), rng).results(reduction="none")
+    assert losses[-1] == 0 and (gradient[-1] == 0).all() and (losses[1:-1] > 0).all()
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (True, True)])
+def test_every_pass_with_probabilities_has_its_own_upstream(wanted, rng):
+    soft = Soft((8, 33), rng).with_(wanted=wanted)
+    _, *unit = soft.results()
+    for reduction in ("mean", "none"):
+        leaves = soft.leaves()
+        loss = large_margin_cross_entropy(*leaves, reduction=reduction)
+        total = loss if reduction == "mean" else loss.mean()
+        held = []
+        for factor in (1.0, 3.0, 65536.0, 0.0, -0.1):
+            asked = [x for x in leaves if x.requires_grad]
+            held.append((factor, torch.autograd.grad(total * factor, asked, retain_graph=True)))
+        for factor, gradients in held:
+            for got, one in zip(gradients, unit, strict=True):
+                assert_within(got, one.double() * factor, abs(factor) * one.abs().max().double() + 1e-30, 2)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_higher_derivatives_and_batches_with_probabilities_take_the_reference(reduction, rng):
+    soft = Soft((4, 7), rng)
+    products = []
+    for name in ("cpu", "reference"):
+        leaves = soft.leaves()
+        losses = large_margin_cross_entropy(*leaves, reduction=reduction, backend=name)
+        gradients = torch.autograd.grad(losses.sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum((g**2).sum() for g in gradients), leaves, retain_graph=True)
+        upstreams = torch.stack([torch.ones_like(losses), torch.full_like(losses, 2.0)])
+        batched = torch.autograd.grad(losses, leaves, upstreams, is_grads_batched=True)
+        products.append([*gradients, *second, *batched])
+    for got, expected in zip(*products, strict=True):
+        assert expected.abs().max() > 0
+        assert_within(got, expected.double(), 1 + expected.abs().max(), 4)
+
+
+def test_transforms_of_class_probabilities_take_the_reference(rng):
+    soft = Soft((4, 5), rng)
+
+    def losses(f: Tensor, t: Tensor, backend: Any = None) -> Tensor:
+        return large_margin_cross_entropy(f, t, reduction="none", backend=backend)
+
+    for transform in (torch.func.jacrev, torch.func.jacfwd, torch.vmap):
+        got, expected = (transform(partial(losses, backend=name))(soft.input, soft.target) for name in (None, "reference"))
+        assert same_bits(got, expected)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(soft.target, torch.ones(4, 5))
+        assert torch.autograd.forward_ad.unpack_dual(losses(soft.input, dual)).tangent is not None
+
+
+def test_saved_class_probabilities_may_come_back_changed(rng):
+    soft = Soft((6, 7), rng)
+    expected = soft.results()
+    for convert in (torch.Tensor.double, torch.Tensor.bfloat16, lambda t: t.t().clone().t(), torch.Tensor.clone):
+        leaves = soft.leaves()
+        with torch.autograd.graph.saved_tensors_hooks(convert, lambda t: t):
+            loss = large_margin_cross_entropy(*leaves)
+        for got, same in zip(torch.autograd.grad(loss, leaves), expected[1:], strict=True):
+            assert_within(got, same.double(), 8.0, 2, torch.bfloat16)
+
+
+def test_hooks_beside_class_probabilities_run_once(rng):
+    soft = Soft((6, 7), rng)
+    _, *expected = soft.results()
+    for create_graph in (False, True):
+        leaves = soft.leaves()
+        inputs = [leaf * 1 for leaf in leaves]
+        for x in inputs:
+            x.register_hook(lambda gradient: gradient * 10)
+        gradients = torch.autograd.grad(large_margin_cross_entropy(*inputs), leaves, create_graph=create_graph)
+        for got, one in zip(gradients, expected, strict=True):
+            assert_within(got, 10 * one.double(), 10.0 + 10 * one.abs().max(), 2)
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (True, True)])
+@pytest.mark.parametrize("shape", [(6, 33), (3, 1500), (3, 7, 5)], ids=str)
+def test_donated_logits_with_class_probabilities(shape, wanted, rng):
+    soft = Soft(shape, rng).with_(wanted=wanted)
+    soft.input.clamp_(min=-9)  # they become products
+    results = []
+    for donate in (False, True):
+        leaves = soft.leaves()
+        input = leaves[0] * 1
+        loss = large_margin_cross_entropy(input, leaves[1], donate=donate)
+        gradients = torch.autograd.grad(loss * 0.5, [x for x in leaves if x.requires_grad])
+        assert (input._version > 0) == donate
+        results.append([loss.detach(), *gradients])
+    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+    with pytest.raises(ValueError, match="donate=True overwrites input, but input is a leaf"):
+        large_margin_cross_entropy(*soft.leaves(), donate=True)
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (True, True)])
+def test_peak_memory_with_class_probabilities_is_the_gradients(wanted, rng):
+    soft = Soft((64, 4096), rng).with_(wanted=wanted)
+    leaves = soft.leaves()
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        large_margin_cross_entropy(*leaves).backward()
+    taken = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert sum(n for n in taken if n > 0) < (sum(wanted) + 0.01) * soft.input.nbytes, taken
+
+
+def test_class_probabilities_do_not_depend_on_the_number_of_threads(rng):
+    for shape in ((900, 37), (5, 5000), (3, 19, 20, 7)):
+        soft, threads = Soft(shape, rng), torch.get_num_threads()
+        try:
+            results = []
+            for count in (1, 3):
+                torch.set_num_threads(count)
+                results.append(soft.results())
+        finally:
+            torch.set_num_threads(threads)
+        assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_the_kernel_takes_class_probabilities_unless_told_otherwise(rng):
+    skip_unless_available("cpu")
+    input, target = torch.randn(4, 5, generator=rng, requires_grad=True), torch.rand(4, 5, generator=rng)
+    assert "OfProbabilities" in type(large_margin_cross_entropy(input, target).grad_fn).__name__
+    weight = torch.ones(5, requires_grad=True)
+    for loss in (
+        large_margin_cross_entropy(input, target, backend="reference"),
+        large_margin_cross_entropy(input, target, weight),
+        large_margin_cross_entropy(input.double(), target),
+    ):
+        assert "OfProbabilities" not in type(loss.grad_fn).__name__
+
+
 # memory
 
 
@@ -810,6 +1090,7 @@ def test_every_instruction_set_of_this_machine(isa, monkeypatch, rng):
     for shape in ((40, 17), (3, 1025), (2, 19, 9, 8)):
         for dtype in (torch.float32, torch.bfloat16):
             compare_statistics(Problem(logits(shape, rng, dtype), rng, "cpu"), rng)
+            Soft(shape, rng, dtype).check(divergence="kl_qu", hard_bias=1.0)
 
 
 # Triton kernels are compiled for real, though not run, where there is no GPU

@@ -13,7 +13,7 @@ from ._backend_names import BackendName
 from ._reduce import Reduction
 from ._shared import takes
 from .loss import Divergence, LinearOptions, LossOptions, Options
-from .rows import all_classes, collectives, dense, dtensors, linear, sharded_linear, shards, whole
+from .rows import collectives, dense, dtensors, linear, sharded_linear, shards, whole
 from .rowstats import RowStats
 from .tracing import no_script, record, traceable
 
@@ -137,7 +137,9 @@ def large_margin_cross_entropy(
         _checks.check_plain("weight", weight)
     if _checks.is_probabilities(input, target):
         _checks.check_probabilities(input, target, ignore_index)
-        return all_classes.loss(input, target, weight, options)
+        if donate:
+            _checks.check_donated(input)
+        return whole.loss_of_probabilities(input, target, weight, options, donate)
     _checks.check_indices(input, target, ignore_index)
     if donate:
         _checks.check_donated(input)

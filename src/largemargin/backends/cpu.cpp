@@ -7,6 +7,9 @@
 //   scatter  one pass: gradient_c = q_c (g_e (z_c - E_q z) + g_q) + g_a (1/K - q_c) - dense w_c off the target, on_target on it
 // An element costs one exp. If the statistics are given (`state`), the gradient is a scatter alone.
 //
+// Class probabilities make every class a target. Then y is the class j with the largest logit, and two steps are added: a pass before the
+// gather that finds j, and one after it that sums over all other targets (rows/all_classes.py explains the maths).
+//
 // The file is compiled once per instruction set, with LARGEMARGIN_ISA set to its name, and once without it for the shared code. It must not
 // use templates of the standard library: the linker would merge their copies, and a machine could run code of an instruction set it lacks.
 
@@ -43,6 +46,11 @@ struct Job {
     float* stats[6];        // log_odds, neg_entropy, mean_log_q, rho, spread, num_nontargets
     float* state;           // (3, rows): max, S, E_q z; written with the statistics, read with their gradients
     const float* grads[4];  // upstream of log_odds, neg_entropy, mean_log_q, rho
+    // class probabilities, or null: then the loss is its expectation over them, and there is no target
+    int64_t probabilities_strides[3], probabilities_gradient_strides[3];
+    const void* probabilities;
+    void* probabilities_gradient;  // or null
+    int32_t probabilities_are_bfloat16;
     // loss
     const float* weight;  // one per class, or null
     float* losses;        // one per row, or null
@@ -69,6 +77,12 @@ EXPORT int64_t largemargin_offset_of(const char* name) {
     FIELD(outer_stride, logits_strides[0]); FIELD(inner_stride, logits_strides[1]); FIELD(class_stride, logits_strides[2]);
     FIELD(gradient_outer_stride, gradient_strides[0]); FIELD(gradient_inner_stride, gradient_strides[1]);
     FIELD(gradient_class_stride, gradient_strides[2]); SAME(num_threads); SAME(state); SAME(weight); SAME(losses); SAME(row_upstream);
+    FIELD(probabilities_outer_stride, probabilities_strides[0]); FIELD(probabilities_inner_stride, probabilities_strides[1]);
+    FIELD(probabilities_class_stride, probabilities_strides[2]);
+    FIELD(probabilities_gradient_outer_stride, probabilities_gradient_strides[0]);
+    FIELD(probabilities_gradient_inner_stride, probabilities_gradient_strides[1]);
+    FIELD(probabilities_gradient_class_stride, probabilities_gradient_strides[2]);
+    SAME(probabilities); SAME(probabilities_gradient); SAME(probabilities_are_bfloat16);
     FIELD(log_odds, stats[0]); FIELD(neg_entropy, stats[1]); FIELD(mean_log_q, stats[2]); FIELD(rho, stats[3]); FIELD(spread, stats[4]);
     FIELD(num_nontargets, stats[5]); FIELD(log_odds_grad, grads[0]); FIELD(neg_entropy_grad, grads[1]); FIELD(mean_log_q_grad, grads[2]);
     FIELD(rho_grad, grads[3]); SAME(upstream); SAME(lam); SAME(hard_bias); SAME(label_smoothing); SAME(reduced); SAME(divergence);
@@ -115,6 +129,7 @@ constexpr int32_t kIgnored = -1, kElsewhere = -2;  // targets that are not an in
 #define RESTRICT __restrict__
 #endif
 
+inline int64_t copy_width(int64_t num_classes) { return (num_classes + kLanes - 1) / kLanes * kLanes + kLanes; }  // no power of two
 inline int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 inline float as_float(uint32_t bits) {
@@ -175,6 +190,12 @@ inline float log_(float x) {
     return n * 0.693359375f + (2.0f * s + (s * tail - n * 2.12194440e-4f)) + (x - x);
 }
 
+// log(1 + x) for x >= 0
+inline float log1p_(float x) {
+    float u = 1.0f + x;
+    return log_(u) + (x - (u - 1.0f)) / u;
+}
+
 // softplus(x) = log(1 + e^x) and its derivative
 struct Softplus {
     float value, slope;
@@ -182,9 +203,14 @@ struct Softplus {
 
 inline Softplus softplus(float x) {
     float t = exp_<true>(x > 0 ? -x : x);
-    float u = 1.0f + t;
-    float log1p = log_(u) + (t - (u - 1.0f)) / u;
-    return {(x > 0 ? x : 0.0f) + log1p, (x > 0 ? 1.0f : t) / u};
+    return {(x > 0 ? x : 0.0f) + log1p_(t), (x > 0 ? 1.0f : t) / (1.0f + t)};
+}
+
+// softplus(b - l) and its derivative at d = z - b, where l = z - log S and S >= 1: one logarithm for both of them.
+inline Softplus hard_term(float d, float S) {
+    const float t = exp_<true>(d > 0 ? -d : d), pull = d > 0 ? S * t : S, other = d > 0 ? 1.0f : t;
+    const float u = pull + other, rounded = d > 0 ? pull - (u - 1.0f) : 0.0f;
+    return {(d > 0 ? 0.0f : -d) + (log_(u) + rounded / u), pull / u};
 }
 
 // z clamped for products with e^z, which is 0 below the clamp, because 0 * inf is NaN.
@@ -218,9 +244,11 @@ inline Record merge(const Record& a, const Record& b) {
 
 // Rows finished together: the results of gather and the inputs of scatter. Each quantity has its own array, so loops over rows vectorise.
 struct Rows {
-    int64_t offset[kRows], gradient_offset[kRows];  // in elements
+    int64_t offset[kRows], gradient_offset[kRows], probabilities_offset[kRows], probabilities_gradient_offset[kRows];  // in elements
     int32_t y[kRows];     // kIgnored beyond the last row too
     float target_logit[kRows], target_weight[kRows], upstream[kRows];
+    float class_weight[kRows];  // of y: its target_weight, unless the target is probabilities
+    float margin_term[kRows];   // the loss before target_weight and smoothing
     float max[kRows];
     double sum_exp[kRows], sum_exp_z[kRows], sum_z[kRows], count[kRows], sum_weight[kRows], sum_weight_z[kRows];
     float inv_sum_exp[kRows], mean_z[kRows], inv_count[kRows];
@@ -272,11 +300,18 @@ inline float element(float f, float q, float z, float mean_z, float g_e, float g
     return f == -kInf ? 0.0f : sparse + uniform;
 }
 
+// What the loss of a target that is not the largest logit is made of, beside a hard bias; each has all before it. Its softmax loss is
+// log sum e^f - f_y, which needs no logarithm of its own.
+enum Terms { SOFTMAX_LOSS, DIVERGENCE, LOGARITHM };
+
 struct Options {
     float lam, lam_e, lam_a, lam_log_count;  // lam * divergence = lam_e e + lam_a a + lam_log_count log K
     float hard_bias, keep, smoothing;        // keep = 1 - smoothing
     bool weighted_smoothing;
+    Terms terms;
 };
+
+inline float times(float factor, float x) { return factor != 0 ? factor * x : 0.0f; }  // avoids 0 * inf
 
 // The statistics of a few rows.
 void finish_statistics(const Job& job, const Rows& rows) {
@@ -302,7 +337,6 @@ void finish_statistics(const Job& job, const Rows& rows) {
 HOT void finish_losses(const Options& options, Rows& rows) {
     const float hard_bias = options.hard_bias, keep = options.keep, smoothing = options.smoothing;
     const float lam = options.lam, lam_e = options.lam_e, lam_a = options.lam_a, lam_log_count = options.lam_log_count;
-    const bool weighted_smoothing = options.weighted_smoothing;
     const int64_t lanes = padded(rows.size);
 #pragma omp simd
     for (int64_t p = 0; p < lanes; ++p) {
@@ -319,6 +353,7 @@ HOT void finish_losses(const Options& options, Rows& rows) {
         const float mean_z = lam_a == -lam_e ? lam_e * (stats.mean_q_z - stats.mean_u_z) : e_term + a_term;
         const float log_count = log_(alone ? 1.0f : count);
         loss = lam > 0 ? loss + (mean_z + lam_log_count * log_count) : loss;
+        rows.margin_term[p] = loss;
         loss *= w_y;
         const float g_l = -s * w_y * kept_share * hard.slope;
         float g_q = -g_l, on_target = g_l, dense = 0.0f;
@@ -326,7 +361,7 @@ HOT void finish_losses(const Options& options, Rows& rows) {
             const Softplus off = softplus(l), on = softplus(-l);
             const bool masked = rows.target_logit[p] == -kInf;  // then y is not a class of the row
             const float w_n = static_cast<float>(rows.sum_weight[p]), w_z = static_cast<float>(rows.sum_weight_z[p]);
-            const float w_t = masked ? 0.0f : (weighted_smoothing ? w_y : 1.0f);
+            const float w_t = masked ? 0.0f : rows.class_weight[p];
             const float each = smoothing / (count + (masked ? 0.0f : 1.0f));
             const float off_target = alone ? 0.0f : w_n * (off.value + rho) - w_z;
             loss += each * (off_target + (masked ? 0.0f : w_t * on.value));
@@ -339,8 +374,8 @@ HOT void finish_losses(const Options& options, Rows& rows) {
         rows.inv_sum_exp[p] = stats.inv_sum_exp;
         rows.mean_z[p] = stats.mean_q_z;
         rows.inv_count[p] = stats.inv_count;
-        rows.g_e[p] = lam_e != 0 ? s * w_y * lam_e : 0.0f;  // avoids inf * 0
-        rows.g_a[p] = lam_a != 0 ? s * w_y * lam_a : 0.0f;
+        rows.g_e[p] = times(lam_e, s * w_y);
+        rows.g_a[p] = times(lam_a, s * w_y);
         rows.g_q[p] = g_q;
         rows.dense[p] = dense;
         rows.on_target[p] = kept ? on_target : 0.0f;
@@ -349,13 +384,72 @@ HOT void finish_losses(const Options& options, Rows& rows) {
     }
 }
 
-double finish(const Job& job, const Options& options, double upstream, Rows& rows) {
+// The targets of a row but its largest logit f_j. In the symbols of rows/all_classes.py, with u the share of a target, which is its
+// probability times its weight: z = f - f_j, x = e^z, s = sum x, S = 1 + s - x, tau = (sum x z - x z) / S.
+struct Others {
+    // what their terms need
+    float top, scale, sum_x, sum_xz, sum_z, log_sum;  // f_j, e^(max - f_j), s, sum x z, sum z, log(1 + s)
+    // sums over the targets: of u, u z, u (sum z - z), u/S, u tau, u tau/S and u log S; the third is exactly 0 if j is the only non-target
+    double share, share_z, share_rest, share_over_S, share_tau, share_tau_over_S, share_log_S;
+    double share_hard, share_pull;  // with a hard bias b: of u softplus(b - l) and of u softplus'(b - l) / S
+    double masked, lost;            // the shares of masked targets, and their loss, which is infinite
+    // coefficients of the gradient: the sums over all targets, and what a class takes out as its own target
+    float e_sum, m_sum, on_each, own_lam_e, own_lam_a, own_on_each, pull, masked_pull;
+    float unknown;  // NaN in a row with NaN or without a class, which has no finite gradient; else 0
+};
+
+inline Others peel(const Rows& rows, int64_t p) {
+    Others others = {};
+    const bool alone = rows.count[p] == 0;
+    const float lead = alone ? 0.0f : rows.max[p] - rows.target_logit[p];
+    others.top = rows.target_logit[p];
+    others.scale = alone ? 0.0f : exp_(lead);
+    others.sum_x = static_cast<float>(others.scale * rows.sum_exp[p]);
+    others.sum_xz = static_cast<float>(others.scale * (rows.sum_exp_z[p] + near(lead) * rows.sum_exp[p]));
+    others.sum_z = static_cast<float>(rows.sum_z[p] + rows.count[p] * lead);
+    others.log_sum = log1p_(others.sum_x);
+    return others;
+}
+
+// Adds the other targets to the loss of the largest logit and to the coefficients of its gradient.
+void finish_others(const Options& options, Rows& rows, int64_t p, Others& others) {
+    const bool hard_bias = options.hard_bias != 0;
+    const double lam_e = options.lam_e, lam_a = options.lam_a, masked = others.masked, present = others.share - masked;
+    const double sum = 1.0 + others.sum_x, count = rows.count[p] > 0 ? rows.count[p] : 1.0, whole = rows.count[p] + 1.0;
+    const double hard = hard_bias ? others.share_hard : others.log_sum * present - others.share_z;
+    const double pull = options.keep * (hard_bias ? others.share_pull : others.share / sum) + (options.keep > 0 ? 0 : masked / sum);
+    double loss = options.keep * hard + others.lost;
+    if (options.lam > 0) {
+        loss += lam_e * others.share_tau - (lam_e + lam_a) * others.share_log_S;
+        // a masked target has one non-target more
+        if (lam_a != 0) loss += lam_a * (others.share_rest / count + (masked != 0 ? others.sum_z * masked / whole : 0));
+        if (options.lam_log_count != 0) loss += options.lam_log_count * (present * std::log(count) + masked * std::log(whole));
+    }
+    rows.losses[p] = static_cast<float>(rows.losses[p] + loss);
+
+    const float s = rows.upstream[p];
+    others.e_sum = times(options.lam_e, s) * static_cast<float>(others.share_over_S);
+    others.m_sum = options.lam > 0 ? static_cast<float>(s * (lam_e * others.share_tau_over_S + lam_a * others.share_over_S)) : 0.0f;
+    others.on_each = times(options.lam_a, s) * static_cast<float>(present / count + masked / whole);
+    others.own_lam_e = times(options.lam_e, s);
+    others.own_lam_a = times(options.lam_a, s);
+    others.own_on_each = times(options.lam_a, s) / static_cast<float>(count);
+    others.pull = options.keep * s;
+    others.unknown = rows.margin_term[p] == rows.margin_term[p] ? 0.0f : NAN;
+    others.masked_pull = (options.keep > 0 ? options.keep * s : s) + others.unknown;
+    rows.g_q[p] += static_cast<float>(s * pull * others.sum_x);
+    // of the other targets' gradient, at x = 1 and z = 0; j has no own term to take out
+    rows.on_target[p] = static_cast<float>(rows.on_target[p] + s * pull + (static_cast<double>(others.on_each) - others.m_sum));
+}
+
+double finish(const Job& job, const Options& options, double upstream, Rows& rows, Others* others = nullptr) {
     if (job.kind == STATISTICS) {
         finish_statistics(job, rows);
         return 0;
     }
     for (int64_t p = 0; p < rows.size; ++p) rows.upstream[p] = job.row_upstream ? job.row_upstream[rows.first + p] : static_cast<float>(upstream);
     finish_losses(options, rows);
+    for (int64_t p = 0; others && p < rows.size; ++p) finish_others(options, rows, p, others[p]);
     double sum = 0;
     for (int64_t p = 0; p < rows.size; ++p) sum += rows.losses[p];
     if (job.losses) std::memcpy(job.losses + rows.first, rows.losses, static_cast<size_t>(rows.size) * sizeof(float));
@@ -396,6 +490,11 @@ struct Scratch {
     float* block;      // the logits of one block or tile, the target masked
     float* block_max;  // the maximum of every block of the current rows
     const float* weight;  // of the classes, padded
+    // for probabilities
+    float* shares;   // of one block, or of the rows together
+    float* values;   // of the gradient of a block
+    float* copies;   // of rows whose classes are not neighbours: logits, then probabilities
+    Others* others;  // of the current rows
 };
 
 // ---- rows whose classes are neighbours in memory
@@ -467,6 +566,9 @@ void scatter_block(const Rows& rows, int64_t p, const T* f, const float* exp_z, 
     else scatter_lanes<T, true, true>(rows, p, f, exp_z, w, scale, lanes, gradient);
 }
 
+// `scale` for e^z of a block, which is relative to the maximum of the block.
+inline float of_block(float scale, float block_max, float max) { return block_max == max ? scale : scale * std::exp(block_max - max); }
+
 template <class T>
 void scatter_row(const Rows& rows, int64_t p, const T* f, const float* w, int64_t num_classes, const float* exp_z, const float* block_max,
                  T* gradient) {
@@ -478,8 +580,7 @@ void scatter_row(const Rows& rows, int64_t p, const T* f, const float* w, int64_
     }
     for (int64_t from = 0; from < num_classes; from += kBlock) {
         const int64_t n = num_classes - from < kBlock ? num_classes - from : kBlock, whole = n / kLanes * kLanes, rest = n - whole;
-        float scale = rows.inv_sum_exp[p];
-        if (exp_z && block_max[from / kBlock] != rows.max[p]) scale *= std::exp(block_max[from / kBlock] - rows.max[p]);
+        const float scale = exp_z ? of_block(rows.inv_sum_exp[p], block_max[from / kBlock], rows.max[p]) : rows.inv_sum_exp[p];
         const float *e = exp_z ? exp_z + from : nullptr, *v = w ? w + from : nullptr;
         scatter_block(rows, p, f + from, e, v, scale, whole, gradient + from);
         if (rest == 0) continue;
@@ -498,16 +599,12 @@ void scatter_row(const Rows& rows, int64_t p, const T* f, const float* w, int64_
     if (y >= 0) store(gradient + y, rows.on_target[p]);
 }
 
+// The records of the current rows about their targets, with e^z and the maximum of every block.
 template <class T>
-double run_rows(const Job& job, const Options& options, double upstream, Rows& rows, Scratch& scratch) {
-    const int64_t num_classes = job.num_classes, lanes = padded(num_classes), num_blocks = (num_classes + kBlock - 1) / kBlock;
-    const T* logits = static_cast<const T*>(job.logits);
-    T* gradient = static_cast<T*>(job.gradient);
-    const float* w = options.weighted_smoothing ? scratch.weight : nullptr;
-    const bool gather = job.kind != STATISTICS_GRADIENT;
+void gather_rows(const T* logits, int64_t num_classes, const float* w, bool keep_exp, Rows& rows, Scratch& scratch) {
+    const int64_t lanes = padded(num_classes), num_blocks = (num_classes + kBlock - 1) / kBlock;
     Record records[kRows];
-    double sum = 0;
-    for (int64_t p = 0; gather && p < rows.size; ++p) {
+    for (int64_t p = 0; p < rows.size; ++p) {
         const int64_t y = rows.y[p];
         const T* f = logits + rows.offset[p];
         if (y >= 0) rows.target_logit[p] = load(f[y]);
@@ -519,26 +616,347 @@ double run_rows(const Job& job, const Options& options, double upstream, Rows& r
         for (int64_t from = 0; y != kIgnored && from < num_classes; from += kBlock) {
             const int64_t n = num_classes - from < kBlock ? num_classes - from : kBlock;
             load_block(f + from, n, y - from, scratch.block);
-            gather_blocks(scratch.block, w ? w + from : nullptr, scratch.exp_z + (gradient ? p * lanes + from : 0), 1, padded(n), records);
+            gather_blocks(scratch.block, w ? w + from : nullptr, scratch.exp_z + (keep_exp ? p * lanes + from : 0), 1, padded(n), records);
             scratch.block_max[p * num_blocks + from / kBlock] = records[0].max;
             record = merge(record, records[0]);
         }
         rows.set_record(p, record);
     }
-    if (gather && num_blocks <= 1) {
-        gather_blocks(scratch.block, w, scratch.exp_z, rows.size, lanes, records);
-        for (int64_t p = 0; p < rows.size; ++p) {
-            rows.set_record(p, records[p]);
-            scratch.block_max[p] = records[p].max;
-        }
+    if (num_blocks > 1) return;
+    gather_blocks(scratch.block, w, scratch.exp_z, rows.size, lanes, records);
+    for (int64_t p = 0; p < rows.size; ++p) {
+        rows.set_record(p, records[p]);
+        scratch.block_max[p] = records[p].max;
     }
-    if (gather) sum = finish(job, options, upstream, rows);
-    else resume(job, rows);
+}
+
+template <class T>
+double run_rows(const Job& job, const Options& options, double upstream, Rows& rows, Scratch& scratch) {
+    const int64_t num_classes = job.num_classes, lanes = padded(num_classes), num_blocks = (num_classes + kBlock - 1) / kBlock;
+    const T* logits = static_cast<const T*>(job.logits);
+    T* gradient = static_cast<T*>(job.gradient);
+    const float* w = options.weighted_smoothing ? scratch.weight : nullptr;
+    const bool gather = job.kind != STATISTICS_GRADIENT;
+    double sum = 0;
+    if (gather) {
+        gather_rows(logits, num_classes, w, gradient != nullptr, rows, scratch);
+        sum = finish(job, options, upstream, rows);
+    } else {
+        resume(job, rows);
+    }
     for (int64_t p = 0; gradient && p < rows.size; ++p) {
         const T* f = logits + rows.offset[p];
         T* g = gradient + rows.gradient_offset[p];
         scatter_row(rows, p, f, w, num_classes, gather ? scratch.exp_z + p * lanes : nullptr, scratch.block_max + p * num_blocks, g);
     }
+    return sum;
+}
+
+// ---- class probabilities
+
+// A block of the classes of a row, for its targets.
+struct Targets {
+    int64_t n;
+    float *f, *exp_z, *shares;
+    float to_row, to_top;  // e^z times these is relative to the maximum of the row, and to its largest logit
+};
+
+// The first of the largest elements; 0 if there is none.
+template <class T>
+HOT int64_t first_max(const T* f, int64_t n) {
+    constexpr int64_t kChunk = 128;
+    float largest = -kInf;
+    int64_t first = 0;
+    for (int64_t from = 0; from < n; from += kChunk) {
+        const int64_t size = n - from < kChunk ? n - from : kChunk;
+        float max = -kInf;
+#pragma omp simd reduction(max : max)
+        for (int64_t c = 0; c < size; ++c) max = load(f[from + c]) > max ? load(f[from + c]) : max;
+        if (max > largest) largest = max, first = from;
+    }
+    for (int64_t c = first; c < n; ++c)
+        if (load(f[c]) == largest) return c;
+    return 0;
+}
+
+// The shares of the n targets of a block, 0 for j and for the padding.
+template <class P>
+HOT void load_shares(const P* RESTRICT from, const float* RESTRICT w, int64_t n, int64_t j, float* RESTRICT to) {
+    if (w) {
+#pragma omp simd
+        for (int64_t c = 0; c < n; ++c) to[c] = load(from[c]) * w[c];
+    } else {
+#pragma omp simd
+        for (int64_t c = 0; c < n; ++c) to[c] = load(from[c]);
+    }
+    for (int64_t c = n; c < padded(n); ++c) to[c] = 0.0f;
+    if (j >= 0 && j < n) to[j] = 0.0f;
+}
+
+// Adds the sums over the targets of a block.
+template <Terms terms, bool has_bias>
+HOT void add_targets(const Targets& targets, float hard_bias, Others& others) {
+    const float *RESTRICT f = targets.f, *RESTRICT exp_z = targets.exp_z, *RESTRICT shares = targets.shares, scale = targets.to_top;
+    const float top = others.top, sum_x = others.sum_x, sum_xz = others.sum_xz, sum_z = others.sum_z;
+    const int64_t lanes = padded(targets.n);
+    float share = 0, share_z = 0, rest = 0, over_S = 0, share_tau = 0, tau_over_S = 0, share_log = 0, hard = 0, pull = 0;
+#pragma omp simd reduction(+ : share, share_z, rest, over_S, share_tau, tau_over_S, share_log, hard, pull)
+    for (int64_t c = 0; c < lanes; ++c) {
+        const float u = shares[c], z = f[c] - top, x = exp_z[c] * scale, S = 1.0f + (sum_x - x), u_over_S = u / S;
+        const bool counts = u != 0.0f && f[c] != -kInf;
+        share += u;
+        share_z += counts ? u * z : 0.0f;
+        if constexpr (terms >= DIVERGENCE) {
+            const float tau = (sum_xz - x * near(z)) / S;
+            over_S += u_over_S;
+            share_tau += u * tau;
+            rest += counts ? u * (sum_z - z) : 0.0f;
+            tau_over_S += u_over_S * tau;
+        }
+        if constexpr (terms == LOGARITHM) share_log += u * log_(S);
+        if constexpr (has_bias) {
+            const Softplus term = hard_term(z - hard_bias, S);
+            hard += counts ? u * term.value : 0.0f;
+            pull += term.slope * u_over_S;
+        }
+    }
+    others.share += share;
+    others.share_z += share_z;
+    others.share_rest += rest;
+    others.share_over_S += over_S;
+    others.share_tau += share_tau;
+    others.share_tau_over_S += tau_over_S;
+    others.share_log_S += share_log;
+    others.share_hard += hard;
+    others.share_pull += pull;
+}
+
+// The gradient of a block. Every class takes the term of its own target out of the sums over all.
+template <bool has_divergence, bool has_bias>
+HOT void scatter_targets(const Rows& rows, int64_t p, const Others& others, const Targets& targets, const float* RESTRICT w, float hard_bias,
+                         float* RESTRICT values) {
+    const float *RESTRICT f = targets.f, *RESTRICT exp_z = targets.exp_z, *RESTRICT shares = targets.shares;
+    const float max = rows.max[p], mean_z = rows.mean_z[p], inv_count = rows.inv_count[p];
+    const float g_e = rows.g_e[p], g_q = rows.g_q[p], g_a = rows.g_a[p], dense = w ? 0.0f : rows.dense[p];
+    const float top = others.top, sum_x = others.sum_x, sum_xz = others.sum_xz, e_sum = others.e_sum, m_sum = others.m_sum;
+    const float on_each = others.on_each, own_lam_e = others.own_lam_e, own_lam_a = others.own_lam_a, own_on_each = others.own_on_each;
+    const float pull = others.pull, masked_pull = others.masked_pull;
+    const float q_scale = rows.inv_sum_exp[p] * targets.to_row, x_scale = targets.to_top;
+    const int64_t lanes = padded(targets.n);
+#pragma omp simd
+    for (int64_t c = 0; c < lanes; ++c) {
+        const float u = shares[c], z = near(f[c] - top), x = exp_z[c] * x_scale, S = 1.0f + (sum_x - x);
+        float value = element(f[c], exp_z[c] * q_scale, f[c] - max, mean_z, g_e, g_q, g_a, inv_count, dense), own_pull = pull * u;
+        if constexpr (has_divergence) {
+            const float tau = (sum_xz - x * z) / S;
+            value += x * ((z * e_sum - m_sum) - u / S * (own_lam_e * (z - tau) - own_lam_a)) + (on_each - own_on_each * u);
+        }
+        if constexpr (has_bias) own_pull *= hard_term((f[c] - top) - hard_bias, S).slope * (1.0f + x / S);
+        values[c] = f[c] == -kInf ? -masked_pull * u : value - own_pull;
+    }
+    if (!w) return;
+    const float weighted = rows.dense[p];
+#pragma omp simd
+    for (int64_t c = 0; c < lanes; ++c) {
+        const float smoothed = weighted * w[c];
+        values[c] -= f[c] == -kInf ? 0.0f : smoothed;
+    }
+}
+
+// The margin terms of the targets of a block.
+template <Terms terms, bool has_bias>
+HOT void margin_terms(const Options& options, const Rows& rows, int64_t p, const Others& others, const Targets& targets,
+                      float* RESTRICT values) {
+    const float *RESTRICT f = targets.f, *RESTRICT exp_z = targets.exp_z, scale = targets.to_top;
+    const int64_t lanes = padded(targets.n);
+    const float top = others.top, sum_x = others.sum_x, sum_xz = others.sum_xz, log_sum = others.log_sum;
+    const float hard_bias = options.hard_bias, keep = options.keep, count = static_cast<float>(rows.count[p] > 0 ? rows.count[p] : 1.0);
+    const float lam_e = options.lam_e, lam_u = options.lam_a / count, lam_log_S = options.lam_e + options.lam_a;
+    const float sum_z = lam_u != 0 ? others.sum_z : 0.0f, log_count = times(options.lam_log_count, log_(count));
+#pragma omp simd
+    for (int64_t c = 0; c < lanes; ++c) {
+        const float z = f[c] - top, x = exp_z[c] * scale, S = 1.0f + (sum_x - x);
+        float term = keep * (has_bias ? hard_term(z - hard_bias, S).value : log_sum - z);
+        if constexpr (terms >= DIVERGENCE) term += lam_e * ((sum_xz - x * near(z)) / S) + lam_u * (sum_z - z);
+        if constexpr (terms == LOGARITHM) term += log_count - lam_log_S * log_(S);
+        values[c] = term;
+    }
+}
+
+// The masked targets of a row. Those with a share have an infinite loss, so few rows have any.
+template <bool weighted, class T, class P>
+HOT void add_masked(const T* RESTRICT f, const P* RESTRICT probabilities, const float* RESTRICT w, int64_t num_classes, Others& others) {
+    float masked = 0, lost = 0;
+#pragma omp simd reduction(+ : masked, lost)
+    for (int64_t c = 0; c < num_classes; ++c) {
+        const float share = load(f[c]) == -kInf ? load(probabilities[c]) : 0.0f, u = weighted ? share * w[c] : share;
+        masked += u;
+        lost += (share != 0.0f ? kInf : 0.0f) * u;  // 0, infinite, or NaN
+    }
+    others.masked = masked;
+    others.lost = lost;
+}
+
+// The n first values of a block.
+template <class T>
+HOT void store_block(const float* RESTRICT from, int64_t n, T* RESTRICT to) {
+#pragma omp simd
+    for (int64_t c = 0; c < n; ++c) store(to + c, from[c]);
+}
+
+// The gradient of the shares of a block, from its margin terms in `values`. A masked class without a share has none.
+template <class P>
+HOT void scatter_shares(const float* RESTRICT f, const P* RESTRICT probabilities, const float* RESTRICT w, float upstream, float unknown,
+                        int64_t n, float* RESTRICT values) {
+#pragma omp simd
+    for (int64_t c = 0; c < n; ++c) {
+        const float of_masked = load(probabilities[c]) == 0.0f ? unknown : unknown + kInf;
+        values[c] = (f[c] == -kInf ? of_masked : values[c]) * upstream;
+    }
+    if (!w) return;
+#pragma omp simd
+    for (int64_t c = 0; c < n; ++c) values[c] *= w[c];
+}
+
+// The block of row p from class `from` on; its shares are there already if it is the only one and comes `again`.
+template <class T, class P>
+Targets targets_of(const Job& job, const Rows& rows, int64_t p, int64_t from, const T* logits, const P* probabilities, const Scratch& scratch,
+                   bool again) {
+    const int64_t left = job.num_classes - from, lanes = padded(job.num_classes), num_blocks = (job.num_classes + kBlock - 1) / kBlock;
+    const int64_t j = rows.y[p] - from, kept = num_blocks > 1 ? 0 : p * lanes;  // the only block of a row stays where it is
+    const float block_max = scratch.block_max[p * num_blocks + from / kBlock];
+    const Targets targets = {left < kBlock ? left : kBlock,
+                             scratch.block + kept,
+                             scratch.exp_z + p * lanes + from,
+                             scratch.shares + kept,
+                             of_block(1.0f, block_max, rows.max[p]),
+                             of_block(scratch.others[p].scale, block_max, rows.max[p])};
+    if (num_blocks > 1) load_block(logits + rows.offset[p] + from, targets.n, j, targets.f);
+    if (num_blocks > 1 || !again)
+        load_shares(probabilities + rows.probabilities_offset[p] + from, job.weight ? job.weight + from : nullptr, targets.n, j, targets.shares);
+    return targets;
+}
+
+void add(const Options& options, const Targets& targets, Others& others) {
+    using Sums = void (*)(const Targets&, float, Others&);
+    static constexpr Sums kSums[3][2] = {{add_targets<SOFTMAX_LOSS, false>, add_targets<SOFTMAX_LOSS, true>},
+                                         {add_targets<DIVERGENCE, false>, add_targets<DIVERGENCE, true>},
+                                         {add_targets<LOGARITHM, false>, add_targets<LOGARITHM, true>}};
+    kSums[options.terms][options.hard_bias != 0](targets, options.hard_bias, others);
+}
+
+void margins(const Options& options, const Rows& rows, int64_t p, const Others& others, const Targets& targets, float* values) {
+    using Terms_ = void (*)(const Options&, const Rows&, int64_t, const Others&, const Targets&, float*);
+    static constexpr Terms_ kTerms[3][2] = {{margin_terms<SOFTMAX_LOSS, false>, margin_terms<SOFTMAX_LOSS, true>},
+                                            {margin_terms<DIVERGENCE, false>, margin_terms<DIVERGENCE, true>},
+                                            {margin_terms<LOGARITHM, false>, margin_terms<LOGARITHM, true>}};
+    kTerms[options.terms][options.hard_bias != 0](options, rows, p, others, targets, values);
+}
+
+void scatter(const Options& options, const Rows& rows, int64_t p, const Others& others, const Targets& targets, const float* w, float* values) {
+    using Gradient = void (*)(const Rows&, int64_t, const Others&, const Targets&, const float*, float, float*);
+    static constexpr Gradient kGradients[2][2] = {{scatter_targets<false, false>, scatter_targets<false, true>},
+                                                  {scatter_targets<true, false>, scatter_targets<true, true>}};
+    kGradients[options.terms != SOFTMAX_LOSS][options.hard_bias != 0](rows, p, others, targets, w, options.hard_bias, values);
+}
+
+// Rows of probabilities whose classes are neighbours.
+template <class T, class P>
+double run_targets(const Job& job, const Options& options, double upstream, Rows& rows, Scratch& scratch, const T* logits,
+                   const P* probabilities, T* gradient, P* probabilities_gradient) {
+    const int64_t num_classes = job.num_classes;
+    const float* w = options.weighted_smoothing ? scratch.weight : nullptr;
+    float* values = scratch.values;
+    for (int64_t p = 0; p < rows.size; ++p) {
+        const int64_t j = first_max(logits + rows.offset[p], num_classes);
+        rows.y[p] = static_cast<int32_t>(j);  // it alone can have more than half of the softmax
+        rows.class_weight[p] = job.weight ? job.weight[j] : 1.0f;
+        rows.target_weight[p] = load(probabilities[rows.probabilities_offset[p] + j]) * rows.class_weight[p];
+    }
+    gather_rows(logits, num_classes, w, true, rows, scratch);
+    for (int64_t p = 0; p < rows.size; ++p) {
+        Others& others = scratch.others[p] = peel(rows, p);
+        for (int64_t from = 0; from < num_classes; from += kBlock)
+            add(options, targets_of(job, rows, p, from, logits, probabilities, scratch, false), others);
+        const T* f = logits + rows.offset[p];
+        const P* t = probabilities + rows.probabilities_offset[p];
+        if (rows.count[p] + 1 == num_classes) continue;
+        if (job.weight) add_masked<true>(f, t, job.weight, num_classes, others);
+        else add_masked<false>(f, t, job.weight, num_classes, others);
+    }
+    const double sum = finish(job, options, upstream, rows, scratch.others);
+    for (int64_t p = 0; (gradient || probabilities_gradient) && p < rows.size; ++p) {
+        const Others& others = scratch.others[p];
+        T* g = gradient + (gradient ? rows.gradient_offset[p] : 0);
+        P* g_t = probabilities_gradient + (probabilities_gradient ? rows.probabilities_gradient_offset[p] : 0);
+        for (int64_t from = 0; from < num_classes; from += kBlock) {
+            const Targets targets = targets_of(job, rows, p, from, logits, probabilities, scratch, true);
+            if (gradient) {
+                scatter(options, rows, p, others, targets, w ? w + from : nullptr, values);
+                store_block(values, targets.n, g + from);
+            }
+            if (!probabilities_gradient) continue;
+            margins(options, rows, p, others, targets, values);
+            scatter_shares(targets.f, probabilities + rows.probabilities_offset[p] + from, job.weight ? job.weight + from : nullptr,
+                           rows.upstream[p], others.unknown, targets.n, values);
+            store_block(values, targets.n, g_t + from);
+        }
+        if (gradient) store(g + rows.y[p], rows.on_target[p]);
+        if (probabilities_gradient) store(g_t + rows.y[p], rows.margin_term[p] * rows.upstream[p] * rows.class_weight[p]);
+    }
+    return sum;
+}
+
+// Rows whose classes are not neighbours, to and from rows of `width` numbers. Mostly the rows are neighbours then. They are turned by squares, so
+// that reads and writes come in whole cache lines.
+template <class T>
+HOT void copy_in(const T* from, const int64_t* strides, int64_t num_rows, int64_t num_classes, int64_t width, float* to) {
+    float square[kLanes][kLanes];
+    for (int64_t first = 0; first < num_classes; first += kLanes) {
+        const int64_t n = num_classes - first < kLanes ? num_classes - first : kLanes;
+        for (int64_t row = 0; row < num_rows; row += kLanes) {
+            const int64_t m = num_rows - row < kLanes ? num_rows - row : kLanes;
+            for (int64_t c = 0; c < n; ++c)
+                for (int64_t p = 0; p < m; ++p) square[c][p] = load(from[(row + p) * strides[1] + (first + c) * strides[2]]);
+            for (int64_t p = 0; p < m; ++p)
+                for (int64_t c = 0; c < n; ++c) to[(row + p) * width + first + c] = square[c][p];
+        }
+    }
+}
+
+template <class T>
+HOT void copy_out(const float* from, const int64_t* strides, int64_t num_rows, int64_t num_classes, int64_t width, T* to) {
+    float square[kLanes][kLanes];
+    for (int64_t first = 0; first < num_classes; first += kLanes) {
+        const int64_t n = num_classes - first < kLanes ? num_classes - first : kLanes;
+        for (int64_t row = 0; row < num_rows; row += kLanes) {
+            const int64_t m = num_rows - row < kLanes ? num_rows - row : kLanes;
+            for (int64_t p = 0; p < m; ++p)
+                for (int64_t c = 0; c < n; ++c) square[c][p] = from[(row + p) * width + first + c];
+            for (int64_t c = 0; c < n; ++c)
+                for (int64_t p = 0; p < m; ++p) store(to + (row + p) * strides[1] + (first + c) * strides[2], square[c][p]);
+        }
+    }
+}
+
+template <class T, class P>
+double run_probabilities(const Job& job, const Options& options, double upstream, Rows& rows, Scratch& scratch) {
+    const T* logits = static_cast<const T*>(job.logits);
+    const P* probabilities = static_cast<const P*>(job.probabilities);
+    T* gradient = static_cast<T*>(job.gradient);
+    P* probabilities_gradient = static_cast<P*>(job.probabilities_gradient);
+    if (!scratch.copies) return run_targets(job, options, upstream, rows, scratch, logits, probabilities, gradient, probabilities_gradient);
+    const int64_t width = copy_width(job.num_classes), g = rows.gradient_offset[0], g_t = rows.probabilities_gradient_offset[0];
+    float *f = scratch.copies, *t = f + rows.size * width;
+    copy_in(logits + rows.offset[0], job.logits_strides, rows.size, job.num_classes, width, f);
+    copy_in(probabilities + rows.probabilities_offset[0], job.probabilities_strides, rows.size, job.num_classes, width, t);
+    for (int64_t p = 0; p < rows.size; ++p)
+        rows.offset[p] = rows.gradient_offset[p] = rows.probabilities_offset[p] = rows.probabilities_gradient_offset[p] = p * width;
+    const double sum =
+        run_targets(job, options, upstream, rows, scratch, f, t, gradient ? f : nullptr, probabilities_gradient ? t : nullptr);
+    if (gradient) copy_out(f, job.gradient_strides, rows.size, job.num_classes, width, gradient + g);
+    if (probabilities_gradient)
+        copy_out(t, job.probabilities_gradient_strides, rows.size, job.num_classes, width, probabilities_gradient + g_t);
     return sum;
 }
 
@@ -693,8 +1111,9 @@ double run_tile(const Job& job, const Options& options, double upstream, Rows& r
 template <class T>
 int64_t run(const Job& job) {
     const int64_t num_rows = job.outer * job.inner, num_classes = job.num_classes;
-    double total_weight = 0;
-    for (int64_t row = 0; row < num_rows; ++row) {
+    const bool soft = job.probabilities != nullptr;
+    double total_weight = soft ? static_cast<double>(num_rows) : 0;
+    for (int64_t row = 0; !soft && row < num_rows; ++row) {
         const int64_t y = job.target[row];
         if (y == job.ignore_index || (y == kElsewhere && job.kind != LOSS)) continue;
         if (y < 0 || y >= num_classes) return row;
@@ -711,19 +1130,24 @@ int64_t run(const Job& job) {
         options.keep = static_cast<float>(1 - job.label_smoothing);
         options.smoothing = static_cast<float>(job.label_smoothing);
         options.weighted_smoothing = job.weight && job.label_smoothing > 0;
+        options.terms = lam == 0 ? SOFTMAX_LOSS : job.divergence == SYMMETRIC ? DIVERGENCE : LOGARITHM;
     }
     const double upstream = job.mean ? job.upstream / total_weight : job.upstream;
 
-    const bool tiled = !(job.logits_strides[2] == 1 && (!job.gradient || job.gradient_strides[2] == 1));
-    int64_t rows_a_task = kRows < job.inner ? kRows : job.inner < 1 ? 1 : job.inner;
+    const bool apart = !(job.logits_strides[2] == 1 && (!job.gradient || job.gradient_strides[2] == 1) &&
+                         (!soft || job.probabilities_strides[2] == 1) &&
+                         (!job.probabilities_gradient || job.probabilities_gradient_strides[2] == 1));
+    const bool tiled = apart && !soft, copied = apart && soft;
+    int64_t rows_a_task = kRows;
     if (!tiled) {
         rows_a_task = kElementsATask / (num_classes > 0 ? num_classes : 1);
-        rows_a_task = rows_a_task < 1 ? 1 : rows_a_task > kRows ? kRows : rows_a_task;
+        rows_a_task = rows_a_task < (copied ? kLanes : 1) ? (copied ? kLanes : 1) : rows_a_task > kRows ? kRows : rows_a_task;
         if (rows_a_task > kLanes) rows_a_task = rows_a_task / kLanes * kLanes;
     }
-    // a tile lies within one outer row
-    const int64_t span = tiled ? job.inner : num_rows, tasks_a_span = (span + rows_a_task - 1) / rows_a_task;
-    const int64_t num_tasks = (tiled ? job.outer : 1) * tasks_a_span;
+    // a tile, and what is copied together, lies within one outer row
+    if (apart && rows_a_task > job.inner) rows_a_task = job.inner < 1 ? 1 : job.inner;
+    const int64_t span = apart ? job.inner : num_rows, tasks_a_span = (span + rows_a_task - 1) / rows_a_task;
+    const int64_t num_tasks = (apart ? job.outer : 1) * tasks_a_span;
     int64_t num_threads = num_rows * num_classes / kElementsAThread;
     num_threads = num_threads < 1 ? 1 : num_threads > job.num_threads ? job.num_threads : num_threads;
     num_threads = num_threads > num_tasks ? num_tasks : num_threads;
@@ -733,9 +1157,11 @@ int64_t run(const Job& job) {
     const int64_t tile_classes = num_classes < kTileClasses ? num_classes : kTileClasses;
     const int64_t row_length = tiled ? padded(rows_a_task) * tile_classes : rows_a_task * lanes;
     const int64_t block_size = tiled || num_blocks <= 1 ? row_length : kBlock;
-    const int64_t exp_size = job.gradient ? row_length : (block_size > kRows ? block_size : kRows);  // all multiples of kLanes
+    const int64_t exp_size = job.gradient || soft ? row_length : (block_size > kRows ? block_size : kRows);  // all multiples of kLanes
     const int64_t max_size = tiled ? 0 : rows_a_task * num_blocks, weight_size = options.weighted_smoothing ? lanes : 0;
-    const int64_t scratch_size = exp_size + block_size + padded(max_size) + padded(sizeof(Rows) / sizeof(float) + 1);
+    const int64_t rows_size = padded(sizeof(Rows) / sizeof(float) + 1), others_size = soft ? padded(rows_a_task * sizeof(Others) / sizeof(float)) : 0;
+    const int64_t copies_size = copied ? 2 * rows_a_task * copy_width(num_classes) : 0, soft_size = soft ? block_size + kBlock : 0;
+    const int64_t scratch_size = exp_size + block_size + padded(max_size) + rows_size + others_size + copies_size + soft_size;
     double* sums = static_cast<double*>(std::calloc(static_cast<size_t>(num_tasks + 1), sizeof(double)));
     void* allocated = std::malloc(static_cast<size_t>(num_threads * scratch_size + weight_size) * sizeof(float) + kAlignment);
     if (!sums || !allocated) {
@@ -761,9 +1187,11 @@ int64_t run(const Job& job) {
         thread = omp_get_thread_num();
 #endif
         float* mine = memory + thread * scratch_size;
-        Scratch scratch = {mine, mine + exp_size, mine + exp_size + block_size, weight};
+        float *block = mine + exp_size, *block_max = block + block_size, *rows_at = block_max + padded(max_size), *others = rows_at + rows_size;
+        float *copies = others + others_size, *shares = copies + copies_size;
+        Scratch scratch = {mine, block, block_max, weight, shares, shares + block_size, copied ? copies : nullptr, reinterpret_cast<Others*>(others)};
         // in the scratch too, where it is aligned; aligning it on the stack costs more than it saves
-        Rows& rows = *reinterpret_cast<Rows*>(mine + exp_size + block_size + padded(max_size));
+        Rows& rows = *reinterpret_cast<Rows*>(rows_at);
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < num_tasks; ++task) {
             const int64_t in_span = task % tasks_a_span * rows_a_task;
@@ -774,16 +1202,21 @@ int64_t run(const Job& job) {
                 if (i == job.inner) ++o, i = 0;
                 rows.offset[p] = o * job.logits_strides[0] + i * job.logits_strides[1];
                 rows.gradient_offset[p] = o * job.gradient_strides[0] + i * job.gradient_strides[1];
+                rows.probabilities_offset[p] = o * job.probabilities_strides[0] + i * job.probabilities_strides[1];
+                rows.probabilities_gradient_offset[p] = o * job.probabilities_gradient_strides[0] + i * job.probabilities_gradient_strides[1];
             }
             for (int64_t p = 0; p < padded(rows.size); ++p) {
-                const int64_t y = p < rows.size ? job.target[rows.first + p] : job.ignore_index;
+                const int64_t y = p < rows.size && !soft ? job.target[rows.first + p] : job.ignore_index;
                 rows.y[p] = y == job.ignore_index ? kIgnored : static_cast<int32_t>(y);
                 rows.target_logit[p] = rows.upstream[p] = rows.at_max[p] = 0;
                 rows.live[p] = 0;
-                rows.target_weight[p] = job.weight && rows.y[p] >= 0 ? job.weight[y] : 1.0f;
+                rows.target_weight[p] = rows.class_weight[p] = job.weight && rows.y[p] >= 0 ? job.weight[y] : 1.0f;
                 rows.set_record(p, empty_record());
             }
-            sums[task] = tiled ? run_tile<T>(job, options, upstream, rows, scratch) : run_rows<T>(job, options, upstream, rows, scratch);
+            sums[task] = soft && job.probabilities_are_bfloat16 ? run_probabilities<T, BFloat16>(job, options, upstream, rows, scratch)
+                         : soft                                 ? run_probabilities<T, float>(job, options, upstream, rows, scratch)
+                         : tiled                                ? run_tile<T>(job, options, upstream, rows, scratch)
+                                                                : run_rows<T>(job, options, upstream, rows, scratch);
         }
     }
     double sum = 0;  // in the order of the rows, for any number of threads

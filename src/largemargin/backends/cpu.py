@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _checks, backends
 from ..loss import DIVERGENCES, LossOptions
 from ..rowstats import Cotangents, Record, RowStats, Softmax
-from .layout import Layout, lay
+from .layout import Layout, lay, lay_together
 from .protocol import for_kernel, record_of
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -35,6 +35,18 @@ class _StatisticsJob(NamedTuple):
     rho_grad: int = 0
 
 
+class _ProbabilitiesJob(NamedTuple):
+    probabilities_outer_stride: int = 0
+    probabilities_inner_stride: int = 0
+    probabilities_class_stride: int = 0
+    probabilities_gradient_outer_stride: int = 0
+    probabilities_gradient_inner_stride: int = 0
+    probabilities_gradient_class_stride: int = 0
+    probabilities: int = 0
+    probabilities_gradient: int = 0
+    probabilities_are_bfloat16: bool = False
+
+
 class _LossJob(NamedTuple):
     weight: int = 0
     losses: int = 0
@@ -48,7 +60,7 @@ class _LossJob(NamedTuple):
     mean: bool = False
 
 
-_NO_STATISTICS, _NO_LOSS = _StatisticsJob(), _LossJob()
+_NO_STATISTICS, _NO_PROBABILITIES, _NO_LOSS = _StatisticsJob(), _ProbabilitiesJob(), _LossJob()
 _STATISTICS, _STATISTICS_GRADIENT, _LOSS = range(3)  # kinds of a job
 
 # struct Job of cpu.cpp: the name of each field and its type
@@ -57,6 +69,8 @@ FIELDS = {
     **dict.fromkeys(("logits", "gradient", "target"), "P"),
     **{"ignore_index": "q", "is_bfloat16": "i", "num_threads": "i"},
     **dict.fromkeys(_StatisticsJob._fields, "P"),
+    **dict.fromkeys(_ProbabilitiesJob._fields[:6], "q"),
+    **{"probabilities": "P", "probabilities_gradient": "P", "probabilities_are_bfloat16": "i"},
     **dict.fromkeys(("weight", "losses", "row_upstream"), "P"),
     **dict.fromkeys(("upstream", "lam", "hard_bias", "label_smoothing"), "d"),
     **{"reduced": "P", "divergence": "i", "mean": "i", "kind": "i"},
@@ -151,14 +165,19 @@ def _run(
     target = target.contiguous()
     is_bfloat16, num_threads = logits.dtype is torch.bfloat16, torch.get_num_threads()
     pointers = logits.data_ptr(), _address(written), target.data_ptr()
-    status = kernel.run(_JOB.pack(*rows, *pointers, ignore_index, is_bfloat16, num_threads, *statistics, *loss, kind))
+    job = _JOB.pack(*rows, *pointers, ignore_index, is_bfloat16, num_threads, *statistics, *_NO_PROBABILITIES, *loss, kind)
+    status = kernel.run(job)
     if status == -1:
         if gradient is not None and written is not None and written is not gradient:
             gradient.copy_(written)
         return
+    _check_memory(status, logits)
+    _checks.check_range(target, logits.shape[-1], ignore_index)
+
+
+def _check_memory(status: int, logits: Tensor) -> None:
     if status == -2:
         raise MemoryError(f"no memory for the scratch of the CPU kernel: a few rows of {logits.shape[-1]} classes per thread")
-    _checks.check_range(target, logits.shape[-1], ignore_index)
 
 
 def row_stats(logits: Tensor, target: Tensor) -> tuple[RowStats, Softmax]:
@@ -201,16 +220,65 @@ def loss(
     gradient: Tensor | None = None,
     upstream: float | Tensor = 1.0,
 ) -> Tensor:
-    if weight is not None:
-        weight = weight.to(torch.float32).contiguous()
+    weight = _as_factors(weight)
+    losses, row_upstream = _losses_of(logits, options), _row_upstream(upstream)
+    _run(_LOSS, logits, target, options.ignore_index, gradient, loss=_loss_job(options, weight, losses, upstream, row_upstream))
+    return losses
+
+
+def loss_of_probabilities(
+    logits: Tensor,
+    probabilities: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    gradient: Tensor | None = None,
+    probabilities_gradient: Tensor | None = None,
+    upstream: float | Tensor = 1.0,
+) -> Tensor:
+    kernel = _kernel()
+    assert isinstance(kernel, _Kernel), kernel
+    weight = _as_factors(weight)
+    losses, row_upstream = _losses_of(logits, options), _row_upstream(upstream)
+    taken = probabilities if probabilities.dtype in DTYPES else probabilities.to(torch.float32)
+    wanted = probabilities_gradient
+    if wanted is not None and wanted.dtype is not taken.dtype:
+        wanted = torch.empty_like(wanted, dtype=taken.dtype)
+    laid = lay_together([logits, taken], [gradient, wanted])
+    (f, t), (g, g_t) = laid.read, laid.written
+    of_f, of_t, of_g, of_g_t = laid.strides
+    rows = Layout(laid.outer, laid.inner, logits.shape[-1], *of_f, *of_g)
+    job = _ProbabilitiesJob(*of_t, *of_g_t, t.data_ptr(), _address(g_t), t.dtype is torch.bfloat16)
+    plain = f.data_ptr(), _address(g), 0, options.ignore_index, f.dtype is torch.bfloat16, torch.get_num_threads()
+    loss = _loss_job(options, weight, losses, upstream, row_upstream)
+    _check_memory(kernel.run(_JOB.pack(*rows, *plain, *_NO_STATISTICS, *job, *loss, _LOSS)), logits)
+    for asked, computed in ((gradient, g), (probabilities_gradient, g_t)):
+        if asked is not None and computed is not None and asked is not computed:
+            asked.copy_(computed)
+    return losses
+
+
+def _as_factors(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight.to(torch.float32).contiguous()
+
+
+def _losses_of(logits: Tensor, options: LossOptions) -> Tensor:
+    """The memory of the result."""
+    return logits.new_empty(logits.shape[:-1] if options.reduction == "none" else (), dtype=torch.float32)
+
+
+def _row_upstream(upstream: float | Tensor) -> Tensor | None:
+    return upstream.contiguous() if isinstance(upstream, Tensor) else None
+
+
+def _loss_job(
+    options: LossOptions, weight: Tensor | None, losses: Tensor, upstream: float | Tensor, row_upstream: Tensor | None
+) -> _LossJob:
     a_row = options.reduction == "none"
-    losses = logits.new_empty(logits.shape[:-1] if a_row else (), dtype=torch.float32)
-    row_upstream, factor = (upstream.contiguous(), 1.0) if isinstance(upstream, Tensor) else (None, upstream)
-    job = _LossJob(
+    return _LossJob(
         weight=_address(weight),
         losses=losses.data_ptr() if a_row else 0,
         row_upstream=_address(row_upstream),
-        upstream=factor,
+        upstream=1.0 if isinstance(upstream, Tensor) else upstream,
         lam=options.lam,
         hard_bias=options.hard_bias,
         label_smoothing=options.label_smoothing,
@@ -218,5 +286,3 @@ def loss(
         divergence=DIVERGENCES.index(options.divergence),
         mean=options.reduction == "mean",
     )
-    _run(_LOSS, logits, target, options.ignore_index, gradient, loss=job)
-    return losses

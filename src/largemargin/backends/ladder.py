@@ -82,11 +82,11 @@ def _requested(device: str, backend: BackendName) -> BackendName | None:
     return backend
 
 
-def refuse_all_classes(backend: BackendName | None) -> None:
-    """Only the reference computes the statistics of all classes, for class probabilities."""
+def refuse_probabilities(backend: BackendName | None) -> None:
+    """Say that the reference computes these class probabilities, to who asked for another by name."""
     _checks.check_word("backend", backend, BACKENDS)
     if backend not in (None, "reference"):
-        warn_once(backend, "class probabilities")
+        warn_once(backend, "these class probabilities")
 
 
 @cache

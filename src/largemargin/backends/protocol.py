@@ -26,6 +26,23 @@ class WholeLoss(Protocol):
         """
 
 
+class LossOfProbabilities(Protocol):
+    def __call__(
+        self,
+        logits: Tensor,
+        probabilities: Tensor,
+        weight: Tensor | None,
+        options: LossOptions,
+        gradient: Tensor | None = None,
+        probabilities_gradient: Tensor | None = None,
+        upstream: float | Tensor = 1.0,
+    ) -> Tensor:
+        """The same for ``probabilities`` (..., C) of any floating dtype, over which the loss is the expectation.
+
+        The gradients with respect to both are written if given. The one of the probabilities has their dtype.
+        """
+
+
 class Backend(Protocol):
     @property
     def DTYPES(self) -> tuple[torch.dtype, ...]:
@@ -54,6 +71,10 @@ class Backend(Protocol):
     @property
     def loss(self) -> WholeLoss | None:
         """The kernel of the whole loss, or None."""
+
+    @property
+    def loss_of_probabilities(self) -> LossOfProbabilities | None:
+        """The same for class probabilities."""
 
 
 def record_of(stats: RowStats, softmax: Softmax) -> Record:

@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _torch
-from .._backend_names import BackendName
-from ..backends import ladder
 from ..loss import LossOptions, loss_of_probabilities
 from ..rowstats import RowStats, accumulation_dtype, near, row_stats, row_stats_by_autograd, row_stats_jvp, row_stats_vjp
 from .dense import RowsFunction
@@ -28,12 +26,11 @@ def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOpti
     """The expectation of the loss over y ~ target, for logits (C,), (N, C) or (N, C, d1, ...) and probabilities of the same shape."""
     logits = _checks.classes_last(input.to(accumulation_dtype(input.dtype)))
     num_rows = logits[..., 0].numel() if input.numel() else 0
-    return loss_of_probabilities(stats(logits, options.backend), _checks.classes_last(target), weight, options, num_rows)
+    return loss_of_probabilities(stats(logits), _checks.classes_last(target), weight, options, num_rows)
 
 
-def stats(logits: Tensor, backend: BackendName | None) -> RowStats:
+def stats(logits: Tensor) -> RowStats:
     """The statistics of each row for every class as its target; ``logits`` and every field have the shape (..., C)."""
-    ladder.refuse_all_classes(backend)
     if _torch.is_recording():
         return all_row_stats(logits, row_stats_by_autograd)
     operation = _AllRowStats if torch.compiler.is_compiling() else _AllRowStatsWithJvp

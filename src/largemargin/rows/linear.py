@@ -20,7 +20,7 @@ from .._reduce import Labels, row_weights
 from ..backends import ladder
 from ..loss import LossOptions
 from ..products import linear
-from . import all_classes, dtensors, whole
+from . import dtensors, whole
 from .parts import gradient_of, loss_and_cotangents, part_of
 from .tiles import Gradients, HalfLayerGradients, Layer, LayerGradients
 
@@ -86,7 +86,7 @@ def _with_logits(problem: Problem) -> Tensor:
         logits = logits + bias.to(dtype)
     logits = problem.logits_of(logits)
     if problem.has_probabilities:
-        return all_classes.loss(logits, problem.target, problem.weight, problem.options)
+        return whole.loss_of_probabilities(logits, problem.target, problem.weight, problem.options)
     if _checks.is_dtensor(logits):
         return dtensors.loss(logits, problem.target, problem.weight, problem.options)
     return whole.loss(logits, problem.target, problem.weight, problem.options)
@@ -197,10 +197,10 @@ def _loss_of_probabilities(
     """The same for probabilities."""
     logits, target = problem.logits_of(tile), problem.target[rows]
     if not wanted:
-        return all_classes.loss(logits, target, problem.weight, problem.options)
+        return whole.loss_of_probabilities(logits, target, problem.weight, problem.options)
     leaf = logits.detach().requires_grad_()
     with torch.enable_grad():
-        loss = all_classes.loss(leaf, target, problem.weight, problem.options)
+        loss = whole.loss_of_probabilities(leaf, target, problem.weight, problem.options)
         (gradient,) = torch.autograd.grad(loss, leaf, upstream.to(loss.dtype).expand_as(loss))
     logits.copy_(gradient)
     gradients.add(rows, tile)
