@@ -358,11 +358,10 @@ def sharded_linear_large_margin_cross_entropy(
             input, linear_weight_shard, target, linear_bias=linear_bias_shard, weight=weight, **options
         )
     _checks.check_linear(input, linear_weight_shard, target, linear_bias_shard, None, sharded=True)
-    for name, value in (("input", input), ("linear_weight_shard", linear_weight_shard)):
-        _checks.check_local(name, value, "linear_large_margin_cross_entropy")
     _checks.check_plain("target", target)
     _checks.check_plain("weight", weight)
     _checks.check_alike(input=input, linear_weight_shard=linear_weight_shard, linear_bias_shard=linear_bias_shard)
+    _checks.check_local("input", input, "linear_large_margin_cross_entropy")
     collectives.check_eager("sharded_linear_large_margin_cross_entropy")
     features, labels = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     problem = linear.Problem(features, linear_weight_shard, linear_bias_shard, labels, weight, checked)
