@@ -251,6 +251,13 @@ def test_probabilities_have_leading_dimensions_and_a_padded_vocabulary(rng, devi
     assert linear_large_margin_cross_entropy(input[:0], linear_weight[:7], target[:0]).isnan()
 
 
+def test_probabilities_for_as_many_classes_as_features(rng, device):
+    input, linear_weight = torch.randn(4, 5, generator=rng).to(device), torch.randn(5, 5, generator=rng).to(device)
+    target = torch.rand(4, 5, generator=rng).softmax(-1).to(device)
+    loss = linear_large_margin_cross_entropy(input, linear_weight, target)
+    assert_within(loss, large_margin_cross_entropy((input @ linear_weight.t()).double(), target), 64.0, 2)
+
+
 def test_inputs_that_are_not_contiguous(tile, rng, device):
     wide, classifier = torch.randn(5, 14, generator=rng).to(device), torch.randn(7, 30, generator=rng).to(device)
     target = torch.randint(30, (7,), generator=rng).to(device)

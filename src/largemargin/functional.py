@@ -286,7 +286,8 @@ def linear_large_margin_cross_entropy(
     if target.shape != indices:
         target = target.reshape(like_logits.shape)
         _checks.check_probabilities(like_logits, target, checked.ignore_index)
-        dtensors.check_no_probabilities(input, target)
+        if _checks.is_dtensor(input):
+            dtensors.check_no_probabilities(like_logits, target)
     else:
         target = target.reshape(-1, *positions)
         _checks.check_indices(like_logits, target, checked.ignore_index)
