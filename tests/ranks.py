@@ -40,7 +40,7 @@ class Ranks:
         self.processes: list[Any] = []
         self.pipes: list[Any] = []
 
-    def run(self, size: int, function: Callable[..., Any], *arguments: Any, may_die: tuple[int, ...] = ()) -> list[Any]:
+    def assert_on(self, size: int, function: Callable[..., Any], *arguments: Any, may_die: tuple[int, ...] = ()) -> list[Any]:
         """What ``function(group, *arguments)`` returns on the first ``size`` ranks; ``"died"`` on those that may and did.
 
         An assertion that fails there fails here.

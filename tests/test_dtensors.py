@@ -18,32 +18,32 @@ each_layout = pytest.mark.parametrize(("mesh", "places"), LAYOUTS, ids=str)
 @pytest.mark.parametrize("name", on_ranks_dtensors.HINGES)
 def test_hinges_equal_those_of_the_full_tensor(ranks, name, mesh, places):
     for num_classes, reduction, options in itertools.product((9, 3), ("none", "sum", "mean"), ({}, {"weighted": True, "margin": 0.5})):
-        ranks.run(4, on_ranks_dtensors.hinge_equals_whole, name, mesh, places, num_classes, {**options, "reduction": reduction})
+        ranks.assert_on(4, on_ranks_dtensors.hinge_equals_whole, name, mesh, places, num_classes, {**options, "reduction": reduction})
 
 
 @each_layout
 def test_statistics_equal_those_of_the_full_tensor(ranks, mesh, places):
     for num_classes in (9, 3):
-        ranks.run(4, on_ranks_dtensors.statistics_equal_whole, mesh, places, num_classes)
+        ranks.assert_on(4, on_ranks_dtensors.statistics_equal_whole, mesh, places, num_classes)
 
 
 @pytest.mark.slow
 @each_layout
 def test_metrics_equal_those_of_the_full_tensor(ranks, mesh, places):
-    ranks.run(4, on_ranks_dtensors.metrics_equal_whole, mesh, places)
+    ranks.assert_on(4, on_ranks_dtensors.metrics_equal_whole, mesh, places)
 
 
 def test_logits_of_a_class_parallel_layer_go_everywhere(ranks):
-    ranks.run(3, on_ranks_dtensors.logits_of_a_class_parallel_layer_go_everywhere)
+    ranks.assert_on(3, on_ranks_dtensors.logits_of_a_class_parallel_layer_go_everywhere)
 
 
 def test_a_plain_input_wants_a_plain_target(ranks):
-    ranks.run(4, on_ranks_dtensors.a_plain_input_wants_a_plain_target)
+    ranks.assert_on(4, on_ranks_dtensors.a_plain_input_wants_a_plain_target)
 
 
 def test_what_meets_a_plain_tensor_is_plain(ranks):
-    ranks.run(4, on_ranks_dtensors.what_meets_a_plain_tensor_is_plain)
+    ranks.assert_on(4, on_ranks_dtensors.what_meets_a_plain_tensor_is_plain)
 
 
 def test_the_penalty_equals_that_of_the_full_tensor(ranks):
-    ranks.run(4, on_ranks_dtensors.penalty_equals_whole)
+    ranks.assert_on(4, on_ranks_dtensors.penalty_equals_whole)

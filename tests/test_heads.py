@@ -16,12 +16,12 @@ each_head = pytest.mark.parametrize("make", HEADS, ids=lambda make: make.__name_
 @pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("make", [*HEADS, on_ranks.center], ids=lambda make: make.__name__)
 def test_distributed_data_parallel_has_the_gradients_of_all_rows(ranks, make):
-    ranks.run(2, on_ranks.head_under_ddp, make)
+    ranks.assert_on(2, on_ranks.head_under_ddp, make)
 
 
 @pytest.mark.xdist_group("ranks")
 def test_the_classes_of_a_cosine_head_can_be_split(ranks):
-    ranks.run(2, on_ranks.cosface_in_the_sharded_loss)
+    ranks.assert_on(2, on_ranks.cosface_in_the_sharded_loss)
 
 
 @each_head

@@ -325,7 +325,7 @@ def test_ranks_together_have_the_figures_of_the_whole(ranks, size):
     whole = MarginMetrics(num_bins=10, top_k=2)
     parts = [metrics_on_ranks.rows_of(rank) for rank in range(size)]
     whole.update(*(torch.cat(part) for part in zip(*parts, strict=True)))
-    for rank, (together, own) in enumerate(ranks.run(size, metrics_on_ranks.reduced)):
+    for rank, (together, own) in enumerate(ranks.assert_on(size, metrics_on_ranks.reduced)):
         assert_same_figures(together, whole.compute())
         assert own["rows"] == len(parts[rank][1])
 

@@ -544,23 +544,23 @@ def test_a_layer_under_fake_tensors_is_plain():
 @pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("kind", ["fully_shard", "FullyShardedDataParallel", "tensor parallel"])
 def test_a_layer_that_is_sharded_is_called(ranks, kind):
-    ranks.run(2, plain_on_ranks.sharded_linear, kind)
+    ranks.assert_on(2, plain_on_ranks.sharded_linear, kind)
 
 
 @pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("kind", ["fully_shard", "FullyShardedDataParallel", "DistributedDataParallel"])
 def test_a_criterion_that_is_sharded_as_a_whole_is_fused(ranks, kind):
-    ranks.run(2, plain_on_ranks.criterion_in_a_unit, kind)
+    ranks.assert_on(2, plain_on_ranks.criterion_in_a_unit, kind)
 
 
 @pytest.mark.xdist_group("ranks")
 def test_a_layer_whose_columns_are_over_ranks_gives_dtensors_or_is_refused(ranks):
-    ranks.run(2, plain_on_ranks.columns_over_ranks)
+    ranks.assert_on(2, plain_on_ranks.columns_over_ranks)
 
 
 @pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize(("shape", "reduction"), [((8,), "mean"), ((4, 2), "none")])
 @pytest.mark.parametrize("kind", ["hook", "pre-hook", "forward", "pruned", "subclass"])
 def test_classes_over_ranks_are_those_that_the_module_predicts(ranks, kind, shape, reduction):
-    first, *others = ranks.run(3, plain_on_ranks.changed_head, kind, shape, reduction)
+    first, *others = ranks.assert_on(3, plain_on_ranks.changed_head, kind, shape, reduction)
     assert all(torch.equal(first, other) for other in others)

@@ -118,3 +118,39 @@ def test_a_function_is_applied_directly():
     x = torch.ones(2, requires_grad=True)
     doubled = _torch.direct_apply(Double)(x, 2)
     assert torch.equal(doubled, 2 * x) and torch.equal(torch.autograd.grad(doubled.sum(), x)[0], torch.full((2,), 2.0))
+
+
+def test_symbolic_tracing_is_seen():
+    said = seen_inside(_torch.is_symbolic, torch.fx.symbolic_trace)
+    assert said == [True] and not _torch.is_symbolic()
+
+
+def test_modes_that_see_functions_are_listed():
+    assert _torch.function_modes() == []
+    with torch.device("cpu") as device:
+        assert [type(mode).__name__ for mode in _torch.function_modes()] == ["DeviceContext"], device
+
+
+def test_a_patch_of_linear_is_another_object(monkeypatch):
+    assert torch.nn.functional.linear is _torch.LINEAR
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *given: _torch.LINEAR(*given))
+    assert torch.nn.functional.linear is not _torch.LINEAR
+
+
+def test_a_backward_pass_and_the_node_that_asks_are_known():
+    seen = []
+
+    class Asks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            seen.append((_torch.backward_pass(), _torch.number_of(ctx)))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, upstream):
+            seen.append((_torch.backward_pass() != -1, _torch.number_of(_torch.asking_node())))
+            return upstream
+
+    number = _torch.next_number()
+    Asks.apply(torch.zeros(3, requires_grad=True)).sum().backward()
+    assert seen == [(-1, number), (True, number)] and _torch.next_number() > number

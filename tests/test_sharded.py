@@ -34,13 +34,13 @@ def assert_same_everywhere(losses: list[torch.Tensor]) -> None:
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_equals_the_whole_logits(ranks, sizes):
     for reduction, weighted, options in itertools.product(("none", "sum", "mean"), (False, True), OPTIONS):
-        assert_same_everywhere(ranks.run(len(sizes), on_ranks.equals_whole, sizes, (), weighted, {**options, "reduction": reduction}))
+        assert_same_everywhere(ranks.assert_on(len(sizes), on_ranks.equals_whole, sizes, (), weighted, {**options, "reduction": reduction}))
 
 
 def test_equals_the_whole_logits_of_images(ranks):
     for reduction, weighted in itertools.product(("none", "sum", "mean"), (False, True)):
         options = {"reduction": reduction, "label_smoothing": 0.1}
-        assert_same_everywhere(ranks.run(3, on_ranks.equals_whole, (3, 0, 4), (2, 3), weighted, options))
+        assert_same_everywhere(ranks.assert_on(3, on_ranks.equals_whole, (3, 0, 4), (2, 3), weighted, options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -48,7 +48,7 @@ def test_equals_the_whole_logits_of_images(ranks):
 def test_lower_precision_is_within_roundings_of_float64(ranks, sizes, dtype):
     for inner in ((), (5,)):
         for options in ({"reduction": "none"}, {"reduction": "mean", "label_smoothing": 0.1}):
-            assert_same_everywhere(ranks.run(len(sizes), on_ranks.by_kernels, sizes, inner, dtype, options))
+            assert_same_everywhere(ranks.assert_on(len(sizes), on_ranks.by_kernels, sizes, inner, dtype, options))
 
 
 @pytest.mark.parametrize(
@@ -70,11 +70,11 @@ def test_dtensor_logits_take_their_classes_from_where_they_are(ranks, mesh, plac
     losses: tuple[dict[str, Any], ...] = ({}, {"weighted": True, "label_smoothing": 0.1})
     for reduction, (dtype, ignoring), options in itertools.product(("none", "sum", "mean"), labels, losses):
         settings = {**options, **ignoring, "reduction": reduction}
-        assert_same_everywhere(ranks.run(4, on_ranks.equals_whole_as_dtensor, mesh, places, dtype, settings))
+        assert_same_everywhere(ranks.assert_on(4, on_ranks.equals_whole_as_dtensor, mesh, places, dtype, settings))
 
 
 def test_a_classifier_under_tensor_parallelism(ranks):
-    ranks.run(4, on_ranks.under_tensor_parallelism)
+    ranks.assert_on(4, on_ranks.under_tensor_parallelism)
 
 
 # the linear layer and its loss: in one tile, in several, and in the memory of the classifier's gradient
@@ -86,7 +86,7 @@ BOTH = ((True, True),)
 @pytest.mark.parametrize("sizes", [(7,), (4, 4), (1, 6, 3), (1, 1, 1, 0), (0, 5, 0)], ids=str)
 def test_linear_equals_the_whole_classifier(ranks, sizes, shape, tile):
     for reduction, weighted, options in itertools.product(("none", "sum", "mean"), (False, True), ({}, OPTIONS[2])):
-        losses = ranks.run(
+        losses = ranks.assert_on(
             len(sizes), on_ranks.linear_equals_whole, sizes, shape, tile, weighted, BOTH, {**options, "reduction": reduction}
         )
         assert_same_everywhere(losses)
@@ -99,23 +99,23 @@ def test_linear_equals_the_whole_classifier(ranks, sizes, shape, tile):
 )
 @pytest.mark.parametrize(("shape", "tile"), [((6, 3), 2**20), ((6, 3), 8), ((4, 9), 8)], ids=str)
 def test_a_rank_that_needs_no_gradient_still_contributes(ranks, needed, shape, tile):
-    assert_same_everywhere(ranks.run(3, on_ranks.linear_equals_whole, (2, 5, 3), shape, tile, False, needed, {}))
+    assert_same_everywhere(ranks.assert_on(3, on_ranks.linear_equals_whole, (2, 5, 3), shape, tile, False, needed, {}))
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("tile", [2**20, 8])
 def test_linear_in_lower_precision_is_within_roundings_of_float64(ranks, tile, dtype, reduction):
-    assert_same_everywhere(ranks.run(3, on_ranks.linear_by_kernels, (2, 0, 9), tile, dtype, reduction))
+    assert_same_everywhere(ranks.assert_on(3, on_ranks.linear_by_kernels, (2, 0, 9), tile, dtype, reduction))
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_every_pass_is_the_gradient_of_its_own_upstream(ranks, reduction):
-    ranks.run(2, on_ranks.every_pass_is_its_own, reduction)
+    ranks.assert_on(2, on_ranks.every_pass_is_its_own, reduction)
 
 
 def test_what_is_wrong_on_one_rank_is_refused_on_all(ranks):
-    ranks.run(2, on_ranks.refuses)
+    ranks.assert_on(2, on_ranks.refuses)
 
 
 def test_without_a_group_the_classes_here_are_all():
@@ -132,47 +132,47 @@ def test_without_a_group_the_classes_here_are_all():
 
 
 def test_a_head_trains_and_predicts_as_the_whole_classifier_and_starts_alike_on_any_number_of_ranks(ranks):
-    initial = [classifier for size in (1, 2, 3, 4) for classifier in ranks.run(size, on_ranks.head_equals_linear)]
+    initial = [classifier for size in (1, 2, 3, 4) for classifier in ranks.assert_on(size, on_ranks.head_equals_linear)]
     assert all(same_bits(classifier, initial[0]) for classifier in initial)
     assert len(initial[0].unique()) == initial[0].numel()
 
 
 def test_a_mesh_of_data_and_classes_trains_as_one_device(ranks):
-    ranks.run(4, on_ranks.on_a_mesh)
+    ranks.assert_on(4, on_ranks.on_a_mesh)
 
 
 @pytest.mark.parametrize("size", [1, 3, 4])
 def test_rows_of_every_rank_train_as_one_batch(ranks, size):
-    ranks.run(size, on_ranks.on_own_rows)
+    ranks.assert_on(size, on_ranks.on_own_rows)
 
 
 def test_a_checkpoint_of_four_ranks_goes_on_on_two_and_on_one(ranks, tmp_path):
-    expected = ranks.run(4, on_ranks.save, str(tmp_path))
+    expected = ranks.assert_on(4, on_ranks.save, str(tmp_path))
     for size in (2, 1, 3):
-        for classifier in ranks.run(size, on_ranks.load, str(tmp_path)):
+        for classifier in ranks.assert_on(size, on_ranks.load, str(tmp_path)):
             assert_within(classifier, expected[0], 1, 64)
 
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_head_goes_on_from_one_device(ranks, size):
-    ranks.run(size, on_ranks.from_one_device)
+    ranks.assert_on(size, on_ranks.from_one_device)
 
 
 def test_what_a_head_refuses(ranks):
-    ranks.run(2, on_ranks.misused_head)
+    ranks.assert_on(2, on_ranks.misused_head)
 
 
 @pytest.mark.parametrize("num_classes", [2, 3, 5, 9])
 def test_the_best_classes_are_classes_even_where_logits_are_masked(ranks, num_classes):
-    ranks.run(4, on_ranks.top_of_masked_classes, num_classes)
+    ranks.assert_on(4, on_ranks.top_of_masked_classes, num_classes)
 
 
 def test_gradients_are_clipped_by_the_norm_of_all_ranks(ranks):
-    ranks.run(3, on_ranks.clipped)
+    ranks.assert_on(3, on_ranks.clipped)
 
 
 def test_a_head_of_the_meta_device(ranks):
-    ranks.run(2, on_ranks.on_meta)
+    ranks.assert_on(2, on_ranks.on_meta)
 
 
 @pytest.mark.parametrize(
@@ -185,19 +185,19 @@ def test_a_head_is_built_on_the_cpu_where_its_group_carries_no_tensors_of_the_cp
 
 
 def test_what_goes_around_goes_on_a_device_that_the_group_carries(ranks):
-    ranks.run(2, on_ranks.carried_elsewhere)
-    ranks.run(2, on_ranks.carried_in_place)
+    ranks.assert_on(2, on_ranks.carried_elsewhere)
+    ranks.assert_on(2, on_ranks.carried_in_place)
 
 
 # under transforms and hooks
 
 
 def test_compiled_code_breaks_at_the_losses(ranks):
-    ranks.run(2, on_ranks.compiled)
+    ranks.assert_on(2, on_ranks.compiled)
 
 
 def test_infinite_gradients_and_hooks_on_saved_tensors(ranks):
-    ranks.run(2, on_ranks.odd_passes)
+    ranks.assert_on(2, on_ranks.odd_passes)
 
 
 # what it costs, and how it ends
@@ -205,18 +205,18 @@ def test_infinite_gradients_and_hooks_on_saved_tensors(ranks):
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_one_gather_and_one_reduction(ranks, weighted):
-    ranks.run(2, on_ranks.traffic, weighted)
+    ranks.assert_on(2, on_ranks.traffic, weighted)
 
 
 def test_case_23_a_rank_holds_its_gradients_and_a_tile(ranks):
-    ranks.run(2, on_ranks.memory)
+    ranks.assert_on(2, on_ranks.memory)
 
 
 def test_an_assertion_that_fails_on_a_rank_fails_the_test():
     ranks = Ranks()
     try:
         with pytest.raises(AssertionError, match=r"^rank 1: (?s:.*)AssertionError: as it should"):
-            ranks.run(2, on_ranks.fails_on_the_second)
+            ranks.assert_on(2, on_ranks.fails_on_the_second)
     finally:
         ranks.stop()
 
@@ -224,7 +224,7 @@ def test_an_assertion_that_fails_on_a_rank_fails_the_test():
 def test_survivors_of_a_killed_rank_end_soon_and_say_why():
     ranks = Ranks()
     try:
-        first, dead, last = ranks.run(3, on_ranks.loses_a_rank, may_die=(1,))  # "no answer" as long as gloo would wait
+        first, dead, last = ranks.assert_on(3, on_ranks.loses_a_rank, may_die=(1,))  # "no answer" as long as gloo would wait
     finally:
         ranks.stop()
     assert dead == "died"
@@ -233,7 +233,7 @@ def test_survivors_of_a_killed_rank_end_soon_and_say_why():
 
 
 def test_what_a_backend_cannot_do_is_said_in_its_own_words(ranks):
-    for kind, said in ranks.run(2, on_ranks.asks_too_much):
+    for kind, said in ranks.assert_on(2, on_ranks.asks_too_much):
         assert kind is RuntimeError and "scalar type" in said and "lost" not in said
 
 

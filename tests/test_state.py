@@ -633,29 +633,6 @@ def test_checkpoints_within_compiled_code(name):
     assert_steps_equal(loss, expected, lambda *batch: gradient(compiled, *batch), rtol=0.0, atol=1e-6)
 
 
-# the private names
-
-
-def test_torch_says_whether_it_is_in_a_backward_pass_and_which_node_asks():
-    seen = []
-
-    class Asks(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, tensor):
-            seen.append((torch._C._current_graph_task_id(), ctx._sequence_nr()))
-            return tensor.clone()
-
-        @staticmethod
-        def backward(ctx, gradient):
-            seen.append((torch._C._current_graph_task_id() != -1, torch._C._current_autograd_node()._sequence_nr()))
-            return gradient
-
-    number = torch.autograd._get_sequence_nr()
-    Asks.apply(torch.zeros(3, requires_grad=True)).sum().backward()
-    assert seen == [(-1, number), (True, number)] and torch._C._current_graph_task_id() == -1
-    assert torch.autograd._get_sequence_nr() > number
-
-
 def test_nothing_is_remembered_of_a_module_that_is_gone():
     loss = made("gradual")
     loss(*batches(1)[0])

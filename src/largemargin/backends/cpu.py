@@ -4,7 +4,7 @@ import ctypes
 import functools
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -19,61 +19,72 @@ DTYPES = (torch.float32, torch.bfloat16)
 _SUFFIXES = (".so", ".dylib", ".dll")
 
 
+# the types of the fields of a job, with their codes in a struct
+_Int64 = Annotated[int, "q"]
+_Int32 = Annotated[int, "i"]
+_Address = Annotated[int, "P"]
+_Double = Annotated[float, "d"]
+_Bool = Annotated[bool, "i"]
+
+
 class _StatisticsJob(NamedTuple):
     """The addresses of the statistics of rows, or of the inputs of their gradient; 0 means none."""
 
-    log_odds: int = 0
-    neg_entropy: int = 0
-    mean_log_q: int = 0
-    rho: int = 0
-    spread: int = 0
-    num_nontargets: int = 0
-    state: int = 0
-    log_odds_grad: int = 0
-    neg_entropy_grad: int = 0
-    mean_log_q_grad: int = 0
-    rho_grad: int = 0
+    log_odds: _Address = 0
+    neg_entropy: _Address = 0
+    mean_log_q: _Address = 0
+    rho: _Address = 0
+    spread: _Address = 0
+    num_nontargets: _Address = 0
+    state: _Address = 0
+    log_odds_grad: _Address = 0
+    neg_entropy_grad: _Address = 0
+    mean_log_q_grad: _Address = 0
+    rho_grad: _Address = 0
 
 
 class _ProbabilitiesJob(NamedTuple):
-    probabilities_outer_stride: int = 0
-    probabilities_inner_stride: int = 0
-    probabilities_class_stride: int = 0
-    probabilities_gradient_outer_stride: int = 0
-    probabilities_gradient_inner_stride: int = 0
-    probabilities_gradient_class_stride: int = 0
-    probabilities: int = 0
-    probabilities_gradient: int = 0
-    probabilities_are_bfloat16: bool = False
+    probabilities_outer_stride: _Int64 = 0
+    probabilities_inner_stride: _Int64 = 0
+    probabilities_class_stride: _Int64 = 0
+    probabilities_gradient_outer_stride: _Int64 = 0
+    probabilities_gradient_inner_stride: _Int64 = 0
+    probabilities_gradient_class_stride: _Int64 = 0
+    probabilities: _Address = 0
+    probabilities_gradient: _Address = 0
+    probabilities_are_bfloat16: _Bool = False
 
 
 class _LossJob(NamedTuple):
-    weight: int = 0
-    losses: int = 0
-    row_upstream: int = 0
-    upstream: float = 1.0
-    lam: float = 0.0
-    hard_bias: float = 0.0
-    label_smoothing: float = 0.0
-    reduced: int = 0
-    divergence: int = 0
-    mean: bool = False
+    weight: _Address = 0
+    losses: _Address = 0
+    row_upstream: _Address = 0
+    upstream: _Double = 1.0
+    lam: _Double = 0.0
+    hard_bias: _Double = 0.0
+    label_smoothing: _Double = 0.0
+    reduced: _Address = 0
+    divergence: _Int32 = 0
+    mean: _Bool = False
 
 
 _NO_STATISTICS, _NO_PROBABILITIES, _NO_LOSS = _StatisticsJob(), _ProbabilitiesJob(), _LossJob()
 _STATISTICS, _STATISTICS_GRADIENT, _LOSS = range(3)  # kinds of a job
+
+
+def _codes(job: type) -> dict[str, str]:
+    return {name: hint.__metadata__[0] for name, hint in get_type_hints(job, include_extras=True).items()}
+
 
 # struct Job of cpu.cpp: the name of each field and its type
 FIELDS = {
     **dict.fromkeys(Layout._fields, "q"),
     **dict.fromkeys(("logits", "gradient", "target"), "P"),
     **{"ignore_index": "q", "is_bfloat16": "i", "num_threads": "i"},
-    **dict.fromkeys(_StatisticsJob._fields, "P"),
-    **dict.fromkeys(_ProbabilitiesJob._fields[:6], "q"),
-    **{"probabilities": "P", "probabilities_gradient": "P", "probabilities_are_bfloat16": "i"},
-    **dict.fromkeys(("weight", "losses", "row_upstream"), "P"),
-    **dict.fromkeys(("upstream", "lam", "hard_bias", "label_smoothing"), "d"),
-    **{"reduced": "P", "divergence": "i", "mean": "i", "kind": "i"},
+    **_codes(_StatisticsJob),
+    **_codes(_ProbabilitiesJob),
+    **_codes(_LossJob),
+    "kind": "i",
 }
 _JOB = struct.Struct(f"@{''.join(FIELDS.values())}0q")
 

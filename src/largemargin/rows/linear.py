@@ -24,7 +24,7 @@ from . import dtensors, whole
 from .parts import gradient_of, loss_and_cotangents, part_of
 from .tiles import Gradients, HalfLayerGradients, Layer, LayerGradients
 
-TILES_OF_PROBABILITIES = 16  # the statistics of every class as the target take about so many times the memory of their logits
+TILES_OF_PROBABILITIES = 16  # without a kernel, the statistics of every class as the target take about 16 times the memory of their logits
 
 
 class Problem(NamedTuple):
