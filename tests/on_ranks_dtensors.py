@@ -135,6 +135,15 @@ def logits_of_a_class_parallel_layer_go_everywhere(group: dist.ProcessGroup) -> 
     assert same_bits(metrics.super_symmetry(weight), metrics.super_symmetry(weight.full_tensor()))
 
 
+def a_class_parallel_layer_names_features_that_it_cannot_take(group: dist.ProcessGroup) -> None:
+    head = ClassParallelLinear(5, 11, group=group)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(group),))
+    features = distribute_tensor(torch.randn(7, 5), mesh, [Replicate()])
+    for call in (head, head.topk):
+        with pytest.raises(TypeError, match=r"^input is a DTensor, and weight is not; pass input\.full_tensor\(\)"):
+            call(features)
+
+
 def a_plain_input_wants_a_plain_target(group: dist.ProcessGroup) -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(group),))
     logits, target = torch.randn(7, 9), distribute_tensor(torch.arange(7), mesh, [Replicate()])

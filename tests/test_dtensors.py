@@ -33,6 +33,10 @@ def test_metrics_equal_those_of_the_full_tensor(ranks, mesh, places):
     ranks.assert_on(4, on_ranks_dtensors.metrics_equal_whole, mesh, places)
 
 
+def test_a_class_parallel_layer_names_features_that_it_cannot_take(ranks):
+    ranks.assert_on(2, on_ranks_dtensors.a_class_parallel_layer_names_features_that_it_cannot_take)
+
+
 def test_logits_of_a_class_parallel_layer_go_everywhere(ranks):
     ranks.assert_on(3, on_ranks_dtensors.logits_of_a_class_parallel_layer_go_everywhere)
 

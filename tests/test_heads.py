@@ -2,11 +2,22 @@
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 
 import on_ranks
-from largemargin import crammer_singer_hinge, hard_margin_softplus, heads, large_margin_cross_entropy, multiclass_hinge
+from largemargin import (
+    HardMarginSoftplusLoss,
+    LargeMarginCrossEntropyLoss,
+    crammer_singer_hinge,
+    hard_margin_softplus,
+    heads,
+    large_margin_cross_entropy,
+    multiclass_hinge,
+    schedules,
+)
+from measure import compiles
 
 HEADS = [on_ranks.lsoftmax, on_ranks.gaussian_mixture, on_ranks.super_symmetric, on_ranks.cosface, on_ranks.arcface]
 MODULES = [value for value in map(heads.__dict__.get, heads.__all__) if inspect.isclass(value)]
@@ -59,6 +70,29 @@ def test_features_that_do_not_fit_are_named_with_and_without_a_target(module):
 def test_features_come_before_classes_everywhere(module):
     assert list(inspect.signature(module).parameters)[:2] == ["in_features", "num_classes"]
     assert "in_features=6, num_classes=4" in repr(module(6, 4))
+
+
+NUMPYS = {
+    "LargeMarginCrossEntropyLoss": lambda x: LargeMarginCrossEntropyLoss(lam=x, hard_bias=x, label_smoothing=x),
+    "HardMarginSoftplusLoss": lambda x: HardMarginSoftplusLoss(margin=x),
+    "CosineLinear": lambda x: heads.CosineLinear(6, 4, scale=x, margin=x),
+    "GaussianMixtureHead": lambda x: heads.GaussianMixtureHead(6, 4, alpha=x, likelihood_weight=x),
+    "NoisySoftmaxLinear": lambda x: heads.NoisySoftmaxLinear(6, 4, alpha_squared=x),
+    "CenterLoss": lambda x: heads.CenterLoss(6, 4, alpha=x),
+    "AnnealedLambda": lambda x: schedules.AnnealedLambda(x, x, x, x),
+    "SteppedAlpha": lambda x: schedules.SteppedAlpha(x, x + 1, x.astype(int) + 2, x),
+    "GradualWeight": lambda x: schedules.GradualWeight(x.astype(int) + 2, x, x),
+}
+
+
+@pytest.mark.parametrize("make", NUMPYS.values(), ids=NUMPYS)
+@compiles
+def test_modules_made_with_numbers_of_numpy_compile(make, rng, device):
+    module = make(np.float64(0.25)).to(device).eval()
+    batch = torch.randn(3, 6, generator=rng).to(device), torch.tensor([0, 3, 1], device=device)
+    inputs = () if isinstance(module, schedules.Schedule) else batch
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), module(*inputs))
 
 
 def test_public_names_are_there():

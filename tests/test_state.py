@@ -668,6 +668,26 @@ def test_a_reset_schedule_cannot_recompute_what_it_said_before():
         loss.backward()
 
 
+def test_a_loaded_schedule_cannot_recompute_what_it_said_before():
+    schedule, x = AnnealedLambda(10.0, 1.0, 1.0), torch.ones((), requires_grad=True)
+    loss = checkpoint(lambda z: schedule() * z * z, x, use_reentrant=False)
+    schedule.load_state_dict(AnnealedLambda(10.0, 1.0, 1.0).state_dict())
+    with pytest.raises(RuntimeError, match="no forward pass with these buffers came before it"):
+        loss.backward()
+
+
+@each_loss
+def test_a_trained_module_takes_a_checkpoint_by_swapping_tensors(name):
+    loss, expected = made(name), made(name)
+    gradient(loss, *batches(1)[0])
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        loss.load_state_dict(state(expected))
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    torch.testing.assert_close(gradient(loss, *batches(1)[0]), gradient(expected, *batches(1)[0]), rtol=0, atol=0)
+
+
 def test_a_schedule_says_nothing_in_plain_code(caplog):
     AnnealedLambda(10.0, 1.0, 1.0)()
     assert not caplog.records

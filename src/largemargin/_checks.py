@@ -66,19 +66,22 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) or isinstance(value, numbers.Real)
 
 
-def check_number(name: str, value: object, *, low: float = -sys.float_info.max) -> None:
+def check_number(name: str, value: object, *, low: float = -sys.float_info.max) -> float:
+    """The number without numpy's type, which torch.compile cannot trace in a module."""
     if not is_number(value):
         raise TypeError(f"{name} must be a Python number, got {describe(value)}; for a 0-d tensor pass {name}.item()")
-    if not isinstance(value, (int, float)):
-        value = float(value)  # the limits do not fit into a half-precision scalar of numpy
+    if type(value) not in (int, float):
+        value = float(value)
     if not low <= value < math.inf:  # not math.isfinite: in dynamic compilation the value is a symbol
         raise ValueError(f"{name} must be finite{f' and at least {low:g}' if low > -1 else ''}, got {value!r}")
+    return value
 
 
-def check_positive(name: str, value: object, hint: str = "") -> None:
-    check_number(name, value)
-    if not value > 0:  # type: ignore[operator]  # checked above
+def check_positive(name: str, value: object, hint: str = "") -> float:
+    number = check_number(name, value)
+    if not number > 0:
         raise ValueError(f"{name} must be above 0, got {value!r}{hint and f'; {hint}'}")
+    return number
 
 
 def check_at_least_1(name: str, value: object) -> None:

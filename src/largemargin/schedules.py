@@ -11,7 +11,7 @@ the value of the last step (at first, of step 1). So a schedule needs one caller
 """
 
 import math
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,10 @@ class Schedule(nn.Module):
         """Set the count to 0."""
         _state.forget(self.step)
         self.step.zero_()
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        _state.forget(self.step)
+        super()._load_from_state_dict(*arguments)
 
     def at(self, step: Tensor) -> Tensor:
         """The value at training steps ``step``, floating and at least 1, elementwise."""
@@ -81,10 +85,11 @@ class AnnealedLambda(Schedule):
     """
 
     def __init__(self, base: float, gamma: float, power: float, lambda_min: float = 0.0) -> None:
-        for name, value in (("base", base), ("gamma", gamma), ("power", power), ("lambda_min", lambda_min)):
-            _checks.check_number(name, value, low=0.0)
         super().__init__()
-        self.base, self.gamma, self.power, self.lambda_min = base, gamma, power, lambda_min
+        self.base = _checks.check_number("base", base, low=0.0)
+        self.gamma = _checks.check_number("gamma", gamma, low=0.0)
+        self.power = _checks.check_number("power", power, low=0.0)
+        self.lambda_min = _checks.check_number("lambda_min", lambda_min, low=0.0)
 
     @classmethod
     def mnist(cls, lambda_min: float = 0.0) -> Self:
@@ -144,12 +149,10 @@ class SteppedAlpha(Schedule):
     """
 
     def __init__(self, start: float = 0.1, factor: float = 2.0, every: int = 5000, maximum: float = 0.3) -> None:
-        _checks.check_positive("start", start)
-        _checks.check_number("factor", factor, low=1.0)
-        _checks.check_at_least_1("every", every)
-        _checks.check_number("maximum", maximum, low=0.0)
         super().__init__()
-        self.start, self.factor, self.every, self.maximum = start, factor, every, maximum
+        _checks.check_at_least_1("every", every)
+        self.start, self.factor = _checks.check_positive("start", start), _checks.check_number("factor", factor, low=1.0)
+        self.every, self.maximum = int(every), _checks.check_number("maximum", maximum, low=0.0)
 
     @classmethod
     def for_steps(cls, num_steps: int, start: float = 0.1, factor: float = 2.0, maximum: float = 0.3) -> Self:
@@ -184,11 +187,10 @@ class GradualWeight(Schedule):
     """
 
     def __init__(self, num_steps: int, start: float = 0.0, end: float = 1.0) -> None:
-        _checks.check_at_least_1("num_steps", num_steps)
-        _checks.check_number("start", start)
-        _checks.check_number("end", end)
         super().__init__()
-        self.num_steps, self.start, self.end = num_steps, start, end
+        _checks.check_at_least_1("num_steps", num_steps)
+        self.num_steps = int(num_steps)
+        self.start, self.end = _checks.check_number("start", start), _checks.check_number("end", end)
 
     def at(self, step: Tensor) -> Tensor:
         part = ((step - 1) / self.num_steps).clamp(max=1.0)

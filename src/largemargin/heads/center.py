@@ -61,11 +61,10 @@ class CenterLoss(nn.Module):
         super().__init__()
         _checks.check_at_least_1("in_features", in_features)
         _checks.check_at_least_1("num_classes", num_classes)
-        _checks.check_number("alpha", alpha, low=0.0)
+        self.alpha = _checks.check_number("alpha", alpha, low=0.0)
         if alpha > 1:
             raise ValueError(f"alpha must be at most 1, got {alpha!r}; a center would jump over the mean of its rows")
         self.in_features, self.num_classes = in_features, num_classes
-        self.alpha = alpha
         centers = torch.empty(num_classes, in_features, device=device, dtype=dtype)
         if as_parameter:
             self.centers = nn.Parameter(centers)
@@ -83,6 +82,7 @@ class CenterLoss(nn.Module):
         nn.init.xavier_uniform_(self.centers)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
+        _state.forget(self.centers)
         super()._load_from_state_dict(*arguments)
         self._fit()  # load_state_dict(assign=True) may have brought centers of another device or dtype
 

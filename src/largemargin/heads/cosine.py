@@ -73,13 +73,11 @@ class CosineLinear(Head):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, num_classes)
-        _checks.check_positive("scale", scale, "the papers have 30 or 64")
+        self.scale = _checks.check_positive("scale", scale, "the papers have 30 or 64")
         _checks.check_word("kind", kind, get_args(Kind))
-        margin = MARGINS[kind] if margin is None else margin
-        _checks.check_number("margin", margin, low=0.0)
-        if kind != "cosface" and margin >= math.pi:
+        self.margin = _checks.check_number("margin", MARGINS[kind] if margin is None else margin, low=0.0)
+        if kind != "cosface" and self.margin >= math.pi:
             raise ValueError(f"margin of kind={kind!r} must be an angle in radians below pi, got {margin!r}; math.radians converts degrees")
-        self.scale, self.margin = scale, margin
         self.kind: Kind = kind
         self.weight = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
         self.reset_parameters()

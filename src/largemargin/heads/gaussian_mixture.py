@@ -76,11 +76,11 @@ class GaussianMixtureHead(Head):
         super().__init__(in_features, num_classes)
         _checks.check_word("covariance", covariance, get_args(Covariance))
         if _checks.is_number(alpha):
-            _checks.check_number("alpha", alpha, low=0.0)
+            alpha = _checks.check_number("alpha", alpha, low=0.0)
         else:
             check_schedule("alpha", alpha, "a number")
-        _checks.check_number("likelihood_weight", likelihood_weight, low=0.0)
-        self.likelihood_weight, self.scale_by_dimension = likelihood_weight, scale_by_dimension
+        self.likelihood_weight = _checks.check_number("likelihood_weight", likelihood_weight, low=0.0)
+        self.scale_by_dimension = scale_by_dimension
         self.means = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
         self.log_variances = nn.Parameter(torch.empty_like(self.means)) if covariance == "diagonal" else None  # of variance - MIN_VARIANCE
         self.alpha = alpha.to(self.means.device) if isinstance(alpha, Schedule) else alpha

@@ -47,8 +47,7 @@ class NoisySoftmaxLinear(Head):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, num_classes)
-        _checks.check_number("alpha_squared", alpha_squared, low=0.0)
-        self.alpha_squared = alpha_squared
+        self.alpha_squared = _checks.check_number("alpha_squared", alpha_squared, low=0.0)
         self.weight = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()

@@ -29,7 +29,7 @@ class _HasOptions(nn.Module):
     __prepare_scriptable__ = refuse_script
 
     def _set_options(self, weight: Tensor | None, options: Options) -> LossOptions:
-        given = LossOptions.of(type(self).__name__, options)
+        given = LossOptions(*map(_of_python, LossOptions.of(type(self).__name__, options)))
         _checks.check_integer("ignore_index", given.ignore_index)
         _checks.check_word("backend", given.backend, BACKENDS)
         _checks.check_given_first(weight, "lam")
@@ -49,6 +49,11 @@ class _HasOptions(nn.Module):
         def __getattr__(self, name: str) -> Any: ...
 
         def __call__(self, input: Tensor, target: Tensor) -> Tensor: ...
+
+
+def _of_python(value: Any) -> Any:
+    """The same without numpy's type, which torch.compile cannot trace."""
+    return value.item() if hasattr(value, "item") else value
 
 
 _takes_options = takes(large_margin_cross_entropy, Options.__annotations__)

@@ -119,7 +119,7 @@ class RowLoss(nn.Module):
             elif name == "ignore_index":
                 _checks.check_integer(name, value)
             else:
-                _checks.check_number(name, value)
+                value = _checks.check_number(name, value)
             setattr(self, name, value)
         self.register_buffer("weight", weight)
 

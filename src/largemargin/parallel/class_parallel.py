@@ -136,6 +136,7 @@ class ClassParallelLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """The logits of features (..., D) as a DTensor (..., C), each rank with its classes. Any loss of this library takes them."""
         self._check_own()
+        _checks.check_alike(input=input, weight=self.weight)
         if input.requires_grad and torch.is_grad_enabled():
             input = _SameInput.apply(input, self.group)
         return self._as_dtensor(F.linear(input, self.weight, self.bias), input.dim() - 1)
@@ -187,6 +188,7 @@ class ClassParallelLinear(nn.Module):
         """The k largest logits of features (..., D) among all classes, and their classes, (..., k) each; the same on every rank."""
         if not 1 <= k <= self.num_classes:
             raise ValueError(f"k must be between 1 and the {self.num_classes} classes, got {k}")
+        _checks.check_alike(input=input, weight=self.weight)
         features = input.reshape(-1, input.shape[-1])
         num_ranks = dist.get_world_size(self.group)
         mine = torch.tensor([len(features)], device=features.device)

@@ -97,11 +97,14 @@ class LargeMarginCrossEntropy(torch.autograd.Function):
 def _gradient(ctx: Any, upstream: Tensor) -> Tensor:
     if not _torch.is_plain_gradient(upstream):
         return _reference_gradient(ctx, upstream)
-    factor = upstream if upstream.dim() else upstream.item()
     gradient: Tensor | None
     gradient, ctx.gradient = ctx.gradient, None
-    if gradient is not None and _scales(gradient, factor):
-        return gradient if factor == 1 else gradient.mul_(factor)
+    factor = upstream if upstream.dim() else upstream.item()
+    if gradient is not None:
+        if factor == 1:
+            return gradient
+        if _scales(gradient, factor):
+            return gradient.mul_(factor)
     input, target, weight = ctx.saved_tensors
     kernel: WholeLoss = ctx.kernel
     if ladder.pick(input, None).loss is not kernel:  # hooks on saved tensors may return other tensors
