@@ -89,11 +89,10 @@ def _complete(metric: Callable[..., Any], documented: Callable[..., Any], own: S
     parameters = [prototype["input"], prototype["target"], *own, *(prototype[name] for name in shared)]
     metric.__signature__ = inspect.Signature(parameters, return_annotation=Tensor)  # type: ignore[attr-defined]
     if documented.__doc__ and _prototype.__doc__:
-        doc, common = _shared.sections(documented.__doc__), _shared.sections(_prototype.__doc__)
-        texts = _shared.arguments(_prototype.__doc__) | _shared.arguments(documented.__doc__)
-        doc["Args"] = "\n" + "".join(texts[parameter.name] for parameter in parameters) + "\n"
-        doc["Returns"] = doc["Returns"].rstrip() + (common["Returns"] if "reduction" in shared else "\n\n")
-        doc["Raises"] = common["Raises"].rstrip() + "\n\n"
+        doc = _shared.sections(_shared.completed(documented.__doc__, _prototype.__doc__, (parameter.name for parameter in parameters)))
+        if "reduction" in shared:
+            doc["Returns"] = doc["Returns"].rstrip() + _shared.sections(_prototype.__doc__)["Returns"]
+        doc["Example"] = "\n        >>> import torch\n        >>> from largemargin import metrics" + doc["Example"]
         metric.__doc__ = _shared.joined(doc)
 
 
@@ -124,8 +123,6 @@ def margin(rows: Rows, stats: RowStats, /) -> Tensor:
         Nats; negative for a misclassified row, inf without another class.
 
     Example:
-        >>> import torch
-        >>> from largemargin import metrics
         >>> metrics.margin(torch.tensor([[2.0, 1.0, -1.0], [0.0, 0.5, 0.5]]), torch.tensor([0, 0]), reduction="none")
         tensor([ 1.0000, -0.5000])
 
@@ -144,8 +141,6 @@ def rho_hat(rows: Rows, stats: RowStats, /) -> Tensor:
         Nats, between 0 and log(C - 1) (eq. 4).
 
     Example:
-        >>> import torch
-        >>> from largemargin import metrics
         >>> metrics.rho_hat(torch.tensor([[2.0, 1.0, -1.0], [0.0, 0.5, 0.5]]), torch.tensor([0, 0]))
         tensor(0.4100, dtype=torch.float64)
 
@@ -167,8 +162,6 @@ def divergence(rows: Rows, stats: RowStats, /, *, kind: Divergence = "symmetric"
         Nats, at least 0 up to rounding.
 
     Example:
-        >>> import torch
-        >>> from largemargin import metrics
         >>> metrics.divergence(torch.tensor([[5.0, 1.0, 1.0], [5.0, 3.0, 1.0]]), torch.tensor([0, 0]))
         tensor(0.1904, dtype=torch.float64)
 
@@ -187,8 +180,6 @@ def log_odds(rows: Rows, stats: RowStats, /) -> Tensor:
         Nats; inf without another class.
 
     Example:
-        >>> import torch
-        >>> from largemargin import metrics
         >>> metrics.log_odds(torch.tensor([[0.0, 0.0], [1.0, 1.0]]), torch.tensor([0, 0]))
         tensor(0., dtype=torch.float64)
 
@@ -207,8 +198,6 @@ def nontarget_entropy(rows: Rows, stats: RowStats, /) -> Tensor:
         Nats, between 0 and log(C - 1).
 
     Example:
-        >>> import torch
-        >>> from largemargin import metrics
         >>> metrics.nontarget_entropy(torch.tensor([[2.0, 1.0, -1.0], [0.0, 0.5, 0.5]]), torch.tensor([0, 0]))
         tensor(0.5292, dtype=torch.float64)
 
@@ -227,8 +216,6 @@ def nll(rows: Rows, stats: RowStats, /) -> Tensor:
         Nats; inf if the target's logit is -inf.
 
     Example:
-        >>> import torch
-        >>> from largemargin import metrics
         >>> metrics.nll(torch.tensor([[2.0, 1.0, -1.0], [0.0, 0.5, 0.5]]), torch.tensor([0, 0]))
         tensor(0.9035, dtype=torch.float64)
 
@@ -260,8 +247,6 @@ def accuracy(rows: Rows, stats: RowStats, /) -> Tensor:
         A share in [0, 1]; 1.0 or 0.0 per row.
 
     Example:
-        >>> import torch
-        >>> from largemargin import metrics
         >>> metrics.accuracy(torch.tensor([[2.0, 1.0, -1.0], [0.0, 0.5, 0.5]]), torch.tensor([0, 0]))
         tensor(0.5000, dtype=torch.float64)
 
@@ -285,8 +270,6 @@ def topk_error(rows: Rows, stats: RowStats, /, k: int = 5) -> Tensor:
         A share in [0, 1]; 1.0 or 0.0 per row.
 
     Example:
-        >>> import torch
-        >>> from largemargin import metrics
         >>> metrics.topk_error(torch.tensor([[2.0, 1.0, -1.0], [0.0, 0.5, 0.5]]), torch.tensor([0, 0]), k=2)
         tensor(0.5000, dtype=torch.float64)
 
@@ -367,8 +350,6 @@ def ece(rows: Rows, stats: RowStats, num_bins: int) -> Tensor:
         A float64 scalar in [0, 1]; NaN if no row counts, or one holds NaN or +inf.
 
     Example:
-        >>> import torch
-        >>> from largemargin import metrics
         >>> metrics.ece(torch.tensor([[2.0, 1.0, -1.0], [0.0, 0.5, 0.5]]), torch.tensor([0, 0]))
         tensor(0.3391, dtype=torch.float64)
 
@@ -394,8 +375,6 @@ def adaptive_ece(rows: Rows, stats: RowStats, num_bins: int) -> Tensor:
         A float64 scalar in [0, 1]; NaN if no row counts, or one holds NaN or +inf.
 
     Example:
-        >>> import torch
-        >>> from largemargin import metrics
         >>> metrics.adaptive_ece(torch.tensor([[2.0, 1.0, -1.0], [0.0, 0.5, 0.5]]), torch.tensor([0, 0]), num_bins=2)
         tensor(0.3391, dtype=torch.float64)
 

@@ -35,15 +35,7 @@ def hard_margin_softplus(
     The paper reports that CNNs "are not properly trained at all" by this loss and :func:`crammer_singer_hinge`, which are for comparison.
 
     Args:
-        input, target, weight: as in :func:`large_margin_cross_entropy`; no probabilities.
         margin: the constant rho in nats, finite; the paper uses 1.
-        options: as in every loss.
-
-    Returns:
-        A scalar, or with ``reduction="none"`` the loss of each row.
-
-    Raises:
-        TypeError, ValueError, RuntimeError, IndexError: as :func:`large_margin_cross_entropy`; RuntimeError for probabilities.
 
     Example:
         >>> import torch, largemargin
@@ -73,15 +65,7 @@ def crammer_singer_hinge(
     .. math:: \max(0, f_{c^*} - f_y + \rho) \quad (1)
 
     Args:
-        input, target, weight: as in :func:`large_margin_cross_entropy`; no probabilities.
         margin: the constant rho in nats, finite; the paper uses 1.
-        options: as in every loss.
-
-    Returns:
-        A scalar, or with ``reduction="none"`` the loss of each row.
-
-    Raises:
-        TypeError, ValueError, RuntimeError, IndexError: as :func:`hard_margin_softplus`.
 
     Example:
         >>> import torch, largemargin
@@ -113,15 +97,7 @@ def multiclass_hinge(
     ``torch.nn.functional.multi_margin_loss`` divides by C instead; with weights its ``mean`` divides by the number of rows.
 
     Args:
-        input, target, weight: as in :func:`large_margin_cross_entropy`; no probabilities.
         margin: the constant rho in nats, finite; the paper uses 1.
-        options: as in every loss.
-
-    Returns:
-        A scalar, or with ``reduction="none"`` the loss of each row.
-
-    Raises:
-        TypeError, ValueError, RuntimeError, IndexError: as :func:`hard_margin_softplus`.
 
     Example:
         >>> import torch, largemargin

@@ -16,17 +16,14 @@ from .._reduce import Reduction
 from .._shared import takes
 from ..functional import large_margin_cross_entropy, linear_large_margin_cross_entropy
 from ..loss import LinearOptions, LossOptions, Options
-from ..tracing import refuse_script
+from .rows import LossModule
 
 if TYPE_CHECKING:
     from torch.nn import LinearCrossEntropyOptions  # from torch 2.13 on
 
 
-class _HasOptions(nn.Module):
-    """A module whose options are attributes: ``criterion.lam = 1.0``."""
-
-    weight: Tensor | None
-    __prepare_scriptable__ = refuse_script
+class _HasOptions(LossModule):
+    _names = LossOptions._fields
 
     def _set_options(self, weight: Tensor | None, options: Options) -> LossOptions:
         given = LossOptions(*map(_of_python, LossOptions.of(type(self).__name__, options)))
@@ -36,19 +33,6 @@ class _HasOptions(nn.Module):
         for name, value in given._asdict().items():
             setattr(self, name, value)
         return given
-
-    def _options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in LossOptions._fields}
-
-    def extra_repr(self) -> str:
-        shown = {name: repr(value) if isinstance(value, str) else value for name, value in self._options().items()}
-        return ", ".join(f"{name}={value}" for name, value in shown.items())
-
-    if TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any: ...
-
-        def __call__(self, input: Tensor, target: Tensor) -> Tensor: ...
 
 
 def _of_python(value: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import _checks
 from .._reduce import REDUCTIONS, Reduction, reduce_rows
-from .._shared import Documented, takes
+from .._shared import Documented, completed, takes
 from ..functional import large_margin_cross_entropy
 from ..rows import collectives, dense, dtensors
 from ..rowstats import RowStats
@@ -26,8 +26,28 @@ class RowOptions(TypedDict, total=False):
     reduction: Reduction
 
 
+def _prototype(input: Tensor, target: Tensor, weight: Tensor | None = None) -> None:
+    """The arguments of every loss of class indices.
+
+    Args:
+        input, target, weight: as in :func:`large_margin_cross_entropy`; no probabilities.
+
+    Returns:
+        A scalar, or with ``reduction="none"`` the loss of each row.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, IndexError: as :func:`large_margin_cross_entropy`; RuntimeError for probabilities.
+
+    """
+
+
 def row_loss(function: Documented) -> Documented:
-    """Make a public loss from ``function(input, target, weight=None, *, ..., **rows: Unpack[RowOptions])``."""
+    """Make a public loss from ``function(input, target, weight=None, *, ..., **options: Unpack[RowOptions])``.
+
+    Its docstring needs only its own arguments, an example and the source.
+    """
+    if function.__doc__ and _prototype.__doc__:
+        function.__doc__ = completed(function.__doc__, _prototype.__doc__, inspect.signature(function).parameters)
     shown = takes(large_margin_cross_entropy, RowOptions.__annotations__)(function)
     known = inspect.signature(shown).parameters
 
@@ -86,33 +106,50 @@ class LossRows(NamedTuple):
         return dtensors.reduced(part, local, self.ignore_index, self.reduction, whole_of)
 
 
-class RowLoss(nn.Module):
+class LossModule(nn.Module):
+    """A loss with its options as attributes: ``criterion.lam = 1.0``."""
+
+    weight: Tensor | None
+    _names: ClassVar[Collection[str]]  # of the options
+    __prepare_scriptable__ = refuse_script
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._names}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+        def __call__(self, input: Tensor, target: Tensor) -> Tensor: ...
+
+
+class RowLoss(LossModule):
     """A loss of class indices as a module, with the options of its function as attributes.
 
     It is not an ``nn.CrossEntropyLoss``, because a softmax of its input does not give probabilities.
     """
 
-    weight: Tensor | None
     ignore_index: int
     reduction: Reduction
     _function: ClassVar[Callable[..., Tensor]]
-    _defaults: ClassVar[dict[str, Any]]
-    __prepare_scriptable__ = refuse_script
+    _names: ClassVar[dict[str, Any]]  # and the defaults
 
     def __init_subclass__(cls, function: Callable[..., Tensor] | None = None, **rest: Any) -> None:
         super().__init_subclass__(**rest)
         if function is not None:
             cls._function = staticmethod(function)
-            cls._defaults = {p.name: p.default for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
+            cls._names = {p.name: p.default for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
             own = [p for p in inspect.signature(function).parameters.values() if p.name not in ("input", "target")]
             cls.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
 
     def __init__(self, weight: Tensor | None = None, **options: Any) -> None:
         super().__init__()
-        known = self._defaults
-        check_known(type(self).__name__, options, known)
-        options = known | options
-        _checks.check_given_first(weight, next(iter(known)))
+        check_known(type(self).__name__, options, self._names)
+        options = self._names | options
+        _checks.check_given_first(weight, next(iter(options)))
         for name, value in options.items():
             if name == "reduction":
                 _checks.check_word(name, value, REDUCTIONS)
@@ -123,16 +160,6 @@ class RowLoss(nn.Module):
             setattr(self, name, value)
         self.register_buffer("weight", weight)
 
-    def _options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self._defaults}
-
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of logits ``input`` and class indices ``target``."""
         return self._function(input, target, self.weight, **self._options())
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
-
-    if TYPE_CHECKING:
-
-        def __call__(self, input: Tensor, target: Tensor) -> Tensor: ...
