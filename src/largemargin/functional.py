@@ -137,10 +137,8 @@ def large_margin_cross_entropy(
         _checks.check_plain("weight", weight)
     if _checks.is_probabilities(input, target):
         _checks.check_probabilities(input, target, ignore_index)
-        if donate:
-            _checks.check_donated(input)
-        return whole.loss_of_probabilities(input, target, weight, options, donate)
-    _checks.check_indices(input, target, ignore_index)
+    else:
+        _checks.check_indices(input, target, ignore_index)
     if donate:
         _checks.check_donated(input)
     return whole.loss(input, target, weight, options, donate)

@@ -230,29 +230,25 @@ def loss(
     weight: Tensor | None,
     options: LossOptions,
     gradient: Tensor | None = None,
+    target_gradient: Tensor | None = None,
     upstream: float | Tensor = 1.0,
 ) -> Tensor:
-    weight = _as_factors(weight)
-    losses, row_upstream = _losses_of(logits, options), _row_upstream(upstream)
-    _run(_LOSS, logits, target, options.ignore_index, gradient, loss=_loss_job(options, weight, losses, upstream, row_upstream))
+    weight = None if weight is None else weight.to(torch.float32).contiguous()
+    losses, row_upstream = _losses_of(logits, options), upstream.contiguous() if isinstance(upstream, Tensor) else None
+    job = _loss_job(options, weight, losses, upstream, row_upstream)
+    if target.is_floating_point():
+        _run_on_probabilities(logits, target, options.ignore_index, gradient, target_gradient, job)
+    else:
+        _run(_LOSS, logits, target, options.ignore_index, gradient, loss=job)
     return losses
 
 
-def loss_of_probabilities(
-    logits: Tensor,
-    probabilities: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    gradient: Tensor | None = None,
-    probabilities_gradient: Tensor | None = None,
-    upstream: float | Tensor = 1.0,
-) -> Tensor:
+def _run_on_probabilities(
+    logits: Tensor, probabilities: Tensor, ignore_index: int, gradient: Tensor | None, target_gradient: Tensor | None, loss: _LossJob
+) -> None:
     kernel = _kernel()
     assert isinstance(kernel, _Kernel), kernel
-    weight = _as_factors(weight)
-    losses, row_upstream = _losses_of(logits, options), _row_upstream(upstream)
-    taken = probabilities if probabilities.dtype in DTYPES else probabilities.to(torch.float32)
-    wanted = probabilities_gradient
+    taken, wanted = probabilities if probabilities.dtype in DTYPES else probabilities.to(torch.float32), target_gradient
     if wanted is not None and wanted.dtype is not taken.dtype:
         wanted = torch.empty_like(wanted, dtype=taken.dtype)
     laid = lay_together([logits, taken], [gradient, wanted])
@@ -260,17 +256,11 @@ def loss_of_probabilities(
     of_f, of_t, of_g, of_g_t = laid.strides
     rows = Layout(laid.outer, laid.inner, logits.shape[-1], *of_f, *of_g)
     job = _ProbabilitiesJob(*of_t, *of_g_t, t.data_ptr(), _address(g_t), t.dtype is torch.bfloat16)
-    plain = f.data_ptr(), _address(g), 0, options.ignore_index, f.dtype is torch.bfloat16, torch.get_num_threads()
-    loss = _loss_job(options, weight, losses, upstream, row_upstream)
+    plain = f.data_ptr(), _address(g), 0, ignore_index, f.dtype is torch.bfloat16, torch.get_num_threads()
     _check_memory(kernel.run(_JOB.pack(*rows, *plain, *_NO_STATISTICS, *job, *loss, _LOSS)), logits)
-    for asked, computed in ((gradient, g), (probabilities_gradient, g_t)):
+    for asked, computed in ((gradient, g), (target_gradient, g_t)):
         if asked is not None and computed is not None and asked is not computed:
             asked.copy_(computed)
-    return losses
-
-
-def _as_factors(weight: Tensor | None) -> Tensor | None:
-    return None if weight is None else weight.to(torch.float32).contiguous()
 
 
 def _losses_of(logits: Tensor, options: LossOptions) -> Tensor:
@@ -278,10 +268,6 @@ def _losses_of(logits: Tensor, options: LossOptions) -> Tensor:
     if options.reduction == "none":
         return logits.new_empty(logits.shape[:-1], dtype=torch.float32)
     return torch.empty_like(_SCALAR)  # half the time of new_empty(())
-
-
-def _row_upstream(upstream: float | Tensor) -> Tensor | None:
-    return upstream.contiguous() if isinstance(upstream, Tensor) else None
 
 
 def _loss_job(

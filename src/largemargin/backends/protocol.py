@@ -17,29 +17,14 @@ class WholeLoss(Protocol):
         weight: Tensor | None,
         options: LossOptions,
         gradient: Tensor | None = None,
+        target_gradient: Tensor | None = None,
         upstream: float | Tensor = 1.0,
     ) -> Tensor:
-        """The reduced loss of ``logits`` (..., C) with int64 labels ``target`` (...); a label out of range raises.
+        """The reduced loss of ``logits`` (..., C) and ``target``: int64 labels (...), or probabilities (..., C) of any floating dtype.
 
-        The gradient times ``upstream`` is written to ``gradient`` if given, which may be ``logits`` itself. ``upstream`` is a number, or
-        with the reduction ``"none"`` one number per row.
-        """
-
-
-class LossOfProbabilities(Protocol):
-    def __call__(
-        self,
-        logits: Tensor,
-        probabilities: Tensor,
-        weight: Tensor | None,
-        options: LossOptions,
-        gradient: Tensor | None = None,
-        probabilities_gradient: Tensor | None = None,
-        upstream: float | Tensor = 1.0,
-    ) -> Tensor:
-        """The same for ``probabilities`` (..., C) of any floating dtype, over which the loss is the expectation.
-
-        The gradients with respect to both are written if given. The one of the probabilities has their dtype.
+        A label out of range raises. The gradients with respect to ``logits`` and probabilities, times ``upstream``, are written to
+        ``gradient``, which may be ``logits`` itself, and ``target_gradient`` if given. ``upstream`` is a number, or with the reduction
+        ``"none"`` one number per row.
         """
 
 
@@ -71,10 +56,6 @@ class Backend(Protocol):
     @property
     def loss(self) -> WholeLoss | None:
         """The kernel of the whole loss, or None."""
-
-    @property
-    def loss_of_probabilities(self) -> LossOfProbabilities | None:
-        """The same for class probabilities."""
 
 
 def record_of(stats: RowStats, softmax: Softmax) -> Record:

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from ..rowstats import Cotangents, Record, RowStats, Softmax
 from .layout import Layout, lay
-from .protocol import LossOfProbabilities, WholeLoss, for_kernel, record_of
+from .protocol import WholeLoss, for_kernel, record_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_TILE = 16384  # elements of a tile held on chip
 loss: WholeLoss | None = None
-loss_of_probabilities: LossOfProbabilities | None = None
 
 
 @triton.jit

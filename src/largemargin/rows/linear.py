@@ -85,9 +85,7 @@ def _with_logits(problem: Problem) -> Tensor:
     if bias is not None:
         logits = logits + bias.to(dtype)
     logits = problem.logits_of(logits)
-    if problem.has_probabilities:
-        return whole.loss_of_probabilities(logits, problem.target, problem.weight, problem.options)
-    if _checks.is_dtensor(logits):
+    if _checks.is_dtensor(logits) and not problem.has_probabilities:
         return dtensors.loss(logits, problem.target, problem.weight, problem.options)
     return whole.loss(logits, problem.target, problem.weight, problem.options)
 
@@ -175,7 +173,7 @@ def _loss_of_indices(problem: Problem, rows: slice, tile: Tensor, gradients: Lay
     logits = _checks.classes_last(problem.logits_of(tile))
     kernel = whole.kernel(logits, target, weight, options)
     if kernel is not None:
-        loss = kernel(logits, target, weight, options, logits if wanted else None, upstream if upstream.dim() else upstream.item())
+        loss = kernel(logits, target, weight, options, logits if wanted else None, None, upstream if upstream.dim() else upstream.item())
         gradients.add(rows, tile)
         return loss
     labels = Labels.of(target, problem.num_classes, options.ignore_index)
@@ -197,10 +195,10 @@ def _loss_of_probabilities(
     """The same for probabilities."""
     logits, target = problem.logits_of(tile), problem.target[rows]
     if not wanted:
-        return whole.loss_of_probabilities(logits, target, problem.weight, problem.options)
+        return whole.loss(logits, target, problem.weight, problem.options)
     leaf = logits.detach().requires_grad_()
     with torch.enable_grad():
-        loss = whole.loss_of_probabilities(leaf, target, problem.weight, problem.options)
+        loss = whole.loss(leaf, target, problem.weight, problem.options)
         (gradient,) = torch.autograd.grad(loss, leaf, upstream.to(loss.dtype).expand_as(loss))
     logits.copy_(gradient)
     gradients.add(rows, tile)
