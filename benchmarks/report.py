@@ -88,6 +88,15 @@ def training_page(record: dict[str, Any]) -> str:
     return table(["", "", "images/s", "times the script's method"], rows)
 
 
+def surface_page(record: dict[str, Any]) -> str:
+    rows = [
+        [row["name"], shape_of(row), row["dtype"], f"{row['time']['ratio']:.2f}"]
+        + [f"{row[what]['ours']:g} / {row[what]['theirs']:g}" for what in ("MiB", "operations")]
+        for row in record["rows"]
+    ]
+    return table(["loss", "input", "dtype", "time / torch's", "MiB, ours / torch's", "operations, ours / torch's"], rows)
+
+
 def accuracy_page(record: dict[str, Any]) -> str:
     rows = []
     for row in record["rows"]:
@@ -104,9 +113,9 @@ def accuracy_page(record: dict[str, Any]) -> str:
 
 def main() -> None:
     """Write the page."""
-    names = ("time_cpu", "memory_cpu", "accuracy", "one_thread", "linear_cpu", "training_cpu")
-    time, memory, accuracy, one_thread, linear, training = (load(name) for name in names)
-    assert time and memory and accuracy and one_thread and linear and training, "run make bench first"
+    names = ("time_cpu", "memory_cpu", "accuracy", "one_thread", "linear_cpu", "training_cpu", "surface")
+    time, memory, accuracy, one_thread, linear, training, surface = (load(name) for name in names)
+    assert time and memory and accuracy and one_thread and linear and training and surface, "run make bench first"
     chart(time)
     parts = [
         "# Performance",
@@ -130,6 +139,12 @@ def main() -> None:
         "The most that torch holds in forward and backward beside the logits, in units of the logits. The kernel's own scratch is a few\n"
         "rows, or a tile of at most 128 rows by 512 classes, a thread.",
         memory_page(memory),
+        "## Every public loss",
+        f"{surface['claim']} {words_of_machine(surface)}.",
+        "Forward and backward through the public functions. A time below 1 is faster than torch's counterpart: `nn.CrossEntropyLoss` with\n"
+        "the same arguments, `nn.Linear` with it for layers (256 rows, 1,000 classes), or the function named. Operations are those of\n"
+        "torch that a step asks for; a kernel of this library is none of them. Memory is the most that torch holds beside the inputs.",
+        surface_page(surface),
         "## Linear layer and loss in one",
         f"{linear['claim']} {words_of_machine(linear)}.",
         "float32, forward and backward, medians; memory is what torch holds beside inputs and gradients. The three products are plain\n"
