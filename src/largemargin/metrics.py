@@ -26,14 +26,45 @@ from .rowstats import IGNORED, RowStats
 from .tracing import as_one_call
 
 
-def _measure(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Rows, RowStats]:
-    """The rows and their statistics; NaN in every field of a row without statistics."""
-    input, target = gathered(input), gathered(target)
-    _checks.check_indices_of(input, target, ignore_index)
-    rows = Rows.of(input, target, ignore_index)
-    stats = dense.stats(rows, None)
-    invalid = stats.log_odds.isnan()
-    return rows, RowStats(*(field.masked_fill(invalid, torch.nan) for field in stats))
+class _Batch:
+    """Rows of logits with class indices, and what several figures need."""
+
+    def __init__(self, input: Tensor, target: Tensor, ignore_index: int) -> None:
+        input, target = gathered(input), gathered(target)
+        _checks.check_indices_of(input, target, ignore_index)
+        self.rows = Rows.of(input, target, ignore_index)
+        self.index = self.rows.labels.class_index
+        self.computed = dense.stats(self.rows, None)
+        self.invalid = self.computed.log_odds.isnan()  # a row without statistics
+
+    @functools.cached_property
+    def stats(self) -> RowStats:
+        """The statistics; NaN in every field of an invalid row."""
+        return RowStats(*(field.masked_fill(self.invalid, torch.nan) for field in self.computed))
+
+    @functools.cached_property
+    def kept(self) -> Tensor:
+        return self.index >= 0
+
+    @functools.cached_property
+    def prediction(self) -> Tensor:
+        return self.rows.logits.argmax(-1)
+
+    @functools.cached_property
+    def right(self) -> Tensor:
+        return (self.prediction == self.index) & ~self.invalid
+
+    def outside_top(self, k: int) -> Tensor:
+        """Whether at least k classes come before the target; of equal logits the first comes first, as in argmax."""
+        logits, index = self.rows.logits, self.index.clamp(min=0).unsqueeze(-1)
+        of_target = logits.gather(-1, index)
+        before = torch.arange(logits.shape[-1], device=index.device) < index
+        ahead = ((logits > of_target) | ((logits == of_target) & before)).sum(-1, dtype=torch.int32)
+        return (ahead >= k) | (of_target.squeeze(-1) == -torch.inf) | self.invalid
+
+    def log_odds_of_prediction(self) -> Tensor:
+        prediction = torch.where(self.kept, self.prediction, IGNORED)
+        return _wide(dense.stats(Rows(self.rows.logits, Labels(prediction, None)), None).log_odds)
 
 
 _MEANS: dict[str, Callable[[RowStats], Tensor]] = {
@@ -97,24 +128,24 @@ def _complete(metric: Callable[..., Any], documented: Callable[..., Any], own: S
 
 
 def _row_metric(values: Callable[..., Tensor]) -> _RowMetric:
-    """Make a public function from ``values(rows, stats, ...)``, one number per row, with the shared parts of its docstring."""
-    _, _, *own = inspect.signature(values).parameters.values()
+    """Make a public function from ``values(batch, ...)``, one number per row, with the shared parts of its docstring."""
+    _, *own = inspect.signature(values).parameters.values()
 
     @as_one_call
     @torch.no_grad()
     def metric(input: Tensor, target: Tensor, *given: Any, ignore_index: int = -100, reduction: Reduction = "mean", **named: Any) -> Tensor:
         _checks.check_word("reduction", reduction, REDUCTIONS)
-        rows, stats = _measure(input, target, ignore_index)
-        found = values(rows, stats, *given, **named)
-        found = found.to(stats.rho.dtype) if reduction == "none" else _wide(found)
-        return reduce_rows(found, rows.labels.class_index.to(found.device), None, reduction)
+        batch = _Batch(input, target, ignore_index)
+        found = values(batch, *given, **named)
+        found = found.to(batch.computed.rho.dtype) if reduction == "none" else _wide(found)
+        return reduce_rows(found, batch.index.to(found.device), None, reduction)
 
     _complete(metric, values, own, ["ignore_index", "reduction"])
     return metric
 
 
 @_row_metric
-def margin(rows: Rows, stats: RowStats, /) -> Tensor:
+def margin(batch: _Batch, /) -> Tensor:
     r"""The classification margin: the lead of the target's logit over the largest other.
 
     .. math:: f_y - \max_{c \neq y} f_c = l + \hat\rho
@@ -128,11 +159,11 @@ def margin(rows: Rows, stats: RowStats, /) -> Tensor:
 
     Source: Kobayashi, *Large Margin In Softmax Cross-Entropy Loss*, BMVC 2019, Sec. 2.1.
     """
-    return _MEANS["margin"](stats)
+    return _MEANS["margin"](batch.stats)
 
 
 @_row_metric
-def rho_hat(rows: Rows, stats: RowStats, /) -> Tensor:
+def rho_hat(batch: _Batch, /) -> Tensor:
     r"""The margin hidden in the softmax loss; the paper's Fig. 3 shows it over training.
 
     .. math:: \hat\rho = \mathrm{LSE}(\{f_c\}_{c \neq y}) - \max_{c \neq y} f_c \; (7)
@@ -146,11 +177,11 @@ def rho_hat(rows: Rows, stats: RowStats, /) -> Tensor:
 
     Source: Kobayashi, *Large Margin In Softmax Cross-Entropy Loss*, BMVC 2019, eq. (7) and Fig. 3.
     """
-    return _MEANS["rho_hat"](stats)
+    return _MEANS["rho_hat"](batch.stats)
 
 
 @_row_metric
-def divergence(rows: Rows, stats: RowStats, /, *, kind: Divergence = "symmetric") -> Tensor:
+def divergence(batch: _Batch, /, *, kind: Divergence = "symmetric") -> Tensor:
     r"""The distance of the non-target logits from uniform: the paper's regulariser.
 
     .. math:: \tilde D = \tfrac12 \{D(q \| u) + D(u \| q)\} \; (8), \quad D(q \| u), \; D(u \| q) \; (10)
@@ -167,11 +198,11 @@ def divergence(rows: Rows, stats: RowStats, /, *, kind: Divergence = "symmetric"
 
     Source: Kobayashi, *Large Margin In Softmax Cross-Entropy Loss*, BMVC 2019, eqs. (8) and (10).
     """
-    return divergence_of_stats(stats, kind)
+    return divergence_of_stats(batch.stats, kind)
 
 
 @_row_metric
-def log_odds(rows: Rows, stats: RowStats, /) -> Tensor:
+def log_odds(batch: _Batch, /) -> Tensor:
     r"""The target's log-odds.
 
     .. math:: l = f_y - \mathrm{LSE}(\{f_c\}_{c \neq y}) = \log \frac{p_y}{1 - p_y}
@@ -185,11 +216,11 @@ def log_odds(rows: Rows, stats: RowStats, /) -> Tensor:
 
     Source: Kobayashi, *Large Margin In Softmax Cross-Entropy Loss*, BMVC 2019, eq. (3): the loss is softplus(-l).
     """
-    return _MEANS["log_odds"](stats)
+    return _MEANS["log_odds"](batch.stats)
 
 
 @_row_metric
-def nontarget_entropy(rows: Rows, stats: RowStats, /) -> Tensor:
+def nontarget_entropy(batch: _Batch, /) -> Tensor:
     r"""The entropy of the softmax over the non-target classes.
 
     .. math:: H(q) = -\sum_{c \neq y} q_c \log q_c = \log K - D(q \| u)
@@ -203,11 +234,11 @@ def nontarget_entropy(rows: Rows, stats: RowStats, /) -> Tensor:
 
     Source: Kobayashi, *Large Margin In Softmax Cross-Entropy Loss*, BMVC 2019, eqs. (9) and (10).
     """
-    return _MEANS["nontarget_entropy"](stats)
+    return _MEANS["nontarget_entropy"](batch.stats)
 
 
 @_row_metric
-def nll(rows: Rows, stats: RowStats, /) -> Tensor:
+def nll(batch: _Batch, /) -> Tensor:
     r"""The negative log-likelihood, which is the softmax loss.
 
     .. math:: -\log p_y = \mathrm{softplus}(-l) \; (3)
@@ -221,24 +252,11 @@ def nll(rows: Rows, stats: RowStats, /) -> Tensor:
 
     Source: Kobayashi, *Large Margin In Softmax Cross-Entropy Loss*, BMVC 2019, eqs. (2) and (3).
     """
-    return _MEANS["nll"](stats)
-
-
-def _right(rows: Rows, stats: RowStats, /) -> Tensor:
-    return (rows.logits.argmax(-1) == rows.labels.class_index) & ~stats.log_odds.isnan()
-
-
-def _outside_top(rows: Rows, stats: RowStats, /, k: int) -> Tensor:
-    """Whether at least k classes come before the target; of equal logits the first comes first, as in argmax."""
-    index = rows.labels.class_index.clamp(min=0).unsqueeze(-1)
-    of_target = rows.logits.gather(-1, index)
-    before = torch.arange(rows.logits.shape[-1], device=index.device) < index
-    ahead = ((rows.logits > of_target) | ((rows.logits == of_target) & before)).sum(-1)
-    return (ahead >= k) | (of_target.squeeze(-1) == -torch.inf) | stats.log_odds.isnan()
+    return _MEANS["nll"](batch.stats)
 
 
 @_row_metric
-def accuracy(rows: Rows, stats: RowStats, /) -> Tensor:
+def accuracy(batch: _Batch, /) -> Tensor:
     r"""The share of rows whose prediction is the target.
 
     .. math:: [\arg\max_c f_c = y]
@@ -252,11 +270,11 @@ def accuracy(rows: Rows, stats: RowStats, /) -> Tensor:
 
     Source: the errors of Kobayashi, *Large Margin In Softmax Cross-Entropy Loss*, BMVC 2019, Tables 1 to 4, are 100 (1 - accuracy).
     """
-    return _right(rows, stats)
+    return batch.right
 
 
 @_row_metric
-def topk_error(rows: Rows, stats: RowStats, /, k: int = 5) -> Tensor:
+def topk_error(batch: _Batch, /, k: int = 5) -> Tensor:
     r"""The share of rows whose target is not among the k largest logits.
 
     .. math:: [\#\{c : f_c > f_y\} \geq k]
@@ -276,25 +294,20 @@ def topk_error(rows: Rows, stats: RowStats, /, k: int = 5) -> Tensor:
     Source: the top-5 errors of Kobayashi, *Large Margin In Softmax Cross-Entropy Loss*, BMVC 2019, Table 4, are in percent.
     """
     _checks.check_at_least_1("k", k)
-    return _outside_top(rows, stats, k)
+    return batch.outside_top(k)
 
 
 # adaptive_ece sorts log-odds of confidences into cells of 1/256 nat from -16 to 48, because sums over cells can be merged
 _LOWEST_LOG_ODDS, _CELLS_PER_NAT, _NUM_CELLS = -16, 256, 64 * 256
 
 
-def _log_odds_of_prediction(rows: Rows) -> Tensor:
-    prediction = torch.where(rows.labels.class_index == IGNORED, IGNORED, rows.logits.argmax(-1))
-    return _wide(dense.stats(Rows(rows.logits, Labels(prediction, None)), None).log_odds)
-
-
-def _calibration_sums(rows: Rows, stats: RowStats, num_bins: int) -> tuple[Tensor, Tensor, Tensor]:
+def _calibration_sums(batch: _Batch, num_bins: int) -> tuple[Tensor, Tensor, Tensor]:
     """Float64 sums over valid rows: confidence minus correctness in each bin and each cell, and the rows of each cell."""
-    log_odds = _log_odds_of_prediction(rows).flatten()
-    valid = ((rows.labels.class_index >= 0) & ~stats.log_odds.isnan()).flatten().to(log_odds.device)
+    log_odds = batch.log_odds_of_prediction().flatten()
+    valid = (batch.kept & ~batch.invalid).flatten().to(log_odds.device)
     log_odds = torch.where(valid, log_odds, 0.0)
     confidence = log_odds.sigmoid()
-    gap = torch.where(valid, confidence - _wide(_right(rows, stats)).flatten(), 0.0)
+    gap = torch.where(valid, confidence - _wide(batch.right).flatten(), 0.0)
     # bins are closed on the right; the rounding of a confidence on an edge, such as 1/3, must not decide its bin
     bins = (confidence * num_bins - 1e-6).ceil().long().clamp(1, num_bins) - 1
     cells = ((log_odds.clamp(-1e4, 1e4) - _LOWEST_LOG_ODDS) * _CELLS_PER_NAT + 1e-3).floor().long().clamp(0, _NUM_CELLS - 1)
@@ -318,16 +331,16 @@ def _equal_mass(of_cells: Tensor, rows_of_cells: Tensor, num_bins: int) -> Tenso
     return gaps_below.diff(prepend=gaps_below.new_zeros(1)).abs().sum() / num_rows
 
 
-def _calibration(error: Callable[[Rows, RowStats, int], Tensor]) -> Callable[..., Tensor]:
+def _calibration(error: Callable[[_Batch, int], Tensor]) -> Callable[..., Tensor]:
     """Make a public function of the calibration error of rows, NaN where a row that counts has no statistics."""
 
     @as_one_call
     @torch.no_grad()
     def metric(input: Tensor, target: Tensor, *, num_bins: int = 15, ignore_index: int = -100) -> Tensor:
         _checks.check_at_least_1("num_bins", num_bins)
-        rows, stats = _measure(input, target, ignore_index)
-        found = error(rows, stats, num_bins)
-        poisoned = (stats.log_odds.isnan() & (rows.labels.class_index >= 0)).any()
+        batch = _Batch(input, target, ignore_index)
+        found = error(batch, num_bins)
+        poisoned = (batch.invalid & batch.kept).any()
         return found.masked_fill(poisoned.to(found.device), torch.nan)
 
     num_bins = inspect.Parameter("num_bins", inspect.Parameter.KEYWORD_ONLY, default=15, annotation=int)
@@ -336,7 +349,7 @@ def _calibration(error: Callable[[Rows, RowStats, int], Tensor]) -> Callable[...
 
 
 @_calibration
-def ece(rows: Rows, stats: RowStats, num_bins: int) -> Tensor:
+def ece(batch: _Batch, num_bins: int) -> Tensor:
     r"""Expected calibration error: the mean gap between confidence and accuracy, over bins of equal width.
 
     .. math:: \sum_b \tfrac{|B_b|}{N} \, |\mathrm{conf}(B_b) - \mathrm{acc}(B_b)|, \quad B_b = \{n : (b-1)/B < p_n \leq b/B\}
@@ -355,12 +368,12 @@ def ece(rows: Rows, stats: RowStats, num_bins: int) -> Tensor:
 
     Source: Guo, Pleiss, Sun and Weinberger, *On Calibration of Modern Neural Networks*, ICML 2017, eq. (3).
     """
-    of_bins, _, rows_of_cells = _calibration_sums(rows, stats, num_bins)
+    of_bins, _, rows_of_cells = _calibration_sums(batch, num_bins)
     return _equal_width(of_bins, rows_of_cells.sum())
 
 
 @_calibration
-def adaptive_ece(rows: Rows, stats: RowStats, num_bins: int) -> Tensor:
+def adaptive_ece(batch: _Batch, num_bins: int) -> Tensor:
     r"""Expected calibration error over bins of equal mass: the rows sorted by confidence and cut into equal parts.
 
     .. math:: \tfrac1B \sum_b |\mathrm{conf}(B_b) - \mathrm{acc}(B_b)|, \quad |B_b| = N / B
@@ -380,7 +393,7 @@ def adaptive_ece(rows: Rows, stats: RowStats, num_bins: int) -> Tensor:
 
     Source: Nguyen and O'Connor, *Posterior calibration and exploratory analysis for natural language processing models*, EMNLP 2015.
     """
-    _, of_cells, rows_of_cells = _calibration_sums(rows, stats, 1)
+    _, of_cells, rows_of_cells = _calibration_sums(batch, 1)
     return _equal_mass(of_cells, rows_of_cells, num_bins)
 
 
@@ -436,13 +449,12 @@ def super_symmetry(weight: Tensor) -> Tensor:
 
 def _sums(input: Tensor, target: Tensor, ignore_index: int, num_bins: int, top_k: int) -> Tensor:
     """All sums of a batch: rows, invalid rows, rows right, rows outside the top k, the figures of _MEANS, and the calibration sums."""
-    rows, stats = _measure(input, target, ignore_index)
-    kept = rows.labels.class_index >= 0
-    valid = kept & ~stats.log_odds.isnan()
-    counts = (kept, kept & ~valid, kept & _right(rows, stats), kept & _outside_top(rows, stats, top_k))
-    values = [torch.where(valid, value(stats), 0.0) for value in _MEANS.values()]
-    sums = [_wide(field).sum() for field in (*counts, *values)]
-    return torch.cat([torch.stack(sums), *_calibration_sums(rows, stats, num_bins)])
+    batch = _Batch(input, target, ignore_index)
+    kept, valid = batch.kept, batch.kept & ~batch.invalid
+    counts = torch.stack([kept, kept & batch.invalid, kept & batch.right, kept & batch.outside_top(top_k)]).flatten(1).sum(1)
+    values = torch.stack([value(batch.computed) for value in _MEANS.values()])
+    sums = _wide(torch.where(valid, values, 0.0)).flatten(1).sum(1)
+    return torch.cat([counts.to(sums), sums, *_calibration_sums(batch, num_bins)])
 
 
 def _zeros(num_bins: int, device: torch.device | str | None = None) -> Tensor:

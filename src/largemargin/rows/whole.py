@@ -22,17 +22,19 @@ Gradients = tuple[Tensor | None, Tensor | None]  # of the logits and the target
 
 def kernel(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> WholeLoss | None:
     """The kernel of the whole loss of these logits with this target, if there is one."""
-    if input.numel() == 0:
-        return None
-    backend = None if torch.compiler.is_compiling() else ladder.pick(input, options.backend)
-    if backend is reference:
-        return None
-    fits = _torch.is_plain(target) and (weight is None or (_torch.is_plain(weight) and not weight.requires_grad))
-    if target.is_floating_point():
-        if backend is None or not fits or _torch.is_zero_tensor(target):
-            ladder.refuse_probabilities(options.backend)
+    probabilities = target.is_floating_point()
+    if not torch.compiler.is_compiling():
+        if input.numel() == 0:
             return None
-    return None if backend is None or not fits else backend.loss
+        backend = ladder.pick(input, options.backend)
+        if backend is reference:
+            return None
+        fits = _torch.is_plain(target) and (weight is None or (_torch.is_plain(weight) and not weight.requires_grad))
+        if backend.loss is not None and fits and not (probabilities and _torch.is_zero_tensor(target)):
+            return backend.loss
+    if probabilities:
+        ladder.refuse_probabilities(options.backend)
+    return None
 
 
 def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, donate: bool = False) -> Tensor:
