@@ -5,11 +5,12 @@ from torch import Tensor
 
 from .. import rowstats
 from ..rowstats import Cotangents, Record, RowStats, Softmax
-from .protocol import LossOfProbabilities, WholeLoss
+from .protocol import LossOfProbabilities, TwoPasses, WholeLoss
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 loss: WholeLoss | None = None
 loss_of_probabilities: LossOfProbabilities | None = None
+two_passes: TwoPasses | None = None
 
 
 def why_not() -> str | None:

@@ -3,6 +3,9 @@
 The backward pass returns this gradient if the upstream gradient is 1, and scales it if that is exact. Otherwise, and in a second
 backward pass, it computes the gradient again from the logits. Donated logits do not exist any more after the forward pass: their gradient
 replaces them, is always scaled, and allows one backward pass.
+
+On a GPU the host does not know the upstream gradient, and must not wait for it. There the backward pass computes the gradient, from the
+logits and a few numbers a row, and writes it into the memory of donated logits.
 """
 
 import math
@@ -13,24 +16,32 @@ from torch import Tensor
 
 from .. import _checks, _torch
 from ..backends import ladder, reference
-from ..backends.protocol import LossOfProbabilities, WholeLoss
+from ..backends.protocol import Backend, LossOfProbabilities, TwoPasses, WholeLoss
 from ..loss import LossOptions
 from . import all_classes, dense
 
 
-def kernel(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> WholeLoss | None:
-    """The kernel of the whole loss of these logits, if there is one."""
+def kernels(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Backend:
+    """The backend whose kernels of the whole loss, if it has any, take these logits and class indices; else the reference."""
     if torch.compiler.is_compiling() or input.numel() == 0:
-        return None
-    whole = ladder.pick(input, options.backend).loss
-    if whole is None or not _torch.is_plain(target):
-        return None
-    return whole if weight is None or (_torch.is_plain(weight) and not weight.requires_grad) else None
+        return reference
+    found = ladder.pick(input, options.backend)
+    if not _torch.is_plain(target):
+        return reference
+    return found if weight is None or (_torch.is_plain(weight) and not weight.requires_grad) else reference
+
+
+def kernel(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> WholeLoss | None:
+    """The kernel of the whole loss that writes its gradient at once, if there is one."""
+    return kernels(input, target, weight, options).loss
 
 
 def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, donate: bool = False) -> Tensor:
     """The loss of logits (C,), (N, C) or (N, C, d1, ...) and class indices, by a kernel or by the statistics."""
-    whole = kernel(input, target, weight, options)
+    found = kernels(input, target, weight, options)
+    if found.two_passes is not None:
+        return _in_two_passes(input, target, weight, options, found.two_passes, donate)
+    whole = found.loss
     if whole is None:
         return dense.loss(input, target, weight, options)
     if target.dtype is not torch.int64:
@@ -42,25 +53,28 @@ def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOpti
     return result
 
 
-def kernel_of_probabilities(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> LossOfProbabilities | None:
-    """The kernel of the whole loss of these logits and class probabilities, if there is one."""
+def kernels_of_probabilities(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Backend:
+    """The same for class probabilities."""
     if torch.compiler.is_compiling():
         ladder.refuse_probabilities(options.backend)
-        return None
+        return reference
     backend = ladder.pick(input, options.backend)
     if backend is reference or input.numel() == 0:
-        return None
+        return reference
     plain = _torch.is_plain(target) and not _torch.is_zero_tensor(target)
     fixed_weight = weight is None or (_torch.is_plain(weight) and not weight.requires_grad)
-    if backend.loss_of_probabilities is None or not plain or not fixed_weight:
+    if not plain or not fixed_weight:
         ladder.refuse_probabilities(options.backend)
-        return None
-    return backend.loss_of_probabilities
+        return reference
+    return backend
 
 
 def loss_of_probabilities(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, donate: bool = False) -> Tensor:
     """The loss of logits (C,), (N, C) or (N, C, d1, ...) and probabilities of the same shape, by a kernel or by the statistics."""
-    whole = kernel_of_probabilities(input, target, weight, options)
+    found = kernels_of_probabilities(input, target, weight, options)
+    if found.two_passes is not None:
+        return _in_two_passes(input, target, weight, options, found.two_passes, donate)
+    whole = found.loss_of_probabilities
     if whole is None:
         return all_classes.loss(input, target, weight, options)
     if not (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)):
@@ -71,11 +85,18 @@ def loss_of_probabilities(input: Tensor, target: Tensor, weight: Tensor | None, 
     return result
 
 
+def _in_two_passes(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, passes: TwoPasses, donate: bool) -> Tensor:
+    if not (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)):
+        return passes.forward(*_rows(input, target), weight, options, False)[0]
+    result: Tensor = LargeMarginInTwoPasses.apply(input, target, weight, options, passes, donate and options.reduction != "none")
+    return result
+
+
 def _rows(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     if input.dim() == 2:
         return input, target
     logits = _checks.classes_last(input)
-    return logits, target.reshape(logits.shape[:-1])
+    return logits, _checks.classes_last(target) if target.is_floating_point() else target.reshape(logits.shape[:-1])
 
 
 class LargeMarginCrossEntropy(torch.autograd.Function):
@@ -94,9 +115,9 @@ class LargeMarginCrossEntropy(torch.autograd.Function):
         return _gradient(ctx, upstream), None, None, None, None
 
 
-def _gradient(ctx: Any, upstream: Tensor) -> Tensor:
+def _gradient(ctx: Any, upstream: Tensor) -> Tensor | None:
     if not _torch.is_plain_gradient(upstream):
-        return _reference_gradient(ctx, upstream)
+        return _reference_gradients(ctx, upstream)[0]
     factor = upstream if upstream.dim() else upstream.item()
     gradient: Tensor | None
     gradient, ctx.gradient = ctx.gradient, None
@@ -105,7 +126,7 @@ def _gradient(ctx: Any, upstream: Tensor) -> Tensor:
     input, target, weight = ctx.saved_tensors
     kernel: WholeLoss = ctx.kernel
     if ladder.pick(input, None).loss is not kernel:  # hooks on saved tensors may return other tensors
-        return _reference_gradient(ctx, upstream)
+        return _reference_gradients(ctx, upstream)[0]
     if gradient is None:
         gradient = torch.empty_like(input)
     kernel(*_rows(input, target), weight, ctx.options, _checks.classes_last(gradient), factor)
@@ -117,16 +138,6 @@ def _scales(gradient: Tensor, factor: float | Tensor) -> bool:
     if not isinstance(factor, float) or not math.isfinite(factor):
         return False
     return gradient.dtype == torch.float32 or abs(math.frexp(factor)[0]) == 0.5  # a power of two
-
-
-def _reference_gradient(ctx: Any, upstream: Tensor) -> Tensor:
-    input, target, weight = ctx.saved_tensors
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        alias = _alias(input)
-        loss = dense.loss(alias, target, weight, ctx.options._replace(backend="reference"))
-        gradient: Tensor = torch.autograd.grad(loss, alias, upstream, create_graph=create_graph)[0]
-    return gradient
 
 
 class LargeMarginOfProbabilities(torch.autograd.Function):
@@ -175,16 +186,47 @@ def _gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None
 
 
 def _reference_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    *saved, weight = ctx.saved_tensors
+    *saved, weight = ctx.saved_tensors[:3]
     needed = ctx.needs_input_grad[:2]
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         input, target = (_alias(tensor) if need else tensor for tensor, need in zip(saved, needed, strict=True))
-        loss = all_classes.loss(input, target, weight, ctx.options)
+        loss_by_statistics = all_classes.loss if target.is_floating_point() else dense.loss
+        loss = loss_by_statistics(input, target, weight, ctx.options._replace(backend="reference"))
         wanted = [tensor for tensor, need in zip((input, target), needed, strict=True) if need]
         found = iter(torch.autograd.grad(loss, wanted, upstream, create_graph=create_graph))
     of_input, of_target = (next(found) if need else None for need in needed)
     return of_input, of_target
+
+
+class LargeMarginInTwoPasses(torch.autograd.Function):
+    """The loss of class indices or probabilities whose gradient is computed in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, passes: TwoPasses, donated: bool
+    ) -> Tensor:
+        loss, saved = passes.forward(*_rows(input, target), weight, options, True)
+        ctx.options, ctx.passes, ctx.donated, ctx.dtype = options, passes, donated, input.dtype
+        ctx.save_for_backward(input, target, weight, *saved)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        input, target, weight, *saved = ctx.saved_tensors
+        # hooks on saved tensors may return other tensors
+        plain = all(tensor is None or _torch.is_plain(tensor) for tensor in (input, target, weight, *saved))
+        kept = plain and input.dtype is ctx.dtype and saved[0].dtype is torch.float32
+        if not (kept and _torch.is_plain_gradient(upstream)):
+            return *_reference_gradients(ctx, upstream), None, None, None, None
+        donated = ctx.donated and ctx.needs_input_grad[0] and not _torch.overlaps_itself(input)
+        of_input = input.detach() if donated else torch.empty_like(input) if ctx.needs_input_grad[0] else None
+        of_target = torch.empty_like(target) if ctx.needs_input_grad[1] else None
+        rows, written = _rows(input, target), [None if of is None else _checks.classes_last(of) for of in (of_input, of_target)]
+        ctx.passes.backward(*rows, weight, ctx.options, saved, upstream, *written)
+        if donated:
+            torch.autograd.graph.increment_version(input)
+        return of_input, of_target, None, None, None, None
 
 
 def _alias(tensor: Tensor) -> Tensor:
