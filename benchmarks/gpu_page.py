@@ -16,7 +16,10 @@ def section(records: Records) -> str:
     rows = [[figure.what, figure.found or "not measured", figure.goal, gpu_summary.word(figure)] for figure in figures]
     parts = [
         "## GPU",
-        "" if records else "Nothing has been measured on a GPU yet: `make gpu` does it.",
+        ""
+        if records
+        else "Nothing has been measured on a GPU yet: `make gpu` does it. The Triton kernels of the whole loss have run only in Triton's\n"
+        "interpreter, on a CPU.",
         "`make gpu` runs the tests and benchmarks on a GPU, in 8 minutes and with the Python at hand, and keeps their records in\n"
         "`results/gpu/`; `python benchmarks/gpu_all.py --help` says what it needs. The goals:",
         table(["", "found", "goal", ""], rows),
@@ -42,16 +45,19 @@ def of_what(record: dict[str, Any]) -> str:
 
 def kernels(record: dict[str, Any]) -> list[str]:
     rows = record["rows"]
-    head = [f"{gpu_summary.name_of(row['shape'])} {row['dtype']}" for row in rows]
     small = [row for row in rows if any("launches" in found for found in row["contestants"].values())]
-    of_small = [f"{gpu_summary.name_of(row['shape'])} {row['dtype']}" for row in small]
     return [
         "Milliseconds of forward and backward from a cold L2, medians; in brackets the MiB that a step takes beside the logits and\n"
         "their gradient, below 0 where the gradient overwrites the logits. The memory of a graph is in a pool of its own.",
-        table(["", *head], by_contestant(rows, milliseconds)),
+        table(["", *map(case, rows)], by_contestant(rows, milliseconds)),
         "Small logits: microseconds a step of 300 in a row, with the time to launch them, and the number of launches.",
-        table(["", *of_small], by_contestant(small, microseconds)),
+        table(["", *map(case, small)], by_contestant(small, microseconds)),
     ]
+
+
+def case(row: dict[str, Any]) -> str:
+    name = f"{gpu_summary.name_of(row['shape'])} {row['dtype']}"
+    return f"{name}, probabilities" if gpu_summary.has_probabilities(row) else name
 
 
 def linear(record: dict[str, Any]) -> list[str]:

@@ -264,6 +264,16 @@ def test_every_option_of_the_loss(dtype, backend, shape, divergence, smoothing, 
         assert_rounded(their_gradient, gradient_truth, size, 2)
 
 
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "hard_bias": 1.0, "divergence": "kl_qu"}], ids=["plain", "all"])
+@pytest.mark.parametrize("shape", [(2, 20000), (1, 2000, 3)], ids=str)
+def test_rows_longer_than_a_tile(kernel, shape, options, dtype, rng):
+    problem = Problem(logits(shape, rng, dtype, scale=1.0), rng, kernel)
+    exact = problem.with_(input=problem.input.double(), backend="reference")
+    (loss, gradient), (truth, gradient_truth) = (loss_and_gradient(each, reduction="sum", **options) for each in (problem, exact))
+    assert_within(loss, truth, truth, 2)
+    assert_rounded(gradient, gradient_truth, gradient_truth.abs().max().expand(gradient.shape), 2, kernel)
+
+
 @pytest.mark.parametrize("value", [float("nan"), INF, -INF, 3e38])
 def test_ignored_rows_leak_nothing(backend, value, rng):
     problem = Problem(logits((6, 20), rng), rng, backend)
@@ -615,6 +625,23 @@ def test_the_kernel_runs_unless_told_otherwise(rng):
         assert "LargeMarginCrossEntropy" not in type(large_margin_cross_entropy(other, target).grad_fn).__name__
 
 
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_triton_has_the_whole_loss_under_the_same_conditions(kind, rng):
+    skip_unless_available("triton")
+    input = torch.randn(4, 5, generator=rng).to(device_of("triton")).requires_grad_()
+    target = torch.arange(4, device=input.device) if kind == "indices" else torch.rand(4, 5, generator=rng).to(input.device)
+    weight = torch.ones(5, device=input.device)
+
+    def operation(input: Tensor, weight: Tensor) -> str:
+        return type(large_margin_cross_entropy(input, target, weight, backend="triton").grad_fn).__name__
+
+    assert "InTwoPasses" in operation(input, weight) and "InTwoPasses" in operation(input.half(), weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert "InTwoPasses" not in operation(input, weight.clone().requires_grad_())
+        assert "InTwoPasses" not in operation(input.double(), weight)
+
+
 # compiled code: sharp case 19
 
 
@@ -683,31 +710,31 @@ def test_the_operators_are_well_formed(kernel, rng):
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("shape", [(20, 33), (3, 7, 5), (3, 600, 5)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_donated_logits_give_the_same_loss_and_gradient(dtype, shape, reduction, rng):
-    skip_unless_available("cpu")
-    features = logits(shape, rng, dtype, scale=1.0).requires_grad_()
-    target = torch.randint(shape[1], (shape[0], *shape[2:]), generator=rng)
+def test_donated_logits_give_the_same_loss_and_gradient(kernel, dtype, shape, reduction, rng):
+    features = logits(shape, rng, dtype, scale=1.0).to(device_of(kernel)).requires_grad_()
+    target = torch.randint(shape[1], (shape[0], *shape[2:]), generator=rng).to(features.device)
     results = []
     for donate in (False, True):
         input = features * 1
-        loss = large_margin_cross_entropy(input, target, reduction=reduction, donate=donate)
+        loss = large_margin_cross_entropy(input, target, reduction=reduction, donate=donate, backend=kernel)
         (gradient,) = torch.autograd.grad(loss.sum() * 0.5, features)
         assert (input._version > 0) == (donate and reduction != "none")
         results.append((loss.detach(), gradient))
     assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
 
 
-def donated(rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    skip_unless_available("cpu")
-    features, target = torch.randn(6, 9, generator=rng, requires_grad=True), torch.arange(6)
+def donated(rng: torch.Generator, kernel: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    skip_unless_available(kernel)
+    features = torch.randn(6, 9, generator=rng).to(device_of(kernel)).requires_grad_()
+    target = torch.arange(6, device=features.device)
     target[2] = -100
     return features, features * 1, target
 
 
-def test_donated_logits_raise_for_whoever_still_needs_them(rng):
-    _, input, target = donated(rng)
+def test_donated_logits_raise_for_whoever_still_needs_them(kernel, rng):
+    _, input, target = donated(rng, kernel)
     other = input.square().sum()  # saves the logits for its backward pass
-    loss = large_margin_cross_entropy(input, target, donate=True)
+    loss = large_margin_cross_entropy(input, target, donate=True, backend=kernel)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (loss + other).backward()
 
@@ -723,14 +750,31 @@ def test_donated_logits_have_one_backward_pass(rng):
         loss.backward()
 
 
-def test_donated_logits_that_change_before_the_backward_pass_are_noticed(rng):
-    features, input, target = donated(rng)
-    loss = large_margin_cross_entropy(input, target, donate=True)
-    with torch.no_grad():
-        input.zero_()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation before its backward pass"):
+def test_logits_that_the_backward_pass_overwrites_have_one(rng):
+    features, input, target = donated(rng, "triton")
+    loss = large_margin_cross_entropy(input, target, donate=True, backend="triton")
+    (differentiable,) = torch.autograd.grad(loss, features, create_graph=True)  # by the reference, which leaves them
+    (gradient,) = torch.autograd.grad(loss, features, retain_graph=True)
+    assert_within(gradient, differentiable.detach().double(), 1.0, 2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
     input = features * 1
+    losses = [large_margin_cross_entropy(input, target, donate=True, backend="triton") for _ in range(2)]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        sum(losses).backward()
+
+
+def test_donated_logits_that_change_before_the_backward_pass_are_noticed(kernel, rng):
+    _, input, target = donated(rng, kernel)
+    loss = large_margin_cross_entropy(input, target, donate=True, backend=kernel)
+    with torch.no_grad():
+        input.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_logits_are_donated_once(rng):
+    _, input, target = donated(rng)
     large_margin_cross_entropy(input, target, donate=True)
     with pytest.raises(ValueError, match="input was donated to another loss already"):
         large_margin_cross_entropy(input, target, donate=True)
@@ -747,40 +791,48 @@ def test_a_leaf_cannot_be_donated(view, rng):
     assert torch.equal(features.detach(), before)
 
 
-def test_donated_ignored_rows_leak_nothing(rng):
+def test_donated_ignored_rows_leak_nothing(kernel, rng):
     for upstream in (float("inf"), float("nan")):
-        _, input, target = donated(rng)
-        loss = large_margin_cross_entropy(input, target, donate=True)
-        (gradient,) = torch.autograd.grad(loss, input, torch.tensor(upstream))
+        _, input, target = donated(rng, kernel)
+        loss = large_margin_cross_entropy(input, target, donate=True, backend=kernel)
+        (gradient,) = torch.autograd.grad(loss, input, torch.tensor(upstream, device=input.device))
         assert (gradient[2] == 0).all() and not gradient[0].isfinite().any()
 
 
-def test_logits_that_share_memory_are_not_overwritten(rng):
-    skip_unless_available("cpu")
-    row = torch.randn(1, 9, generator=rng, requires_grad=True)
-    input, target = (row * 1).expand(4, 9), torch.arange(4)
+def test_logits_that_share_memory_are_not_overwritten(kernel, rng):
+    row = torch.randn(1, 9, generator=rng).to(device_of(kernel)).requires_grad_()
+    input, target = (row * 1).expand(4, 9), torch.arange(4, device=row.device)
     before = input.detach().clone()
-    loss = large_margin_cross_entropy(input, target, donate=True)
-    assert torch.equal(input.detach(), before)
+    loss = large_margin_cross_entropy(input, target, donate=True, backend=kernel)
     (gradient,) = torch.autograd.grad(loss, row)
-    (expected,) = torch.autograd.grad(large_margin_cross_entropy(row.expand(4, 9), target), row)
+    assert torch.equal(input.detach(), before)
+    (expected,) = torch.autograd.grad(large_margin_cross_entropy(row.expand(4, 9), target, backend=kernel), row)
     assert same_bits(gradient, expected)
 
 
-# class probabilities by the CPU kernel
+# class probabilities by the kernels
 
 
 class Soft:
     """Logits with masked and leading classes, probabilities with a row of zeros, weights, and all of it in float64."""
 
-    def __init__(self, shape: tuple[int, ...], rng: torch.Generator, dtype: torch.dtype = torch.float32, weighted: bool = False) -> None:
-        skip_unless_available("cpu")
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        rng: torch.Generator,
+        dtype: torch.dtype = torch.float32,
+        weighted: bool = False,
+        backend: str = "cpu",
+    ) -> None:
+        skip_unless_available(backend, dtype)
+        self.backend, device = backend, device_of(backend)
         self.input = logits(shape, rng, dtype)
         target = torch.rand(shape, generator=rng) * 2 / shape[1]
         target[:1] = target[:1].where(torch.rand(target[:1].shape, generator=rng) < 0.5, 0.0)
         target[-1:] = 0.0
-        self.target = target.masked_fill(self.input == -INF, 0.0).to(dtype)
-        self.weight = torch.rand(shape[1], generator=rng) if weighted else None
+        self.target = target.masked_fill(self.input == -INF, 0.0).to(device, dtype)
+        self.input = self.input.to(device)
+        self.weight = torch.rand(shape[1], generator=rng).to(device) if weighted else None
         self.wanted = (True, True)
 
     def with_(self, **changes: Any) -> "Soft":
@@ -788,42 +840,47 @@ class Soft:
         other.__dict__.update(changes)
         return other
 
+    def reference(self) -> "Soft":
+        return self.with_(backend="reference")
+
     def exact(self) -> "Soft":
-        return self.with_(
-            input=self.input.double(), target=self.target.double(), weight=None if self.weight is None else self.weight.double()
-        )
+        weight = None if self.weight is None else self.weight.double()
+        return self.reference().with_(input=self.input.double(), target=self.target.double(), weight=weight)
 
     def leaves(self) -> tuple[Tensor, Tensor]:
         input_wanted, target_wanted = self.wanted
         return self.input.detach().requires_grad_(input_wanted), self.target.detach().requires_grad_(target_wanted)
 
-    def results(self, backend: str = "cpu", factor: float = 1.0, **options: Any) -> list[Tensor]:
+    def loss(self, *leaves: Tensor, **options: Any) -> Tensor:
+        return large_margin_cross_entropy(*leaves, weight=self.weight, backend=self.backend, **options)
+
+    def results(self, factor: float = 1.0, **options: Any) -> list[Tensor]:
         """The loss and its gradients."""
         leaves = self.leaves()
-        loss = large_margin_cross_entropy(*leaves, weight=self.weight, backend=backend, **options)
+        loss = self.loss(*leaves, **options)
         return [loss.detach(), *torch.autograd.grad(loss.sum() * factor, [x for x in leaves if x.requires_grad])]
 
-    def check(self, backend: str = "cpu", factor: float = 1.0, **options: Any) -> None:
+    def check(self, factor: float = 1.0, **options: Any) -> None:
         """As the reference in float64, and its NaN and infinities."""
-        truths = self.exact().results("reference", factor, **options)
-        for got, their, truth, leaf in zip(
-            self.results(backend, factor, **options),
-            self.results("reference", factor, **options),
-            truths,
-            (None, *self.leaves()),
-            strict=True,
-        ):
+        found = (soft.results(factor, **options) for soft in (self, self.reference(), self.exact()))
+        for got, their, truth, leaf in zip(*found, (None, *self.leaves()), strict=True):
             assert got.dtype == (torch.float32 if leaf is None else leaf.dtype) and got.shape == their.shape
             assert torch.equal(got.isnan(), their.isnan()) and torch.equal(got.isinf(), their.isinf())
             finite = truth.isfinite() & got.isfinite()
             size = truth[finite].abs().max() if finite.any() else 0.0
             scale = (8 + 8 * options.get("lam", 0.3)) * max(1.0, factor) + size
-            assert_rounded(got[finite], truth[finite], torch.as_tensor(scale, dtype=torch.float64).expand(truth[finite].shape), 2)
+            assert_rounded(
+                got[finite],
+                truth[finite],
+                torch.as_tensor(scale, dtype=torch.float64).to(truth).expand(truth[finite].shape),
+                2,
+                self.backend,
+            )
 
 
 SOFT_OPTIONS = covering(
-    dtype=[torch.float32, torch.bfloat16],
-    shape=[(5, 2), (20, 17), (3, 2500), (2, 19, 5, 4), (1, 1100, 3)],
+    dtype=[torch.float32, *HALVES],
+    shape=[(5, 2), (20, 17), (3, 2500), (2, 9000), (2, 19, 5, 4), (1, 1100, 3)],
     divergence=DIVERGENCES,
     smoothing=[0.0, 0.1, 1.0],
     weighted=[False, True],
@@ -833,18 +890,19 @@ SOFT_OPTIONS = covering(
 
 
 @pytest.mark.parametrize(("dtype", "shape", "divergence", "smoothing", "weighted", "reduction"), SOFT_OPTIONS, ids=str)
-def test_every_option_with_class_probabilities(dtype, shape, divergence, smoothing, weighted, reduction, rng):
-    soft = Soft(shape, rng, dtype, weighted)
+def test_every_option_with_class_probabilities(kernel, dtype, shape, divergence, smoothing, weighted, reduction, rng):
+    soft = Soft(shape, rng, dtype, weighted, kernel)
     for lam, hard_bias, factor in ((0.3, 0.0, 1.0), (0.0, 0.0, 0.7), (0.0, 1.0, 1.0), (9.0, -3.0, 0.7)):
         soft.check(lam=lam, hard_bias=hard_bias, factor=factor, label_smoothing=smoothing, divergence=divergence, reduction=reduction)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", STRIDES)
-def test_strides_of_class_probabilities(name, dtype, rng):
-    input = strided(name, rng, dtype, torch.device("cpu"))
-    plain = Soft(tuple(input.shape), rng, dtype).with_(input=input)
-    like = torch.empty_strided(input.shape, input.stride(), dtype=dtype) if "expanded" not in name and "repeated" not in name else input
+def test_strides_of_class_probabilities(kernel, name, dtype, rng):
+    skip_unless_available(kernel, dtype)
+    input = strided(name, rng, dtype, device_of(kernel))
+    plain = Soft(tuple(input.shape), rng, dtype, backend=kernel).with_(input=input)
+    like = torch.empty_strided(input.shape, input.stride(), dtype=dtype, device=input.device)
+    like = input if "expanded" in name or "repeated" in name else like
     targets = (
         plain.target,
         like.detach().clone(memory_format=torch.preserve_format).copy_(plain.target),
@@ -859,21 +917,24 @@ def test_strides_of_class_probabilities(name, dtype, rng):
 @pytest.mark.parametrize("place", [0, 2, 4])
 @pytest.mark.parametrize("value", [float("nan"), INF, -INF])
 @pytest.mark.parametrize("shape", [(3, 5), (3, 5, 2), (3, 1500)], ids=str)
-def test_nan_and_infinity_beside_class_probabilities(shape, value, place, rng):
-    soft = Soft(shape, rng).with_(input=torch.randn(shape, generator=rng), target=torch.rand(shape, generator=rng) / shape[1])
+def test_nan_and_infinity_beside_class_probabilities(kernel, shape, value, place, rng):
+    input, target = torch.randn(shape, generator=rng), torch.rand(shape, generator=rng) / shape[1]
+    soft = Soft(shape, rng, backend=kernel)
+    soft = soft.with_(input=input.to(soft.input.device), target=target.to(soft.input.device))
     soft.input[0, place] = value  # -inf: a masked class with a share, an infinite loss and the pull of a masked target
     soft.input[1] = -INF
     for options in ({}, {"lam": 0.0}, {"divergence": "kl_qu", "hard_bias": 1.0}, {"label_smoothing": 1.0}):
         soft.check(reduction="none", **options)
 
 
-def test_one_hot_probabilities_are_class_indices_in_the_kernel(rng):
-    soft = Soft((30, 40), rng)
-    target = soft.input.argmax(1).where(torch.arange(30) % 2 == 0, torch.arange(30))  # the largest logit, and others
+def test_one_hot_probabilities_are_class_indices_in_the_kernel(kernel, rng):
+    soft = Soft((30, 40), rng, backend=kernel)
+    rows = torch.arange(30, device=soft.input.device)
+    target = soft.input.argmax(1).where(rows % 2 == 0, rows)  # the largest logit, and others
     onehot = soft.with_(target=torch.nn.functional.one_hot(target, 40).float(), wanted=(True, False))
     for options in ({}, {"hard_bias": 1.0, "divergence": "kl_uq"}, {"label_smoothing": 0.1}):
         leaf = soft.input.clone().requires_grad_()
-        loss = large_margin_cross_entropy(leaf, target, reduction="none", **options)
+        loss = large_margin_cross_entropy(leaf, target, reduction="none", backend=kernel, **options)
         (expected,) = torch.autograd.grad(loss.sum(), leaf)
         finite = loss.isfinite()
         got, gradient = onehot.results(reduction="none", **options)
@@ -882,15 +943,15 @@ def test_one_hot_probabilities_are_class_indices_in_the_kernel(rng):
         assert_within(gradient, expected.double(), 2.0, 2)
 
 
-def test_the_tail_of_a_confident_row_keeps_its_digits(rng):
-    skip_unless_available("cpu")
+def test_the_tail_of_a_confident_row_keeps_its_digits(kernel, rng):
     for lead in (12.0, 50.0, 100.0):
         others = torch.randn(300, generator=rng)
-        input = torch.cat([others[:100], (others.logsumexp(0) + lead)[None], others[100:]])[None].requires_grad_()
-        target = torch.nn.functional.one_hot(torch.tensor([100]), 301).float()
-        loss = large_margin_cross_entropy(input, target, lam=0.0, backend="cpu")
+        input = torch.cat([others[:100], (others.logsumexp(0) + lead)[None], others[100:]])[None]
+        input = input.to(device_of(kernel)).requires_grad_()
+        target = torch.nn.functional.one_hot(torch.tensor([100]), 301).to(input)
+        loss = large_margin_cross_entropy(input, target, lam=0.0, backend=kernel)
         (gradient,) = torch.autograd.grad(loss, input)
-        exact = input.detach().double()
+        exact = input.detach().cpu().double()
         behind = others.double().logsumexp(0) - exact[0, 100]
         tail, truth = torch.nn.functional.softplus(behind, threshold=200), exact.softmax(1)
         truth[0, 100] = -behind.sigmoid()
@@ -898,34 +959,35 @@ def test_the_tail_of_a_confident_row_keeps_its_digits(rng):
         assert_within(gradient, truth, tail * lead, 2)
 
 
-def test_a_low_hard_bias_keeps_the_digits_of_small_losses(rng):
-    soft = Soft((6, 40), rng).with_(input=torch.randn(6, 40, generator=rng))
-    got, truth = (x.results(name, lam=0.0, hard_bias=-30.0)[0] for x, name in ((soft, "cpu"), (soft.exact(), "reference")))
+def test_a_low_hard_bias_keeps_the_digits_of_small_losses(kernel, rng):
+    soft = Soft((6, 40), rng, backend=kernel)
+    soft = soft.with_(input=torch.randn(6, 40, generator=rng).to(soft.input.device))
+    got, truth = (x.results(lam=0.0, hard_bias=-30.0)[0] for x in (soft, soft.exact()))
     assert 0 < truth < 1e-8
     assert_within(got, truth, 40 * truth, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_probabilities_of_another_dtype_have_a_gradient_in_theirs(dtype, rng):
-    soft = Soft((6, 9), rng)
+def test_probabilities_of_another_dtype_have_a_gradient_in_theirs(kernel, dtype, rng):
+    soft = Soft((6, 9), rng, backend=kernel)
     exact = soft.target.to(dtype)
     expected = soft.with_(target=exact.float()).results()
     for got, same in zip(soft.with_(target=exact).results(), expected, strict=True):
         assert_within(got, same.double(), 16.0, 1, max((dtype, torch.float32), key=lambda d: torch.finfo(d).eps))
 
 
-def test_rows_without_a_share_have_no_loss_and_no_gradient(rng):
-    losses, gradient, _ = Soft((6, 30), rng).results(reduction="none")
+def test_rows_without_a_share_have_no_loss_and_no_gradient(kernel, rng):
+    losses, gradient, _ = Soft((6, 30), rng, backend=kernel).results(reduction="none")
     assert losses[-1] == 0 and (gradient[-1] == 0).all() and (losses[1:-1] > 0).all()
 
 
 @pytest.mark.parametrize("wanted", [(True, False), (False, True), (True, True)])
-def test_every_pass_with_probabilities_has_its_own_upstream(wanted, rng):
-    soft = Soft((8, 33), rng).with_(wanted=wanted)
+def test_every_pass_with_probabilities_has_its_own_upstream(kernel, wanted, rng):
+    soft = Soft((8, 33), rng, backend=kernel).with_(wanted=wanted)
     _, *unit = soft.results()
     for reduction in ("mean", "none"):
         leaves = soft.leaves()
-        loss = large_margin_cross_entropy(*leaves, reduction=reduction)
+        loss = soft.loss(*leaves, reduction=reduction)
         total = loss if reduction == "mean" else loss.mean()
         held = []
         for factor in (1.0, 3.0, 65536.0, 0.0, -0.1):
@@ -937,12 +999,12 @@ def test_every_pass_with_probabilities_has_its_own_upstream(wanted, rng):
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_higher_derivatives_and_batches_with_probabilities_take_the_reference(reduction, rng):
-    soft = Soft((4, 7), rng)
+def test_higher_derivatives_and_batches_with_probabilities_take_the_reference(kernel, reduction, rng):
+    soft = Soft((4, 7), rng, backend=kernel)
     products = []
-    for name in ("cpu", "reference"):
+    for each in (soft, soft.reference()):
         leaves = soft.leaves()
-        losses = large_margin_cross_entropy(*leaves, reduction=reduction, backend=name)
+        losses = each.loss(*leaves, reduction=reduction)
         gradients = torch.autograd.grad(losses.sum(), leaves, create_graph=True)
         second = torch.autograd.grad(sum((g**2).sum() for g in gradients), leaves, retain_graph=True)
         upstreams = torch.stack([torch.ones_like(losses), torch.full_like(losses, 2.0)])
@@ -967,40 +1029,40 @@ def test_transforms_of_class_probabilities_take_the_reference(rng):
         assert torch.autograd.forward_ad.unpack_dual(losses(soft.input, dual)).tangent is not None
 
 
-def test_saved_class_probabilities_may_come_back_changed(rng):
-    soft = Soft((6, 7), rng)
+def test_saved_class_probabilities_may_come_back_changed(kernel, rng):
+    soft = Soft((6, 7), rng, backend=kernel)
     expected = soft.results()
-    for convert in (torch.Tensor.double, torch.Tensor.bfloat16, lambda t: t.t().clone().t(), torch.Tensor.clone):
+    for convert in (torch.Tensor.double, torch.Tensor.bfloat16, lambda t: t.t().clone().t() if t.dim() == 2 else t, torch.Tensor.clone):
         leaves = soft.leaves()
-        with torch.autograd.graph.saved_tensors_hooks(convert, lambda t: t):
-            loss = large_margin_cross_entropy(*leaves)
+        with torch.autograd.graph.saved_tensors_hooks(partial(where_floating, convert), lambda t: t):
+            loss = soft.loss(*leaves)
         for got, same in zip(torch.autograd.grad(loss, leaves), expected[1:], strict=True):
             assert_within(got, same.double(), 8.0, 2, torch.bfloat16)
 
 
-def test_hooks_beside_class_probabilities_run_once(rng):
-    soft = Soft((6, 7), rng)
+def test_hooks_beside_class_probabilities_run_once(kernel, rng):
+    soft = Soft((6, 7), rng, backend=kernel)
     _, *expected = soft.results()
     for create_graph in (False, True):
         leaves = soft.leaves()
         inputs = [leaf * 1 for leaf in leaves]
         for x in inputs:
             x.register_hook(lambda gradient: gradient * 10)
-        gradients = torch.autograd.grad(large_margin_cross_entropy(*inputs), leaves, create_graph=create_graph)
+        gradients = torch.autograd.grad(soft.loss(*inputs), leaves, create_graph=create_graph)
         for got, one in zip(gradients, expected, strict=True):
             assert_within(got, 10 * one.double(), 10.0 + 10 * one.abs().max(), 2)
 
 
 @pytest.mark.parametrize("wanted", [(True, False), (True, True)])
 @pytest.mark.parametrize("shape", [(6, 33), (3, 1500), (3, 7, 5)], ids=str)
-def test_donated_logits_with_class_probabilities(shape, wanted, rng):
-    soft = Soft(shape, rng).with_(wanted=wanted)
+def test_donated_logits_with_class_probabilities(kernel, shape, wanted, rng):
+    soft = Soft(shape, rng, backend=kernel).with_(wanted=wanted)
     soft.input.clamp_(min=-9)  # they become products
     results = []
     for donate in (False, True):
         leaves = soft.leaves()
         input = leaves[0] * 1
-        loss = large_margin_cross_entropy(input, leaves[1], donate=donate)
+        loss = soft.loss(input, leaves[1], donate=donate)
         gradients = torch.autograd.grad(loss * 0.5, [x for x in leaves if x.requires_grad])
         assert (input._version > 0) == donate
         results.append([loss.detach(), *gradients])
@@ -1093,6 +1155,65 @@ def test_every_instruction_set_of_this_machine(isa, monkeypatch, rng):
             Soft(shape, rng, dtype).check(divergence="kl_qu", hard_bias=1.0)
 
 
+# the loss by Triton: one launch in each pass
+
+
+@pytest.fixture
+def triton_kernels():
+    skip_unless_available("triton")
+    return ladder.load("triton")
+
+
+class Recorded:
+    """A kernel that writes down its launches, and does nothing else."""
+
+    def __init__(self, name: str, launches: list[str]) -> None:
+        self.name, self.launches = name, launches
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        return lambda *_, **__: self.launches.append(self.name)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_each_pass_is_one_launch(triton_kernels, monkeypatch, kind, reduction, rng):
+    launches: list[str] = []
+    for name in ("_loss", "_loss_gradient"):
+        monkeypatch.setattr(triton_kernels, name, Recorded(name, launches))
+    monkeypatch.setattr(triton_kernels._checks, "can_look_at", lambda target: False)  # as on a GPU
+    counter = torch.zeros(1, dtype=torch.int32, device=device_of("triton"))
+    monkeypatch.setattr(triton_kernels, "_counter", lambda device: counter)
+    soft = Soft((6, 7), rng, weighted=True, backend="triton")
+    leaf, target = soft.leaves()
+    target = target if kind == "probabilities" else target.argmax(1)
+    upstream = torch.ones((6,) if reduction == "none" else (), device=leaf.device)
+    with torch.profiler.profile() as profiler:
+        torch.autograd.grad(soft.loss(leaf, target, reduction=reduction, label_smoothing=0.1), leaf, upstream)
+    assert launches == ["_loss", "_loss_gradient"]
+    called = {event.name for event in profiler.events() if event.name.startswith("aten::")}
+    assert called <= {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::detach", "aten::reshape", "aten::view"}
+
+
+def test_the_last_program_adds_up_the_losses_and_leaves_a_zero(triton_kernels, monkeypatch, rng):
+    counter = torch.zeros(1, dtype=torch.int32, device=device_of("triton"))
+    monkeypatch.setattr(triton_kernels, "_counter", lambda device: counter)
+    problem = Problem(logits((11, 1000), rng), rng, "triton")  # as many programs as rows
+    truth = large_margin_cross_entropy(problem.input.double(), problem.target, backend="reference")
+    for summed in (triton_kernels.SUMMED.value, 4, 1):
+        if not HAS_KERNELS:  # a compiled kernel keeps the first
+            monkeypatch.setattr(triton_kernels, "SUMMED", type(triton_kernels.SUMMED)(summed))
+        for _ in range(2):
+            assert_within(loss_and_gradient(problem)[0], truth, truth, 2)
+            assert counter.item() == 0
+
+
+def test_labels_of_eight_bits(kernel, rng):
+    problem = Problem(logits((30, 200), rng), rng, kernel)
+    small = problem.with_(target=problem.target.clamp(min=0).to(torch.uint8))
+    wide = small.with_(target=small.target.long())
+    assert all(same_bits(a, b) for a, b in zip(loss_and_gradient(small), loss_and_gradient(wide), strict=True))
+
+
 # Triton kernels are compiled for real, though not run, where there is no GPU
 
 
@@ -1102,26 +1223,43 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from largemargin.backends import triton as kernels
 
-targets = ((GPUTarget("cuda", 90, 32), "bf16"), (GPUTarget("cuda", 80, 32), "fp32"), (GPUTarget("hip", "gfx942", 64), "fp16"))
-variants = ((True, 2, 128, 4, "i64"), (False, 1, 16384, 16, "i32"))  # all gradients or one; tiles and warps as they are launched
-for (arch, dtype), (has_all, rows, classes, warps, integer) in zip((*targets, targets[0]), (*[variants[0]] * 3, variants[1])):
-    for name in ("_forward", "_backward"):
-        kernel = getattr(kernels, name)
-        signature, constants = {}, {}
-        for parameter in kernel.params:
-            if parameter.is_constexpr:
-                signature[parameter.name] = "constexpr"
-                constants[(parameter.num,)] = {"ROWS": rows, "CLASSES": classes, "HAS_L": True}.get(parameter.name, has_all)
-            elif parameter.name in ("logits_ptr", "gradient_ptr"):
-                signature[parameter.name] = "*" + dtype
-            elif parameter.name == "target_ptr":
-                signature[parameter.name] = "*i64"
-            elif not parameter.name.endswith("_ptr"):
-                signature[parameter.name] = integer
-            else:
-                signature[parameter.name] = "*fp32"
-        compiled = compile(ASTSource(kernel, signature, constants), target=arch, options={"num_warps": warps})
-        print(arch.backend, name, sorted(compiled.asm))
+H100, A100, MI300 = GPUTarget("cuda", 90, 32), GPUTarget("cuda", 80, 32), GPUTarget("hip", "gfx942", 64)
+REAL = ("lam_e", "lam_a", "lam_log_count", "hard_bias", "keep", "smoothing")
+ONE = ("inner", "class_stride", "target_class_stride", "grad_class_stride", "target_grad_class_stride")  # triton compiles a 1 in
+
+
+def build(arch, dtype, name, target, rows, classes, warps, options, integer="i64", all_else=True):
+    kernel = getattr(kernels, name)
+    pointers = {"logits": dtype, "gradient": dtype, "target": target, "target_gradient": target, "largest": "i64", "counter": "i32"}
+    signature, constants = {}, {}
+    for parameter in kernel.params:
+        word = parameter.name
+        if parameter.is_constexpr or (integer == "i32" and word in ONE):
+            signature[word] = "constexpr"
+            constants[(parameter.num,)] = {"ROWS": rows, "CLASSES": classes, **dict.fromkeys(ONE, 1), **options}.get(word, all_else)
+        elif word.endswith("_ptr"):
+            signature[word] = "*" + pointers.get(word.removesuffix("_ptr"), "fp32")
+        else:
+            signature[word] = "fp32" if word in REAL else integer
+    compiled = compile(ASTSource(kernel, signature, constants), target=arch, options={"num_warps": warps})
+    print(arch.backend, name, sorted(compiled.asm))
+
+
+STATISTICS = {"WHOLE": False}
+INDICES = {"SOFT": False, "WHOLE": False, "HAS_DIVERGENCE": False, "HAS_BIAS": False}
+PROBABILITIES = {"SOFT": True, "WHOLE": False}
+for arch, dtype in ((H100, "bf16"), (A100, "fp32"), (MI300, "fp16")):  # with every option
+    for name, target, options in (
+        ("_forward", "i64", STATISTICS), ("_backward", "i64", STATISTICS), ("_loss", "i64", INDICES), ("_loss_gradient", "i64", INDICES),
+        ("_loss", "fp32", PROBABILITIES), ("_loss_gradient", "fp32", PROBABILITIES),
+    ):
+        build(arch, dtype, name, target, 2, 128, 4, options)
+least = {"HAS_L": True, "REDUCED": True, "MEAN": True, "SAVES": True, "WHOLE": True, "HAS_GRADIENT": True}
+for name, target, soft, classes in (  # with the options of every day, in tiles as large as they come
+    ("_forward", "i64", False, 16384), ("_backward", "i64", False, 8192), ("_loss", "i64", False, 16384),
+    ("_loss_gradient", "u8", False, 8192), ("_loss", "bf16", True, 8192), ("_loss_gradient", "bf16", True, 4096),
+):
+    build(H100, "bf16", name, target, 1, classes, 16, {**least, "SOFT": soft, "HAS_DIVERGENCE": soft}, "i32", False)
 """
 
 
@@ -1130,7 +1268,7 @@ def test_triton_kernels_compile_for_gpus(tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("ptx") == 6 and run.stdout.count("hsaco") == 2
+    assert run.stdout.count("ptx") == 18 and run.stdout.count("hsaco") == 6
 
 
 # GPUs only: sharp cases 19 and 8
@@ -1139,18 +1277,61 @@ def test_triton_kernels_compile_for_gpus(tmp_path):
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+@pytest.fixture(params=["indices", "probabilities"])
+def on_gpu(request) -> tuple[Tensor, Tensor]:
+    input = torch.randn(64, 1000, device="cuda", requires_grad=True)
+    return input, torch.randint(1000, (64,), device="cuda") if request.param == "indices" else torch.rand(64, 1000, device="cuda")
+
+
 @needs_gpu
-def test_case_19_nothing_waits_for_the_device(rng):
-    input, target = torch.randn(64, 1000, device="cuda", requires_grad=True), torch.randint(1000, (64,), device="cuda")
+@pytest.mark.parametrize("donate", [False, True])
+def test_case_19_nothing_waits_for_the_device(on_gpu, donate):
+    input, target = on_gpu
     large_margin_cross_entropy(input, target).backward()  # compiles
     with waiting_refused():
-        (large_margin_cross_entropy(input, target, label_smoothing=0.1) * 0.5).backward()
+        (large_margin_cross_entropy(input * 1, target, label_smoothing=0.1, donate=donate) * 0.5).backward()
     assert input.grad.isfinite().all()
 
 
 @needs_gpu
-def test_case_19_a_graph_can_be_captured_and_replayed(rng):
-    input, target = torch.randn(64, 1000, device="cuda", requires_grad=True), torch.randint(1000, (64,), device="cuda")
+def test_a_step_is_two_kernels_and_holds_one_gradient(on_gpu):
+    input, target = on_gpu
+
+    def step() -> None:
+        loss = large_margin_cross_entropy(input, target)
+        torch.autograd.grad(loss, input, torch.ones_like(loss))
+
+    step()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    step()
+    assert torch.cuda.max_memory_allocated() - held < 1.05 * input.nbytes
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    names = [event.name for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len([name for name in names if "_loss" in name]) == 2 and len(names) <= 3, names  # and the ones of the upstream gradient
+
+
+@needs_gpu
+def test_losses_of_two_streams_do_not_meet(on_gpu):
+    input, target = on_gpu
+    expected = large_margin_cross_entropy(input, target)
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(50):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(large_margin_cross_entropy(input, target))
+    torch.cuda.synchronize()
+    assert all(same_bits(loss, expected) for loss in found)
+
+
+@needs_gpu
+def test_case_19_a_graph_can_be_captured_and_replayed(on_gpu, rng):
+    input, target = on_gpu
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):

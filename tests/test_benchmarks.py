@@ -76,12 +76,13 @@ def test_the_kernel_benchmark_runs_through(tmp_path, rivals):
     run("gpu.py", "--self-test", "--out", str(out), PYTHONPATH=rivals)
     record = json.loads(out.read_text())
     assert record["finished"] and record["not installed"] == [] and record["commit"] and record["command"]
+    rivals_of = {"indices": {"Liger", "quack, gradient in backward", "quack, gradient in forward"}, "probabilities": {"reference"}}
+    assert {row["target"] for row in record["rows"]} == set(rivals_of)
     for row in record["rows"]:
         assert not [name for name, found in row["contestants"].items() if "failed" in found]
-        assert {"ours", "ours, graph", "ours, compiled", "Liger", "quack, gradient in backward", "quack, gradient in forward"} <= set(
-            row["contestants"]
-        )
-        assert row["contestants"]["ours"]["launches"] == 1 and row["ours / copy bandwidth"] == 1.5
+        assert {"ours", "ours, graph", "ours, compiled", *rivals_of[row["target"]]} <= set(row["contestants"])
+        touches = 3 if row["target"] == "indices" else 5
+        assert row["contestants"]["ours"]["launches"] == 1 and row["ours / copy bandwidth"] == touches / 2
 
 
 @pytest.mark.slow
@@ -285,6 +286,12 @@ MEASURED: dict[str, dict[str, Any]] = {
             {"shape": [4096, 1000], "dtype": "float32", "contestants": {"ours": {"us back to back": 60.0, "launches": 3}}},
             {"shape": [128, 100], "dtype": "bfloat16", "contestants": {"ours": {"us back to back": 120.4, "launches": 12}}},
             {"shape": [128, 100], "dtype": "float32", "contestants": {"ours": {"failed": "RuntimeError"}}},
+            {
+                "shape": [4096, 1000],
+                "dtype": "float32",
+                "target": "probabilities",
+                "contestants": {"ours": {"us back to back": 70.0, "launches": 5}},
+            },
         ],
     },
     "linear": {
@@ -315,6 +322,8 @@ def test_the_table_says_what_was_reached_in_the_space_of_a_terminal(tmp_path):
     assert said["4096x1000 float32, eager"] == ("60 us, 3 launches", "reached")
     assert said["128x100 bfloat16, eager"] == ("120 us, 12 launches", "MISSED")
     assert said["128x100 float32, eager"] == ("not measured", "60 us")
+    assert said["4096x1000 float32, soft"] == ("70 us, 5 launches", "MISSED")
+    assert said["4096x1000 bfloat16, soft"] == ("not measured", "4 launches")
     assert said["linear 4096x512x1000000"] == ("1.58 products, 90% of bound", "MISSED")
     assert said["13-layer network, one run"] == ("61,234 images/s", "reached")
     assert said["13-layer network, several"][0] == "71,234 images/s, 4 at once"
@@ -336,9 +345,9 @@ def test_the_page_shows_what_was_measured_and_the_errors_of_what_failed():
     page = gpu_page.section(records)
     assert "| 13-layer network, one run | 61,234 images/s | 60,000/s | reached |" in page
     assert (
-        f"| ours |{5 * ' 1.5 (500) |'}" in page
-        and f"| Liger |{5 * ' OutOfMemoryError |'}" in page
-        and f"| ours |{5 * ' 59.4, 3 |'}" in page
+        f"| ours |{6 * ' 1.5 (500) |'}" in page
+        and f"| Liger |{6 * ' OutOfMemoryError |'}" in page
+        and f"| ours |{6 * ' 59.4, 3 |'}" in page
     )
     assert "| bfloat16, channels last | graph | 61,234 | 71,234 |" in page
     assert "| bfloat16, channels last | eager | – | OutOfMemoryError |" in page

@@ -99,8 +99,9 @@ def large_margin_cross_entropy(
         reduction: ``"none"``, ``"sum"`` or ``"mean"``. As in torch, ``"mean"`` divides all terms by the summed weights of the kept rows
             (class indices) or by the number of rows (probabilities).
         backend: ``"reference"``, ``"cpu"`` or ``"triton"``; ``None`` picks the fastest available one (see docs/backends.md).
-        donate: let the CPU kernel overwrite ``input``, which must not be a leaf, with its gradient, to save memory. This needs ``"sum"`` or
-            ``"mean"``, and has no effect elsewhere. The loss allows one backward pass. The call destroys the logits: read them before it.
+        donate: let the kernel overwrite ``input``, which must not be a leaf, with its gradient, to save memory. This needs ``"sum"`` or
+            ``"mean"``, and has no effect elsewhere. The loss allows one backward pass. On the CPU the call destroys the logits, and on a
+            GPU its backward pass does: read them before the call.
             An operation that needs them in its backward pass raises torch's error.
 
     Returns:

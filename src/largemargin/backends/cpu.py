@@ -13,11 +13,12 @@ from .. import _checks, backends
 from ..loss import DIVERGENCES, LossOptions
 from ..rowstats import Cotangents, Record, RowStats, Softmax
 from .layout import Layout, lay, lay_together
-from .protocol import for_kernel, record_of
+from .protocol import TwoPasses, for_kernel, record_of
 
 DTYPES = (torch.float32, torch.bfloat16)
 _SUFFIXES = (".so", ".dylib", ".dll")
 _SCALAR = torch.empty((), dtype=torch.float32, device="cpu")
+two_passes: TwoPasses | None = None
 
 
 # the types of the fields of a job, with their codes in a struct

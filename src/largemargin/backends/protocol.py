@@ -1,6 +1,6 @@
 """A backend is a module with the names of :class:`Backend`: functions on rows, without autograd. mypy checks them in :mod:`.ladder`."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,39 @@ class WholeLoss(Protocol):
         ``gradient``, which may be ``logits`` itself, and ``target_gradient`` if given. ``upstream`` is a number, or with the reduction
         ``"none"`` one number per row.
         """
+
+
+class LossForward(Protocol):
+    def __call__(
+        self, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, saves: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The reduced loss of ``logits`` (..., C), and if it ``saves`` what the backward pass needs beside its arguments.
+
+        ``target`` has labels (...) of any integer dtype, or probabilities (..., C). A label out of range gives a NaN row, or raises if
+        reading the labels is free.
+        """
+
+
+class LossBackward(Protocol):
+    def __call__(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: LossOptions,
+        saved: tuple[Tensor, ...],
+        upstream: Tensor,
+        gradient: Tensor | None,
+        target_gradient: Tensor | None = None,
+    ) -> None:
+        """Write the gradients times ``upstream``, which is shaped like the loss; ``gradient`` may be ``logits`` itself."""
+
+
+class TwoPasses(NamedTuple):
+    """The whole loss on a device for which the host should not wait: the upstream gradient stays there."""
+
+    forward: LossForward
+    backward: LossBackward
 
 
 class Backend(Protocol):
@@ -56,6 +89,10 @@ class Backend(Protocol):
     @property
     def loss(self) -> WholeLoss | None:
         """The kernel of the whole loss, or None."""
+
+    @property
+    def two_passes(self) -> TwoPasses | None:
+        """The loss of both kinds of targets in two passes, or None."""
 
 
 def record_of(stats: RowStats, softmax: Softmax) -> Record:

@@ -5,10 +5,11 @@ from torch import Tensor
 
 from .. import rowstats
 from ..rowstats import Cotangents, Record, RowStats, Softmax
-from .protocol import WholeLoss
+from .protocol import TwoPasses, WholeLoss
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 loss: WholeLoss | None = None
+two_passes: TwoPasses | None = None
 
 
 def why_not() -> str | None:

@@ -171,7 +171,7 @@ def _loss_of_indices(problem: Problem, rows: slice, tile: Tensor, gradients: Lay
     """The loss of a tile. If ``wanted``, its gradient times ``upstream`` replaces the logits and is added to ``gradients``."""
     target, weight, options = problem.target[rows], problem.weight, problem.options
     logits = _checks.classes_last(problem.logits_of(tile))
-    kernel = whole.kernel(logits, target, weight, options)
+    kernel = whole.kernels(logits, target, weight, options).loss
     if kernel is not None:
         loss = kernel(logits, target, weight, options, logits if wanted else None, None, upstream if upstream.dim() else upstream.item())
         gradients.add(rows, tile)

@@ -3,6 +3,9 @@
 The backward pass returns these gradients if the upstream gradient is 1, and scales them if that is exact. Otherwise, and in a second
 backward pass, it computes the gradients again from the logits. Donated logits do not exist any more after the forward pass: their gradient
 replaces them, is always scaled, and allows one backward pass. Only class probabilities can have a gradient of the target.
+
+On a GPU the host does not know the upstream gradient, and must not wait for it. There the backward pass computes the gradients, from the
+logits and a few numbers a row.
 """
 
 import math
@@ -13,41 +16,47 @@ from torch import Tensor
 
 from .. import _checks, _torch
 from ..backends import ladder, reference
-from ..backends.protocol import WholeLoss
+from ..backends.protocol import Backend, TwoPasses, WholeLoss
 from ..loss import LossOptions
 from . import all_classes, dense
 
 Gradients = tuple[Tensor | None, Tensor | None]  # of the logits and the target
 
 
-def kernel(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> WholeLoss | None:
-    """The kernel of the whole loss of these logits with this target, if there is one."""
+def kernels(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Backend:
+    """The backend whose kernels of the whole loss take these logits and this target; else the reference, which has none."""
     probabilities = target.is_floating_point()
     if not torch.compiler.is_compiling():
         if input.numel() == 0:
-            return None
-        backend = ladder.pick(input, options.backend)
-        if backend is reference:
-            return None
+            return reference
+        found = ladder.pick(input, options.backend)
+        if found is reference:
+            return reference
         fits = _torch.is_plain(target) and (weight is None or (_torch.is_plain(weight) and not weight.requires_grad))
-        if backend.loss is not None and fits and not (probabilities and _torch.is_zero_tensor(target)):
-            return backend.loss
+        if fits and not (probabilities and _torch.is_zero_tensor(target)):
+            return found
     if probabilities:
         ladder.refuse_probabilities(options.backend)
-    return None
+    return reference
 
 
 def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, donate: bool = False) -> Tensor:
     """The loss of logits (C,), (N, C) or (N, C, d1, ...) and class indices or probabilities, by a kernel or by the statistics."""
-    whole = kernel(input, target, weight, options)
-    if whole is None:
+    found = kernels(input, target, weight, options)
+    differentiated = torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)
+    if found.two_passes is not None:
+        if not differentiated:
+            return found.two_passes.forward(*_rows(input, target), weight, options, False)[0]
+        result: Tensor = LargeMarginInTwoPasses.apply(input, target, weight, options, found.two_passes, donate)
+        return result
+    if found.loss is None:
         return _by_statistics(input, target, weight, options)
     if target.dtype is torch.uint8:
         target = target.long()
-    if not (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)):
-        return whole(*_rows(input, target), weight, options)
+    if not differentiated:
+        return found.loss(*_rows(input, target), weight, options)
     donated = donate and input.requires_grad and options.reduction != "none" and not _torch.overlaps_itself(input)
-    result: Tensor = (_apply_donated if donated else _apply)(input, target, weight, options, whole)
+    result = (_apply_donated if donated else _apply)(input, target, weight, options, found.loss)
     return result
 
 
@@ -120,7 +129,7 @@ def _scales(gradient: Tensor, factor: float | Tensor) -> bool:
 
 
 def _reference_gradients(ctx: Any, upstream: Tensor) -> Gradients:
-    *saved, weight = ctx.saved_tensors
+    *saved, weight = ctx.saved_tensors[:3]
     needed = ctx.needs_input_grad[:2]
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -135,6 +144,36 @@ def _reference_gradients(ctx: Any, upstream: Tensor) -> Gradients:
 def _alias(tensor: Tensor) -> Tensor:
     """A tensor to differentiate by in its place, as its hooks must run only once."""
     return tensor.view_as(tensor) if tensor.requires_grad else tensor.requires_grad_()
+
+
+class LargeMarginInTwoPasses(torch.autograd.Function):
+    """The loss whose gradient is computed in the backward pass, and written into the memory of donated logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, passes: TwoPasses, donate: bool
+    ) -> Tensor:
+        loss, saved = passes.forward(*_rows(input, target), weight, options, True)
+        ctx.options, ctx.passes, ctx.dtype, ctx.donated = options, passes, input.dtype, donate and options.reduction != "none"
+        ctx.save_for_backward(input, target, weight, *saved)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        input, target, weight, *saved = ctx.saved_tensors
+        # hooks on saved tensors may return other tensors
+        plain = all(tensor is None or _torch.is_plain(tensor) for tensor in (input, target, weight, *saved))
+        kept = plain and input.dtype is ctx.dtype and saved[0].dtype is torch.float32
+        if not (kept and _torch.is_plain_gradient(upstream)):
+            return *_reference_gradients(ctx, upstream), None, None, None, None
+        donated = ctx.donated and ctx.needs_input_grad[0] and not _torch.overlaps_itself(input)
+        of_input = input.detach() if donated else torch.empty_like(input) if ctx.needs_input_grad[0] else None
+        of_target = torch.empty_like(target) if ctx.needs_input_grad[1] else None
+        written = _classes_last(of_input), _classes_last(of_target)
+        ctx.passes.backward(*_rows(input, target), weight, ctx.options, saved, upstream, *written)
+        if donated:
+            torch.autograd.graph.increment_version(input)
+        return of_input, of_target, None, None, None, None
 
 
 class DonatedLogits(torch.autograd.Function):
