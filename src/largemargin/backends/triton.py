@@ -288,9 +288,8 @@ def _largest(f, starts, class_stride, wanted, num_classes, WHOLE: tl.constexpr, 
 @triton.jit
 def _peel(f_j, m, sum_exp, sum_exp_z, sum_z, count):
     """e^(m - f_j), and the sums of x, x z and z over the classes but j, with z = f - f_j and x = e^z."""
-    alone = count == 0
-    lead = tl.where(alone, 0.0, m - f_j)
-    scale = tl.where(alone, 0.0, tl.exp(lead))
+    lead = tl.where(count == 0, 0.0, m - f_j)
+    scale = tl.exp(lead)
     return scale, scale * sum_exp, scale * (sum_exp_z + _clamp(lead) * sum_exp), sum_z + count * lead
 
 
@@ -509,10 +508,10 @@ def _loss_gradient(
         unknown = tl.where(margin == margin, 0.0, float("nan"))  # a row with NaN or without a class has no finite gradient
         t = _tile(targets, target_class_stride, wanted, num_classes, start, 0.0, CLASSES)
         u = t * w if HAS_WEIGHT else t
-        scale = tl.where(count == 0, 0.0, tl.exp(m - top))
         term, x, S, tau, pulled = _of_targets(
-            f, t, m, count, top, scale, sum_x, sum_xz, sum_z, hard_bias, keep, lam_e, lam_a, lam_log_count, HAS_DIVERGENCE, HAS_BIAS
-        )
+            f, t, m, count, top, tl.exp(m - top), sum_x, sum_xz, sum_z,
+            hard_bias, keep, lam_e, lam_a, lam_log_count, HAS_DIVERGENCE, HAS_BIAS,
+        )  # fmt: skip
         # every class takes the term of its own target out of the sums over all
         value -= u * pulled * (S + x)
         if HAS_DIVERGENCE:
