@@ -1,4 +1,4 @@
-"""The cost model counts what is held, sent and computed."""
+"""The cost model counts what is held, sent and computed; the tables of docs/scaling.md are those of the record and of the model."""
 
 import json
 import sys
@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import cost_model  # noqa: E402
+import scaling_page  # noqa: E402
 from cost_model import Cluster, Problem  # noqa: E402
 
 RECORD = ROOT / "results" / "bench" / "scaling.json"
@@ -148,3 +149,10 @@ def test_the_best_mesh_is_the_fastest_that_fits():
         times = [sum(cost_model.seconds_in_training(p, cost_model.H100).values()) for p in (found, problem)]
         assert times[0] <= times[1] or cost_model.held_in_training(problem) > 20e9
     assert cost_model.best(problems, cost_model.H100, 1e9) is None
+
+
+@with_records
+def test_the_tables_of_the_page_are_those_of_the_record_and_the_model():
+    text = scaling_page.PAGE.read_text()
+    assert len(scaling_page.BLOCK.findall(text)) == 4
+    assert scaling_page.page(text) == text
