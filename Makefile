@@ -39,7 +39,7 @@ format: $(READY) ## format the code
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-bench: $(READY) ## time, memory and accuracy beside torch's cross-entropy: results/bench/ and docs/performance.md; 10 minutes
+bench: $(READY) ## time, memory and accuracy beside torch's cross-entropy: results/bench/, docs/performance.md and the tables of docs/scaling.md; 10 minutes
 	$(BIN)/python benchmarks/time_cpu.py
 	$(BIN)/python benchmarks/memory_cpu.py
 	$(BIN)/python benchmarks/surface.py
@@ -49,6 +49,7 @@ bench: $(READY) ## time, memory and accuracy beside torch's cross-entropy: resul
 	$(BIN)/python benchmarks/training_cpu.py
 	$(BIN)/python benchmarks/check_ratio.py --commit
 	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/scaling_page.py
 
 gpu: ## all that needs a GPU, in 8 minutes, by $(PYTHON) as it is, without installing anything: results/gpu/; ARGS="--minutes 5"
 	$(PYTHON) benchmarks/gpu_all.py $(ARGS)

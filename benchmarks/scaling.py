@@ -1,12 +1,14 @@
 """Claim: memory grows with the classifier, not with the logits, and over ranks it is divided.
 
 The most that a process holds in forward and backward of a linear classifier and its loss, with features, classifier and gradients, against
-the number of classes: F.cross_entropy of F.linear, ours, and ours over 2 and 4 ranks (gloo). Then what goes over the wire in one step.
+the number of classes: F.cross_entropy of F.linear, ours, and ours over 2 and 4 ranks (gloo). Then, with one thread a process, the three
+rates that cost_model.py needs, and the times of steps to compare with those of the model. scaling_page.py writes docs/scaling.md.
 """
 
 import datetime
 import tempfile
-from functools import partial
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,64 +19,121 @@ import torch.multiprocessing
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import ROOT, machine, options, peak_bytes, refuse_if_wrong, write
-from largemargin import linear_large_margin_cross_entropy, sharded_linear_large_margin_cross_entropy
+from common import ROOT, machine, options, ours, peak_bytes, problem, refuse_if_wrong, write
+from largemargin import (
+    linear_large_margin_cross_entropy,
+    sharded_large_margin_cross_entropy,
+    sharded_linear_large_margin_cross_entropy,
+)
+from largemargin.rows import collectives, tiles
 
 ROWS, WIDTH = 512, 128
 CLASSES = tuple(2**i for i in range(13, 21))
 RANKS = (2, 4)
-CLUSTERS = ((8, 8192, 1_000_000), (64, 8192, 10_000_000))  # GPUs, rows, classes
-CLUSTER_WIDTH = 512
-
-
-def step(loss: Any, features: Tensor, classifier: Tensor, target: Tensor) -> None:
-    torch.autograd.grad(loss(features, classifier, target), (features, classifier))
-
-
-def held(loss: Any, num_classes: int, of: slice = slice(None)) -> float:
-    """MiB of features, some classes of the classifier, and all that a step takes."""
-    features = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    classifier = torch.empty(len(range(num_classes)[of]), WIDTH).uniform_(-0.1, 0.1).requires_grad_()
-    target = torch.randint(num_classes, (ROWS,), generator=torch.Generator().manual_seed(0))
-    return (peak_bytes(partial(step, loss, features, classifier, target)) + features.nbytes + classifier.nbytes) / 2**20
+TIMED = (2**16, 2**17)  # classes
+REPEATS = 7
+EXCHANGED = 2**22  # numbers
 
 
 def with_logits(features: Tensor, classifier: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(features, classifier), target)
 
 
-def on_a_rank(rank: int, world: int, classes: tuple[int, ...], folder: str) -> None:
+def fused_over_ranks(features: Tensor, classifier: Tensor, target: Tensor) -> Tensor:
+    return sharded_linear_large_margin_cross_entropy(features, classifier, target, group=dist.group.WORLD)
+
+
+def logits_over_ranks(features: Tensor, classifier: Tensor, target: Tensor) -> Tensor:
+    return sharded_large_margin_cross_entropy(F.linear(features, classifier), target, group=dist.group.WORLD)
+
+
+def step_of(loss: Any, num_classes: int, here: slice = slice(None)) -> tuple[Callable[[], object], int]:
+    """A step with the classes ``here`` of the classifier, and the bytes of its features and classifier."""
+    features = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    classifier = torch.empty(len(range(num_classes)[here]), WIDTH).uniform_(-0.1, 0.1).requires_grad_()
+    target = torch.randint(num_classes, (ROWS,), generator=torch.Generator().manual_seed(0))
+    leaves = features, classifier
+    return (lambda: torch.autograd.grad(loss(*leaves, target), leaves)), features.nbytes + classifier.nbytes
+
+
+def held(loss: Any, num_classes: int, here: slice = slice(None)) -> float:
+    """MiB of features, some classes of the classifier, and all that a step takes."""
+    step, leaves = step_of(loss, num_classes, here)
+    return (peak_bytes(step) + leaves) / 2**20
+
+
+def best_seconds(step: Callable[[], object], clock: Callable[[], float] = time.process_time) -> float:
+    """Of the fastest repeat, by default of the processor: other work on the machine counts least there."""
+    found = []
+    for _ in range(REPEATS):
+        started = clock()
+        step()
+        found.append(clock() - started)
+    return min(found)
+
+
+def step_seconds(loss: Any, num_classes: int, here: slice = slice(None)) -> float:
+    return best_seconds(step_of(loss, num_classes, here)[0])
+
+
+def on_a_rank(rank: int, world: int, measure: Any, loss: Any, classes: tuple[int, ...], folder: str) -> None:
     torch.set_num_threads(1)
     limit = datetime.timedelta(minutes=5)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=limit)
     found = []
     for num_classes in classes:
         share = num_classes // world
-        of = slice(rank * share, (rank + 1) * share)
-        found.append(held(partial(sharded_linear_large_margin_cross_entropy, group=dist.group.WORLD), num_classes, of))
+        found.append(measure(loss, num_classes, slice(rank * share, (rank + 1) * share)))
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def over_ranks(world: int, classes: tuple[int, ...]) -> list[float]:
-    """The most that any of the ranks holds."""
+def over_ranks(world: int, measure: Any, loss: Any, classes: tuple[int, ...]) -> list[float]:
+    """The most that any of the ranks measures."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(on_a_rank, (world, classes, folder), world)
+        torch.multiprocessing.spawn(on_a_rank, (world, measure, loss, classes, folder), world)
         found = [torch.load(f"{folder}/{rank}.pt") for rank in range(world)]
     return [max(values) for values in zip(*found, strict=True)]
 
 
-def traffic(ranks: int, rows: int, classes: int) -> dict[str, object]:
-    """What one rank sends in a step by ring algorithms, float32; and what it would to train one classifier on every rank."""
-    others = (ranks - 1) / ranks
-    gathered, reduced = ranks * rows * 6 * 4 * others, 2 * rows * CLUSTER_WIDTH * 4 * others
+def exchange_seconds(_loss: Any, numbers: int, _here: slice) -> float:
+    """Of the sum of so many numbers over the ranks."""
+    values, group = torch.zeros(numbers), dist.group.WORLD
+    assert group is not None
+    return best_seconds(lambda: collectives.all_reduce(values, group), time.perf_counter)  # the processor waits for the link
+
+
+def rates() -> dict[str, float]:
+    """FLOP and bytes a second of products, of the loss of a tile, and of a link; one thread a process."""
+    num_classes = TIMED[0]
+    rows = tiles.TILE // num_classes
+    features, classifier = torch.randn(rows, WIDTH), torch.randn(num_classes, WIDTH)
+    logits, target = problem((rows, num_classes), torch.float32)
+    tile = torch.empty_like(logits)  # there is one for all products of a step
+    product = best_seconds(lambda: torch.mm(features, classifier.t(), out=tile))
+    loss = best_seconds(lambda: torch.autograd.grad(ours(logits, target), logits))
+    (exchange,) = over_ranks(2, exchange_seconds, None, (EXCHANGED,))
     return {
-        "ranks, rows, classes": (ranks, rows, classes),
-        "statistics, all-gather, MB": round(gathered / 1e6, 2),
-        "gradient of the features, all-reduce, MB": round(reduced / 1e6, 1),
-        "the classifier's gradient, all-reduce, MB": round(2 * classes * CLUSTER_WIDTH * 4 * others / 1e6),
-        "classifier and gradient a rank, GB": round(2 * classes / ranks * CLUSTER_WIDTH * 4 / 1e9, 2),
+        "FLOP": 2 * rows * WIDTH * num_classes / product,
+        "memory, bytes": 12 * logits.numel() / loss,  # read, read, written
+        "link, bytes": 4 * EXCHANGED / exchange,  # of two ranks, each sends as many as there are
     }
+
+
+def times(classes: tuple[int, ...]) -> dict[str, object]:
+    """The rates, and the seconds of steps on one and on two ranks."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found: dict[str, object] = {
+        "a second": {name: float(f"{rate:.3g}") for name, rate in rates().items()},
+        "classes": classes,
+        "seconds a step": {
+            "1": [round(step_seconds(linear_large_margin_cross_entropy, c), 3) for c in classes],
+            "2": [round(value, 3) for value in over_ranks(2, step_seconds, fused_over_ranks, classes)],
+        },
+    }
+    torch.set_num_threads(threads)
+    return found
 
 
 def chart(classes: tuple[int, ...], lines: dict[str, list[float]], path: Path) -> None:
@@ -101,22 +160,22 @@ def main() -> None:
     lines = {
         "F.cross_entropy(F.linear)": [held(with_logits, c) for c in classes],
         "ours": [held(linear_large_margin_cross_entropy, c) for c in classes],
-        **{f"ours, {world} ranks": over_ranks(world, classes) for world in RANKS},
+        **{f"ours, {world} ranks": over_ranks(world, held, fused_over_ranks, classes) for world in RANKS},
+        "ours of logits, 2 ranks": over_ranks(2, held, logits_over_ranks, classes),
         "classifier and its gradient": [2 * c * WIDTH * 4 / 2**20 for c in classes],
     }
     rounded = {name: [round(value, 1) for value in values] for name, values in lines.items()}
     for name, values in rounded.items():
         print(f"{name:30}", *values)
-    on_the_wire = [traffic(*cluster) for cluster in CLUSTERS]
-    for row in on_the_wire:
-        print(row)
+    timed = times(TIMED[:1] if chosen.quick else TIMED)
+    print(timed)
     record: dict[str, object] = {
         "claim": __doc__.splitlines()[0],
         "machine": machine(),
         "rows, width": (ROWS, WIDTH),
         "classes": classes,
         "MiB a process": rounded,
-        "traffic of a step": on_the_wire,
+        "one thread a process": timed,
     }
     write("scaling", record, chosen.out)
     if not chosen.quick:

@@ -122,3 +122,8 @@ def peak_bytes(step: Callable[[], object]) -> int:
             held += event.nbytes()
             peak = max(peak, held)
     return peak
+
+
+def flop_of_products(profiler: torch.profiler.profile) -> int:
+    """FLOP of the matrix products in a profile taken with ``with_flops=True``."""
+    return sum(event.flops for event in profiler.key_averages() if event.key in ("aten::mm", "aten::addmm"))

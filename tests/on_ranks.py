@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -38,7 +39,7 @@ from largemargin import (
 from largemargin.metrics import MarginMetrics
 from largemargin.rows import collectives, tiles
 from largemargin.schedules import AnnealedLambda
-from measure import assert_within, peak_bytes
+from measure import assert_within, flop_of_products, peak_bytes
 
 
 class Rows:
@@ -432,6 +433,61 @@ def traffic(group: dist.ProcessGroup, weighted: bool) -> None:
             sharded_linear_large_margin_cross_entropy(leaf, shard, problem.target, **given).backward()
             assert calls == [("all_gather", 7), of_rows, *([] if frozen else [("all_reduce", 6 * 3)])]
             calls.clear()
+
+
+def exchanged(
+    group: dist.ProcessGroup, mesh_shape: tuple[int, int], shape: tuple[int, int, int], fused: bool, dtype: torch.dtype
+) -> list[tuple[str, str, int]]:
+    """The collectives of a step on a mesh of data and classes: kind, ranks, and the bytes that this rank gives.
+
+    ``shape`` is rows of a group, width and classes; every rank starts with its share of the rows.
+    """
+    rows, width, num_classes = shape
+    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("data", "classes"))
+    of_classes = mesh["classes"].get_group()
+    head = ClassParallelLinear(width, num_classes, bias=False, group=of_classes, dtype=dtype)
+    calls: list[tuple[str, str, int]] = []
+
+    class Gathering(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = head
+
+        def forward(self, own: Tensor, labels: Tensor) -> Tensor:
+            features, target = gather_rows(own, labels, group=of_classes)
+            loss: Any = head.loss(features, target) if fused else large_margin_cross_entropy(head(features), target)
+            return loss if fused else loss.to_local()
+
+    def counted(original: Callable[..., object], kind: str, sent: int) -> Callable[..., object]:
+        def call(*tensors: Tensor, group: dist.ProcessGroup, **options: bool) -> object:
+            over = "classes" if group is of_classes else "data"
+            calls.append((kind, over, tensors[sent].nbytes))
+            return original(*tensors, group=group, **options)
+
+        return call
+
+    model: torch.nn.Module = Gathering()
+    if mesh_shape[0] > 1:
+        wrapped = DistributedDataParallel(model, process_group=mesh["data"].get_group())
+        wrapped.register_comm_hook(mesh["data"].get_group(), allreduce_hook)  # as DDP does without a hook, but through torch.distributed
+        model = wrapped
+    gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    own = torch.ones(rows // mesh_shape[1], width, dtype=dtype, requires_grad=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, gather, counted(getattr(dist, gather), "all_gather", 1))
+        patch.setattr(dist, "all_reduce", counted(dist.all_reduce, "all_reduce", 0))
+        model(own, torch.arange(len(own))).backward()
+    return calls
+
+
+def flop(group: dist.ProcessGroup, shape: tuple[int, int, int], tile: int) -> int:
+    """FLOP of the products of a step, as the profiler counts them."""
+    rows, width, num_classes = shape
+    tiles.TILE = tile
+    leaves = torch.randn(rows, width, requires_grad=True), torch.randn(num_classes // dist.get_world_size(group), width, requires_grad=True)
+    with torch.profiler.profile(with_flops=True) as profiler:
+        sharded_linear_large_margin_cross_entropy(*leaves, torch.arange(rows), group=group).backward()
+    return flop_of_products(profiler)
 
 
 def memory(group: dist.ProcessGroup) -> None:
