@@ -761,7 +761,7 @@ def test_logits_that_the_backward_pass_overwrites_have_one(rng):
     input = features * 1
     losses = [large_margin_cross_entropy(input, target, donate=True, backend="triton") for _ in range(2)]
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        sum(losses).backward()
+        (losses[0] + losses[1]).backward()
 
 
 def test_donated_logits_that_change_before_the_backward_pass_are_noticed(kernel, rng):
@@ -851,8 +851,8 @@ class Soft:
         input_wanted, target_wanted = self.wanted
         return self.input.detach().requires_grad_(input_wanted), self.target.detach().requires_grad_(target_wanted)
 
-    def loss(self, *leaves: Tensor, **options: Any) -> Tensor:
-        return large_margin_cross_entropy(*leaves, weight=self.weight, backend=self.backend, **options)
+    def loss(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
+        return large_margin_cross_entropy(input, target, weight=self.weight, backend=self.backend, **options)
 
     def results(self, factor: float = 1.0, **options: Any) -> list[Tensor]:
         """The loss and its gradients."""

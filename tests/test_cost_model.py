@@ -33,11 +33,12 @@ def test_a_process_holds_what_the_benchmark_measured():
     found = json.loads(RECORD.read_text())
     lines = {name: values for name, values in found["MiB a process"].items() if not name.startswith("classifier")}
     assert len(lines) == 5
+    rows, width = found["rows, width"]
     for name, values in lines.items():
         ranks = int(name.split()[-2]) if name.endswith("ranks") else 1
         fused = name.startswith("ours") and "of logits" not in name
         for classes, measured in zip(found["classes"], values, strict=True):
-            problem = Problem(*found["rows, width"], classes, ranks, fused=fused)
+            problem = Problem(rows, width, classes, ranks, fused=fused)
             assert cost_model.held(problem) / 2**20 == pytest.approx(measured, rel=0.1), (name, classes)
 
 
@@ -73,14 +74,15 @@ def test_the_products_of_one_device_take_the_flop_of_the_model(monkeypatch, shap
     leaves = torch.randn(rows, width, requires_grad=True), torch.randn(classes, width, requires_grad=True)
     with torch.profiler.profile(with_flops=True) as profiler:
         linear_large_margin_cross_entropy(*leaves, torch.arange(rows)).backward()
-    problem = Problem(*shape, tile=tile)
+    problem = Problem(rows, width, classes, tile=tile)
     assert flop_of_products(profiler) == cost_model.flop(problem)
 
 
 @pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize(("shape", "tile"), TILES, ids=str)
 def test_the_products_of_a_rank_take_the_flop_of_the_model(ranks, shape, tile):
-    problem = Problem(*shape, 2, tile=tile)
+    rows, width, classes = shape
+    problem = Problem(rows, width, classes, class_ranks=2, tile=tile)
     assert ranks.assert_on(2, on_ranks.flop, shape, tile) == [cost_model.flop(problem)] * 2
 
 
