@@ -133,7 +133,11 @@ REVERSED = list(range(12))[::-1]
 
 @pytest.mark.parametrize(
     ("form", "first"),
-    [*itertools.product(["{}", "{}.0", "logit_{}", "class {}", "c{}", "{:03}"], [0, 1]), ("{}", 40), ("{}.0", 40), ("{:03}", 40)],
+    [
+        *itertools.product(["{}", "{}.0", "logit_{}", "class {}", "c{}", "{:03}"], [0, 1]),
+        *itertools.product(["logits[{}]", "p({})", "{}_logit", "class{}_score", "resnet50_{}", "resnet50_{}.0"], [0, 1]),
+        *((form, 40) for form in ("{}", "{}.0", "{:03}")),
+    ],
 )
 def test_numbered_columns_are_matched_by_number(form, first, tmp_path, capsys):
     names = [form.format(c + first) for c in range(12)]
