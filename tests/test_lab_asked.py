@@ -220,7 +220,16 @@ FILL = "crop_fill reflect changes nothing: it is for augmentation shift with a c
 
 
 def test_compare_names_options_that_change_nothing(tmp_path, capsys):
-    options = ["--recipe.milestones", "[1]", "--recipe.crop_fill", "reflect", "--validation-fraction", "0.4", "--recipe.final_factor", "0.1"]
+    options = [
+        "--recipe.milestones",
+        "[1]",
+        "--recipe.crop_fill",
+        "reflect",
+        "--validation-fraction",
+        "0.4",
+        "--recipe.final_factor",
+        "0.1",
+    ]
     command = ["compare", *SHORT, "--losses", "softmax", "--seeds", "0", "--train-fraction", "0.1", *options]
     assert cli.main([*command, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
