@@ -349,7 +349,7 @@ def _matched(path: Path, names: list[str], logits: Numbers, texts: Sequence[str]
     numbers, must_match = _numbers_of(path, names)
     inside = np.isin(labels, numbers)
     if not numbers or not (must_match or inside.all()):
-        return Labelled(logits, labels, names)
+        return Labelled(logits, labels, names, _of_several(names))
     order = np.argsort(numbers)
     if not inside.all():
         row = int(inside.argmin())
@@ -392,6 +392,19 @@ def _numbers_of(path: Path, names: Sequence[str]) -> tuple[list[int], bool]:
     if len(set(numbers)) < len(numbers):
         raise LabError(f"{path}: two columns have the same number; give each class a number of its own")
     return numbers, bool(plain) or _count(numbers)
+
+
+def _of_several(names: Sequence[str]) -> tuple[str, ...]:
+    """A line where the columns are numbered several times over, ``a_0``, ``a_1``, ``b_0``, ``b_1``: those may be several classifiers."""
+    numbers: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        if (match := NUMBERED.fullmatch(name)) is None or match["plain"]:
+            return ()
+        numbers.setdefault((match["before"], match["after"]), []).append(int(match["number"]))
+    alike = {tuple(sorted(of_one)) for of_one in numbers.values()}
+    if len(numbers) < 2 or len(alike) > 1 or not _count(alike.pop()):
+        return ()
+    return (f"the columns look like those of {len(numbers)} classifiers and were taken for one; if so, inspect each by itself",)
 
 
 def _count(numbers: Sequence[int]) -> bool:
