@@ -11,8 +11,10 @@ import torch
 from largemargin.lab import cli, compare
 from largemargin.lab.commands.options import BY_DATA
 from largemargin.lab.data.degrade import check_shares, choose_rows
+from largemargin.lab.data.streams import training_transform
 from largemargin.lab.errors import LabError
-from largemargin.lab.recipe import LOSSES, Recipe, suited_to
+from largemargin.lab.recipe import AUGMENTATIONS, LOSSES, SCHEDULES, Recipe, suited_to, unread
+from largemargin.lab.train import learning_rates
 
 SHORT = ["--epochs", "1", "--device", "cpu"]
 TWO = ["compare", *SHORT, "--losses", "softmax", "--seeds", "0", "1", "--train-fraction", "0.1"]
@@ -188,3 +190,55 @@ def test_the_number_of_training_images_is_that_of_the_runs(command, options, sai
     losses = ["--losses", "softmax", "--seeds", "0"] if command == "compare" else []
     assert cli.main([command, *SHORT, *options, *losses, "--out", str(tmp_path / "out")]) == 0
     assert f"digits: {said} and 599 test images of 10 classes" in capsys.readouterr().out
+
+
+# fields that nothing reads
+
+SCHEDULING = {"milestones": (1,), "step_factor": 0.5, "final_factor": 0.5}
+AUGMENTING = {"crop_padding": 2, "flip": True, "crop_fill": "reflect"}
+
+
+@pytest.mark.parametrize("name", SCHEDULING)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_field_that_changes_no_learning_rate_is_said_to_change_nothing(schedule, name):
+    given = Recipe("softmax", 0, epochs=3, schedule=schedule, milestones=(2,))
+    changed = dataclasses.replace(given, **{name: SCHEDULING[name]})
+    assert bool(unread(changed, [name])) == (learning_rates(changed) == learning_rates(given))
+
+
+@pytest.mark.parametrize("name", AUGMENTING)
+@pytest.mark.parametrize("crop_padding", [0, 1])
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+def test_a_field_that_changes_no_augmentation_is_said_to_change_nothing(augmentation, crop_padding, name):
+    given = Recipe("softmax", 0, augmentation=augmentation, crop_padding=crop_padding)
+    changed = dataclasses.replace(given, **{name: AUGMENTING[name]})
+    assert bool(unread(changed, [name])) == (repr(training_transform(changed)) == repr(training_transform(given)))
+
+
+MILESTONES = "milestones (1,) changes nothing: it is for schedule steps"
+FILL = "crop_fill reflect changes nothing: it is for augmentation shift with a crop_padding above 0"
+
+
+def test_compare_names_options_that_change_nothing(tmp_path, capsys):
+    options = [
+        "--recipe.milestones",
+        "[1]",
+        "--recipe.crop_fill",
+        "reflect",
+        "--validation-fraction",
+        "0.4",
+        "--recipe.final_factor",
+        "0.1",
+    ]
+    command = ["compare", *SHORT, "--losses", "softmax", "--seeds", "0", "--train-fraction", "0.1", *options]
+    assert cli.main([*command, "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert MILESTONES in printed and FILL in printed and printed.count("changes nothing") == 3
+    assert "validation_fraction 0.4 changes nothing: it is for a choice among several lam" in printed
+
+
+def test_train_names_options_that_change_nothing(tmp_path, capsys):
+    options = ["--milestones", "[1]", "--crop-fill", "reflect", "--validation-fraction", "0.4"]  # train reads the last
+    assert cli.main(["train", *SHORT, "--train-fraction", "0.1", *options, "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert MILESTONES in printed and FILL in printed and printed.count("changes nothing") == 2

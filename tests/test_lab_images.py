@@ -172,6 +172,30 @@ def test_many_classes_are_counted_after_the_first(tmp_path):
     assert len(said.splitlines()) == 11 and "in 5 more class folders: 5 .gif" in said
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("parts", [("seg_train", "seg_test"), ("seg_train/seg_train", "seg_test/seg_test"), ("training_set", "test_set")])
+def test_parts_that_are_taken_for_classes_are_named(parts, streamed, tmp_path):
+    said = notes_of(make_folder(tmp_path, parts=parts), streamed)
+    first, second = sorted(part.partition("/")[0] for part in parts)
+    assert f"warning: {first}, {second} are taken for classes" in said and "(cat, dog)" in said
+
+
+@pytest.mark.parametrize(
+    ("parts", "classes"),
+    [
+        (("cat", "dog"), ("images",)),
+        (("cat",), ("indoors", "outdoors")),
+        (("train", "test"), ("cat", "dog")),
+        (("",), ("a/p1", "a/p2", "b/p3")),
+    ],
+)
+def test_folders_in_a_class_are_part_of_it(parts, classes, tmp_path):
+    make_folder(tmp_path, parts=parts, classes=classes)
+    if parts == ("cat",):
+        make_folder(tmp_path, classes=("dog",))
+    assert "taken for classes" not in notes_of(tmp_path)
+
+
 @pytest.mark.parametrize("other", ["val", "validation", "extra"])
 def test_a_part_that_is_not_read_is_named(other, tmp_path):
     folder = make_folder(tmp_path / "set", ("train", "test", other))

@@ -133,7 +133,11 @@ REVERSED = list(range(12))[::-1]
 
 @pytest.mark.parametrize(
     ("form", "first"),
-    [*itertools.product(["{}", "{}.0", "logit_{}", "class {}", "c{}", "{:03}"], [0, 1]), ("{}", 40), ("{}.0", 40), ("{:03}", 40)],
+    [
+        *itertools.product(["{}", "{}.0", "logit_{}", "class {}", "c{}", "{:03}"], [0, 1]),
+        *itertools.product(["logits[{}]", "p({})", "{}_logit", "class{}_score", "resnet50_{}", "resnet50_{}.0"], [0, 1]),
+        *((form, 40) for form in ("{}", "{}.0", "{:03}")),
+    ],
 )
 def test_numbered_columns_are_matched_by_number(form, first, tmp_path, capsys):
     names = [form.format(c + first) for c in range(12)]
@@ -156,6 +160,22 @@ def test_numbers_that_do_not_count_are_names(tmp_path, capsys):
     found = summary(capsys, write(tmp_path / "a.csv", table(names, LABELS % 3, LOGITS[:, :3])))
     assert [of_class["name"] for of_class in found["per_class"]] == names
     assert found["overall"]["error"] == pytest.approx((LOGITS[:, :3].argmax(1) != LABELS % 3).mean())
+
+
+@pytest.mark.parametrize(
+    ("names", "warned"),
+    [
+        (["a_0", "a_1", "a_2", "b_0", "b_1", "b_2"], True),
+        (["old[2]", "new[2]", "old[1]", "new[1]", "old[3]", "new[3]"], True),
+        (["cat", "dog", "emu", "fox", "gnu", "hen"], False),
+        (["a_0", "a_1", "a_2", "b_0", "b_1", "b_3"], False),
+        (["boeing737", "boeing747", "airbus737", "airbus747", "cessna737", "cessna747"], False),
+        (["0", "1", "2", "3", "4", "5"], False),
+    ],
+)
+def test_columns_of_two_classifiers_are_warned_of(names, warned, tmp_path, capsys):
+    found = summary(capsys, write(tmp_path / "a.csv", table(names, LABELS % 3, LOGITS[:, :6])))
+    assert any("those of 2 classifiers" in line for line in found["warnings"]) == warned
 
 
 def test_a_name_may_have_a_line_break(tmp_path, capsys):

@@ -1,6 +1,9 @@
 """What the training loop is fed: from memory, and from files."""
 
 import dataclasses
+import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -243,6 +246,17 @@ def test_workers_and_a_resumed_epoch_give_the_same_images(folder, augmentation):
     assert not torch.equal(whole[0].images, next(feed.training(2)).images)
     one, other = (torch.cat([images for images, _ in feed.held_out()]) for feed in (feed, streamed(folder, **fields)))
     assert torch.equal(one, other)
+
+
+def test_a_worker_that_is_started_afresh_reads_the_same_images(folder, tmp_path):
+    # as the loader's workers are in a run of a comparison; torchvision may import only by import_torchvision()
+    _, loader = streamed(folder)._training
+    (tmp_path / "dataset").write_bytes(pickle.dumps(loader.dataset))
+    code = "import pickle, sys; sys.stdout.buffer.write(pickle.dumps(pickle.load(open(sys.argv[1], 'rb'))[1, 3]))"
+    read = subprocess.run([sys.executable, "-c", code, tmp_path / "dataset"], check=True, stdout=subprocess.PIPE)
+    image, label = pickle.loads(read.stdout)
+    here, expected = loader.dataset[1, 3]
+    assert torch.equal(image, here) and label == expected
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from rich.table import Table
 from largemargin.lab import cli, progress, queue, records
 from largemargin.lab.errors import LabError, RunFailed
 from largemargin.lab.recipe import Recipe
-from largemargin.lab.screen import Screen
+from largemargin.lab.screen import READER_GONE, Screen
 from largemargin.lab.stopping import by_interrupt
 from largemargin.lab.words import counted, printable, short
 
@@ -341,6 +342,29 @@ def test_train_that_is_interrupted_keeps_its_checkpoint_and_exits_with_130(tmp_p
 # failures
 
 
+def listed(shell: str) -> subprocess.CompletedProcess[str]:
+    """``data list`` with its output sent somewhere."""
+    command = f"{shlex.quote(sys.executable)} -m largemargin.lab.cli data list"
+    return subprocess.run(["bash", "-c", shell.format(command)], capture_output=True, text=True, timeout=200)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_an_output_that_is_full_ends_in_one_line():
+    done = listed("{} > /dev/full")
+    assert done.returncode == 2
+    assert done.stderr == "largemargin: the output cannot be written: No space left on device; make room, or send it elsewhere\n"
+
+
+def test_a_process_without_an_output_does_its_work():
+    done = listed("{} >&-")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_reader_that_has_gone_is_no_failed_run():
+    done = listed("{} | true; exit ${{PIPESTATUS[0]}}")
+    assert (done.returncode, done.stderr) == (READER_GONE, "")
+
+
 def test_a_failed_run_is_no_usage_error(tmp_path, capsys, monkeypatch):
     command = ["compare", "--losses", "softmax", "--seeds", "0", "--epochs", "1", "--device", "cpu"]
     monkeypatch.setattr(progress, "run_all", lambda *arguments, **options: queue.run_all(*arguments, **options, work="lab_work:nosuch"))
@@ -359,5 +383,5 @@ def test_failed_is_told_from_refused(tmp_path):
 
 def test_the_page_names_the_exit_statuses():
     page = (Path(__file__).parent.parent / "docs" / "compare.md").read_text()
-    for status in (0, 1, 2, 130):
+    for status in (0, 1, 2, 130, READER_GONE):
         assert re.search(rf"^\| {status} \|", page, re.MULTILINE), status

@@ -264,6 +264,22 @@ def test_the_trainers_label_smoothing_is_not_ignored(smoothing, wrapped, tmp_pat
 # dense prediction
 
 
+def test_who_leaves_out_the_loss_of_routers_is_told_once():
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(vocab_size=VOCABULARY, num_local_experts=2, output_router_logits=True, **SIZES)
+    model = transformers.MixtralForCausalLM(config).to(DEVICE).train()
+    outputs, loss = model(input_ids=TOKENS), LargeMarginLoss(causal=True)
+    with pytest.warns(UserWarning, match=r"leaves out the aux_loss .* fuse_large_margin_loss") as said:
+        of_tokens = loss(outputs, TOKENS)
+        loss(outputs, TOKENS)
+    assert len(said) == 1
+    whole = fuse_large_margin_loss(model)(input_ids=TOKENS, labels=TOKENS).loss
+    torch.testing.assert_close(whole, of_tokens + config.router_aux_loss_coef * outputs.aux_loss)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")  # in evaluation nothing is trained
+        LargeMarginLoss(causal=True)(model(input_ids=TOKENS), TOKENS)
+
+
 def segformer() -> torch.nn.Module:
     torch.manual_seed(0)
     sizes = {"hidden_sizes": [8, 8, 8, 8], "decoder_hidden_size": 8, "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 1, 1]}

@@ -118,6 +118,9 @@ class LargeMarginLoss:
         TypeError, ValueError: as :class:`~largemargin.LargeMarginCrossEntropyLoss`; TypeError for ``ignore_index`` and ``reduction``, which
             the Trainer sets; ValueError for labels that are missing or do not fit, and for a Trainer with ``label_smoothing_factor``.
 
+    Warns:
+        UserWarning: once, if the outputs have an ``aux_loss``, which is not added.
+
     Example:
         >>> import torch
         >>> from largemargin.integrations.transformers import LargeMarginLoss
@@ -135,11 +138,13 @@ class LargeMarginLoss:
             raise ValueError(f"upsample must be None with causal=True, got {upsample!r}; it enlarges images")
         self.causal, self.upsample = causal, upsample
         self.settings = _checked({"lam": lam, **settings})
+        self.said: set[str] = set()
 
     def __call__(self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | float | None = None) -> Tensor:
         if labels is None:
             raise ValueError("labels must be a torch.Tensor, got None; give the data set a column 'labels'")
         _check_smoothing()
+        self._tell_of_routers(outputs)
         logits: Tensor = outputs if isinstance(outputs, Tensor) else outputs["logits" if isinstance(outputs, Mapping) else 0]
         probabilities = labels.is_floating_point()
         dense = logits.dim() == 4 and len(logits) == len(labels) and labels.dim() == 3 + probabilities
@@ -159,6 +164,15 @@ class LargeMarginLoss:
         if probabilities and num_items_in_batch is not None:
             num_items_in_batch = num_items_in_batch / logits.shape[-1]  # the Trainer counts every entry
         return _loss(logits, labels, num_items_in_batch, self.settings)
+
+    def _tell_of_routers(self, outputs: Any) -> None:
+        of_routers = outputs.get("aux_loss") if isinstance(outputs, Mapping) else None
+        if isinstance(of_routers, Tensor) and of_routers.requires_grad:
+            _checks.warn_once(
+                self.said,
+                "LargeMarginLoss leaves out the aux_loss of the model's outputs, which balances the routers of a mixture of experts: the "
+                "Trainer does not pass its coefficient. Use fuse_large_margin_loss(model), which keeps it, or output_router_logits=False",
+            )
 
     def __repr__(self) -> str:
         settings = {"causal": self.causal, "upsample": self.upsample, **self.settings}

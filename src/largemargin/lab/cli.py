@@ -1,6 +1,7 @@
 """The command ``largemargin``. Help and wrong options cost no import of torch.
 
-Exit statuses: 0, the command did its work; 1, a run failed; 2, something that the user can mend, as a wrong option; 130, an interrupt.
+Exit statuses: 0, the command did its work; 1, a run failed; 2, something that the user can mend, as a wrong option; 130, an interrupt; 141,
+the reader of the output went away.
 """
 
 import importlib
@@ -39,7 +40,8 @@ def run(arguments: "Namespace") -> None:
 
         command = importlib.import_module(f".commands.{arguments.command}", __package__)
     spell_out()
-    command.run(arguments[arguments.command], Screen(width=None if sys.stdout.isatty() else 140, emoji=False))
+    on_terminal = sys.stdout is not None and sys.stdout.isatty()  # a process may have none
+    command.run(arguments[arguments.command], Screen(width=None if on_terminal else 140, emoji=False))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,7 +27,7 @@ from .files import write_json, write_text
 from .models import build, check_image, weights_digest
 from .progress import interrupted, reading_images, run_with_progress, say_what_is_left
 from .queue import default_jobs, result_of
-from .recipe import BASELINE, LOSSES, OF_SOME_LOSSES, SYMBOLS, Recipe, check_image_size, check_settings, has_setting, suited_to
+from .recipe import BASELINE, LOSSES, OF_SOME_LOSSES, SYMBOLS, Recipe, check_image_size, check_settings, has_setting, suited_to, unread
 from .records import check_complete
 from .stopping import interrupts_end_at_once
 from .words import counted
@@ -416,6 +416,15 @@ def check_network(recipe: Recipe, images: data.ImageSet | data.FileSet) -> None:
     build(recipe, in_channels, len(images.classes))
 
 
+def unread_options(comparison: Comparison) -> list[str]:
+    """A line for each option that was given and changes nothing."""
+    lines = unread(comparison.example, comparison.overrides)
+    if not comparison.choosing and comparison.validation_fraction != Comparison.validation_fraction:
+        share = f"validation_fraction {comparison.validation_fraction:g}"
+        lines.append(f"warning: {share} changes nothing: it is for a choice among several lam")
+    return lines
+
+
 def compare(
     comparison: Comparison,
     out: Path,
@@ -450,7 +459,7 @@ def compare(
     for recipe in (comparison.example, *comparison.validating_recipes()[:1]):
         data.check_shares(recipe, len(images.train_labels), len(images.classes))
     console.print(data.sizes(comparison.example, images), markup=False, highlight=False)
-    for note in images.notes:
+    for note in [*images.notes, *unread_options(comparison)]:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     if len(images.classes) == 2:
         console.print("with two classes the large-margin regulariser is 0: lam changes nothing", highlight=False)

@@ -29,6 +29,7 @@ OTHERS = (  # names of what is written beside logits
     *("score", "entropy", "loss", "nll", "margin", "weight", "split", "fold", "epoch", "seed", "time", "timestamp"),
 )
 NAMED_LOGITS = re.compile(r"(logits?|scores?|prob(s|abilit(y|ies))?)[_.:/ (-]|p[_(]", re.IGNORECASE)  # what may stand before a class's name
+NUMBERED = re.compile(r"(?P<plain>-?\d+)|(?P<before>(.*\D)?)(?P<number>\d+)(?P<after>\D*)", re.DOTALL)
 ROUNDED = 0.05  # by which the sum of a row of probabilities may differ from 1, where they were rounded
 
 Numbers = np.ndarray[Any, np.dtype[Any]]
@@ -348,7 +349,7 @@ def _matched(path: Path, names: list[str], logits: Numbers, texts: Sequence[str]
     numbers, must_match = _numbers_of(path, names)
     inside = np.isin(labels, numbers)
     if not numbers or not (must_match or inside.all()):
-        return Labelled(logits, labels, names)
+        return Labelled(logits, labels, names, _of_several(names))
     order = np.argsort(numbers)
     if not inside.all():
         row = int(inside.argmin())
@@ -371,25 +372,39 @@ def _number(text: str) -> float | None:
 
 
 def _numbers_of(path: Path, names: Sequence[str]) -> tuple[list[int], bool]:
-    """The numbers in the names of the columns (``7``, ``logit_7``), none where there are others, and whether labels must be among them.
+    """The numbers in the names of the columns, none where there are others, and whether labels must be among them.
 
-    They need not where the names have a prefix and the numbers gaps: ``t3``, ``t5`` may be names of another kind.
+    All names have the same text around the number: ``7``, ``logit_7``, ``logits[7]``, ``resnet50_7``. Labels need not be among the numbers
+    where there is such a text and the numbers have gaps: ``t3``, ``t5`` may be names of another kind.
     """
-    found = [re.fullmatch(r"(?P<plain>-?\d+)(?:\.0+)?|(?P<prefix>\D+)(?P<number>\d+)(?:\.0+)?", name) for name in names]
-    matches = [(match["prefix"] or "", int(match["number"] or match["plain"])) for match in found if match is not None]
-    plain = [number for prefix, number in matches if not prefix]
+    found = [NUMBERED.fullmatch(re.sub(r"(?<=\d)\.0+$", "", name)) for name in names]
+    matches = [((match["before"] or "", match["after"] or ""), int(match["plain"] or match["number"])) for match in found if match]
+    plain = [number for around, number in matches if around == ("", "")]
     if plain and len(plain) < len(names):
-        rest = next(name for name, match in zip(names, found, strict=True) if match is None or match["prefix"])
+        rest = next(name for name, match in zip(names, found, strict=True) if match is None or match["plain"] is None)
         raise LabError(f"{path}: some columns are numbers and {rest} is not; name all classes by their numbers, or none")
-    prefixes = {prefix for prefix, _ in matches}
-    if len(matches) == len(names) - 1 and len(prefixes) == 1 and _count([number for _, number in matches]):
+    texts = {around for around, _ in matches}
+    if len(matches) == len(names) - 1 and len(texts) == 1 and _count([number for _, number in matches]):
         _raise_outsider(path, names, [match is not None for match in found])
-    if not names or len(matches) < len(names) or len(prefixes) > 1:
+    if not names or len(matches) < len(names) or len(texts) > 1:
         return [], False
     numbers = [number for _, number in matches]
     if len(set(numbers)) < len(numbers):
         raise LabError(f"{path}: two columns have the same number; give each class a number of its own")
     return numbers, bool(plain) or _count(numbers)
+
+
+def _of_several(names: Sequence[str]) -> tuple[str, ...]:
+    """A line where the columns are numbered several times over, ``a_0``, ``a_1``, ``b_0``, ``b_1``: those may be several classifiers."""
+    numbers: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        if (match := NUMBERED.fullmatch(name)) is None or match["plain"]:
+            return ()
+        numbers.setdefault((match["before"], match["after"]), []).append(int(match["number"]))
+    alike = {tuple(sorted(of_one)) for of_one in numbers.values()}
+    if len(numbers) < 2 or len(alike) > 1 or not _count(alike.pop()):
+        return ()
+    return (f"the columns look like those of {len(numbers)} classifiers and were taken for one; if so, inspect each by itself",)
 
 
 def _count(numbers: Sequence[int]) -> bool:

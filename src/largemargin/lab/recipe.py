@@ -184,6 +184,24 @@ def check_image_size(data: str, image_size: int | None) -> None:
         raise LabError(f"image_size {image_size} does not apply to {data}: its images are used as they are; leave it out")
 
 
+def unread(recipe: Recipe, given: Iterable[str]) -> list[str]:
+    """A line for each given field that changes nothing in this recipe: its schedule or its augmentation does not read it."""
+    steps, shift = recipe.schedule == "steps", recipe.augmentation == "shift"
+    read = {
+        "milestones": (steps, "schedule steps"),
+        "step_factor": (steps, "schedule steps"),
+        "final_factor": (not steps, "schedule log or cosine"),
+        "crop_padding": (shift, "augmentation shift"),
+        "flip": (shift, "augmentation shift; inception always mirrors half of the images"),
+        "crop_fill": (shift and recipe.crop_padding > 0, "augmentation shift with a crop_padding above 0"),
+    }
+    return [
+        f"warning: {name} {getattr(recipe, name)} changes nothing: it is for {read[name][1]}"
+        for name in given
+        if name in read and not read[name][0]
+    ]
+
+
 def suited_to(data: str, image_size: int | None = None) -> dict[str, Any]:
     """The fields in which a data set asks for other than the defaults; ``image_size`` is of image folders, None: 32 or what is usual."""
     match data:

@@ -7,7 +7,7 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt
 from rich.console import Console
 
-from ..recipe import LOSSES, Recipe, check_image_size, check_settings, suited_to
+from ..recipe import LOSSES, Recipe, check_image_size, check_settings, suited_to, unread
 from ..stopping import interrupts_end_at_once
 from .options import DEVICE_HELP, add_recipe_fields, given_fields, new_parser, path_of
 
@@ -39,4 +39,6 @@ def run(options: Any, console: Console) -> None:
     recipe = Recipe(**{**suited_to(given.get("data", "digits"), given.get("image_size")), **LOSSES[given["loss"]], **given})
     main = int(os.environ.get("RANK", 0)) == 0
     console = console if main else Console(quiet=True)
+    for line in unread(recipe, given):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     train_one(recipe, out, console, options.tensorboard, options.keep_checkpoint, graph=not options.eager)

@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,7 @@ def _list_images(folder: Path, part: str, classes_of: Any) -> tuple[tuple[str, .
         raise LabError(
             f"data {whole}: found {counted(len(classes), 'sub-folder')}, need at least 2: one for each class, with its images inside"
         )
-    labelled, left_out, read = [], {}, {}
+    labelled, left_out, read, inside = [], {}, {}, {}
     for label, name in enumerate(classes):
         images, others = skipped.walk(whole / name, is_image)
         if not images:
@@ -175,11 +176,29 @@ def _list_images(folder: Path, part: str, classes_of: Any) -> tuple[tuple[str, .
         labelled += [(os.path.join(part, name, image), label) for image in images]
         place = os.path.join(part, name)
         left_out[place], read[place] = others, len(images)
-    notes = skipped.lines_of(left_out, read)
+        inside[place] = {os.path.basename(os.path.dirname(image)) for image in images} - {""}
+    notes = _of_a_wrong_level(inside) + skipped.lines_of(left_out, read)
     unused = skipped.beside(whole, {name.split("/")[0] for name in classes})  # those of Places are nested
     if unused:
         notes.append(f"{unused} beside the class folders{f' of {part}/' if part else ''} not read")
     return classes, labelled, notes
+
+
+def _of_a_wrong_level(inside: Mapping[str, Collection[str]]) -> list[str]:
+    """A warning where folders in class folders have the same names, ``seg_train/cat`` and ``seg_test/cat`` say: they may be the classes."""
+    known = Counter(name for names in inside.values() for name in names)
+    shared = sorted(name for name, count in known.items() if count > 1)
+    nested = [place for place, names in inside.items() if len(set(names).intersection(shared)) > 1]
+    if len(nested) < 2:
+        return []
+    return [
+        f"warning: {_few(nested)} are taken for classes, and hold folders of the same names ({_few(shared)}): if those are the classes, "
+        "give the folder that holds them, or name the parts of the data set train/ and test/"
+    ]
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _hold_out_a_fifth(folder: Path, files: Labelled, classes: tuple[str, ...]) -> tuple[Labelled, Labelled]:

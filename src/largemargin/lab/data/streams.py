@@ -4,8 +4,9 @@ Every image's augmentation is drawn from the seed, the epoch and its index, so a
 middle, give the same images.
 """
 
+import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -73,8 +74,22 @@ def _normalize() -> Any:
 class ImageFiles(Dataset[Any]):
     """Item ``(epoch, place)``: an image and its label, or the error that says why there is none."""
 
-    def __init__(self, data: FileSet, files: Sequence[str], labels: Tensor, indices: Tensor, transform: Any, seed: int) -> None:
-        self.folder, self.files, self.labels, self.indices, self.transform, self.seed = data.folder, files, labels, indices, transform, seed
+    def __init__(
+        self,
+        data: FileSet,
+        files: Sequence[str],
+        labels: Tensor,
+        indices: Tensor,
+        recipe: Recipe,
+        make_transform: Callable[[Recipe], Callable[[Any], Tensor]],
+    ) -> None:
+        self.folder, self.files, self.labels, self.indices = data.folder, files, labels, indices
+        self.recipe, self.make_transform = recipe, make_transform
+
+    @functools.cached_property
+    def transform(self) -> Callable[[Any], Tensor]:
+        """Each worker makes its own: to unpickle one would import torchvision past ``import_torchvision``."""
+        return self.make_transform(self.recipe)
 
     def __getitem__(self, where: Place) -> tuple[Tensor, int] | LabError:
         epoch, place = where
@@ -84,7 +99,7 @@ class ImageFiles(Dataset[Any]):
         except LabError as error:
             return error  # raised in the training process: a worker's exception would come with its traceback as its text
         state = torch.get_rng_state()  # torchvision draws from the global generator
-        torch.default_generator.manual_seed(seeded(self.seed, "augmentation", epoch, index).initial_seed())
+        torch.default_generator.manual_seed(seeded(self.recipe.seed, "augmentation", epoch, index).initial_seed())
         try:
             return self.transform(image), int(self.labels[place])
         finally:
@@ -128,11 +143,9 @@ class Streamed:
         else:
             files, labels, indices = data.train_files, self.rows.validation_labels, self.rows.validation
         self.num_held_out = len(labels)
-        training = ImageFiles(
-            data, data.train_files, self.rows.training_labels, self.rows.training, training_transform(recipe), recipe.seed
-        )
+        training = ImageFiles(data, data.train_files, self.rows.training_labels, self.rows.training, recipe, training_transform)
         self._training = self._loader(training)
-        self._held_out = self._loader(ImageFiles(data, files, labels, indices, evaluation_transform(recipe), recipe.seed))
+        self._held_out = self._loader(ImageFiles(data, files, labels, indices, recipe, evaluation_transform))
 
     def training(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         order = order_of(self.recipe, len(self.rows.training), epoch)
