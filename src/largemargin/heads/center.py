@@ -76,7 +76,7 @@ class CenterLoss(nn.Module):
 
     @property
     def as_parameter(self) -> bool:
-        return "centers" in self._parameters
+        return "centers" not in self._buffers  # nor in self._parameters, if it is pruned or parametrised
 
     def reset_parameters(self) -> None:
         """Initialise the centers by Xavier's rule, as the authors' code does."""
