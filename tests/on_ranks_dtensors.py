@@ -1,5 +1,6 @@
 """What the ranks of the tests of DTensors do: each function runs in a process of its own, on every rank of ``group``."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import cast
@@ -7,7 +8,7 @@ from typing import cast
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -25,6 +26,7 @@ from largemargin import (
     sharded_large_margin_cross_entropy,
     sharded_linear_large_margin_cross_entropy,
 )
+from largemargin.heads.cosine import MARGINS
 from largemargin.heads.super_symmetric import super_symmetry_penalty
 from largemargin.lab._torchvision import import_torchvision
 from measure import assert_within, same_bits
@@ -35,6 +37,12 @@ HINGES: dict[str, Callable[..., Tensor]] = {
     "crammer_singer": crammer_singer_hinge,
     "multiclass": multiclass_hinge,
 }
+HEADS: list[Callable[[], nn.Module]] = [
+    partial(heads.LSoftmaxLinear, 5, 10, dtype=torch.float64),
+    *(partial(heads.CosineLinear, 5, 10, kind=kind, dtype=torch.float64) for kind in MARGINS),
+    *(partial(heads.GaussianMixtureHead, 5, 10, covariance=kind, dtype=torch.float64) for kind in ("identity", "diagonal")),
+    partial(heads.CenterLoss, 5, 10, as_parameter=True, dtype=torch.float64),
+]
 PLACES = {"rows": Shard(0), "classes": Shard(1), "inner": Shard(-1), "": Replicate()}
 
 
@@ -186,6 +194,47 @@ def what_meets_a_plain_tensor_is_plain(group: dist.ProcessGroup) -> None:
         for call in mixed:
             with pytest.raises(TypeError, match=rf"^{name} is a DTensor, and .* is not; pass {name}\.full_tensor\(\)"):
                 call()
+
+
+def heads_equal_whole(group: dist.ProcessGroup, mesh_shape: tuple[int, ...], of_classes: tuple[str, ...], of_rows: tuple[str, ...]) -> None:
+    """Heads whose classes lie as ``of_classes`` says, for features and targets that lie as ``of_rows`` says."""
+    mesh = init_device_mesh("cpu", mesh_shape)
+    generator = torch.Generator().manual_seed(0)
+    features, target = torch.randn(7, 5, generator=generator, dtype=torch.float64), torch.tensor([0, 8, 3, -100, 3, 4, 7])
+    classes, rows = ([PLACES[place] for place in places] for places in (of_classes, of_rows))
+    for make in HEADS:
+        torch.manual_seed(0)  # the same head on every rank
+        whole = make()
+        head = copy.deepcopy(whole)
+        for name, parameter in list(head.named_parameters()):
+            head.register_parameter(name, nn.Parameter(distribute_tensor(parameter.detach(), mesh, classes)))
+        leaf, placed = features.clone().requires_grad_(), distribute_tensor(features, mesh, rows).requires_grad_()
+        expected, found = whole(leaf, target), head(placed, distribute_tensor(target, mesh, rows))
+        expected.square().sum().backward()
+        found.square().sum().backward()
+        assert_within(found.full_tensor().detach(), expected.detach(), 1000, 16)
+        assert_within(cast(DTensor, placed.grad).full_tensor(), leaf.grad, 10_000, 64)
+        for parameter, of_whole in zip(head.parameters(), whole.parameters(), strict=True):
+            assert_within(cast(DTensor, parameter.grad).full_tensor(), of_whole.grad, 10_000, 64)
+
+
+def centers_move_where_they_are_whole(group: dist.ProcessGroup) -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(group),))
+    torch.manual_seed(0)
+    whole, features, target = heads.CenterLoss(5, 10), torch.randn(7, 5), torch.tensor([0, 8, 3, -100, 3, 4, 7])
+    for place in (Replicate(), Shard(1), Shard(0)):
+        center, expected = copy.deepcopy(whole), copy.deepcopy(whole)
+        placed = distribute_tensor(center.centers, mesh, [place])
+        center.load_state_dict({"centers": placed}, assign=True)
+        rows = [distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in (features, target)]
+        if place == Shard(0):
+            with pytest.raises(NotImplementedError, match=r"^centers is a DTensor whose classes are split .*as_parameter=True$"):
+                center(*rows)
+            center.eval()
+            expected.eval()
+        for _ in range(3):
+            assert_within(center(*rows).full_tensor(), expected(features, target), 1000, 4)
+        assert_within(cast(DTensor, center.centers).full_tensor(), expected.centers, 10, 4)
 
 
 def penalty_equals_whole(group: dist.ProcessGroup) -> None:

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.prune import random_unstructured
 
 from devices import CPU
 from largemargin import LargeMarginCrossEntropyLoss
@@ -181,6 +183,17 @@ def test_state_dict_and_copies(as_parameter, rng, device):
     duplicate = copy.deepcopy(center)
     assert_within(other(x, y), duplicate(x, y).detach(), 16.0, 1)
     assert as_parameter or not torch.equal(duplicate.centers, center.centers)
+
+
+@pytest.mark.parametrize(
+    "change", [weight_norm, lambda center, name: random_unstructured(center, name, 0.5)], ids=["parametrised", "pruned"]
+)
+def test_a_parameter_that_is_computed_is_still_one(change, rng, device):
+    center = make(device, as_parameter=True)
+    change(center, "centers")
+    x, y = rows(rng, device)
+    for _ in range(2):  # the second pass would see centers that the first has moved
+        assert_within(center(x, y), loss_and_centers(center, x, y)[0], 16.0, 4)
 
 
 def test_joint_training_with_a_softmax_loss(rng, device):

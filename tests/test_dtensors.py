@@ -49,5 +49,18 @@ def test_what_meets_a_plain_tensor_is_plain(ranks):
     ranks.assert_on(4, on_ranks_dtensors.what_meets_a_plain_tensor_is_plain)
 
 
+@pytest.mark.parametrize(
+    ("mesh", "classes", "rows"),
+    [((4,), ("rows",), ("",)), ((4,), ("rows",), ("rows",)), ((2, 2), ("", "rows"), ("rows", ""))],
+    ids=str,
+)
+def test_heads_whose_classes_are_split_equal_the_whole(ranks, mesh, classes, rows):
+    ranks.assert_on(4, on_ranks_dtensors.heads_equal_whole, mesh, classes, rows)
+
+
+def test_centers_move_where_they_are_whole(ranks):
+    ranks.assert_on(3, on_ranks_dtensors.centers_move_where_they_are_whole)
+
+
 def test_the_penalty_equals_that_of_the_full_tensor(ranks):
     ranks.assert_on(4, on_ranks_dtensors.penalty_equals_whole)

@@ -1,6 +1,7 @@
 """The losses in programs: traced, exported, saved, and loaded where nothing but the package has been imported."""
 
 import copy
+import inspect
 import pkgutil
 import subprocess
 import sys
@@ -60,13 +61,11 @@ def of_features(input: Tensor, target: Tensor) -> Tensor:
     return linear_large_margin_cross_entropy(input, classifier, target)
 
 
-FUNCTIONS = [
-    large_margin_cross_entropy,
-    linear_large_margin_cross_entropy,
-    multiclass_hinge,
-    crammer_singer_hinge,
-    hard_margin_softplus,
-    row_stats,
+FUNCTIONS = [value for value in (getattr(largemargin, name) for name in largemargin.__all__) if inspect.isfunction(value)]
+METRICS = [
+    value
+    for name, value in vars(metrics).items()
+    if inspect.isfunction(value) and value.__module__ == metrics.__name__ and name != "as_torchmetric" and not name.startswith("_")
 ]
 CRITERIA: dict[str, nn.Module] = {
     "large_margin": LargeMarginCrossEntropyLoss(),
@@ -194,7 +193,7 @@ def test_script_of_a_criterion_is_refused_and_told_of_export(name):
             torch.jit.script(scripted)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", [*FUNCTIONS, *METRICS, heads.super_symmetry_penalty], ids=lambda function: function.__name__)
 def test_script_of_a_function_is_refused_and_told_of_export(function):
     with pytest.raises(NotImplementedError, match=r"torch\.jit\.script.*torch\.export"):
         torch.jit.script(function)
@@ -345,6 +344,11 @@ def test_programs_hold_heads_too(name, tmp_path):
 def test_script_of_a_head_is_refused_and_told_of_export(name):
     with pytest.raises(NotImplementedError, match=r"torch\.jit\.script.*torch\.export"):
         torch.jit.script(with_head(name))
+
+
+def test_script_of_a_schedule_is_refused_and_told_of_export():
+    with pytest.raises(NotImplementedError, match=r"torch\.jit\.script.*torch\.export"):
+        torch.jit.script(GradualWeight(3))
 
 
 def test_a_head_alone_is_no_model_to_trace():

@@ -15,14 +15,14 @@ from ._shared import takes
 from .loss import Divergence, LinearOptions, LossOptions, Options
 from .rows import collectives, dense, dtensors, linear, sharded_linear, shards, whole
 from .rowstats import RowStats
-from .tracing import no_script, record, traceable
+from .tracing import as_one_call, no_script, record
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # there are builds of torch without it
     from torch.nn import LinearCrossEntropyOptions  # from torch 2.13 on
 
 
-@traceable
+@as_one_call
 def row_stats(input: Tensor, target: Tensor, *, ignore_index: int = -100, backend: BackendName | None = None) -> RowStats:
     r"""The statistics of each row of logits about its target. They are differentiable, and a loss needs nothing else.
 
@@ -124,7 +124,7 @@ def large_margin_cross_entropy(
 
     Source: Kobayashi, *Large Margin In Softmax Cross-Entropy Loss*, BMVC 2019, eqs. (8), (11), (13) and (15).
     """
-    if isinstance(input, Proxy) or isinstance(target, Proxy):  # not by @traceable, whose wrapper takes time in every small call
+    if isinstance(input, Proxy) or isinstance(target, Proxy):  # not by @as_one_call, whose wrapper takes time in every small call
         return record(large_margin_cross_entropy, locals())
     options = LossOptions(lam, divergence, hard_bias, label_smoothing, ignore_index, reduction, backend).checked()
     _checks.check_input(input, target)
@@ -148,6 +148,7 @@ def large_margin_cross_entropy(
 _takes_options = takes(large_margin_cross_entropy, Options.__annotations__)
 
 
+@no_script
 @collectives.eagerly
 @_takes_options
 def sharded_large_margin_cross_entropy(
@@ -209,7 +210,7 @@ def sharded_large_margin_cross_entropy(
     return shards.loss(input_shard, target, weight, checked, shard)
 
 
-@traceable
+@as_one_call
 @_takes_options
 def linear_large_margin_cross_entropy(
     input: Tensor,
@@ -301,6 +302,7 @@ def linear_large_margin_cross_entropy(
     return loss.reshape(indices) if checked.reduction == "none" else loss
 
 
+@no_script
 @collectives.eagerly
 @_takes_options
 def sharded_linear_large_margin_cross_entropy(

@@ -21,6 +21,7 @@ from . import _checks
 from ._backend_names import BackendName
 from ._reduce import REDUCTIONS, Labels, Reduction, reduce, reduce_rows
 from .rowstats import RowStats
+from .tracing import no_script
 
 Divergence = Literal["symmetric", "kl_qu", "kl_uq"]
 DIVERGENCES = get_args(Divergence)
@@ -84,6 +85,7 @@ def softplus(x: Tensor) -> Tensor:
     return F.softplus(x, threshold=40)
 
 
+@no_script
 def divergence(stats: RowStats, kind: Divergence = "symmetric") -> Tensor:
     r"""How far the non-target logits are from uniform: the paper's regulariser, differentiable.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks, _state
-from .tracing import as_one_node
+from .tracing import as_one_node, refuse_script
 
 SMALL = 1e-2  # a lambda that counts as 0
 
@@ -26,6 +26,7 @@ class Schedule(nn.Module):
     """A number that depends on the count of training steps; a subclass defines it by :meth:`at`."""
 
     step: Tensor
+    __prepare_scriptable__ = refuse_script
 
     def __init__(self) -> None:
         super().__init__()

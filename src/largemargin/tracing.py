@@ -51,9 +51,16 @@ def record(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     return proxy.tracer.create_proxy("call_function", function, (), dict(arguments))
 
 
-def as_one_call(function: Function) -> Function:
-    """For a function: torch.fx records one call of it, as for functions of torch."""
+def no_script(function: Function) -> Function:
+    """Refuse torch.jit.script of a function, or of its callers."""
+    function.__prepare_scriptable__ = refuse_script  # type: ignore[attr-defined]
+    return function
 
+
+def as_one_call(function: Function) -> Function:
+    """For a function: torch.fx records one call of it, as for functions of torch; torch.jit.script refuses it."""
+
+    @no_script
     @functools.wraps(function)
     def call(*inputs: Any, **options: Any) -> Any:
         for value in (*inputs, *options.values()):
@@ -70,13 +77,3 @@ def as_one_call(function: Function) -> Function:
 def refuse_script(*_: object) -> NoReturn:
     """The ``__prepare_scriptable__`` of functions and modules, which torch.jit.script calls before it compiles them."""
     raise NotImplementedError("torch.jit.script, which torch has deprecated, cannot compile largemargin; use torch.export")
-
-
-def no_script(function: Function) -> Function:
-    """Refuse torch.jit.script of a function, or of its callers."""
-    function.__prepare_scriptable__ = refuse_script  # type: ignore[attr-defined]
-    return function
-
-
-def traceable(function: Function) -> Function:
-    return no_script(as_one_call(function))

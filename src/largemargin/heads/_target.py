@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks, _state
+from ..rows.dtensors import summed
 from ..rowstats import accumulation_dtype
 from ..schedules import Schedule
 from ..tracing import as_one_node, refuse_script
@@ -91,17 +92,20 @@ def check_features(features: object, target: object, in_features: int, num_class
 
 def rows_of_target(weight: Tensor, labels: Tensor) -> Tensor:
     """The row of ``weight`` (C, D) of each label, (..., D); an arbitrary one for a negative label."""
-    return F.embedding(labels.clamp(min=0), weight)
+    return summed(F.embedding(labels.clamp(min=0), weight))
 
 
 def logit_of_target(logits: Tensor, labels: Tensor) -> Tensor:
     """The target's logit of each row (...), in at least float32; an arbitrary one for a negative label."""
-    plain = logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return plain.to(accumulation_dtype(logits.dtype))
+    return _at(logits, labels).squeeze(-1).to(accumulation_dtype(logits.dtype))
+
+
+def _at(logits: Tensor, labels: Tensor) -> Tensor:
+    return summed(logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)))  # (..., 1)
 
 
 def with_logit_of_target(logits: Tensor, labels: Tensor, edited: Tensor) -> Tensor:
     """The logits with ``edited`` at each row's target; rows with a negative label do not change."""
     at = labels.clamp(min=0).unsqueeze(-1)
     kept = (labels >= 0).unsqueeze(-1)
-    return logits.scatter(-1, at, torch.where(kept, edited.unsqueeze(-1).to(logits.dtype), logits.gather(-1, at)))
+    return logits.scatter(-1, at, torch.where(kept, edited.unsqueeze(-1).to(logits.dtype), _at(logits, labels)))

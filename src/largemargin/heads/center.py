@@ -75,7 +75,7 @@ class CenterLoss(nn.Module):
 
     @property
     def as_parameter(self) -> bool:
-        return "centers" in self._parameters
+        return "centers" not in self._buffers  # nor in self._parameters, if it is pruned or parametrised
 
     def reset_parameters(self) -> None:
         """Initialise the centers by Xavier's rule, as the authors' code does."""
@@ -84,7 +84,7 @@ class CenterLoss(nn.Module):
     def _load_from_state_dict(self, *arguments: Any) -> None:
         _state.forget(self.centers)
         super()._load_from_state_dict(*arguments)
-        self._fit()  # load_state_dict(assign=True) may have brought centers of another device or dtype
+        self._fit()  # load_state_dict(assign=True) may have brought centers of another device, dtype or kind
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -98,9 +98,11 @@ class CenterLoss(nn.Module):
                 f"centers must have shape (num_classes, in_features) = {(self.num_classes, self.in_features)}, got "
                 f"{_checks.describe(self.centers)}; make a CenterLoss of that size"
             )
-        if self.as_parameter or (self._seen.device, self._seen.dtype) == (self.centers.device, self.centers.dtype):
+        if self.as_parameter:
             return
-        self._seen = torch.zeros_like(self.centers)
+        seen, centers = ((buffer.device, buffer.dtype, _checks.is_dtensor(buffer)) for buffer in (self._seen, self.centers))
+        if seen != centers:
+            self._seen = torch.zeros_like(self.centers)
 
     @as_one_node
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
@@ -123,6 +125,11 @@ class CenterLoss(nn.Module):
 
     def _centers_and_rate(self, labels: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
         """The center of each label (N, D), and alpha; a recomputation gets the centers of the first pass, and 0."""
+        if _checks.is_dtensor(self.centers) and any(placement.is_shard(0) for placement in self.centers.placements):
+            raise NotImplementedError(
+                "centers is a DTensor whose classes are split over ranks, and a training step writes whole centers in place; replicate it, "
+                "or use as_parameter=True"
+            )
         first = [rows_of_target(self.centers, labels), self.centers.new_full((), self.alpha, dtype=dtype)]
         again = [rows_of_target(self._seen, labels), self.centers.new_zeros((), dtype=dtype)]
         return _state.first_or_again(self.centers, first, again)

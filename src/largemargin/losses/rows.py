@@ -16,7 +16,7 @@ from .._shared import Documented, completed, takes
 from ..functional import large_margin_cross_entropy
 from ..rows import collectives, dense, dtensors
 from ..rowstats import RowStats
-from ..tracing import refuse_script, traceable
+from ..tracing import as_one_call, refuse_script
 
 
 class RowOptions(TypedDict, total=False):
@@ -56,7 +56,7 @@ def row_loss(function: Documented) -> Documented:
         check_known(shown.__name__, options, known)
         return shown(*inputs, **options)  # type: ignore[no-any-return]
 
-    return traceable(cast(Documented, call))
+    return as_one_call(cast(Documented, call))
 
 
 def check_known(function: str, options: Iterable[str], known: Collection[str]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import _checks, plain_layer
 from ..functional import sharded_large_margin_cross_entropy, sharded_linear_large_margin_cross_entropy
 from ..rows import collectives, tiles
+from ..tracing import no_script, refuse_script
 
 BLOCK = 1024  # classes initialised together
 
@@ -64,6 +65,7 @@ class ClassParallelLinear(nn.Module):
         >>> distributed.destroy_process_group()
     """
 
+    __prepare_scriptable__ = refuse_script
     _own_start: Tensor
 
     def __init__(
@@ -336,6 +338,7 @@ class _Gather(torch.autograd.Function):
         return gradient.split(ctx.sizes)[ctx.rank] * len(ctx.sizes), None, None
 
 
+@no_script
 def gather_rows(*tensors: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, ...]:
     """The rows of all ranks, in rank order, for a batch split over the same ranks as the classes.
 

@@ -57,6 +57,19 @@ def gathered(tensor: Tensor) -> Tensor:
     return whole
 
 
+def summed(tensor: Tensor) -> Tensor:
+    """A DTensor that waits for no sum over ranks; any other tensor as it is.
+
+    What is picked from classes that are split over ranks waits for one, and two of these cannot meet in one operation.
+    """
+    if not _checks.is_dtensor(tensor):
+        return tensor
+    from torch.distributed.tensor import Replicate
+
+    ready: Tensor = tensor.redistribute(placements=[Replicate() if p.is_partial() else p for p in tensor.placements])
+    return ready
+
+
 def local_rows(input: Any, target: Tensor, weight: Tensor | None) -> tuple[LocalRows, Whole]:
     """The part of DTensor logits on this rank, and a function that makes one DTensor of the results of all ranks.
 
