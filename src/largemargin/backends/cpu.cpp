@@ -2,10 +2,11 @@
 // calls this file. Symbols: f the logits, y the target, z = f - max over the non-targets, q their softmax.
 //
 // In both layouts a row takes three steps:
-//   gather   one pass over the logits: e^z, kept for the gradient, and the sums S = sum e^z, T = sum e^z z, A = sum z, K = sum 1
+//   gather   the largest and the smallest logit, then e^z, kept for the gradient, and the sums S = sum e^z, T = sum e^z z, A = sum z
 //   finish   a handful of numbers a row: the statistics, the loss, and the coefficients of the gradient
 //   scatter  one pass: gradient_c = q_c (g_e (z_c - E_q z) + g_q) + g_a (1/K - q_c) - dense w_c off the target, on_target on it
-// An element costs one exp. If the statistics are given (`state`), the gradient is a scatter alone.
+// An element costs one exp. If the statistics are given (`state`), the gradient is a scatter alone. A plain row, without masked classes and
+// without e^z = 0, takes loops of its own: they check nothing.
 //
 // Class probabilities make every class a target. Then y is the class j with the largest logit, and two steps are added: a pass before the
 // gather that finds j, and one after it that sums over all other targets (rows/all_classes.py explains the maths).
@@ -44,7 +45,7 @@ struct Job {
     void* gradient;         // null: no gradient; may be the logits themselves
     const int64_t* target;  // one per row; statistics also take -1, ignored, and -2, a class of the row that is not here
     int64_t ignore_index;
-    int32_t is_bfloat16, num_threads;
+    int32_t dtype, num_threads;
     // statistics: each null or one number per row
     float* stats[6];        // log_odds, neg_entropy, mean_log_q, rho, spread, num_nontargets
     float* state;           // (3, rows): max, S, E_q z; written with the statistics, read with their gradients
@@ -53,7 +54,7 @@ struct Job {
     int64_t probabilities_strides[3], probabilities_gradient_strides[3];
     const void* probabilities;
     void* probabilities_gradient;  // or null
-    int32_t probabilities_are_bfloat16;
+    int32_t probabilities_dtype;
     // loss
     const float* weight;  // one per class, or null
     float* losses;        // one per row, or null
@@ -66,6 +67,7 @@ struct Job {
 };
 
 enum Kind { STATISTICS = 0, STATISTICS_GRADIENT = 1, LOSS = 2 };
+enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum Divergence { SYMMETRIC = 0, KL_QU = 1, KL_UQ = 2 };
 
 #ifndef LARGEMARGIN_ISA
@@ -76,7 +78,7 @@ EXPORT int64_t largemargin_sizeof_job() { return sizeof(Job); }
 EXPORT int64_t largemargin_offset_of(const char* name) {
 #define FIELD(named, field) if (!std::strcmp(name, #named)) return offsetof(Job, field)
 #define SAME(field) FIELD(field, field)
-    SAME(outer); SAME(inner); SAME(num_classes); SAME(logits); SAME(gradient); SAME(target); SAME(ignore_index); SAME(is_bfloat16);
+    SAME(outer); SAME(inner); SAME(num_classes); SAME(logits); SAME(gradient); SAME(target); SAME(ignore_index); SAME(dtype);
     FIELD(outer_stride, logits_strides[0]); FIELD(inner_stride, logits_strides[1]); FIELD(class_stride, logits_strides[2]);
     FIELD(gradient_outer_stride, gradient_strides[0]); FIELD(gradient_inner_stride, gradient_strides[1]);
     FIELD(gradient_class_stride, gradient_strides[2]); SAME(num_threads); SAME(state); SAME(weight); SAME(losses); SAME(row_upstream);
@@ -85,7 +87,7 @@ EXPORT int64_t largemargin_offset_of(const char* name) {
     FIELD(probabilities_gradient_outer_stride, probabilities_gradient_strides[0]);
     FIELD(probabilities_gradient_inner_stride, probabilities_gradient_strides[1]);
     FIELD(probabilities_gradient_class_stride, probabilities_gradient_strides[2]);
-    SAME(probabilities); SAME(probabilities_gradient); SAME(probabilities_are_bfloat16);
+    SAME(probabilities); SAME(probabilities_gradient); SAME(probabilities_dtype);
     FIELD(log_odds, stats[0]); FIELD(neg_entropy, stats[1]); FIELD(mean_log_q, stats[2]); FIELD(rho, stats[3]); FIELD(spread, stats[4]);
     FIELD(num_nontargets, stats[5]); FIELD(log_odds_grad, grads[0]); FIELD(neg_entropy_grad, grads[1]); FIELD(mean_log_q_grad, grads[2]);
     FIELD(rho_grad, grads[3]); SAME(upstream); SAME(lam); SAME(hard_bias); SAME(label_smoothing); SAME(reduced); SAME(divergence);
@@ -99,7 +101,7 @@ EXPORT const char* largemargin_isa() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
         return "avx512";
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return "avx2";
 #endif
     return "baseline";
 }
@@ -109,8 +111,8 @@ EXPORT const char* largemargin_isa() {
 namespace {
 
 constexpr int64_t kBlock = 1024;           // classes summed in float32 before the sum goes to float64
-constexpr int64_t kShort = 256;             // rows up to this many classes are copied as a whole
 constexpr int64_t kTileBlock = 128;        // the same for tiles
+constexpr int64_t kShort = 256;            // rows up to this many classes are copied as a whole
 constexpr int64_t kAlignment = 64;          // bytes: a vector across two cache lines costs two accesses
 constexpr int64_t kTile = 1 << 16;          // the most logits of a tile
 constexpr int64_t kRows = 128;              // the most rows finished together
@@ -129,8 +131,18 @@ constexpr int32_t kIgnored = -1, kElsewhere = -2;  // targets that are not an in
 #endif
 #define RESTRICT __restrict__
 
-// A vector register. What follows on floats holds for vectors too; the hottest loops are written with these, because compilers take half of
-// the register for 16-bit numbers, and add up a vector one lane after the other.
+inline int64_t copy_width(int64_t num_classes) { return (num_classes + kLanes - 1) / kLanes * kLanes + kLanes; }  // no power of two
+inline int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+template <class To, class From>
+inline To bits_as(From from) {
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+// Vectors of the width of a register. The hottest loops are written with them: compilers would use half of the register for 16-bit numbers,
+// and would add up the lanes one after the other. Scalar functions that loops inline are templates, for vectors too.
 #if defined(__AVX512F__)
 constexpr int64_t kWidth = 16;
 #elif defined(__AVX2__)
@@ -143,17 +155,6 @@ typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
 typedef int32_t Mask __attribute__((vector_size(4 * kWidth)));
 typedef uint16_t Shorts __attribute__((vector_size(2 * kWidth)));
 
-inline int64_t copy_width(int64_t num_classes) { return (num_classes + kLanes - 1) / kLanes * kLanes + kLanes; }  // no power of two
-inline int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
-inline int64_t edge_size_of(int64_t num_classes) { return num_classes <= kShort ? padded(num_classes) : 2 * kLanes; }
-
-template <class To, class From>
-inline To bits_as(From from) {
-    To to;
-    std::memcpy(&to, &from, sizeof to);
-    return to;
-}
-
 inline float as_float(uint32_t bits) { return bits_as<float>(bits); }
 inline Floats as_float(Words bits) { return bits_as<Floats>(bits); }
 inline uint32_t as_bits(float x) { return bits_as<uint32_t>(x); }
@@ -163,20 +164,88 @@ inline uint32_t select(bool which, uint32_t a, uint32_t b) { return which ? a : 
 inline Floats select(Mask which, Floats a, Floats b) { return which ? a : b; }
 inline Words select(Mask which, Words a, Words b) { return which ? a : b; }
 inline Floats all(float x) { return x - Floats{}; }
-
-// a > b ? a : b and a < b ? a : b; NaN gives b. Compilers do not find the one instruction.
-inline float larger(float a, float b) { return a > b ? a : b; }
+inline float larger(float a, float b) { return a > b ? a : b; }  // NaN gives b
 inline float smaller(float a, float b) { return a < b ? a : b; }
+
+template <class V>
+inline auto rounded_bfloat16(V x) {  // to nearest, ties to even; NaN stays NaN
+    const auto bits = as_bits(x);
+    return select(x == x, (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, bits - bits + 0x7fc0u);
+}
+
+// What compilers take too many steps for: NaN in larger() and smaller() gives b; narrowed() takes numbers below 2^16.
 #if defined(__AVX512F__)
 inline Floats larger(Floats a, Floats b) { return bits_as<Floats>(_mm512_max_ps(bits_as<__m512>(a), bits_as<__m512>(b))); }
 inline Floats smaller(Floats a, Floats b) { return bits_as<Floats>(_mm512_min_ps(bits_as<__m512>(a), bits_as<__m512>(b))); }
+inline Words widened(Shorts x) { return bits_as<Words>(_mm512_cvtepu16_epi32(bits_as<__m256i>(x))); }
+inline Shorts narrowed(Words x) { return bits_as<Shorts>(_mm512_cvtepi32_epi16(bits_as<__m512i>(x))); }
+inline Floats from_half(Shorts x) { return bits_as<Floats>(_mm512_cvtph_ps(bits_as<__m256i>(x))); }
+inline Shorts to_half(Floats x) { return bits_as<Shorts>(_mm512_cvtps_ph(bits_as<__m512>(x), _MM_FROUND_TO_NEAREST_INT)); }
 #elif defined(__AVX2__)
 inline Floats larger(Floats a, Floats b) { return bits_as<Floats>(_mm256_max_ps(bits_as<__m256>(a), bits_as<__m256>(b))); }
 inline Floats smaller(Floats a, Floats b) { return bits_as<Floats>(_mm256_min_ps(bits_as<__m256>(a), bits_as<__m256>(b))); }
+inline Words widened(Shorts x) { return bits_as<Words>(_mm256_cvtepu16_epi32(bits_as<__m128i>(x))); }
+inline Shorts narrowed(Words x) {
+    const __m256i bits = bits_as<__m256i>(x);
+    return bits_as<Shorts>(_mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1)));
+}
+inline Floats from_half(Shorts x) { return bits_as<Floats>(_mm256_cvtph_ps(bits_as<__m128i>(x))); }
+inline Shorts to_half(Floats x) { return bits_as<Shorts>(_mm256_cvtps_ph(bits_as<__m256>(x), _MM_FROUND_TO_NEAREST_INT)); }
 #else
 inline Floats larger(Floats a, Floats b) { return select(a > b, a, b); }
 inline Floats smaller(Floats a, Floats b) { return select(a < b, a, b); }
+inline Words widened(Shorts x) { return __builtin_convertvector(x, Words); }
+inline Shorts narrowed(Words x) { return __builtin_convertvector(x, Shorts); }
+inline Floats from_half(Shorts x) {
+    const Words bits = widened(x), size = (bits & 0x7fffu) << 13;
+    const Mask special = bits_as<Mask>(size) >= 0x0f800000;  // infinity and NaN
+    return as_float(as_bits(as_float(size) * 0x1p112f) | (bits_as<Words>(special) & 0x7f800000u) | (bits & 0x8000u) << 16);
+}
+inline Shorts to_half(Floats x) {  // to nearest, ties to even
+    const Words bits = as_bits(x), size = bits & 0x7fffffffu;
+    const Words normal = (size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13, subnormal = as_bits(as_float(size) + 0.5f) - 0x3f000000u;
+    const Mask compared = bits_as<Mask>(size);
+    const Words finite = select(compared < 0x38800000, subnormal, normal);
+    const Words large = 0x7c00u + (bits_as<Words>(compared > 0x7f800000) & 0x200u);  // infinity or NaN
+    return narrowed(select(compared >= 0x47800000, large, finite) | (bits & 0x80000000u) >> 16);
+}
 #endif
+
+struct BFloat16 {
+    uint16_t bits;
+};
+
+struct Half {
+    uint16_t bits;
+};
+
+template <class T>
+constexpr bool is_half = false;
+template <>
+constexpr bool is_half<Half> = true;
+
+template <class X>
+inline X load_as(const void* from) {
+    X x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+
+inline Floats load_vector(const float* from) { return load_as<Floats>(from); }
+inline Floats load_vector(const BFloat16* from) { return as_float(widened(load_as<Shorts>(from)) << 16); }
+inline Floats load_vector(const Half* from) { return from_half(load_as<Shorts>(from)); }
+template <class X>
+inline void store_as(void* to, X x) { std::memcpy(to, &x, sizeof x); }
+inline void store_vector(float* to, Floats x) { store_as(to, x); }
+inline void store_vector(BFloat16* to, Floats x) { store_as(to, narrowed(rounded_bfloat16(x))); }
+inline void store_vector(Half* to, Floats x) { store_as(to, to_half(x)); }
+
+inline float load(float x) { return x; }
+inline float load(BFloat16 x) { return as_float(static_cast<uint32_t>(x.bits) << 16); }
+inline float load(Half x) { return from_half(Shorts{x.bits})[0]; }
+inline void store(float* to, float x) { *to = x; }
+inline void store(BFloat16* to, float x) { to->bits = static_cast<uint16_t>(rounded_bfloat16(x)); }
+inline void store(Half* to, float x) { to->bits = to_half(Floats{x})[0]; }
 
 // The lanes of a vector put together.
 inline float sum(Floats x) {
@@ -192,69 +261,6 @@ inline float reduced(Floats x) {
     float two[2] = {x[0], x[1]};
     for (int64_t i = 2; i < kWidth; i += 2) two[0] = of_two(x[i], two[0]), two[1] = of_two(x[i + 1], two[1]);
     return of_two(two[0], two[1]);
-}
-
-struct BFloat16 {
-    uint16_t bits;
-};
-
-inline float load(float x) { return x; }
-inline float load(BFloat16 x) { return as_float(static_cast<uint32_t>(x.bits) << 16); }
-
-template <class V>
-inline auto rounded_bfloat16(V x) {  // to nearest, ties to even; NaN stays NaN
-    const auto bits = as_bits(x);
-    return select(x == x, (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, bits - bits + 0x7fc0u);
-}
-
-inline void store(float* to, float x) { *to = x; }
-inline void store(BFloat16* to, float x) { to->bits = static_cast<uint16_t>(rounded_bfloat16(x)); }
-
-// Compilers convert vectors to another width in too many steps.
-inline Words widened(Shorts x) {
-#if defined(__AVX512F__)
-    return bits_as<Words>(_mm512_cvtepu16_epi32(bits_as<__m256i>(x)));
-#elif defined(__AVX2__)
-    return bits_as<Words>(_mm256_cvtepu16_epi32(bits_as<__m128i>(x)));
-#else
-    return __builtin_convertvector(x, Words);
-#endif
-}
-
-inline Shorts narrowed(Words x) {  // x < 2^16
-#if defined(__AVX512F__)
-    return bits_as<Shorts>(_mm512_cvtepi32_epi16(bits_as<__m512i>(x)));
-#elif defined(__AVX2__)
-    const __m256i bits = bits_as<__m256i>(x);
-    return bits_as<Shorts>(_mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1)));
-#else
-    return __builtin_convertvector(x, Shorts);
-#endif
-}
-
-inline Floats load_vector(const float* from) {
-    Floats x;
-    std::memcpy(&x, from, sizeof x);
-    return x;
-}
-
-inline Floats load_vector(const BFloat16* from) {
-    Shorts x;
-    std::memcpy(&x, from, sizeof x);
-    return as_float(widened(x) << 16);
-}
-
-inline Mask load_mask(const int32_t* from) {
-    Mask x;
-    std::memcpy(&x, from, sizeof x);
-    return x;
-}
-
-inline void store_vector(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
-
-inline void store_vector(BFloat16* to, Floats x) {
-    const Shorts bits = narrowed(rounded_bfloat16(x));
-    std::memcpy(to, &bits, sizeof bits);
 }
 
 constexpr float kLow = -87.3365f;  // e^x is a normal number from here up
@@ -619,31 +625,21 @@ HOT void gather_classes(const T* RESTRICT f, float shift, int64_t n, float* REST
     }
 }
 
+// The number of classes of a row beside its target, and their summed weights.
 template <class T>
-HOT int64_t count_present(const T* f, int64_t n) {
-    int32_t count = 0;
-#pragma omp simd reduction(+ : count)
-    for (int64_t c = 0; c < n; ++c) count += load(f[c]) != -kInf ? 1 : 0;
-    return count;
-}
-
-// The weights of the non-target classes, and w z.
-template <class T>
-HOT void gather_weights(const T* f, const float* w, int64_t num_classes, int64_t y, float shift, double& sum_weight, double& sum_weight_z) {
-    sum_weight = sum_weight_z = 0;
-    for (int64_t from = 0; from < num_classes; from += kBlock) {
-        const int64_t size = num_classes - from < kBlock ? num_classes - from : kBlock;
-        const int32_t target = static_cast<int32_t>(y - from < 0 || y - from >= size ? -1 : y - from);
-        float b = 0, bz = 0;
-#pragma omp simd reduction(+ : b, bz)
-        for (int32_t c = 0; c < static_cast<int32_t>(size); ++c) {
-            const float x = load(f[from + c]), weight = x == -kInf || c == target ? 0.0f : w[from + c];
-            b += weight;
-            bz += weight != 0.0f ? weight * (x - shift) : 0.0f;
-        }
-        sum_weight += b;
-        sum_weight_z += bz;
+HOT void count_classes(const T* f, const float* w, int64_t num_classes, int64_t y, float shift, double& count, double& sum_weight,
+                       double& sum_weight_z) {
+    double k = 0, b = 0, bz = 0;
+#pragma omp simd reduction(+ : k, b, bz)
+    for (int64_t c = 0; c < num_classes; ++c) {
+        const float x = load(f[c]);
+        const bool present = x != -kInf && c != y;
+        const double weight = present ? (w ? w[c] : 1.0f) : 0.0f;
+        k += present ? 1.0 : 0.0;
+        b += weight;
+        bz += weight * (present ? x - shift : 0.0f);
     }
+    count = k, sum_weight = b, sum_weight_z = bz;
 }
 
 // The n logits of a block, the target masked, padded with absent classes.
@@ -676,7 +672,10 @@ void scatter_row(const Rows& rows, int64_t p, const T* f, const float* w, int64_
         if (y >= 0) store(gradient + y, rows.on_target[p]);
         return;
     }
-    const auto scatter = !exp_z ? scatter_classes<AGAIN, T> : w ? scatter_classes<WEIGHTED, T> : rows.plain[p] ? scatter_classes<PLAIN, T> : scatter_classes<MASKED, T>;
+    const auto scatter = !exp_z          ? scatter_classes<AGAIN, T>
+                         : w             ? scatter_classes<WEIGHTED, T>
+                         : rows.plain[p] ? scatter_classes<PLAIN, T>
+                                         : scatter_classes<MASKED, T>;
     scatter(rows, p, f, exp_z, w, whole, gradient);
     if (rest > 0) {
         T some[kLanes] = {}, values[kLanes];
@@ -704,6 +703,7 @@ struct Edges {
         begin = y >= 0 && y < whole ? y / kLanes * kLanes : whole;
         end = begin < whole ? begin + kLanes : whole;
     }
+    static int64_t stride(int64_t num_classes) { return num_classes <= kShort ? padded(num_classes) : 2 * kLanes; }
     int64_t size() const { return end - begin; }
     int64_t padded_size() const { return size() + (rest > 0 ? kLanes : 0); }
 };
@@ -739,8 +739,9 @@ void gather_row(const T* f, int64_t num_classes, const float* w, bool keep_exp, 
     const bool apart = num_classes > kShort;
     Sums sums = {0, 0, 0};
     gather_classes<false>(edge, shift, size, apart ? exp_edges : exp_z, false, sums);
-    if (begin > 0) (plain ? gather_classes<true, T> : gather_classes<false, T>)(f, shift, begin, exp_z, keep_exp, sums);
-    if (whole > end) (plain ? gather_classes<true, T> : gather_classes<false, T>)(f + end, shift, whole - end, exp_z + (keep_exp ? end : 0), keep_exp, sums);
+    const auto gather = plain ? gather_classes<true, T> : gather_classes<false, T>;
+    if (begin > 0) gather(f, shift, begin, exp_z, keep_exp, sums);
+    if (whole > end) gather(f + end, shift, whole - end, exp_z + (keep_exp ? end : 0), keep_exp, sums);
     if (keep_exp && apart) {
         std::memcpy(exp_z + begin, exp_edges, static_cast<size_t>(edges.size()) * sizeof(float));
         std::memcpy(exp_z + whole, exp_edges + edges.size(), static_cast<size_t>(size - edges.size()) * sizeof(float));
@@ -750,15 +751,14 @@ void gather_row(const T* f, int64_t num_classes, const float* w, bool keep_exp, 
     rows.sum_exp[p] = sums.z == sums.z ? sums.exp_z : sums.z;  // NaN stays NaN
     rows.sum_exp_z[p] = sums.exp_z_z;
     rows.sum_z[p] = rows.sum_weight_z[p] = sums.z;
-    rows.count[p] = plain ? num_classes - has_target : count_present(f, begin) + num_present + count_present(f + end, whole - end);
-    rows.sum_weight[p] = rows.count[p];
-    if (w) gather_weights(f, w, num_classes, y, shift, rows.sum_weight[p], rows.sum_weight_z[p]);
+    rows.count[p] = rows.sum_weight[p] = static_cast<double>(num_classes - has_target);
+    if (w || !plain) count_classes(f, w, num_classes, y, shift, rows.count[p], rows.sum_weight[p], rows.sum_weight_z[p]);
 }
 
 // The same for the current rows.
 template <class T>
 void gather_rows(const T* logits, int64_t num_classes, const float* w, bool keep_exp, Rows& rows, Scratch& scratch) {
-    const int64_t lanes = padded(num_classes), edge_size = edge_size_of(num_classes);
+    const int64_t lanes = padded(num_classes), edge_size = Edges::stride(num_classes);
     for (int64_t p = 0; p < rows.size; ++p) {  // a separate loop: what was stored in parts can be loaded as a whole only after a while
         const T* f = logits + rows.offset[p];
         load_edges(f, Edges(num_classes, rows.y[p]), rows.y[p], scratch.edges + p * edge_size);
@@ -766,7 +766,8 @@ void gather_rows(const T* logits, int64_t num_classes, const float* w, bool keep
     }
     for (int64_t p = 0; p < rows.size; ++p) {
         if (rows.y[p] == kIgnored) continue;
-        gather_row(logits + rows.offset[p], num_classes, w, keep_exp, scratch.edges + p * edge_size, scratch.exp_z + (keep_exp ? p * lanes : 0), rows, p);
+        float* exp_z = scratch.exp_z + (keep_exp ? p * lanes : 0);
+        gather_row(logits + rows.offset[p], num_classes, w, keep_exp, scratch.edges + p * edge_size, exp_z, rows, p);
     }
 }
 
@@ -1037,39 +1038,48 @@ double run_targets(const Job& job, const Options& options, double upstream, Rows
     return sum;
 }
 
-// Rows whose classes are not neighbours, to and from rows of `width` numbers. Mostly the rows are neighbours then. They are turned by squares, so
-// that reads and writes come in whole cache lines.
-template <class T>
-HOT void copy_in(const T* from, const int64_t* strides, int64_t num_rows, int64_t num_classes, int64_t width, float* to) {
-    float square[kLanes][kLanes];
-    for (int64_t first = 0; first < num_classes; first += kLanes) {
-        const int64_t n = num_classes - first < kLanes ? num_classes - first : kLanes;
-        for (int64_t row = 0; row < num_rows; row += kLanes) {
-            const int64_t m = num_rows - row < kLanes ? num_rows - row : kLanes;
-            for (int64_t c = 0; c < n; ++c)
-                for (int64_t p = 0; p < m; ++p) square[c][p] = load(from[(row + p) * strides[1] + (first + c) * strides[2]]);
-            for (int64_t p = 0; p < m; ++p)
-                for (int64_t c = 0; c < n; ++c) to[(row + p) * width + first + c] = square[c][p];
+// Copies numbers (i, j) by squares, so that reads along j and writes along i come in whole cache lines.
+template <class T, class U>
+HOT void copy(const T* from, int64_t from_i, int64_t from_j, U* to, int64_t to_i, int64_t to_j, int64_t num_i, int64_t num_j) {
+    alignas(kAlignment) float square[kLanes][kLanes], column[kLanes];
+    for (int64_t i = 0; i < num_i; i += kLanes)
+        for (int64_t j = 0; j < num_j; j += kLanes) {
+            const int64_t n = num_i - i < kLanes ? num_i - i : kLanes, m = num_j - j < kLanes ? num_j - j : kLanes;
+            const bool reads_vectors = from_j == 1 && m == kLanes, writes_vectors = to_i == 1 && n == kLanes;
+            for (int64_t a = 0; a < n; ++a) {
+                const T* source = from + (i + a) * from_i + j * from_j;
+                for (int64_t b = 0; reads_vectors && b < kLanes; b += kWidth) store_vector(square[a] + b, load_vector(source + b));
+                for (int64_t b = 0; !reads_vectors && b < m; ++b) square[a][b] = load(source[b * from_j]);
+            }
+            for (int64_t b = 0; b < m; ++b) {
+                U* goal = to + i * to_i + (j + b) * to_j;
+                for (int64_t a = 0; a < n; ++a) column[a] = square[a][b];
+                for (int64_t a = 0; writes_vectors && a < kLanes; a += kWidth) store_vector(goal + a, load_vector(column + a));
+                for (int64_t a = 0; !writes_vectors && a < n; ++a) store(goal + a * to_i, column[a]);
+            }
         }
-    }
+}
+
+template <class T, class U>
+void copy_row(const T* from, int64_t n, U* to) {
+    const int64_t whole = n / kWidth * kWidth;
+    for (int64_t c = 0; c < whole; c += kWidth) store_vector(to + c, load_vector(from + c));
+    for (int64_t c = whole; c < n; ++c) store(to + c, load(from[c]));
+}
+
+// Rows to and from rows of `width` floats. If their classes are not neighbours, mostly the rows are.
+template <class T>
+void copy_in(const T* from, const int64_t* strides, int64_t num_rows, int64_t num_classes, int64_t width, float* to) {
+    if (strides[2] != 1) return copy(from, strides[2], strides[1], to, 1, width, num_classes, num_rows);
+    for (int64_t p = 0; p < num_rows; ++p) copy_row(from + p * strides[1], num_classes, to + p * width);
 }
 
 template <class T>
-HOT void copy_out(const float* from, const int64_t* strides, int64_t num_rows, int64_t num_classes, int64_t width, T* to) {
-    float square[kLanes][kLanes];
-    for (int64_t first = 0; first < num_classes; first += kLanes) {
-        const int64_t n = num_classes - first < kLanes ? num_classes - first : kLanes;
-        for (int64_t row = 0; row < num_rows; row += kLanes) {
-            const int64_t m = num_rows - row < kLanes ? num_rows - row : kLanes;
-            for (int64_t p = 0; p < m; ++p)
-                for (int64_t c = 0; c < n; ++c) square[c][p] = from[(row + p) * width + first + c];
-            for (int64_t c = 0; c < n; ++c)
-                for (int64_t p = 0; p < m; ++p) store(to + (row + p) * strides[1] + (first + c) * strides[2], square[c][p]);
-        }
-    }
+void copy_out(const float* from, const int64_t* strides, int64_t num_rows, int64_t num_classes, int64_t width, T* to) {
+    if (strides[2] != 1) return copy(from, width, 1, to, strides[1], strides[2], num_rows, num_classes);
+    for (int64_t p = 0; p < num_rows; ++p) copy_row(from + p * width, num_classes, to + p * strides[1]);
 }
 
-// The class indices or, if the type of the probabilities is P, the probabilities of a few rows.
 template <class T>
 double run_indices(const Job& job, const Options& options, double upstream, Rows& rows, Scratch& scratch) {
     const T* logits = static_cast<const T*>(job.logits);
@@ -1090,7 +1100,8 @@ double run_probabilities(const Job& job, const Options& options, double upstream
     const P* probabilities = static_cast<const P*>(job.probabilities);
     T* gradient = static_cast<T*>(job.gradient);
     P* probabilities_gradient = static_cast<P*>(job.probabilities_gradient);
-    if (!scratch.copies) return run_targets(job, options, upstream, rows, scratch, logits, probabilities, gradient, probabilities_gradient);
+    if constexpr (!is_half<T> && !is_half<P>)
+        if (!scratch.copies) return run_targets(job, options, upstream, rows, scratch, logits, probabilities, gradient, probabilities_gradient);
     const int64_t width = copy_width(job.num_classes), g = rows.gradient_offset[0], g_t = rows.probabilities_gradient_offset[0];
     float *f = scratch.copies, *t = f + rows.size * width;
     copy_in(logits + rows.offset[0], job.logits_strides, rows.size, job.num_classes, width, f);
@@ -1122,7 +1133,7 @@ HOT void load_tile(const T* from, const int64_t* strides, int64_t num_classes, f
             const bool whole = strides[1] == 1 && p + kWidth <= rows.size;
             for (int64_t c = first; !whole && c < last; ++c)
                 for (int64_t i = p; i < p + kWidth; ++i) tile[c * lanes + i] = i < rows.size ? load(from[c * strides[2] + i * strides[1]]) : 0.0f;
-            const Mask y = load_mask(rows.y + p);
+            const Mask y = load_as<Mask>(rows.y + p);
             Floats most = load_vector(rows.max + p), least = load_vector(min + p);
             for (int64_t c = first; c < last; ++c) {
                 const Floats x = whole ? load_vector(from + c * strides[2] + p) : load_vector(tile + c * lanes + p);
@@ -1140,7 +1151,8 @@ HOT void load_tile(const T* from, const int64_t* strides, int64_t num_classes, f
 
 // The sums over a few classes of a vector of rows, added to theirs. In a plain tile only targets are masked.
 template <bool plain>
-HOT void gather_tile(const float* RESTRICT tile, const float* RESTRICT w, int64_t lanes, int64_t num_classes, float* RESTRICT exp_z, int64_t p, Rows& rows) {
+HOT void gather_tile(const float* RESTRICT tile, const float* RESTRICT w, int64_t lanes, int64_t num_classes, float* RESTRICT exp_z,
+                     int64_t p, Rows& rows) {
     const Floats max = load_vector(rows.max + p), shift = select(max == -kInf, Floats{}, max);
     Floats s = {}, t = {}, a = {}, k = {}, b = {}, bz = {};
     for (int64_t c = 0; c < num_classes; ++c) {
@@ -1171,10 +1183,11 @@ void gather_rows_of_tile(const float* tile, const float* min, const float* w, in
     const int64_t lanes = padded(rows.size);
     bool plain = true;
     for (int64_t p = 0; p < rows.size; ++p) plain = plain && (rows.y[p] == kIgnored || min[p] - rows.max[p] >= kLow);
+    const auto gather = plain ? gather_tile<true> : gather_tile<false>;
     for (int64_t from = 0; from < num_classes; from += kTileBlock) {
         const int64_t n = num_classes - from < kTileBlock ? num_classes - from : kTileBlock;
         for (int64_t p = 0; p < lanes; p += kWidth)
-            (plain ? gather_tile<true> : gather_tile<false>)(tile + from * lanes + p, w ? w + from : nullptr, lanes, n, exp_z + from * lanes + p, p, rows);
+            gather(tile + from * lanes + p, w ? w + from : nullptr, lanes, n, exp_z + from * lanes + p, p, rows);
     }
     for (int64_t p = 0; p < lanes; ++p) {
         rows.plain[p] = plain;
@@ -1197,8 +1210,9 @@ HOT void scatter_tile(const float* RESTRICT tile, const float* RESTRICT exp_z, c
             const bool whole = strides[1] == 1 && p + kWidth <= rows.size;
             const Floats max = load_vector(rows.max + p), scale = load_vector(rows.inv_sum_exp + p), mean_z = load_vector(rows.mean_z + p);
             const Floats g_e = load_vector(rows.g_e + p), g_q = load_vector(rows.g_q + p), g_a = load_vector(rows.g_a + p);
-            const Floats inv_count = load_vector(rows.inv_count + p), dense = load_vector(rows.dense + p), on_target = load_vector(rows.on_target + p);
-            const Mask y = load_mask(rows.y + p), live = load_mask(rows.live + p) != 0;
+            const Floats inv_count = load_vector(rows.inv_count + p), dense = load_vector(rows.dense + p);
+            const Floats on_target = load_vector(rows.on_target + p);
+            const Mask y = load_as<Mask>(rows.y + p), live = load_as<Mask>(rows.live + p) != 0;
             Floats at_max = load_vector(rows.at_max + p);
             for (int64_t c = first; c < last; ++c) {
                 const Floats x = load_vector(tile + c * lanes + p), z = x - max;
@@ -1236,7 +1250,10 @@ double run_tile(const Job& job, const Options& options, double upstream, Rows& r
         resume(job, rows);
     }
     if (!job.gradient) return sum;
-    const auto scatter = !gather ? scatter_tile<AGAIN, T> : w ? scatter_tile<WEIGHTED, T> : rows.plain[0] ? scatter_tile<PLAIN, T> : scatter_tile<MASKED, T>;
+    const auto scatter = !gather         ? scatter_tile<AGAIN, T>
+                         : w             ? scatter_tile<WEIGHTED, T>
+                         : rows.plain[0] ? scatter_tile<PLAIN, T>
+                                         : scatter_tile<MASKED, T>;
     scatter(scratch.block, scratch.exp_z, w, num_classes, rows, job.gradient_strides, static_cast<T*>(job.gradient) + rows.gradient_offset[0]);
     return sum;
 }
@@ -1275,15 +1292,16 @@ int64_t run(const Job& job) {
     const bool apart = !(job.logits_strides[2] == 1 && (!job.gradient || job.gradient_strides[2] == 1) &&
                          (!soft || job.probabilities_strides[2] == 1) &&
                          (!job.probabilities_gradient || job.probabilities_gradient_strides[2] == 1));
-    const bool tiled = apart && !soft && job.inner >= kLanes && num_classes <= kTile / kLanes, copied = apart && !tiled;
-    const int64_t least = apart ? kLanes : 1;
+    const bool tiled = apart && !soft && job.inner >= kLanes && num_classes <= kTile / kLanes;
+    const bool copied = (apart && !tiled) || (soft && (is_half<T> || job.probabilities_dtype == FLOAT16));
+    const int64_t least = tiled || copied ? kLanes : 1;
     int64_t rows_a_task = (tiled ? kTile : kElementsATask) / (num_classes > 0 ? num_classes : 1);
     rows_a_task = rows_a_task < least ? least : rows_a_task > kRows ? kRows : rows_a_task;
     if (rows_a_task > kLanes) rows_a_task = rows_a_task / kLanes * kLanes;
     // a tile, and what is copied together, lies within one outer row
-    if (apart && rows_a_task > job.inner) rows_a_task = job.inner < 1 ? 1 : job.inner;
-    const int64_t span = apart ? job.inner : num_rows, tasks_a_span = (span + rows_a_task - 1) / rows_a_task;
-    const int64_t num_tasks = (apart ? job.outer : 1) * tasks_a_span;
+    if ((tiled || copied) && rows_a_task > job.inner) rows_a_task = job.inner < 1 ? 1 : job.inner;
+    const int64_t span = tiled || copied ? job.inner : num_rows, tasks_a_span = (span + rows_a_task - 1) / rows_a_task;
+    const int64_t num_tasks = (tiled || copied ? job.outer : 1) * tasks_a_span;
     int64_t num_threads = num_rows * num_classes / kElementsAThread;
     num_threads = num_threads < 1 ? 1 : num_threads > job.num_threads ? job.num_threads : num_threads;
     num_threads = num_threads > num_tasks ? num_tasks : num_threads;
@@ -1294,7 +1312,7 @@ int64_t run(const Job& job) {
     const int64_t exp_size = job.gradient || soft || tiled ? row_length : kBlock, weight_size = options.weighted_smoothing ? lanes : 0;
     const int64_t rows_size = padded(sizeof(Rows) / sizeof(float) + 1), others_size = soft ? padded(rows_a_task * sizeof(Others) / sizeof(float)) : 0;
     const int64_t copies_size = copied ? 2 * rows_a_task * copy_width(num_classes) : 0, soft_size = soft ? block_size + kBlock : 0;
-    const int64_t edges_size = tiled ? 0 : rows_a_task * edge_size_of(num_classes);
+    const int64_t edges_size = tiled ? 0 : rows_a_task * Edges::stride(num_classes);
     const int64_t scratch_size = exp_size + edges_size + block_size + rows_size + others_size + copies_size + soft_size;
     double* sums = static_cast<double*>(std::calloc(static_cast<size_t>(num_tasks + 1), sizeof(double)));
     void* allocated = std::malloc(static_cast<size_t>(num_threads * scratch_size + weight_size) * sizeof(float) + kAlignment);
@@ -1323,7 +1341,8 @@ int64_t run(const Job& job) {
         float* mine = memory + thread * scratch_size;
         float *edges = mine + exp_size, *block = edges + edges_size, *rows_at = block + block_size, *others = rows_at + rows_size;
         float *copies = others + others_size, *shares = copies + copies_size;
-        Scratch scratch = {mine, edges, block, weight, shares, shares + block_size, copied ? copies : nullptr, reinterpret_cast<Others*>(others)};
+        Scratch scratch = {mine,   edges, block, weight, shares, shares + block_size, copied ? copies : nullptr,
+                           reinterpret_cast<Others*>(others)};
         // in the scratch too, where it is aligned; aligning it on the stack costs more than it saves
         Rows& rows = *reinterpret_cast<Rows*>(rows_at);
 #pragma omp for schedule(static)
@@ -1348,10 +1367,12 @@ int64_t run(const Job& job) {
                 rows.max[p] = -kInf;
                 rows.sum_exp[p] = rows.sum_exp_z[p] = rows.sum_z[p] = rows.count[p] = rows.sum_weight[p] = rows.sum_weight_z[p] = 0;
             }
-            sums[task] = soft && job.probabilities_are_bfloat16 ? run_probabilities<T, BFloat16>(job, options, upstream, rows, scratch)
-                         : soft                                 ? run_probabilities<T, float>(job, options, upstream, rows, scratch)
-                         : tiled                                ? run_tile<T>(job, options, upstream, rows, scratch)
-                                                                : run_indices<T>(job, options, upstream, rows, scratch);
+            const auto run_task = tiled                                 ? run_tile<T>
+                                  : !soft                               ? run_indices<T>
+                                  : job.probabilities_dtype == FLOAT16  ? run_probabilities<T, Half>
+                                  : job.probabilities_dtype == BFLOAT16 ? run_probabilities<T, BFloat16>
+                                                                        : run_probabilities<T, float>;
+            sums[task] = run_task(job, options, upstream, rows, scratch);
         }
     }
     double sum = 0;  // in the order of the rows, for any number of threads
@@ -1365,6 +1386,8 @@ int64_t run(const Job& job) {
 }  // namespace
 
 // Returns -1 for success, -2 without memory, or else the first row whose label is out of range (nothing was written).
-EXPORT int64_t CONCATENATE(largemargin_run_, LARGEMARGIN_ISA)(const Job* job) { return job->is_bfloat16 ? run<BFloat16>(*job) : run<float>(*job); }
+EXPORT int64_t CONCATENATE(largemargin_run_, LARGEMARGIN_ISA)(const Job* job) {
+    return job->dtype == FLOAT16 ? run<Half>(*job) : job->dtype == BFLOAT16 ? run<BFloat16>(*job) : run<float>(*job);
+}
 
 #endif
