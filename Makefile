@@ -41,6 +41,7 @@ format: $(READY) ## format the code
 
 bench: $(READY) ## time, memory and accuracy beside torch's cross-entropy: results/bench/, docs/performance.md and the tables of docs/scaling.md; 10 minutes
 	$(BIN)/python benchmarks/time_cpu.py
+	$(BIN)/python benchmarks/floor_cpu.py
 	$(BIN)/python benchmarks/memory_cpu.py
 	$(BIN)/python benchmarks/surface.py
 	$(BIN)/python benchmarks/accuracy.py

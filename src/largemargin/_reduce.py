@@ -19,13 +19,13 @@ class Labels(NamedTuple):
     @classmethod
     def of(cls, target: Tensor, num_classes: int, ignore_index: int) -> "Labels":
         """``target`` is int64. A label out of range raises if reading the labels is free."""
-        reads = _checks.can_look_at(target)
-        if reads and target.numel():
-            low, high = (int(bound) for bound in torch.aminmax(target))
+        looked_at = _checks.can_look_at(target)
+        if looked_at and target.numel():  # most batches need but these two numbers
+            low, high = (int(label) for label in target.aminmax())
             if 0 <= low and high < num_classes and not low <= ignore_index <= high:
                 return cls(target, None)
         ignored = target == ignore_index
-        if reads:
+        if looked_at:
             _checks.check_range(target, num_classes, ignore_index)
             return cls(torch.where(ignored, IGNORED, target), None)
         in_range = (target >= 0) & (target < num_classes)

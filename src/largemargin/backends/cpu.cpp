@@ -2,10 +2,11 @@
 // calls this file. Symbols: f the logits, y the target, z = f - max over the non-targets, q their softmax.
 //
 // In both layouts a row takes three steps:
-//   gather   one pass over the logits: e^z, kept for the gradient, and the sums S = sum e^z, T = sum e^z z, A = sum z, K = sum 1
+//   gather   the largest and the smallest logit, then e^z, kept for the gradient, and the sums S = sum e^z, T = sum e^z z, A = sum z
 //   finish   a handful of numbers a row: the statistics, the loss, and the coefficients of the gradient
 //   scatter  one pass: gradient_c = q_c (g_e (z_c - E_q z) + g_q) + g_a (1/K - q_c) - dense w_c off the target, on_target on it
-// An element costs one exp. If the statistics are given (`state`), the gradient is a scatter alone.
+// An element costs one exp. If the statistics are given (`state`), the gradient is a scatter alone. A plain row, without masked classes and
+// without e^z = 0, takes loops of its own: they check nothing.
 //
 // Class probabilities make every class a target. Then y is the class j with the largest logit, and two steps are added: a pass before the
 // gather that finds j, and one after it that sums over all other targets (rows/all_classes.py explains the maths).
@@ -25,6 +26,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #if defined(_WIN32)
 #define EXPORT extern "C" __declspec(dllexport)
@@ -41,7 +45,7 @@ struct Job {
     void* gradient;         // null: no gradient; may be the logits themselves
     const int64_t* target;  // one per row; statistics also take -1, ignored, and -2, a class of the row that is not here
     int64_t ignore_index;
-    int32_t is_bfloat16, num_threads;
+    int32_t dtype, num_threads;
     // statistics: each null or one number per row
     float* stats[6];        // log_odds, neg_entropy, mean_log_q, rho, spread, num_nontargets
     float* state;           // (3, rows): max, S, E_q z; written with the statistics, read with their gradients
@@ -50,7 +54,7 @@ struct Job {
     int64_t probabilities_strides[3], probabilities_gradient_strides[3];
     const void* probabilities;
     void* probabilities_gradient;  // or null
-    int32_t probabilities_are_bfloat16;
+    int32_t probabilities_dtype;
     // loss
     const float* weight;  // one per class, or null
     float* losses;        // one per row, or null
@@ -63,6 +67,7 @@ struct Job {
 };
 
 enum Kind { STATISTICS = 0, STATISTICS_GRADIENT = 1, LOSS = 2 };
+enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum Divergence { SYMMETRIC = 0, KL_QU = 1, KL_UQ = 2 };
 
 #ifndef LARGEMARGIN_ISA
@@ -73,7 +78,7 @@ EXPORT int64_t largemargin_sizeof_job() { return sizeof(Job); }
 EXPORT int64_t largemargin_offset_of(const char* name) {
 #define FIELD(named, field) if (!std::strcmp(name, #named)) return offsetof(Job, field)
 #define SAME(field) FIELD(field, field)
-    SAME(outer); SAME(inner); SAME(num_classes); SAME(logits); SAME(gradient); SAME(target); SAME(ignore_index); SAME(is_bfloat16);
+    SAME(outer); SAME(inner); SAME(num_classes); SAME(logits); SAME(gradient); SAME(target); SAME(ignore_index); SAME(dtype);
     FIELD(outer_stride, logits_strides[0]); FIELD(inner_stride, logits_strides[1]); FIELD(class_stride, logits_strides[2]);
     FIELD(gradient_outer_stride, gradient_strides[0]); FIELD(gradient_inner_stride, gradient_strides[1]);
     FIELD(gradient_class_stride, gradient_strides[2]); SAME(num_threads); SAME(state); SAME(weight); SAME(losses); SAME(row_upstream);
@@ -82,7 +87,7 @@ EXPORT int64_t largemargin_offset_of(const char* name) {
     FIELD(probabilities_gradient_outer_stride, probabilities_gradient_strides[0]);
     FIELD(probabilities_gradient_inner_stride, probabilities_gradient_strides[1]);
     FIELD(probabilities_gradient_class_stride, probabilities_gradient_strides[2]);
-    SAME(probabilities); SAME(probabilities_gradient); SAME(probabilities_are_bfloat16);
+    SAME(probabilities); SAME(probabilities_gradient); SAME(probabilities_dtype);
     FIELD(log_odds, stats[0]); FIELD(neg_entropy, stats[1]); FIELD(mean_log_q, stats[2]); FIELD(rho, stats[3]); FIELD(spread, stats[4]);
     FIELD(num_nontargets, stats[5]); FIELD(log_odds_grad, grads[0]); FIELD(neg_entropy_grad, grads[1]); FIELD(mean_log_q_grad, grads[2]);
     FIELD(rho_grad, grads[3]); SAME(upstream); SAME(lam); SAME(hard_bias); SAME(label_smoothing); SAME(reduced); SAME(divergence);
@@ -96,7 +101,7 @@ EXPORT const char* largemargin_isa() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
         return "avx512";
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return "avx2";
 #endif
     return "baseline";
 }
@@ -107,76 +112,193 @@ namespace {
 
 constexpr int64_t kBlock = 1024;           // classes summed in float32 before the sum goes to float64
 constexpr int64_t kTileBlock = 128;        // the same for tiles
+constexpr int64_t kShort = 256;            // rows up to this many classes are copied as a whole
 constexpr int64_t kAlignment = 64;          // bytes: a vector across two cache lines costs two accesses
-constexpr int64_t kTileClasses = 512;       // classes of a tile; for longer rows the gradient computes e^z again
+constexpr int64_t kTile = 1 << 16;          // the most logits of a tile
 constexpr int64_t kRows = 128;              // the most rows finished together
 constexpr int64_t kLanes = 16;             // loops run over multiples of this many elements, to have no scalar remainder
-constexpr int64_t kElementsATask = 4096;   // rows are finished together up to this many elements
+constexpr int64_t kElementsATask = 16384;   // rows are finished together up to this many elements
 constexpr int64_t kElementsAThread = 4096;
 constexpr int64_t kHugePages = 8 << 20;    // gradients from this many bytes ask for huge pages
 constexpr float kInf = INFINITY;
 constexpr int32_t kIgnored = -1, kElsewhere = -2;  // targets that are not an index, as in rowstats.py
 
 // Hot loops are separate functions: compilers leave some loops scalar if they inline or clone them.
-#if defined(_MSC_VER)
-#define HOT static __declspec(noinline)
-#define RESTRICT __restrict
-#elif defined(__clang__)
+#if defined(__clang__)
 #define HOT __attribute__((noinline)) static
-#define RESTRICT __restrict__
 #else
 #define HOT __attribute__((noinline, noclone)) static
-#define RESTRICT __restrict__
 #endif
+#define RESTRICT __restrict__
 
 inline int64_t copy_width(int64_t num_classes) { return (num_classes + kLanes - 1) / kLanes * kLanes + kLanes; }  // no power of two
 inline int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-inline float as_float(uint32_t bits) {
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
+template <class To, class From>
+inline To bits_as(From from) {
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
 }
 
-inline uint32_t as_bits(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return bits;
+// Vectors of the width of a register. The hottest loops are written with them: compilers would use half of the register for 16-bit numbers,
+// and would add up the lanes one after the other. Scalar functions that loops inline are templates, for vectors too.
+#if defined(__AVX512F__)
+constexpr int64_t kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int64_t kWidth = 8;
+#else
+constexpr int64_t kWidth = 4;
+#endif
+typedef float Floats __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
+typedef int32_t Mask __attribute__((vector_size(4 * kWidth)));
+typedef uint16_t Shorts __attribute__((vector_size(2 * kWidth)));
+
+inline float as_float(uint32_t bits) { return bits_as<float>(bits); }
+inline Floats as_float(Words bits) { return bits_as<Floats>(bits); }
+inline uint32_t as_bits(float x) { return bits_as<uint32_t>(x); }
+inline Words as_bits(Floats x) { return bits_as<Words>(x); }
+inline float select(bool which, float a, float b) { return which ? a : b; }
+inline uint32_t select(bool which, uint32_t a, uint32_t b) { return which ? a : b; }
+inline Floats select(Mask which, Floats a, Floats b) { return which ? a : b; }
+inline Words select(Mask which, Words a, Words b) { return which ? a : b; }
+inline Floats all(float x) { return x - Floats{}; }
+inline float larger(float a, float b) { return a > b ? a : b; }  // NaN gives b
+inline float smaller(float a, float b) { return a < b ? a : b; }
+
+template <class V>
+inline auto rounded_bfloat16(V x) {  // to nearest, ties to even; NaN stays NaN
+    const auto bits = as_bits(x);
+    return select(x == x, (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, bits - bits + 0x7fc0u);
 }
+
+// What compilers take too many steps for: NaN in larger() and smaller() gives b; narrowed() takes numbers below 2^16.
+#if defined(__AVX512F__)
+inline Floats larger(Floats a, Floats b) { return bits_as<Floats>(_mm512_max_ps(bits_as<__m512>(a), bits_as<__m512>(b))); }
+inline Floats smaller(Floats a, Floats b) { return bits_as<Floats>(_mm512_min_ps(bits_as<__m512>(a), bits_as<__m512>(b))); }
+inline Words widened(Shorts x) { return bits_as<Words>(_mm512_cvtepu16_epi32(bits_as<__m256i>(x))); }
+inline Shorts narrowed(Words x) { return bits_as<Shorts>(_mm512_cvtepi32_epi16(bits_as<__m512i>(x))); }
+inline Floats from_half(Shorts x) { return bits_as<Floats>(_mm512_cvtph_ps(bits_as<__m256i>(x))); }
+inline Shorts to_half(Floats x) { return bits_as<Shorts>(_mm512_cvtps_ph(bits_as<__m512>(x), _MM_FROUND_TO_NEAREST_INT)); }
+#elif defined(__AVX2__)
+inline Floats larger(Floats a, Floats b) { return bits_as<Floats>(_mm256_max_ps(bits_as<__m256>(a), bits_as<__m256>(b))); }
+inline Floats smaller(Floats a, Floats b) { return bits_as<Floats>(_mm256_min_ps(bits_as<__m256>(a), bits_as<__m256>(b))); }
+inline Words widened(Shorts x) { return bits_as<Words>(_mm256_cvtepu16_epi32(bits_as<__m128i>(x))); }
+inline Shorts narrowed(Words x) {
+    const __m256i bits = bits_as<__m256i>(x);
+    return bits_as<Shorts>(_mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1)));
+}
+inline Floats from_half(Shorts x) { return bits_as<Floats>(_mm256_cvtph_ps(bits_as<__m128i>(x))); }
+inline Shorts to_half(Floats x) { return bits_as<Shorts>(_mm256_cvtps_ph(bits_as<__m256>(x), _MM_FROUND_TO_NEAREST_INT)); }
+#else
+inline Floats larger(Floats a, Floats b) { return select(a > b, a, b); }
+inline Floats smaller(Floats a, Floats b) { return select(a < b, a, b); }
+inline Words widened(Shorts x) { return __builtin_convertvector(x, Words); }
+inline Shorts narrowed(Words x) { return __builtin_convertvector(x, Shorts); }
+inline Floats from_half(Shorts x) {
+    const Words bits = widened(x), size = (bits & 0x7fffu) << 13;
+    const Mask special = bits_as<Mask>(size) >= 0x0f800000;  // infinity and NaN
+    return as_float(as_bits(as_float(size) * 0x1p112f) | (bits_as<Words>(special) & 0x7f800000u) | (bits & 0x8000u) << 16);
+}
+inline Shorts to_half(Floats x) {  // to nearest, ties to even
+    const Words bits = as_bits(x), size = bits & 0x7fffffffu;
+    const Words normal = (size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13, subnormal = as_bits(as_float(size) + 0.5f) - 0x3f000000u;
+    const Mask compared = bits_as<Mask>(size);
+    const Words finite = select(compared < 0x38800000, subnormal, normal);
+    const Words large = 0x7c00u + (bits_as<Words>(compared > 0x7f800000) & 0x200u);  // infinity or NaN
+    return narrowed(select(compared >= 0x47800000, large, finite) | (bits & 0x80000000u) >> 16);
+}
+#endif
 
 struct BFloat16 {
     uint16_t bits;
 };
 
+struct Half {
+    uint16_t bits;
+};
+
+template <class T>
+constexpr bool is_half = false;
+template <>
+constexpr bool is_half<Half> = true;
+
+template <class X>
+inline X load_as(const void* from) {
+    X x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+
+inline Floats load_vector(const float* from) { return load_as<Floats>(from); }
+inline Floats load_vector(const BFloat16* from) { return as_float(widened(load_as<Shorts>(from)) << 16); }
+inline Floats load_vector(const Half* from) { return from_half(load_as<Shorts>(from)); }
+template <class X>
+inline void store_as(void* to, X x) { std::memcpy(to, &x, sizeof x); }
+inline void store_vector(float* to, Floats x) { store_as(to, x); }
+inline void store_vector(BFloat16* to, Floats x) { store_as(to, narrowed(rounded_bfloat16(x))); }
+inline void store_vector(Half* to, Floats x) { store_as(to, to_half(x)); }
+
 inline float load(float x) { return x; }
 inline float load(BFloat16 x) { return as_float(static_cast<uint32_t>(x.bits) << 16); }
+inline float load(Half x) { return from_half(Shorts{x.bits})[0]; }
 inline void store(float* to, float x) { *to = x; }
-inline void store(BFloat16* to, float x) {  // to nearest, ties to even; NaN stays NaN
-    uint32_t bits = as_bits(x);
-    uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    to->bits = static_cast<uint16_t>(x == x ? rounded : 0x7fc0u);
+inline void store(BFloat16* to, float x) { to->bits = static_cast<uint16_t>(rounded_bfloat16(x)); }
+inline void store(Half* to, float x) { to->bits = to_half(Floats{x})[0]; }
+
+// The lanes of a vector put together.
+inline float sum(Floats x) {
+    typedef float Four __attribute__((vector_size(16)));
+    Four parts[kWidth / 4], total = {};
+    std::memcpy(parts, &x, sizeof x);
+    for (Four part : parts) total += part;
+    return (total[0] + total[2]) + (total[1] + total[3]);
+}
+
+template <float (*of_two)(float, float)>
+inline float reduced(Floats x) {
+    float two[2] = {x[0], x[1]};
+    for (int64_t i = 2; i < kWidth; i += 2) two[0] = of_two(x[i], two[0]), two[1] = of_two(x[i + 1], two[1]);
+    return of_two(two[0], two[1]);
 }
 
 constexpr float kLow = -87.3365f;  // e^x is a normal number from here up
 
-inline float at_least(float low, float x) { return low > x ? low : x; }  // NaN stays NaN
+template <class V>
+inline V at_least(float low, V x) {  // NaN stays NaN
+    return larger(low - V{}, x);
+}
 
-// e^x for x <= 0, to 0.75 units in the last place. It is 0 below kLow unless the caller wants subnormal numbers; NaN stays NaN.
-// e^r = 1 + r + r^2 p(r), with p the Chebyshev fit on |r| <= log(2)/2 (error 8e-9).
-template <bool subnormal = false>
-inline float exp_(float x) {
+// y, with e^x = 2^n y for |x| < 105; n is in the low bits of `n_bits`. y = e^r = 1 + r + r^2 p(r), to 0.75 units in the last place, with p the
+// Chebyshev fit on |r| <= log(2)/2 (error 8e-9).
+template <class V, class B>
+inline V reduced_exp(V x, B& n_bits) {
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-    float clamped = subnormal ? at_least(-104.0f, x) : x;
-    float shifted = clamped * 1.44269504f + magic;
-    float n = shifted - magic;
-    float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-    float r2 = r * r;
-    float p = (0.001392692661f * r2 + (0.008363773874f * r + 0.04166655011f)) * r2 + (0.1666657338f * r + 0.5f);
-    float y = p * r2 + r + 1.0f;
-    if (!subnormal) return x < kLow ? 0.0f : y * as_float((as_bits(shifted) << 23) + (127u << 23));
+    const V shifted = x * 1.44269504f + magic, n = shifted - magic;
+    const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f, r2 = r * r;
+    const V p = (0.001392692661f * r2 + (0.008363773874f * r + 0.04166655011f)) * r2 + (0.1666657338f * r + 0.5f);
+    n_bits = as_bits(shifted);
+    return p * r2 + r + 1.0f;
+}
+
+// e^x for kLow <= x <= 0; NaN gives any number.
+template <class V>
+inline V plain_exp(V x) {
+    decltype(as_bits(x)) n;
+    const V y = reduced_exp(x, n);
+    return as_float(as_bits(y) + (n << 23));
+}
+
+// e^x for x <= 0. It is 0 below kLow unless the caller wants subnormal numbers; NaN stays NaN.
+template <bool subnormal = false, class V>
+inline V exp_(V x) {
+    decltype(as_bits(x)) n;
+    V y = reduced_exp(subnormal ? at_least(-104.0f, x) : x, n);
+    if (!subnormal) return select(x < kLow, V{}, y * as_float((n << 23) + (127u << 23)));
     // 2^n in two factors: one alone is not a normal number
-    y = y * as_float((as_bits(shifted) << 23) + (191u << 23)) * as_float(63u << 23);
-    return x < -104.0f ? 0.0f : y;
+    y = y * as_float((n << 23) + (191u << 23)) * as_float(63u << 23);
+    return select(x < -104.0f, V{}, y);
 }
 
 // log x for normal x > 0; NaN and +inf give NaN. log m = 2 artanh((m - 1) / (m + 1)), sqrt(1/2) <= m < sqrt(2).
@@ -214,32 +336,9 @@ inline Softplus hard_term(float d, float S) {
 }
 
 // z clamped for products with e^z, which is 0 below the clamp, because 0 * inf is NaN.
-inline float near(float z) { return at_least(kLow, z); }
-
-// The sums over a set of non-target classes; merge() as in rowstats.py.
-struct Record {
-    float max;
-    double sum_exp, sum_exp_z, sum_z, count, sum_weight, sum_weight_z;
-};
-
-inline Record empty_record() { return {-kInf, 0, 0, 0, 0, 0, 0}; }
-
-inline Record merge(const Record& a, const Record& b) {
-    if (b.count == 0) return a;
-    if (a.count == 0) return b;
-    float max = a.max > b.max ? a.max : b.max;
-    Record sum = {max, 0, 0, 0, 0, 0, 0};
-    const Record* parts[] = {&a, &b};
-    for (const Record* part : parts) {
-        double d = static_cast<double>(part->max) - max, scale = std::exp(d);
-        sum.sum_exp += scale * part->sum_exp;
-        sum.sum_exp_z += scale * part->sum_exp_z + (scale == 0 ? 0 : scale * d) * part->sum_exp;
-        sum.sum_z += part->sum_z + d * part->count;
-        sum.count += part->count;
-        sum.sum_weight += part->sum_weight;
-        sum.sum_weight_z += part->sum_weight_z + d * part->sum_weight;
-    }
-    return sum;
+template <class V>
+inline V near(V z) {
+    return at_least(kLow, z);
 }
 
 // Rows finished together: the results of gather and the inputs of scatter. Each quantity has its own array, so loops over rows vectorise.
@@ -255,21 +354,8 @@ struct Rows {
     float g_e[kRows], g_q[kRows], g_a[kRows], dense[kRows], on_target[kRows], at_max[kRows];
     int32_t live[kRows];  // if 0, the gradient is 0 except for on_target
     float losses[kRows];
-    int64_t size, first;  // the rows [first, first + size)
-
-    Record record(int64_t p) const {
-        return {max[p], sum_exp[p], sum_exp_z[p], sum_z[p], count[p], sum_weight[p], sum_weight_z[p]};
-    }
-
-    void set_record(int64_t p, const Record& record) {
-        max[p] = record.max;
-        sum_exp[p] = record.sum_exp;
-        sum_exp_z[p] = record.sum_exp_z;
-        sum_z[p] = record.sum_z;
-        count[p] = record.count;
-        sum_weight[p] = record.sum_weight;
-        sum_weight_z[p] = record.sum_weight_z;
-    }
+    int32_t plain[kRows];  // no class is masked, and e^z > 0 for all
+    int64_t size, first;   // the rows [first, first + size)
 };
 
 // The statistics of a row from its record, as finish() in rowstats.py.
@@ -292,12 +378,13 @@ inline Stats statistics(const Rows& rows, int64_t p) {
             static_cast<float>(inv_count)};
 }
 
-// One element of the gradient, off the target.
-inline float element(float f, float q, float z, float mean_z, float g_e, float g_q, float g_a, float inv_count, float dense) {
-    float sparse = q * (g_e * (near(z) - mean_z) + g_q);
+// One element of the gradient, off the target. In a plain row no class is masked and no z below kLow.
+template <bool plain = false, class V, class C>
+inline V element(V f, V q, V z, C mean_z, C g_e, C g_q, C g_a, C inv_count, C dense) {
+    const V sparse = q * (g_e * ((plain ? z : near(z)) - mean_z) + g_q);
     // g_a is not added to g_q first: with one non-target class its term is exactly 0
-    float uniform = g_a * (inv_count - q) - dense;
-    return f == -kInf ? 0.0f : sparse + uniform;
+    const V value = sparse + (g_a * (inv_count - q) - dense);
+    return plain ? value : select(f == -kInf, V{}, value);
 }
 
 // What the loss of a target that is not the largest logit is made of, beside a hard bias; each has all before it. Its softmax loss is
@@ -486,12 +573,12 @@ void resume(const Job& job, Rows& rows) {
 }
 
 struct Scratch {
-    float* exp_z;      // e^z of the current rows, relative to the maximum of each block
-    float* block;      // the logits of one block or tile, the target masked
-    float* block_max;  // the maximum of every block of the current rows
+    float* exp_z;         // e^z of the current rows
+    float* edges;         // of the current rows
+    float* block;         // the logits of a tile, or with probabilities of one block, or of the rows together
     const float* weight;  // of the classes, padded
     // for probabilities
-    float* shares;   // of one block, or of the rows together
+    float* shares;   // as the block
     float* values;   // of the gradient of a block
     float* copies;   // of rows whose classes are not neighbours: logits, then probabilities
     Others* others;  // of the current rows
@@ -499,95 +586,102 @@ struct Scratch {
 
 // ---- rows whose classes are neighbours in memory
 
-// The records of `num_blocks` consecutive blocks of `lanes` classes in x; w, if given, holds the weights of all of them.
-HOT void gather_blocks(const float* RESTRICT x, const float* RESTRICT w, float* RESTRICT exp_z, int64_t num_blocks, int64_t lanes,
-                       Record* RESTRICT records) {
-    for (int64_t i = 0; i < num_blocks; ++i) {  // a separate loop, so that the sums of a block need not wait for its maximum
-        float max = -kInf;                      // skips NaN, which makes every sum below NaN
-#pragma omp simd reduction(max : max)
-        for (int64_t c = 0; c < lanes; ++c) max = x[i * lanes + c] > max ? x[i * lanes + c] : max;
-        records[i].max = max;
+// The largest and the smallest of some logits, lane by lane, without NaN.
+struct Range {
+    Floats max, min;
+};
+
+template <class T>
+HOT void widen(const T* f, int64_t n, Range& range) {
+    Floats max = range.max, min = range.min;
+    for (int64_t c = 0; c < n; c += kWidth) {
+        const Floats x = load_vector(f + c);
+        max = larger(x, max);
+        min = smaller(x, min);
     }
-    for (int64_t i = 0; i < num_blocks; ++i, x += lanes, exp_z += lanes) {
-        const float max = records[i].max, shift = max == -kInf ? 0.0f : max;
-        float s = 0, t = 0, a = 0, k = 0;
-#pragma omp simd reduction(+ : s, t, a, k)
-        for (int64_t c = 0; c < lanes; ++c) {
-            const float z = x[c] - shift, near_z = near(z);
-            const bool present = x[c] != -kInf;
-            const float e = exp_(z);
-            exp_z[c] = e;
+    range = {max, min};
+}
+
+// Sums over some non-target classes, with z = f - shift.
+struct Sums {
+    double exp_z, exp_z_z, z;
+};
+
+template <bool plain, class T>
+HOT void gather_classes(const T* RESTRICT f, float shift, int64_t n, float* RESTRICT exp_z, bool keep_exp, Sums& sums) {
+    for (int64_t left = n; left > 0; left -= kBlock, f += kBlock, exp_z += keep_exp ? kBlock : 0) {
+        const int64_t size = left < kBlock ? left : kBlock;
+        Floats s = {}, t = {}, a = {};
+        for (int64_t c = 0; c < size; c += kWidth) {
+            const Floats x = load_vector(f + c), z = x - shift, e = plain ? plain_exp(z) : exp_(z);
+            store_vector(exp_z + c, e);
             s += e;
-            t += e * near_z;
-            a += present ? z : 0.0f;
-            k += present ? 1.0f : 0.0f;
+            t += e * (plain ? z : near(z));
+            a += plain ? z : select(x == -kInf, Floats{}, z);
         }
-        records[i] = {max, s, t, a, k, k, a};
-        if (!w) continue;
-        float b = 0, bz = 0;
-#pragma omp simd reduction(+ : b, bz)
-        for (int64_t c = 0; c < lanes; ++c) {
-            const float weight = x[c] == -kInf ? 0.0f : w[c], z = x[c] == -kInf ? 0.0f : x[c] - shift;
-            b += weight;
-            bz += weight * z;
-        }
-        records[i].sum_weight = b;
-        records[i].sum_weight_z = bz;
+        sums.exp_z += sum(s);
+        sums.exp_z_z += sum(t);
+        sums.z += sum(a);
     }
+}
+
+// The number of classes of a row beside its target, and their summed weights.
+template <class T>
+HOT void count_classes(const T* f, const float* w, int64_t num_classes, int64_t y, float shift, double& count, double& sum_weight,
+                       double& sum_weight_z) {
+    double k = 0, b = 0, bz = 0;
+#pragma omp simd reduction(+ : k, b, bz)
+    for (int64_t c = 0; c < num_classes; ++c) {
+        const float x = load(f[c]);
+        const bool present = x != -kInf && c != y;
+        const double weight = present ? (w ? w[c] : 1.0f) : 0.0f;
+        k += present ? 1.0 : 0.0;
+        b += weight;
+        bz += weight * (present ? x - shift : 0.0f);
+    }
+    count = k, sum_weight = b, sum_weight_z = bz;
 }
 
 // The n logits of a block, the target masked, padded with absent classes.
 template <class T>
 HOT void load_block(const T* RESTRICT from, int64_t n, int64_t target, float* RESTRICT to) {
-    const int64_t whole = n / kLanes * kLanes;
 #pragma omp simd
-    for (int64_t c = 0; c < whole; ++c) to[c] = load(from[c]);
-    for (int64_t c = whole; c < n; ++c) to[c] = load(from[c]);
+    for (int64_t c = 0; c < n; ++c) to[c] = load(from[c]);
     for (int64_t c = n; c < padded(n); ++c) to[c] = -kInf;
     if (target >= 0 && target < n) to[target] = -kInf;
 }
 
-template <class T, bool have_exp, bool weighted>
-HOT void scatter_lanes(const Rows& rows, int64_t p, const T* f, const float* exp_z, const float* w, float scale, int64_t lanes, T* gradient) {
-    const float max = rows.max[p], mean_z = rows.mean_z[p], inv_count = rows.inv_count[p];
+enum Way { PLAIN, MASKED, WEIGHTED, AGAIN };  // rows: plain; any; any, with smoothed weights; any, without e^z
+
+template <Way way, class T>
+HOT void scatter_classes(const Rows& rows, int64_t p, const T* f, const float* exp_z, const float* w, int64_t n, T* gradient) {
+    const float max = rows.max[p], mean_z = rows.mean_z[p], inv_count = rows.inv_count[p], scale = rows.inv_sum_exp[p];
     const float g_e = rows.g_e[p], g_q = rows.g_q[p], g_a = rows.g_a[p], dense = rows.dense[p];
-    lanes = padded(lanes);
-#pragma omp simd  // f and gradient may be the same memory: the loop reads element c before it writes it
-    for (int64_t c = 0; c < lanes; ++c) {
-        const float x = load(f[c]), z = x - max, q = (have_exp ? exp_z[c] : exp_(z)) * scale;
-        store(gradient + c, element(x, q, z, mean_z, g_e, g_q, g_a, inv_count, weighted ? dense * w[c] : dense));
+    for (int64_t c = 0; c < n; c += kWidth) {  // f and gradient may be the same memory: the loop reads an element before it writes it
+        const Floats x = load_vector(f + c), z = x - max, q = (way == AGAIN ? exp_(z) : load_vector(exp_z + c)) * scale;
+        const Floats each = way == WEIGHTED ? dense * load_vector(w + c) : all(dense);
+        store_vector(gradient + c, element<way == PLAIN>(x, q, z, all(mean_z), all(g_e), all(g_q), all(g_a), all(inv_count), each));
     }
 }
 
 template <class T>
-void scatter_block(const Rows& rows, int64_t p, const T* f, const float* exp_z, const float* w, float scale, int64_t lanes, T* gradient) {
-    if (!exp_z) scatter_lanes<T, false, false>(rows, p, f, exp_z, w, scale, lanes, gradient);
-    else if (!w) scatter_lanes<T, true, false>(rows, p, f, exp_z, w, scale, lanes, gradient);
-    else scatter_lanes<T, true, true>(rows, p, f, exp_z, w, scale, lanes, gradient);
-}
-
-// `scale` for e^z of a block, which is relative to the maximum of the block.
-inline float of_block(float scale, float block_max, float max) { return block_max == max ? scale : scale * std::exp(block_max - max); }
-
-template <class T>
-void scatter_row(const Rows& rows, int64_t p, const T* f, const float* w, int64_t num_classes, const float* exp_z, const float* block_max,
-                 T* gradient) {
-    const int64_t y = rows.y[p];
+void scatter_row(const Rows& rows, int64_t p, const T* f, const float* w, int64_t num_classes, const float* exp_z, T* gradient) {
+    const int64_t y = rows.y[p], whole = num_classes / kLanes * kLanes, rest = num_classes - whole;
     if (!rows.live[p]) {
         for (int64_t c = 0; c < num_classes; ++c) store(gradient + c, 0.0f);
         if (y >= 0) store(gradient + y, rows.on_target[p]);
         return;
     }
-    for (int64_t from = 0; from < num_classes; from += kBlock) {
-        const int64_t n = num_classes - from < kBlock ? num_classes - from : kBlock, whole = n / kLanes * kLanes, rest = n - whole;
-        const float scale = exp_z ? of_block(rows.inv_sum_exp[p], block_max[from / kBlock], rows.max[p]) : rows.inv_sum_exp[p];
-        const float *e = exp_z ? exp_z + from : nullptr, *v = w ? w + from : nullptr;
-        scatter_block(rows, p, f + from, e, v, scale, whole, gradient + from);
-        if (rest == 0) continue;
+    const auto scatter = !exp_z          ? scatter_classes<AGAIN, T>
+                         : w             ? scatter_classes<WEIGHTED, T>
+                         : rows.plain[p] ? scatter_classes<PLAIN, T>
+                                         : scatter_classes<MASKED, T>;
+    scatter(rows, p, f, exp_z, w, whole, gradient);
+    if (rest > 0) {
         T some[kLanes] = {}, values[kLanes];
-        std::memcpy(some, f + from + whole, static_cast<size_t>(rest) * sizeof(T));
-        scatter_block(rows, p, some, e ? e + whole : nullptr, v ? v + whole : nullptr, scale, kLanes, values);
-        std::memcpy(gradient + from + whole, values, static_cast<size_t>(rest) * sizeof(T));
+        std::memcpy(some, f + whole, static_cast<size_t>(rest) * sizeof(T));
+        scatter(rows, p, some, exp_z ? exp_z + whole : nullptr, w ? w + whole : nullptr, kLanes, values);
+        std::memcpy(gradient + whole, values, static_cast<size_t>(rest) * sizeof(T));
     }
     if (rows.at_max[p] != 0.0f) {  // the first class with the maximum gets the gradient of rho
         for (int64_t c = 0; c < num_classes; ++c) {
@@ -599,42 +693,87 @@ void scatter_row(const Rows& rows, int64_t p, const T* f, const float* w, int64_
     if (y >= 0) store(gradient + y, rows.on_target[p]);
 }
 
-// The records of the current rows about their targets, with e^z and the maximum of every block.
+// The edges of a row: the classes beside the target, those after the last whole vector, and all classes of a short row. They are copied, so
+// that the loops over all others meet no target and no end.
+struct Edges {
+    int64_t begin, end, whole, rest;  // the classes [begin, end), and the rest after the whole vectors
+
+    Edges(int64_t num_classes, int64_t y) : begin(0), end(num_classes / kLanes * kLanes), whole(end), rest(num_classes - whole) {
+        if (num_classes <= kShort) return;
+        begin = y >= 0 && y < whole ? y / kLanes * kLanes : whole;
+        end = begin < whole ? begin + kLanes : whole;
+    }
+    static int64_t stride(int64_t num_classes) { return num_classes <= kShort ? padded(num_classes) : 2 * kLanes; }
+    int64_t size() const { return end - begin; }
+    int64_t padded_size() const { return size() + (rest > 0 ? kLanes : 0); }
+};
+
+template <class T>
+inline void load_edges(const T* f, const Edges& edges, int64_t y, float* to) {
+    const int64_t size = edges.size();
+    for (int64_t c = 0; c < size; c += kWidth) store_vector(to + c, load_vector(f + edges.begin + c));
+    for (int64_t c = 0; edges.rest > 0 && c < kLanes; ++c) to[size + c] = c < edges.rest ? load(f[edges.whole + c]) : -kInf;
+    if (y >= 0) to[y < edges.end ? y - edges.begin : size + (y - edges.whole)] = -kInf;
+}
+
+// The sums of a row about its target, and e^z.
+template <class T>
+void gather_row(const T* f, int64_t num_classes, const float* w, bool keep_exp, const float* edge, float* exp_z, Rows& rows, int64_t p) {
+    const int64_t y = rows.y[p], has_target = y >= 0;
+    const Edges edges(num_classes, y);
+    const int64_t begin = edges.begin, end = edges.end, whole = edges.whole, size = edges.padded_size();
+    Range range = {all(-kInf), all(kInf)};
+    Floats present = {};
+    for (int64_t c = 0; c < size; c += kWidth) {
+        const Floats x = load_vector(edge + c);
+        range.max = larger(x, range.max);
+        range.min = smaller(select(x == -kInf, all(kInf), x), range.min);
+        present += select(x == -kInf, Floats{}, all(1.0f));
+    }
+    if (begin > 0) widen(f, begin, range);
+    if (whole > end) widen(f + end, whole - end, range);
+    const float max = reduced<larger>(range.max), shift = max == -kInf ? 0.0f : max;
+    const int64_t num_present = static_cast<int64_t>(sum(present));
+    const bool plain = num_present == edges.size() + edges.rest - has_target && reduced<smaller>(range.min) - max >= kLow;
+    alignas(kAlignment) float exp_edges[2 * kLanes];
+    const bool apart = num_classes > kShort;
+    Sums sums = {0, 0, 0};
+    gather_classes<false>(edge, shift, size, apart ? exp_edges : exp_z, false, sums);
+    const auto gather = plain ? gather_classes<true, T> : gather_classes<false, T>;
+    if (begin > 0) gather(f, shift, begin, exp_z, keep_exp, sums);
+    if (whole > end) gather(f + end, shift, whole - end, exp_z + (keep_exp ? end : 0), keep_exp, sums);
+    if (keep_exp && apart) {
+        std::memcpy(exp_z + begin, exp_edges, static_cast<size_t>(edges.size()) * sizeof(float));
+        std::memcpy(exp_z + whole, exp_edges + edges.size(), static_cast<size_t>(size - edges.size()) * sizeof(float));
+    }
+    rows.max[p] = max;
+    rows.plain[p] = plain;
+    rows.sum_exp[p] = sums.z == sums.z ? sums.exp_z : sums.z;  // NaN stays NaN
+    rows.sum_exp_z[p] = sums.exp_z_z;
+    rows.sum_z[p] = rows.sum_weight_z[p] = sums.z;
+    rows.count[p] = rows.sum_weight[p] = static_cast<double>(num_classes - has_target);
+    if (w || !plain) count_classes(f, w, num_classes, y, shift, rows.count[p], rows.sum_weight[p], rows.sum_weight_z[p]);
+}
+
+// The same for the current rows.
 template <class T>
 void gather_rows(const T* logits, int64_t num_classes, const float* w, bool keep_exp, Rows& rows, Scratch& scratch) {
-    const int64_t lanes = padded(num_classes), num_blocks = (num_classes + kBlock - 1) / kBlock;
-    Record records[kRows];
-    for (int64_t p = 0; p < rows.size; ++p) {
-        const int64_t y = rows.y[p];
+    const int64_t lanes = padded(num_classes), edge_size = Edges::stride(num_classes);
+    for (int64_t p = 0; p < rows.size; ++p) {  // a separate loop: what was stored in parts can be loaded as a whole only after a while
         const T* f = logits + rows.offset[p];
-        if (y >= 0) rows.target_logit[p] = load(f[y]);
-        if (num_blocks <= 1) {  // loads a few short rows first, and gathers them together
-            load_block(f, num_classes, y, scratch.block + p * lanes);
-            continue;
-        }
-        Record record = empty_record();
-        for (int64_t from = 0; y != kIgnored && from < num_classes; from += kBlock) {
-            const int64_t n = num_classes - from < kBlock ? num_classes - from : kBlock;
-            load_block(f + from, n, y - from, scratch.block);
-            gather_blocks(scratch.block, w ? w + from : nullptr, scratch.exp_z + (keep_exp ? p * lanes + from : 0), 1, padded(n), records);
-            scratch.block_max[p * num_blocks + from / kBlock] = records[0].max;
-            record = merge(record, records[0]);
-        }
-        rows.set_record(p, record);
+        load_edges(f, Edges(num_classes, rows.y[p]), rows.y[p], scratch.edges + p * edge_size);
+        if (rows.y[p] >= 0) rows.target_logit[p] = load(f[rows.y[p]]);
     }
-    if (num_blocks > 1) return;
-    gather_blocks(scratch.block, w, scratch.exp_z, rows.size, lanes, records);
     for (int64_t p = 0; p < rows.size; ++p) {
-        rows.set_record(p, records[p]);
-        scratch.block_max[p] = records[p].max;
+        if (rows.y[p] == kIgnored) continue;
+        float* exp_z = scratch.exp_z + (keep_exp ? p * lanes : 0);
+        gather_row(logits + rows.offset[p], num_classes, w, keep_exp, scratch.edges + p * edge_size, exp_z, rows, p);
     }
 }
 
 template <class T>
-double run_rows(const Job& job, const Options& options, double upstream, Rows& rows, Scratch& scratch) {
-    const int64_t num_classes = job.num_classes, lanes = padded(num_classes), num_blocks = (num_classes + kBlock - 1) / kBlock;
-    const T* logits = static_cast<const T*>(job.logits);
-    T* gradient = static_cast<T*>(job.gradient);
+double run_rows(const Job& job, const Options& options, double upstream, Rows& rows, Scratch& scratch, const T* logits, T* gradient) {
+    const int64_t num_classes = job.num_classes;
     const float* w = options.weighted_smoothing ? scratch.weight : nullptr;
     const bool gather = job.kind != STATISTICS_GRADIENT;
     double sum = 0;
@@ -645,9 +784,8 @@ double run_rows(const Job& job, const Options& options, double upstream, Rows& r
         resume(job, rows);
     }
     for (int64_t p = 0; gradient && p < rows.size; ++p) {
-        const T* f = logits + rows.offset[p];
-        T* g = gradient + rows.gradient_offset[p];
-        scatter_row(rows, p, f, w, num_classes, gather ? scratch.exp_z + p * lanes : nullptr, scratch.block_max + p * num_blocks, g);
+        const float* exp_z = gather ? scratch.exp_z + p * padded(num_classes) : nullptr;
+        scatter_row(rows, p, logits + rows.offset[p], w, num_classes, exp_z, gradient + rows.gradient_offset[p]);
     }
     return sum;
 }
@@ -658,7 +796,6 @@ double run_rows(const Job& job, const Options& options, double upstream, Rows& r
 struct Targets {
     int64_t n;
     float *f, *exp_z, *shares;
-    float to_row, to_top;  // e^z times these is relative to the maximum of the row, and to its largest logit
 };
 
 // The first of the largest elements; 0 if there is none.
@@ -696,7 +833,7 @@ HOT void load_shares(const P* RESTRICT from, const float* RESTRICT w, int64_t n,
 // Adds the sums over the targets of a block.
 template <Terms terms, bool has_bias>
 HOT void add_targets(const Targets& targets, float hard_bias, Others& others) {
-    const float *RESTRICT f = targets.f, *RESTRICT exp_z = targets.exp_z, *RESTRICT shares = targets.shares, scale = targets.to_top;
+    const float *RESTRICT f = targets.f, *RESTRICT exp_z = targets.exp_z, *RESTRICT shares = targets.shares, scale = others.scale;
     const float top = others.top, sum_x = others.sum_x, sum_xz = others.sum_xz, sum_z = others.sum_z;
     const int64_t lanes = padded(targets.n);
     float share = 0, share_z = 0, rest = 0, over_S = 0, share_tau = 0, tau_over_S = 0, share_log = 0, hard = 0, pull = 0;
@@ -741,7 +878,7 @@ HOT void scatter_targets(const Rows& rows, int64_t p, const Others& others, cons
     const float top = others.top, sum_x = others.sum_x, sum_xz = others.sum_xz, e_sum = others.e_sum, m_sum = others.m_sum;
     const float on_each = others.on_each, own_lam_e = others.own_lam_e, own_lam_a = others.own_lam_a, own_on_each = others.own_on_each;
     const float pull = others.pull, masked_pull = others.masked_pull;
-    const float q_scale = rows.inv_sum_exp[p] * targets.to_row, x_scale = targets.to_top;
+    const float q_scale = rows.inv_sum_exp[p], x_scale = others.scale;
     const int64_t lanes = padded(targets.n);
 #pragma omp simd
     for (int64_t c = 0; c < lanes; ++c) {
@@ -767,7 +904,7 @@ HOT void scatter_targets(const Rows& rows, int64_t p, const Others& others, cons
 template <Terms terms, bool has_bias>
 HOT void margin_terms(const Options& options, const Rows& rows, int64_t p, const Others& others, const Targets& targets,
                       float* RESTRICT values) {
-    const float *RESTRICT f = targets.f, *RESTRICT exp_z = targets.exp_z, scale = targets.to_top;
+    const float *RESTRICT f = targets.f, *RESTRICT exp_z = targets.exp_z, scale = others.scale;
     const int64_t lanes = padded(targets.n);
     const float top = others.top, sum_x = others.sum_x, sum_xz = others.sum_xz, log_sum = others.log_sum;
     const float hard_bias = options.hard_bias, keep = options.keep, count = static_cast<float>(rows.count[p] > 0 ? rows.count[p] : 1.0);
@@ -822,18 +959,12 @@ HOT void scatter_shares(const float* RESTRICT f, const P* RESTRICT probabilities
 template <class T, class P>
 Targets targets_of(const Job& job, const Rows& rows, int64_t p, int64_t from, const T* logits, const P* probabilities, const Scratch& scratch,
                    bool again) {
-    const int64_t left = job.num_classes - from, lanes = padded(job.num_classes), num_blocks = (job.num_classes + kBlock - 1) / kBlock;
-    const int64_t j = rows.y[p] - from, kept = num_blocks > 1 ? 0 : p * lanes;  // the only block of a row stays where it is
-    const float block_max = scratch.block_max[p * num_blocks + from / kBlock];
-    const Targets targets = {left < kBlock ? left : kBlock,
-                             scratch.block + kept,
-                             scratch.exp_z + p * lanes + from,
-                             scratch.shares + kept,
-                             of_block(1.0f, block_max, rows.max[p]),
-                             of_block(scratch.others[p].scale, block_max, rows.max[p])};
-    if (num_blocks > 1) load_block(logits + rows.offset[p] + from, targets.n, j, targets.f);
-    if (num_blocks > 1 || !again)
-        load_shares(probabilities + rows.probabilities_offset[p] + from, job.weight ? job.weight + from : nullptr, targets.n, j, targets.shares);
+    const int64_t left = job.num_classes - from, n = left < kBlock ? left : kBlock, lanes = padded(job.num_classes), j = rows.y[p] - from;
+    const bool alone = job.num_classes <= kBlock;  // the only block of a row stays where it is
+    const Targets targets = {n, scratch.block + (alone ? p * lanes : 0), scratch.exp_z + p * lanes + from, scratch.shares + (alone ? p * lanes : 0)};
+    if (alone && again) return targets;
+    load_block(logits + rows.offset[p] + from, n, j, targets.f);
+    load_shares(probabilities + rows.probabilities_offset[p] + from, job.weight ? job.weight + from : nullptr, n, j, targets.shares);
     return targets;
 }
 
@@ -907,36 +1038,60 @@ double run_targets(const Job& job, const Options& options, double upstream, Rows
     return sum;
 }
 
-// Rows whose classes are not neighbours, to and from rows of `width` numbers. Mostly the rows are neighbours then. They are turned by squares, so
-// that reads and writes come in whole cache lines.
-template <class T>
-HOT void copy_in(const T* from, const int64_t* strides, int64_t num_rows, int64_t num_classes, int64_t width, float* to) {
-    float square[kLanes][kLanes];
-    for (int64_t first = 0; first < num_classes; first += kLanes) {
-        const int64_t n = num_classes - first < kLanes ? num_classes - first : kLanes;
-        for (int64_t row = 0; row < num_rows; row += kLanes) {
-            const int64_t m = num_rows - row < kLanes ? num_rows - row : kLanes;
-            for (int64_t c = 0; c < n; ++c)
-                for (int64_t p = 0; p < m; ++p) square[c][p] = load(from[(row + p) * strides[1] + (first + c) * strides[2]]);
-            for (int64_t p = 0; p < m; ++p)
-                for (int64_t c = 0; c < n; ++c) to[(row + p) * width + first + c] = square[c][p];
+// Copies numbers (i, j) by squares, so that reads along j and writes along i come in whole cache lines.
+template <class T, class U>
+HOT void copy(const T* from, int64_t from_i, int64_t from_j, U* to, int64_t to_i, int64_t to_j, int64_t num_i, int64_t num_j) {
+    alignas(kAlignment) float square[kLanes][kLanes], column[kLanes];
+    for (int64_t i = 0; i < num_i; i += kLanes)
+        for (int64_t j = 0; j < num_j; j += kLanes) {
+            const int64_t n = num_i - i < kLanes ? num_i - i : kLanes, m = num_j - j < kLanes ? num_j - j : kLanes;
+            const bool reads_vectors = from_j == 1 && m == kLanes, writes_vectors = to_i == 1 && n == kLanes;
+            for (int64_t a = 0; a < n; ++a) {
+                const T* source = from + (i + a) * from_i + j * from_j;
+                for (int64_t b = 0; reads_vectors && b < kLanes; b += kWidth) store_vector(square[a] + b, load_vector(source + b));
+                for (int64_t b = 0; !reads_vectors && b < m; ++b) square[a][b] = load(source[b * from_j]);
+            }
+            for (int64_t b = 0; b < m; ++b) {
+                U* goal = to + i * to_i + (j + b) * to_j;
+                for (int64_t a = 0; a < n; ++a) column[a] = square[a][b];
+                for (int64_t a = 0; writes_vectors && a < kLanes; a += kWidth) store_vector(goal + a, load_vector(column + a));
+                for (int64_t a = 0; !writes_vectors && a < n; ++a) store(goal + a * to_i, column[a]);
+            }
         }
-    }
+}
+
+template <class T, class U>
+void copy_row(const T* from, int64_t n, U* to) {
+    const int64_t whole = n / kWidth * kWidth;
+    for (int64_t c = 0; c < whole; c += kWidth) store_vector(to + c, load_vector(from + c));
+    for (int64_t c = whole; c < n; ++c) store(to + c, load(from[c]));
+}
+
+// Rows to and from rows of `width` floats. If their classes are not neighbours, mostly the rows are.
+template <class T>
+void copy_in(const T* from, const int64_t* strides, int64_t num_rows, int64_t num_classes, int64_t width, float* to) {
+    if (strides[2] != 1) return copy(from, strides[2], strides[1], to, 1, width, num_classes, num_rows);
+    for (int64_t p = 0; p < num_rows; ++p) copy_row(from + p * strides[1], num_classes, to + p * width);
 }
 
 template <class T>
-HOT void copy_out(const float* from, const int64_t* strides, int64_t num_rows, int64_t num_classes, int64_t width, T* to) {
-    float square[kLanes][kLanes];
-    for (int64_t first = 0; first < num_classes; first += kLanes) {
-        const int64_t n = num_classes - first < kLanes ? num_classes - first : kLanes;
-        for (int64_t row = 0; row < num_rows; row += kLanes) {
-            const int64_t m = num_rows - row < kLanes ? num_rows - row : kLanes;
-            for (int64_t p = 0; p < m; ++p)
-                for (int64_t c = 0; c < n; ++c) square[c][p] = from[(row + p) * width + first + c];
-            for (int64_t c = 0; c < n; ++c)
-                for (int64_t p = 0; p < m; ++p) store(to + (row + p) * strides[1] + (first + c) * strides[2], square[c][p]);
-        }
-    }
+void copy_out(const float* from, const int64_t* strides, int64_t num_rows, int64_t num_classes, int64_t width, T* to) {
+    if (strides[2] != 1) return copy(from, width, 1, to, strides[1], strides[2], num_rows, num_classes);
+    for (int64_t p = 0; p < num_rows; ++p) copy_row(from + p * width, num_classes, to + p * strides[1]);
+}
+
+template <class T>
+double run_indices(const Job& job, const Options& options, double upstream, Rows& rows, Scratch& scratch) {
+    const T* logits = static_cast<const T*>(job.logits);
+    T* gradient = static_cast<T*>(job.gradient);
+    if (!scratch.copies) return run_rows(job, options, upstream, rows, scratch, logits, gradient);
+    const int64_t width = copy_width(job.num_classes), g = rows.gradient_offset[0];
+    float *f = scratch.copies, *of_f = f + rows.size * width;
+    copy_in(logits + rows.offset[0], job.logits_strides, rows.size, job.num_classes, width, f);
+    for (int64_t p = 0; p < rows.size; ++p) rows.offset[p] = rows.gradient_offset[p] = p * width;
+    const double sum = run_rows(job, options, upstream, rows, scratch, f, gradient ? of_f : nullptr);
+    if (gradient) copy_out(of_f, job.gradient_strides, rows.size, job.num_classes, width, gradient + g);
+    return sum;
 }
 
 template <class T, class P>
@@ -945,7 +1100,8 @@ double run_probabilities(const Job& job, const Options& options, double upstream
     const P* probabilities = static_cast<const P*>(job.probabilities);
     T* gradient = static_cast<T*>(job.gradient);
     P* probabilities_gradient = static_cast<P*>(job.probabilities_gradient);
-    if (!scratch.copies) return run_targets(job, options, upstream, rows, scratch, logits, probabilities, gradient, probabilities_gradient);
+    if constexpr (!is_half<T> && !is_half<P>)
+        if (!scratch.copies) return run_targets(job, options, upstream, rows, scratch, logits, probabilities, gradient, probabilities_gradient);
     const int64_t width = copy_width(job.num_classes), g = rows.gradient_offset[0], g_t = rows.probabilities_gradient_offset[0];
     float *f = scratch.copies, *t = f + rows.size * width;
     copy_in(logits + rows.offset[0], job.logits_strides, rows.size, job.num_classes, width, f);
@@ -960,146 +1116,145 @@ double run_probabilities(const Job& job, const Options& options, double upstream
     return sum;
 }
 
-// ---- any other strides, such as (N, C, d1, ...): a tile (class, row) of up to kRows rows
+// ---- rows that are neighbours in memory while their classes are not, such as (N, C, d1, ...): a tile (class, row), copied
 
-// The logits of a tile from class `first` on, the targets masked, and the maximum of each row; rows beyond the last have no class.
+// A loop over a tile takes kDeep classes of a vector of rows at a time: what it knows of the rows stays in registers, and its way through memory
+// stays within a few pages.
+constexpr int64_t kDeep = 8;
+
+// The logits of a tile, the targets masked, with the largest and smallest logit of each row but for its target.
 template <class T>
-HOT void load_tile(const T* from, const int64_t* strides, const Rows& rows, int64_t first, int64_t num_classes, float* RESTRICT tile,
-                   float* RESTRICT max) {
+HOT void load_tile(const T* from, const int64_t* strides, int64_t num_classes, float* RESTRICT tile, float* RESTRICT min, Rows& rows) {
     const int64_t lanes = padded(rows.size);
-    for (int64_t p = 0; p < lanes; ++p) max[p] = -kInf;
-    for (int64_t c = first; c < first + num_classes; ++c, from += strides[2], tile += lanes) {
-        if (strides[1] == 1 && rows.size == lanes) {
-#pragma omp simd
-            for (int64_t p = 0; p < lanes; ++p) tile[p] = load(from[p]);
-        } else {
-            for (int64_t p = 0; p < lanes; ++p) tile[p] = p < rows.size ? load(from[p * strides[1]]) : -kInf;
-        }
-#pragma omp simd
-        for (int64_t p = 0; p < lanes; ++p) {
-            const float x = rows.y[p] == static_cast<int32_t>(c) ? -kInf : tile[p];
-            tile[p] = x;
-            max[p] = x > max[p] ? x : max[p];
+    for (int64_t p = 0; p < lanes; ++p) rows.max[p] = -kInf, min[p] = kInf;
+    for (int64_t first = 0; first < num_classes; first += kDeep) {
+        const int64_t last = first + kDeep < num_classes ? first + kDeep : num_classes;
+        for (int64_t p = 0; p < lanes; p += kWidth) {
+            const bool whole = strides[1] == 1 && p + kWidth <= rows.size;
+            for (int64_t c = first; !whole && c < last; ++c)
+                for (int64_t i = p; i < p + kWidth; ++i) tile[c * lanes + i] = i < rows.size ? load(from[c * strides[2] + i * strides[1]]) : 0.0f;
+            const Mask y = load_as<Mask>(rows.y + p);
+            Floats most = load_vector(rows.max + p), least = load_vector(min + p);
+            for (int64_t c = first; c < last; ++c) {
+                const Floats x = whole ? load_vector(from + c * strides[2] + p) : load_vector(tile + c * lanes + p);
+                const Mask is_target = y == static_cast<int32_t>(c);
+                const Floats other = select(is_target, all(-kInf), x);
+                store_vector(tile + c * lanes + p, other);
+                most = larger(other, most);
+                least = smaller(select(is_target, all(kInf), x), least);
+            }
+            store_vector(rows.max + p, most);
+            store_vector(min + p, least);
         }
     }
 }
 
-struct alignas(kAlignment) TileSums {
-    float sum_exp[kRows], sum_exp_z[kRows], sum_z[kRows], count[kRows], sum_weight[kRows], sum_weight_z[kRows];
-};
-
-// The sums over a few classes of a tile.
-HOT void gather_tile(const float* RESTRICT tile, const float* RESTRICT shift, const float* RESTRICT w, int64_t lanes, int64_t num_classes,
-                     float* RESTRICT exp_z, int64_t exp_stride, TileSums* RESTRICT sums) {
-    *sums = {};
-    float *RESTRICT sum_exp = sums->sum_exp, *RESTRICT sum_exp_z = sums->sum_exp_z, *RESTRICT sum_z = sums->sum_z;
-    float *RESTRICT count = sums->count, *RESTRICT sum_weight = sums->sum_weight, *RESTRICT sum_weight_z = sums->sum_weight_z;
-    for (int64_t c = 0; c < num_classes; ++c, tile += lanes, exp_z += exp_stride) {
-#pragma omp simd
-        for (int64_t p = 0; p < lanes; ++p) {
-            const float x = tile[p], z = x - shift[p], near_z = near(z), e = exp_(z);
-            const float present = x == -kInf ? 0.0f : 1.0f, present_z = x == -kInf ? 0.0f : z;
-            exp_z[p] = e;
-            sum_exp[p] += e;
-            sum_exp_z[p] += e * near_z;
-            sum_z[p] += present_z;
-            count[p] += present;
-        }
+// The sums over a few classes of a vector of rows, added to theirs. In a plain tile only targets are masked.
+template <bool plain>
+HOT void gather_tile(const float* RESTRICT tile, const float* RESTRICT w, int64_t lanes, int64_t num_classes, float* RESTRICT exp_z,
+                     int64_t p, Rows& rows) {
+    const Floats max = load_vector(rows.max + p), shift = select(max == -kInf, Floats{}, max);
+    Floats s = {}, t = {}, a = {}, k = {}, b = {}, bz = {};
+    for (int64_t c = 0; c < num_classes; ++c) {
+        const Floats x = load_vector(tile + c * lanes);
+        const Mask absent = x == -kInf;
+        const Floats z = select(absent, Floats{}, x - shift), e = select(absent, Floats{}, plain ? plain_exp(z) : exp_(z));
+        store_vector(exp_z + c * lanes, e);
+        s += e;
+        t += e * (plain ? z : near(z));
+        a += z;
+        if (!plain) k += select(absent, Floats{}, all(1.0f));
         if (!w) continue;
-#pragma omp simd
-        for (int64_t p = 0; p < lanes; ++p) {
-            const float weight = tile[p] == -kInf ? 0.0f : w[c], z = tile[p] == -kInf ? 0.0f : tile[p] - shift[p];
-            sum_weight[p] += weight;
-            sum_weight_z[p] += weight * z;
-        }
+        b += select(absent, Floats{}, all(w[c]));
+        bz += w[c] * z;
+    }
+    for (int64_t i = 0; i < kWidth; ++i) {
+        rows.sum_exp[p + i] += s[i];
+        rows.sum_exp_z[p + i] += t[i];
+        rows.sum_z[p + i] += a[i];
+        rows.count[p + i] += k[i];
+        rows.sum_weight[p + i] += b[i];
+        rows.sum_weight_z[p + i] += bz[i];
+    }
+}
+
+// The sums of the rows of a tile, and e^z.
+void gather_rows_of_tile(const float* tile, const float* min, const float* w, int64_t num_classes, float* exp_z, Rows& rows) {
+    const int64_t lanes = padded(rows.size);
+    bool plain = true;
+    for (int64_t p = 0; p < rows.size; ++p) plain = plain && (rows.y[p] == kIgnored || min[p] - rows.max[p] >= kLow);
+    const auto gather = plain ? gather_tile<true> : gather_tile<false>;
+    for (int64_t from = 0; from < num_classes; from += kTileBlock) {
+        const int64_t n = num_classes - from < kTileBlock ? num_classes - from : kTileBlock;
+        for (int64_t p = 0; p < lanes; p += kWidth)
+            gather(tile + from * lanes + p, w ? w + from : nullptr, lanes, n, exp_z + from * lanes + p, p, rows);
+    }
+    for (int64_t p = 0; p < lanes; ++p) {
+        rows.plain[p] = plain;
+        rows.sum_exp[p] = rows.sum_z[p] == rows.sum_z[p] ? rows.sum_exp[p] : NAN;
+        if (plain) rows.count[p] = static_cast<double>(num_classes - (rows.y[p] >= 0));
+        if (!w) rows.sum_weight[p] = rows.count[p], rows.sum_weight_z[p] = rows.sum_z[p];
     }
 }
 
 // The gradient of a tile.
-template <class T, bool have_exp>
-HOT void scatter_tile(const float* RESTRICT tile, const float* RESTRICT exp_z, const float* w, int64_t first, int64_t num_classes,
-                      Rows& rows, const int64_t* strides, T* to) {
+template <Way way, class T>
+HOT void scatter_tile(const float* RESTRICT tile, const float* RESTRICT exp_z, const float* w, int64_t num_classes, Rows& rows,
+                      const int64_t* strides, T* to) {
     const int64_t lanes = padded(rows.size);
-    for (int64_t c = first; c < first + num_classes; ++c, to += strides[2], tile += lanes, exp_z += have_exp ? lanes : 0) {
-        const float weight = w ? w[c] : 1.0f;
-        alignas(kAlignment) float values[kRows];
-#pragma omp simd
-        for (int64_t p = 0; p < lanes; ++p) {
-            const float x = tile[p], z = x - rows.max[p];
-            const float q = (have_exp ? exp_z[p] : exp_(z)) * rows.inv_sum_exp[p];
-            const float value =
-                element(x, q, z, rows.mean_z[p], rows.g_e[p], rows.g_q[p], rows.g_a[p], rows.inv_count[p], rows.dense[p] * weight);
-            values[p] = rows.y[p] == static_cast<int32_t>(c) ? rows.on_target[p] : (rows.live[p] ? value : 0.0f);
-        }
-        if (!have_exp) {  // the first class with the maximum gets the gradient of rho
-            for (int64_t p = 0; p < lanes; ++p) {
-                if (rows.at_max[p] == 0.0f || !rows.live[p] || tile[p] != rows.max[p]) continue;
-                values[p] = at_first_max(rows, p);
-                rows.at_max[p] = 0.0f;
+    alignas(kAlignment) float at_first[kRows];
+    for (int64_t p = 0; p < lanes; ++p) at_first[p] = way == AGAIN ? at_first_max(rows, p) : 0.0f;
+    for (int64_t first = 0; first < num_classes; first += kDeep) {
+        const int64_t last = first + kDeep < num_classes ? first + kDeep : num_classes;
+        for (int64_t p = 0; p < lanes; p += kWidth) {
+            const bool whole = strides[1] == 1 && p + kWidth <= rows.size;
+            const Floats max = load_vector(rows.max + p), scale = load_vector(rows.inv_sum_exp + p), mean_z = load_vector(rows.mean_z + p);
+            const Floats g_e = load_vector(rows.g_e + p), g_q = load_vector(rows.g_q + p), g_a = load_vector(rows.g_a + p);
+            const Floats inv_count = load_vector(rows.inv_count + p), dense = load_vector(rows.dense + p);
+            const Floats on_target = load_vector(rows.on_target + p);
+            const Mask y = load_as<Mask>(rows.y + p), live = load_as<Mask>(rows.live + p) != 0;
+            Floats at_max = load_vector(rows.at_max + p);
+            for (int64_t c = first; c < last; ++c) {
+                const Floats x = load_vector(tile + c * lanes + p), z = x - max;
+                const Floats q = (way == AGAIN ? exp_(z) : load_vector(exp_z + c * lanes + p)) * scale;
+                Floats value = element<way == PLAIN>(x, q, z, mean_z, g_e, g_q, g_a, inv_count, way == WEIGHTED ? dense * w[c] : dense);
+                if (way == AGAIN) {  // the first class with the maximum gets the gradient of rho
+                    const Mask found = (x == max) & (at_max != 0.0f);
+                    value = select(found, load_vector(at_first + p), value);
+                    at_max = select(found, Floats{}, at_max);
+                }
+                value = select(y == static_cast<int32_t>(c), on_target, select(live, value, Floats{}));
+                for (int64_t i = 0; !whole && i < kWidth && p + i < rows.size; ++i) store(to + c * strides[2] + (p + i) * strides[1], value[i]);
+                if (whole) store_vector(to + c * strides[2] + p, value);
             }
-        }
-        if (strides[1] == 1 && rows.size == lanes) {
-#pragma omp simd
-            for (int64_t p = 0; p < lanes; ++p) store(to + p, values[p]);
-        } else {
-            for (int64_t p = 0; p < rows.size; ++p) store(to + p * strides[1], values[p]);
-        }
-    }
-}
-
-// The records of the rows of a tile of a few classes from `from` on; exp_z is kept if it has a stride.
-void gather_records(const float* tile, const float* max, const float* w, int64_t lanes, int64_t num_classes, float* exp_z,
-                    int64_t exp_stride, Record* records) {
-    alignas(kAlignment) float shift[kRows];
-    for (int64_t p = 0; p < lanes; ++p) {
-        shift[p] = max[p] == -kInf ? 0.0f : max[p];
-        records[p] = {max[p], 0, 0, 0, 0, 0, 0};
-    }
-    for (int64_t from = 0; from < num_classes; from += kTileBlock) {
-        const int64_t n = num_classes - from < kTileBlock ? num_classes - from : kTileBlock;
-        TileSums sums;
-        gather_tile(tile + from * lanes, shift, w ? w + from : nullptr, lanes, n, exp_z + from * exp_stride, exp_stride, &sums);
-        const float* weight_sum = w ? sums.sum_weight : sums.count;
-        const float* weight_sum_z = w ? sums.sum_weight_z : sums.sum_z;
-        for (int64_t p = 0; p < lanes; ++p) {
-            records[p].sum_exp += sums.sum_exp[p];
-            records[p].sum_exp_z += sums.sum_exp_z[p];
-            records[p].sum_z += sums.sum_z[p];
-            records[p].count += sums.count[p];
-            records[p].sum_weight += weight_sum[p];
-            records[p].sum_weight_z += weight_sum_z[p];
+            store_vector(rows.at_max + p, at_max);
         }
     }
 }
 
 template <class T>
 double run_tile(const Job& job, const Options& options, double upstream, Rows& rows, Scratch& scratch) {
-    const int64_t num_classes = job.num_classes, row_stride = job.logits_strides[1], class_stride = job.logits_strides[2];
+    const int64_t num_classes = job.num_classes;
     const T* f = static_cast<const T*>(job.logits) + rows.offset[0];
-    T* g = static_cast<T*>(job.gradient) + (job.gradient ? rows.gradient_offset[0] : 0);
     const float* w = options.weighted_smoothing ? scratch.weight : nullptr;
-    const bool gather = job.kind != STATISTICS_GRADIENT, whole = num_classes <= kTileClasses, keep_exp = gather && g && whole;
-    const int64_t lanes = padded(rows.size);
-    alignas(kAlignment) float max[kRows];
-    Record records[kRows];
+    const bool gather = job.kind != STATISTICS_GRADIENT;
+    alignas(kAlignment) float min[kRows];
     double sum = 0;
     for (int64_t p = 0; p < rows.size; ++p)
-        if (rows.y[p] >= 0) rows.target_logit[p] = load(f[p * row_stride + rows.y[p] * class_stride]);
-    for (int64_t from = 0; gather && from < num_classes; from += kTileClasses) {
-        const int64_t n = num_classes - from < kTileClasses ? num_classes - from : kTileClasses;
-        load_tile(f + from * class_stride, job.logits_strides, rows, from, n, scratch.block, max);
-        gather_records(scratch.block, max, w ? w + from : nullptr, lanes, n, scratch.exp_z, keep_exp ? lanes : 0, records);
-        for (int64_t p = 0; p < lanes; ++p) rows.set_record(p, from == 0 ? records[p] : merge(rows.record(p), records[p]));
+        if (rows.y[p] >= 0) rows.target_logit[p] = load(f[p * job.logits_strides[1] + rows.y[p] * job.logits_strides[2]]);
+    load_tile(f, job.logits_strides, num_classes, scratch.block, min, rows);
+    if (gather) {
+        gather_rows_of_tile(scratch.block, min, w, num_classes, scratch.exp_z, rows);
+        sum = finish(job, options, upstream, rows);
+    } else {
+        resume(job, rows);
     }
-    if (gather) sum = finish(job, options, upstream, rows);
-    else resume(job, rows);
-    for (int64_t from = 0; g && from < num_classes; from += kTileClasses) {
-        const int64_t n = num_classes - from < kTileClasses ? num_classes - from : kTileClasses;
-        if (!gather || !whole) load_tile(f + from * class_stride, job.logits_strides, rows, from, n, scratch.block, max);
-        T* to = g + from * job.gradient_strides[2];
-        if (keep_exp) scatter_tile<T, true>(scratch.block, scratch.exp_z, w, from, n, rows, job.gradient_strides, to);
-        else scatter_tile<T, false>(scratch.block, scratch.exp_z, w, from, n, rows, job.gradient_strides, to);
-    }
+    if (!job.gradient) return sum;
+    const auto scatter = !gather         ? scatter_tile<AGAIN, T>
+                         : w             ? scatter_tile<WEIGHTED, T>
+                         : rows.plain[0] ? scatter_tile<PLAIN, T>
+                                         : scatter_tile<MASKED, T>;
+    scatter(scratch.block, scratch.exp_z, w, num_classes, rows, job.gradient_strides, static_cast<T*>(job.gradient) + rows.gradient_offset[0]);
     return sum;
 }
 
@@ -1137,31 +1292,28 @@ int64_t run(const Job& job) {
     const bool apart = !(job.logits_strides[2] == 1 && (!job.gradient || job.gradient_strides[2] == 1) &&
                          (!soft || job.probabilities_strides[2] == 1) &&
                          (!job.probabilities_gradient || job.probabilities_gradient_strides[2] == 1));
-    const bool tiled = apart && !soft, copied = apart && soft;
-    int64_t rows_a_task = kRows;
-    if (!tiled) {
-        rows_a_task = kElementsATask / (num_classes > 0 ? num_classes : 1);
-        rows_a_task = rows_a_task < (copied ? kLanes : 1) ? (copied ? kLanes : 1) : rows_a_task > kRows ? kRows : rows_a_task;
-        if (rows_a_task > kLanes) rows_a_task = rows_a_task / kLanes * kLanes;
-    }
+    const bool tiled = apart && !soft && job.inner >= kLanes && num_classes <= kTile / kLanes;
+    const bool copied = (apart && !tiled) || (soft && (is_half<T> || job.probabilities_dtype == FLOAT16));
+    const int64_t least = tiled || copied ? kLanes : 1;
+    int64_t rows_a_task = (tiled ? kTile : kElementsATask) / (num_classes > 0 ? num_classes : 1);
+    rows_a_task = rows_a_task < least ? least : rows_a_task > kRows ? kRows : rows_a_task;
+    if (rows_a_task > kLanes) rows_a_task = rows_a_task / kLanes * kLanes;
     // a tile, and what is copied together, lies within one outer row
-    if (apart && rows_a_task > job.inner) rows_a_task = job.inner < 1 ? 1 : job.inner;
-    const int64_t span = apart ? job.inner : num_rows, tasks_a_span = (span + rows_a_task - 1) / rows_a_task;
-    const int64_t num_tasks = (apart ? job.outer : 1) * tasks_a_span;
+    if ((tiled || copied) && rows_a_task > job.inner) rows_a_task = job.inner < 1 ? 1 : job.inner;
+    const int64_t span = tiled || copied ? job.inner : num_rows, tasks_a_span = (span + rows_a_task - 1) / rows_a_task;
+    const int64_t num_tasks = (tiled || copied ? job.outer : 1) * tasks_a_span;
     int64_t num_threads = num_rows * num_classes / kElementsAThread;
     num_threads = num_threads < 1 ? 1 : num_threads > job.num_threads ? job.num_threads : num_threads;
     num_threads = num_threads > num_tasks ? num_tasks : num_threads;
     num_threads = num_threads < 1 ? 1 : num_threads;
 
-    const int64_t lanes = padded(num_classes), num_blocks = (num_classes + kBlock - 1) / kBlock;
-    const int64_t tile_classes = num_classes < kTileClasses ? num_classes : kTileClasses;
-    const int64_t row_length = tiled ? padded(rows_a_task) * tile_classes : rows_a_task * lanes;
-    const int64_t block_size = tiled || num_blocks <= 1 ? row_length : kBlock;
-    const int64_t exp_size = job.gradient || soft ? row_length : (block_size > kRows ? block_size : kRows);  // all multiples of kLanes
-    const int64_t max_size = tiled ? 0 : rows_a_task * num_blocks, weight_size = options.weighted_smoothing ? lanes : 0;
+    const int64_t lanes = padded(num_classes), row_length = (tiled ? padded(rows_a_task) : rows_a_task) * lanes;
+    const int64_t block_size = tiled || (soft && num_classes <= kBlock) ? row_length : soft ? kBlock : 0;
+    const int64_t exp_size = job.gradient || soft || tiled ? row_length : kBlock, weight_size = options.weighted_smoothing ? lanes : 0;
     const int64_t rows_size = padded(sizeof(Rows) / sizeof(float) + 1), others_size = soft ? padded(rows_a_task * sizeof(Others) / sizeof(float)) : 0;
     const int64_t copies_size = copied ? 2 * rows_a_task * copy_width(num_classes) : 0, soft_size = soft ? block_size + kBlock : 0;
-    const int64_t scratch_size = exp_size + block_size + padded(max_size) + rows_size + others_size + copies_size + soft_size;
+    const int64_t edges_size = tiled ? 0 : rows_a_task * Edges::stride(num_classes);
+    const int64_t scratch_size = exp_size + edges_size + block_size + rows_size + others_size + copies_size + soft_size;
     double* sums = static_cast<double*>(std::calloc(static_cast<size_t>(num_tasks + 1), sizeof(double)));
     void* allocated = std::malloc(static_cast<size_t>(num_threads * scratch_size + weight_size) * sizeof(float) + kAlignment);
     if (!sums || !allocated) {
@@ -1187,9 +1339,10 @@ int64_t run(const Job& job) {
         thread = omp_get_thread_num();
 #endif
         float* mine = memory + thread * scratch_size;
-        float *block = mine + exp_size, *block_max = block + block_size, *rows_at = block_max + padded(max_size), *others = rows_at + rows_size;
+        float *edges = mine + exp_size, *block = edges + edges_size, *rows_at = block + block_size, *others = rows_at + rows_size;
         float *copies = others + others_size, *shares = copies + copies_size;
-        Scratch scratch = {mine, block, block_max, weight, shares, shares + block_size, copied ? copies : nullptr, reinterpret_cast<Others*>(others)};
+        Scratch scratch = {mine,   edges, block, weight, shares, shares + block_size, copied ? copies : nullptr,
+                           reinterpret_cast<Others*>(others)};
         // in the scratch too, where it is aligned; aligning it on the stack costs more than it saves
         Rows& rows = *reinterpret_cast<Rows*>(rows_at);
 #pragma omp for schedule(static)
@@ -1211,12 +1364,15 @@ int64_t run(const Job& job) {
                 rows.target_logit[p] = rows.upstream[p] = rows.at_max[p] = 0;
                 rows.live[p] = 0;
                 rows.target_weight[p] = rows.class_weight[p] = job.weight && rows.y[p] >= 0 ? job.weight[y] : 1.0f;
-                rows.set_record(p, empty_record());
+                rows.max[p] = -kInf;
+                rows.sum_exp[p] = rows.sum_exp_z[p] = rows.sum_z[p] = rows.count[p] = rows.sum_weight[p] = rows.sum_weight_z[p] = 0;
             }
-            sums[task] = soft && job.probabilities_are_bfloat16 ? run_probabilities<T, BFloat16>(job, options, upstream, rows, scratch)
-                         : soft                                 ? run_probabilities<T, float>(job, options, upstream, rows, scratch)
-                         : tiled                                ? run_tile<T>(job, options, upstream, rows, scratch)
-                                                                : run_rows<T>(job, options, upstream, rows, scratch);
+            const auto run_task = tiled                                 ? run_tile<T>
+                                  : !soft                               ? run_indices<T>
+                                  : job.probabilities_dtype == FLOAT16  ? run_probabilities<T, Half>
+                                  : job.probabilities_dtype == BFLOAT16 ? run_probabilities<T, BFloat16>
+                                                                        : run_probabilities<T, float>;
+            sums[task] = run_task(job, options, upstream, rows, scratch);
         }
     }
     double sum = 0;  // in the order of the rows, for any number of threads
@@ -1230,6 +1386,8 @@ int64_t run(const Job& job) {
 }  // namespace
 
 // Returns -1 for success, -2 without memory, or else the first row whose label is out of range (nothing was written).
-EXPORT int64_t CONCATENATE(largemargin_run_, LARGEMARGIN_ISA)(const Job* job) { return job->is_bfloat16 ? run<BFloat16>(*job) : run<float>(*job); }
+EXPORT int64_t CONCATENATE(largemargin_run_, LARGEMARGIN_ISA)(const Job* job) {
+    return job->dtype == FLOAT16 ? run<Half>(*job) : job->dtype == BFLOAT16 ? run<BFloat16>(*job) : run<float>(*job);
+}
 
 #endif

@@ -15,7 +15,7 @@ from ..rowstats import Cotangents, Record, RowStats, Softmax
 from .layout import Layout, lay, lay_together
 from .protocol import TwoPasses, for_kernel, record_of
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of Dtype in cpu.cpp
 _SUFFIXES = (".so", ".dylib", ".dll")
 _SCALAR = torch.empty((), dtype=torch.float32, device="cpu")
 two_passes: TwoPasses | None = None
@@ -54,7 +54,7 @@ class _ProbabilitiesJob(NamedTuple):
     probabilities_gradient_class_stride: _Int64 = 0
     probabilities: _Address = 0
     probabilities_gradient: _Address = 0
-    probabilities_are_bfloat16: _Bool = False
+    probabilities_dtype: _Int32 = 0
 
 
 class _LossJob(NamedTuple):
@@ -82,7 +82,7 @@ def _codes(job: type) -> dict[str, str]:
 FIELDS = {
     **dict.fromkeys(Layout._fields, "q"),
     **dict.fromkeys(("logits", "gradient", "target"), "P"),
-    **{"ignore_index": "q", "is_bfloat16": "i", "num_threads": "i"},
+    **{"ignore_index": "q", "dtype": "i", "num_threads": "i"},
     **_codes(_StatisticsJob),
     **_codes(_ProbabilitiesJob),
     **_codes(_LossJob),
@@ -176,9 +176,9 @@ def _run(
     else:
         rows, logits, written = lay(logits, gradient)
     target = target.contiguous()
-    is_bfloat16, num_threads = logits.dtype is torch.bfloat16, torch.get_num_threads()
+    dtype, num_threads = DTYPES.index(logits.dtype), torch.get_num_threads()
     pointers = logits.data_ptr(), _address(written), target.data_ptr()
-    job = _JOB.pack(*rows, *pointers, ignore_index, is_bfloat16, num_threads, *statistics, *_NO_PROBABILITIES, *loss, kind)
+    job = _JOB.pack(*rows, *pointers, ignore_index, dtype, num_threads, *statistics, *_NO_PROBABILITIES, *loss, kind)
     status = kernel.run(job)
     if status == -1:
         if gradient is not None and written is not None and written is not gradient:
@@ -256,8 +256,8 @@ def _run_on_probabilities(
     (f, t), (g, g_t) = laid.read, laid.written
     of_f, of_t, of_g, of_g_t = laid.strides
     rows = Layout(laid.outer, laid.inner, logits.shape[-1], *of_f, *of_g)
-    job = _ProbabilitiesJob(*of_t, *of_g_t, t.data_ptr(), _address(g_t), t.dtype is torch.bfloat16)
-    plain = f.data_ptr(), _address(g), 0, ignore_index, f.dtype is torch.bfloat16, torch.get_num_threads()
+    job = _ProbabilitiesJob(*of_t, *of_g_t, t.data_ptr(), _address(g_t), DTYPES.index(t.dtype))
+    plain = f.data_ptr(), _address(g), 0, ignore_index, DTYPES.index(f.dtype), torch.get_num_threads()
     _check_memory(kernel.run(_JOB.pack(*rows, *plain, *_NO_STATISTICS, *job, *loss, _LOSS)), logits)
     for asked, computed in ((gradient, g), (target_gradient, g_t)):
         if asked is not None and computed is not None and asked is not computed:
