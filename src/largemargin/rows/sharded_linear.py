@@ -28,7 +28,7 @@ def loss(problem: Problem, group: dist.ProcessGroup, class_start: int | None, nu
     needed = [tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in problem.layer]
     later = problem.options.reduction == "none" or _torch.has_saved_tensor_hooks()
     size = len(problem.linear_weight)
-    shard, (of_input, laters) = collectives.shard_of(size, problem.target, group, class_start, num_classes, (needed[0], later))
+    shard, (of_input, laters) = collectives.shard_of(size, problem.indices, group, class_start, num_classes, (needed[0], later))
     wanted = _Wanted(needed[0], needed[1], needed[2], any(of_input), all(of_input))
     if any(laters) and wanted.input_of_any and not (wanted.input_of_all and all(laters)):
         raise ValueError(
@@ -36,11 +36,11 @@ def loss(problem: Problem, group: dist.ProcessGroup, class_start: int | None, nu
             f"group must need it and have such hooks, or none; got input.requires_grad {of_input}, in the backward pass {laters}"
         )
     like_logits = problem.input[:, :1].expand(-1, shard.num_classes)  # has their shape, dtype and device, for the checks of the loss
-    _checks.check_indices(like_logits, problem.target, problem.options.ignore_index)
+    _checks.check_indices(like_logits, problem.indices, problem.options.ignore_index)
     _checks.check_weight(problem.weight, like_logits)
     if problem.weight is not None and problem.weight.requires_grad:
         raise ValueError("weight must not require a gradient if classes are split; pass weight.detach()")
-    result: Tensor = _ShardedLinear.apply(*problem._replace(target=problem.target.long()), shard, wanted, later)
+    result: Tensor = _ShardedLinear.apply(*problem._replace(target=problem.indices.long()), shard, wanted, later)
     return result
 
 
@@ -91,7 +91,7 @@ def _run(
 ) -> tuple[Tensor, Any, Part]:
     """The loss, the wanted gradients times ``upstream``, and the merged sums of the rows, which a later pass gives as ``whole``."""
     options = problem.options.for_part()
-    labels = Labels.of(problem.target, shard.num_classes, options.ignore_index)
+    labels = Labels.of(problem.indices, shard.num_classes, options.ignore_index)
     local, summed = shard.local(labels.class_index), shard.own(problem.summed_weight, problem.layer.dtype)
     factor, denominator = factor_and_denominator(problem, upstream)
     gradients, factor = gradients_of(problem.layer, (False,) * 3 if wanted is None else wanted.layer, factor)
