@@ -302,19 +302,24 @@ def check_linear(
             raise ValueError(f"num_classes must be between 1 and the {len(linear_weight)} rows of {whose}linear_weight, got {num_classes}")
 
 
-def check_linear_target(input: Tensor, linear_weight: Tensor, target: object, num_classes: int | None, sharded: bool = False) -> None:
-    """If ``sharded``, the target has class indices."""
+def check_linear_target(input: Tensor, linear_weight: Tensor, target: object, num_classes: int | None) -> None:
     if target is None:
         raise TypeError("target must be a torch.Tensor, got None; only the probabilities of a teacher, teacher_input=, can replace it")
     check_tensor("target", target)
     assert isinstance(target, Tensor)
     rows, positions = tuple(input.shape[:-1]), tuple(linear_weight.shape[1:-1])
-    indices, probabilities = (*rows, *positions), (*rows, num_classes or len(linear_weight), *positions)
-    if target.shape != indices and (sharded or target.shape != probabilities):
-        other = "probabilities need the whole classifier" if sharded else f"probabilities have the shape {probabilities}"
+    indices, probabilities = (*rows, *positions), (*rows, len(linear_weight) if num_classes is None else num_classes, *positions)
+    if target.shape not in (indices, probabilities):
         raise ValueError(
-            f"target must be int64 class indices of shape {indices} for input {describe(input)}, got {describe(target)}; class {other}"
+            f"target must be int64 class indices of shape {indices} for input {describe(input)}, got {describe(target)}; class "
+            f"probabilities have the shape {probabilities}"
         )
+
+
+def check_no_gradient(reason: str, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{name} must not require a gradient if {reason}; pass {name}.detach()")
 
 
 def check_no_teacher(linear_weight: object, linear_bias: object, temperature: object) -> None:

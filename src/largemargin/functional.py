@@ -5,6 +5,7 @@
 
 from typing import TYPE_CHECKING, Unpack
 
+import torch
 from torch import Tensor
 from torch.fx import Proxy
 
@@ -169,10 +170,12 @@ def sharded_large_margin_cross_entropy(
     Rank r holds the logits :math:`f^{(r)}` of some classes, in rank order; a rank may hold few or none. One all-gather of six float32 per
     row (eight with weights and smoothing) gives every rank the same loss, bit for bit. The backward pass is local: each rank gets the
     gradient of this one loss, not divided by the number of ranks. Every rank must call ``backward`` on this same loss, once.
+    Probabilities need a second all-gather, of eight numbers per row, and the memory of the reference.
 
     Args:
         input_shard: logits of this rank's classes, shape ``(N, C_r)``, ``(N, C_r, d1, ..., dk)`` or ``(C_r,)``; the same rows on all ranks.
-        target: class indices among all classes, the same on every rank; shape and dtype as in :func:`large_margin_cross_entropy`.
+        target: class indices among all classes, the same on every rank; shape and dtype as in :func:`large_margin_cross_entropy`. Or the
+            probabilities of this rank's classes, shaped like ``input_shard``; then neither they nor ``weight`` get a gradient.
         group: the ranks that share the classes; ``None`` computes the loss of ``input_shard`` alone.
         class_start: the index of this rank's first class.
         num_classes: on all ranks together. By default ranks exchange sizes, which synchronises the accelerator; giving ``class_start`` and
@@ -202,10 +205,17 @@ def sharded_large_margin_cross_entropy(
         collectives.check_all_here(num_here, class_start, num_classes)
         return large_margin_cross_entropy(input_shard, target, weight, **options)
     _checks.check_local("input_shard", input_shard, "large_margin_cross_entropy")
-    _checks.check_indices(input_shard, target, checked.ignore_index)
     _checks.check_plain("target", target)
     _checks.check_plain("weight", weight)
     collectives.check_eager("sharded_large_margin_cross_entropy")
+    if _checks.is_probabilities(input_shard, target):
+        _checks.check_probabilities(input_shard, target, checked.ignore_index)
+        labels = target.new_zeros(_checks.index_shape(input_shard), dtype=torch.int64)  # the ranks compare rows and labels
+        shard, _ = collectives.shard_of(num_here, labels, group, class_start, num_classes)
+        _checks.check_no_gradient("classes are split and target has probabilities", target=target, weight=weight)
+        _checks.check_weight(weight, input_shard, shard.num_classes)
+        return shards.loss_of_probabilities(input_shard, target, weight, checked, shard)
+    _checks.check_indices(input_shard, target, checked.ignore_index)
     shard, _ = collectives.shard_of(num_here, target, group, class_start, num_classes)
     _checks.check_weight(weight, input_shard, shard.num_classes)
     return shards.loss(input_shard, target, weight, checked, shard)
@@ -356,11 +366,13 @@ def sharded_linear_large_margin_cross_entropy(
     Rank r holds the rows :math:`W^{(r)}` of some classes, in rank order; a rank may hold few or none. ``input`` is the same on every rank,
     and every rank gets its whole gradient. The gradient of the classifier is local. As in :func:`sharded_large_margin_cross_entropy`, the
     loss is the same on every rank, bit for bit. Every rank must call ``backward`` once on this loss, not on other multiples or rows of it.
+    A step takes one all-gather of statistics, or two for probabilities, and one all-reduce of the gradient of ``input``.
 
     Args:
         input: features, shape ``(N, D)`` or any ``(..., D)``, floating; the same on every rank.
         linear_weight_shard: the classifier's rows for this rank's classes, shape ``(C_r, D)``, floating.
-        target: class indices among all classes, shape ``(...)``, the same on every rank.
+        target: class indices among all classes, shape ``(...)``, the same on every rank; or the probabilities of this rank's classes, shape
+            ``(..., C_r)``, which get no gradient.
         group: the ranks that share the classes; ``None`` calls :func:`linear_large_margin_cross_entropy`.
         class_start: the index of this rank's first class; by default it follows the classes of the ranks before.
         num_classes: on all ranks together.
@@ -392,13 +404,14 @@ def sharded_linear_large_margin_cross_entropy(
             input, linear_weight_shard, target, linear_bias=linear_bias_shard, weight=weight, **options
         )
     _checks.check_linear(input, linear_weight_shard, linear_bias_shard, None, sharded=True)
-    _checks.check_linear_target(input, linear_weight_shard, target, None, sharded=True)
+    _checks.check_linear_target(input, linear_weight_shard, target, None)
     _checks.check_plain("target", target)
     _checks.check_plain("weight", weight)
     _checks.check_alike(input=input, linear_weight_shard=linear_weight_shard, linear_bias_shard=linear_bias_shard)
     _checks.check_local("input", input, "linear_large_margin_cross_entropy")
     collectives.check_eager("sharded_linear_large_margin_cross_entropy")
-    features, labels = input.reshape(-1, input.shape[-1]), target.reshape(-1)
-    problem = linear.Problem(features, linear_weight_shard, linear_bias_shard, labels, weight, checked)
+    features, indices = input.reshape(-1, input.shape[-1]), input.shape[:-1]
+    rows = target.reshape(-1) if target.shape == indices else target.reshape(len(features), len(linear_weight_shard))
+    problem = linear.Problem(features, linear_weight_shard, linear_bias_shard, rows, weight, checked)
     loss = sharded_linear.loss(problem, group, class_start, num_classes)
-    return loss.reshape(target.shape) if checked.reduction == "none" else loss
+    return loss.reshape(indices) if checked.reduction == "none" else loss
