@@ -136,6 +136,20 @@ def test_a_teacher_may_have_a_dtype_of_its_own(tile, rng):
         assert_within(loss, plain(exact.leaves(), exact.teacher).detach(), 64.0, 4, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_products_as_on_a_gpu(dtype, monkeypatch, rng):
+    monkeypatch.setattr(tiles, "TILE", 200)
+    monkeypatch.setattr(tiles.Layer, "is_half", property(lambda self: self.input.dtype == self.weight.dtype != torch.float32))
+    lesson = Lesson.of(rng, CPU, dtype)
+    leaves, exact = lesson.leaves(), lesson.to(torch.float64)
+    truth_leaves = exact.leaves()
+    for reduction in ("mean", "none"):
+        loss, truth = fused(leaves, lesson.teacher, reduction=reduction), plain(truth_leaves, exact.teacher, reduction=reduction)
+        assert_within(loss, truth.detach(), 64 + truth.detach().abs(), 8, torch.float32)
+        for got, expected in zip(torch.autograd.grad(loss.sum(), leaves), torch.autograd.grad(truth.sum(), truth_leaves), strict=True):
+            assert (got.double() - expected).norm() < torch.finfo(dtype).eps * expected.norm()
+
+
 def test_no_gradient_reaches_the_teacher(tile, rng, device):
     lesson = Lesson.of(rng, device)
     teacher = tuple(tensor.requires_grad_() for tensor in lesson.teacher)
