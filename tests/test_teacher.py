@@ -110,8 +110,9 @@ def test_equals_the_loss_of_the_logits_at_every_position(tile, rng, device):
 def test_leading_dimensions_and_padding_of_either_classifier(tile, rng, device):
     input, linear_weight = torch.randn(2, 3, 5, generator=rng).to(device), torch.randn(9, 5, generator=rng).to(device)
     teacher, classifier = torch.randn(2, 3, 4, generator=rng).to(device), torch.randn(8, 4, generator=rng).to(device)
-    losses = fused([input, linear_weight, None], (teacher, classifier, None), reduction="none", num_classes=7)
-    target = (teacher @ classifier[:7].t()).softmax(-1)
+    bias = torch.randn(8, generator=rng).to(device)
+    losses = fused([input, linear_weight, None], (teacher, classifier, bias), reduction="none", num_classes=7)
+    target = F.linear(teacher, classifier[:7], bias[:7]).softmax(-1)
     expected = linear_large_margin_cross_entropy(input, linear_weight[:7], target, reduction="none")
     assert losses.shape == (2, 3)
     assert_within(losses, expected, 64.0, 2)
