@@ -4,6 +4,7 @@ The losses compute on the GPU where there is one, which all ranks share: gloo ga
 CPU: heads and DTensors need more of gloo than it has for GPUs, and labels are looked at on the CPU alone.
 """
 
+import contextlib
 import copy
 import os
 import pickle
@@ -90,6 +91,116 @@ def equals_whole(group: dist.ProcessGroup, sizes: tuple[int, ...], inner: tuple[
     assert mine.shape == rows.logits[:, classes].shape
     assert_within(mine, gradient[:, classes], 16, 4)
     return loss.cpu()
+
+
+class SoftRows(Rows):
+    """The same with class probabilities, of which a masked class has none, and one row has none at all."""
+
+    def __init__(self, device: torch.device, num_classes: int, rows: int = 6, inner: tuple[int, ...] = (), lead: float = 0.0) -> None:
+        super().__init__(device, num_classes, rows, inner)
+        rng = torch.Generator().manual_seed(num_classes)
+        self.target = torch.rand(self.logits.shape, generator=rng, dtype=torch.float64).to(device)
+        self.target = torch.where(self.logits == -torch.inf, 0.0, self.target / self.target.sum(1, keepdim=True))
+        if rows > 1:
+            self.target[1] = 0
+            self.logits[0, -1] += lead
+
+
+def soft_equals_whole(
+    group: dist.ProcessGroup, sizes: tuple[int, ...], inner: tuple[int, ...], weighted: bool, lead: float, options: dict
+) -> Tensor:
+    """The loss of probabilities and its gradient are those of the whole logits; returns the loss."""
+    rows, classes = SoftRows(DEVICE, sum(sizes), inner=inner, lead=lead), bounds(group, sizes)
+    options = {**options, "weight": rows.weight if weighted else None}
+
+    def whole(logits: Tensor) -> Tensor:
+        return large_margin_cross_entropy(logits, rows.target, **options, backend="reference")
+
+    def split(logits: Tensor) -> Tensor:
+        return sharded_large_margin_cross_entropy(logits, rows.target[:, classes], group=group, **options)
+
+    expected, gradient = loss_and_gradient(whole, rows.logits, rows.upstream)
+    loss, mine = loss_and_gradient(split, rows.logits[:, classes], rows.upstream)
+    assert_within(loss, expected, 16 + lead + expected.abs(), 4)
+    assert_within(mine, gradient[:, classes], 16 + lead, 4)
+    return loss.cpu()
+
+
+def soft_linear_equals_whole(
+    group: dist.ProcessGroup, sizes: tuple[int, ...], shape: tuple[int, int], tile: int, needed: tuple, options: dict
+) -> Tensor:
+    """As :func:`linear_equals_whole`, for probabilities; two passes."""
+    tiles.TILE = tiles.TILE_OF_GPU = tile
+    problem, classes = Features(DEVICE, sum(sizes), *shape), bounds(group, sizes)
+    target = torch.rand(shape[0], sum(sizes), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(DEVICE)
+    target[:, problem.linear_bias == -torch.inf] = 0
+    options = {**options, "weight": problem.weight if options.get("label_smoothing") else None}
+    leaves = [t.clone().requires_grad_() for t in (problem.input, problem.linear_weight, problem.linear_bias)]
+    expected = large_margin_cross_entropy(F.linear(*leaves), target, **options, backend="reference")
+    mine = [problem.input.clone(), problem.linear_weight[classes].clone(), problem.linear_bias[classes].clone()]
+    need = needed[dist.get_rank(group) % len(needed)]
+    for leaf, wanted in zip(mine, (need[0], need[1], need[1]), strict=True):
+        leaf.requires_grad_(wanted)
+    loss = sharded_linear_large_margin_cross_entropy(
+        mine[0], mine[1], target[:, classes], group=group, linear_bias_shard=mine[2], **options
+    )
+    assert_within(loss, expected.detach(), 64 + expected.detach().abs(), 4)
+    for factor in (1.0, -0.7)[: 2 if len(needed) == 1 else 1]:  # the second pass has the sums already; all ranks run it, or none
+        upstream = factor * (problem.upstream if expected.dim() else torch.ones_like(expected))
+        truth = torch.autograd.grad(expected, leaves, upstream, retain_graph=True)
+        wanted = [leaf for leaf in mine if leaf.requires_grad]
+        found = iter(torch.autograd.grad(loss, wanted, upstream, retain_graph=True) if wanted else ())
+        for leaf, gradient in zip(mine, (truth[0], truth[1][classes], truth[2][classes]), strict=True):
+            if leaf.requires_grad:
+                assert_within(next(found), gradient, 64 + gradient.abs(), 4)
+    return loss.detach().cpu()
+
+
+def soft_by_kernels(group: dist.ProcessGroup, sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """As :func:`by_kernels`, for probabilities."""
+    rows, classes = SoftRows(DEVICE, sum(sizes)), bounds(group, sizes)
+    exact = rows.logits.to(dtype).double()
+    whole = lambda logits: large_margin_cross_entropy(logits, rows.target, backend="reference")  # noqa: E731
+    split = lambda logits: sharded_large_margin_cross_entropy(logits, rows.target[:, classes].float(), group=group)  # noqa: E731
+    expected, gradient = loss_and_gradient(whole, exact, rows.upstream)
+    loss, mine = loss_and_gradient(split, exact[:, classes].to(dtype), rows.upstream.float())
+    assert loss.dtype == torch.float32 and mine.dtype == dtype
+    assert_within(loss, expected, 16 + expected.abs(), 4)
+    once = torch.finfo(dtype).eps if dtype != torch.float32 else 0
+    assert ((mine.double() - gradient[:, classes]).abs() <= once * gradient[:, classes].abs() + 64 * torch.finfo(torch.float32).eps).all()
+    return loss.cpu()
+
+
+def soft_in_two_dtypes(group: dist.ProcessGroup) -> None:
+    """Probabilities may be wider than the logits, and the loss is as wide as they are."""
+    rows, classes = SoftRows(CPU, 9), bounds(group, (4, 5))
+    logits, problem = rows.logits[:, classes].float().requires_grad_(), Features(CPU, 9, 6, 3, torch.float32)
+    loss = sharded_large_margin_cross_entropy(logits, rows.target[:, classes], group=group)
+    expected = large_margin_cross_entropy(rows.logits.float(), rows.target, backend="reference")
+    assert loss.dtype == expected.dtype == torch.float64
+    assert_within(loss, expected, 16, 2, torch.float32)
+    loss.backward()
+    assert logits.grad.dtype == torch.float32
+    shard, bias = problem.linear_weight[classes].requires_grad_(), problem.linear_bias[classes]
+    loss = sharded_linear_large_margin_cross_entropy(problem.input, shard, rows.target[:, classes], group=group, linear_bias_shard=bias)
+    assert loss.dtype == torch.float64
+    loss.backward()
+    assert shard.grad.dtype == torch.float32
+
+
+def soft_of_odd_rows(group: dist.ProcessGroup) -> None:
+    """A row with an infinite or undefined logit is NaN on every rank; a masked class with a share is infinite."""
+    inf, nan = torch.inf, torch.nan
+    logits = torch.tensor([[inf, 1, 0, 2], [0, 1, 2, inf], [0, nan, 2, 1], [0, 1, 2, nan], [-inf, -inf, -inf, -inf], [-inf, 1, 2, 0]])
+    target = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).expand(6, 4)
+    mine = bounds(group, (3, 1))
+    for lam in (0.0, 0.3):
+        losses = sharded_large_margin_cross_entropy(logits[:, mine], target[:, mine], group=group, lam=lam, reduction="none")
+        assert losses.isnan().tolist() == [True] * 5 + [False] and losses[5] == inf
+        one_hot = torch.eye(4, dtype=torch.float64)[[2, 2, 2, 2, 2, 1]]
+        alone = torch.where(one_hot == 1, 0.0, -inf)
+        loss = sharded_large_margin_cross_entropy(alone[:, mine], one_hot[:, mine], group=group, lam=lam, label_smoothing=0.1)
+        assert loss == 0
 
 
 def by_kernels(group: dist.ProcessGroup, sizes: tuple[int, ...], inner: tuple[int, ...], dtype: torch.dtype, options: dict) -> Tensor:
@@ -268,7 +379,11 @@ def refuses(group: dist.ProcessGroup) -> None:
     assert_refused(IndexError, "\\[0, 6\\)", target=target + 5)
     assert_refused(RuntimeError, "one entry for each of the 6 classes", weight=torch.ones(3))
     assert_refused(ValueError, "weight.detach", weight=torch.ones(6, requires_grad=True), label_smoothing=0.1)
-    assert_refused(RuntimeError, "class indices", target=torch.rand(4, 3))
+    assert_refused(ValueError, "target.detach", target=torch.rand(4, 3, requires_grad=True))
+    assert_refused(ValueError, "weight.detach", target=torch.rand(4, 3), weight=torch.ones(6, requires_grad=True))
+    assert_refused(ValueError, "target must be the same on all ranks", target=torch.rand(4, 3) if rank else target)
+    assert_refused(ValueError, "the same rows on all ranks", logits=logits[rank:], target=torch.rand(4, 3)[rank:])
+    assert_refused(RuntimeError, "ignore_index=0 needs class indices", target=torch.rand(4, 3), ignore_index=0)
     assert_refused(ValueError, "the same rows on all ranks of the group, got \\[4, 3\\]", logits=logits[rank:], target=target[rank:])
     assert_refused(ValueError, "lam", lam=-1.0)
     features, classifier = torch.randn(4, 2, requires_grad=rank == 0), torch.randn(3, 2)
@@ -488,6 +603,52 @@ def flop(group: dist.ProcessGroup, shape: tuple[int, int, int], tile: int) -> in
     with torch.profiler.profile(with_flops=True) as profiler:
         sharded_linear_large_margin_cross_entropy(*leaves, torch.arange(rows), group=group).backward()
     return flop_of_products(profiler)
+
+
+def head_takes_probabilities(group: dist.ProcessGroup) -> None:
+    """Of its classes, fused or, under a hook, by its logits."""
+    torch.manual_seed(0)
+    head = ClassParallelLinear(6, 5, group=group, dtype=torch.float64)
+    linear, own = whole_linear(head), slice(head.class_start, head.class_start + head.shard.size)
+    input, target = torch.randn(2, 4, 6, dtype=torch.float64), torch.rand(2, 4, 5, dtype=torch.float64)
+    for reduction in ("none", "mean"):
+        expected = large_margin_cross_entropy(linear(input).flatten(0, 1), target.flatten(0, 1), reduction=reduction).detach()
+        expected = expected.reshape(2, 4) if reduction == "none" else expected
+        assert_within(head.loss(input, target[..., own], reduction=reduction), expected, 64, 2)
+        hook = head.register_forward_hook(lambda *_: None)
+        with pytest.warns(UserWarning, match="hook") if reduction == "none" else contextlib.nullcontext():
+            assert_within(head.loss(input, target[..., own], reduction=reduction), expected, 64, 2)
+        hook.remove()
+
+
+def traffic_of_probabilities(group: dist.ProcessGroup) -> None:
+    """Two all-gathers, of six and eight numbers a row, and one all-reduce of the gradient of the features."""
+    calls: list[tuple[str, int]] = []
+    problem, classes = Features(CPU, 10, 6, 3, torch.float32), bounds(group, (4, 6))
+    target = torch.full((6, classes.stop - classes.start), 0.1)
+    gather, reduce = collectives.all_gather, collectives.all_reduce
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collectives, "all_gather", lambda values, group: calls.append(("gather", values.numel())) or gather(values, group))
+        patch.setattr(collectives, "all_reduce", lambda values, group: calls.append(("reduce", values.numel())) or reduce(values, group))
+        logits = (problem.input @ problem.linear_weight[classes].t()).requires_grad_()
+        sharded_large_margin_cross_entropy(logits, target, group=group, weight=problem.weight, label_smoothing=0.1).backward()
+        assert calls == [("gather", 5), ("gather", 6 * 6), ("gather", 8 * 6)]
+        for tile in (2**20, 8):
+            tiles.TILE = tile
+            calls.clear()
+            leaves = [leaf.clone().requires_grad_() for leaf in (problem.input, problem.linear_weight[classes])]
+            sharded_linear_large_margin_cross_entropy(*leaves, target, group=group).backward()
+            assert calls == [("gather", 7), ("gather", 6 * 6), ("gather", 8 * 6), ("reduce", 6 * 3)]
+
+
+def memory_of_probabilities(group: dist.ProcessGroup) -> None:
+    """Beside gradients and target a rank holds a few times a tile of a sixteenth of the size, not the logits of its classes."""
+    tiles.TILE = 16 * 4000
+    rng = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(shape, generator=rng, requires_grad=True) for shape in ((400, 16), (4000, 16))]
+    target = torch.rand(400, 4000, generator=rng)
+    step = lambda: sharded_linear_large_margin_cross_entropy(*leaves, target, group=group).backward()  # noqa: E731
+    assert peak_bytes(step) < sum(leaf.nbytes for leaf in leaves) + 50 * 4 * 4000 + 200_000  # the logits would take 6,400,000
 
 
 def memory(group: dist.ProcessGroup) -> None:

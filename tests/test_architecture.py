@@ -196,6 +196,9 @@ WAYS = {
     "features and probabilities": lambda: largemargin.linear_large_margin_cross_entropy(
         LOGITS, torch.ones(4, 3, requires_grad=True), torch.ones(2, 4)
     ),
+    "features and a teacher": lambda: largemargin.linear_large_margin_cross_entropy(
+        LOGITS, torch.ones(4, 3, requires_grad=True), teacher_input=LOGITS, teacher_linear_weight=torch.ones(4, 3)
+    ),
     "features and positions": lambda: largemargin.linear_large_margin_cross_entropy(
         LOGITS, torch.ones(4, 2, 3, requires_grad=True), torch.zeros(2, 2).long()
     ),

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 import on_ranks
+from combinations import covering
 from largemargin import large_margin_cross_entropy, sharded_large_margin_cross_entropy
 from largemargin.rows import collectives
 from measure import assert_within, same_bits
@@ -41,6 +42,45 @@ def test_equals_the_whole_logits_of_images(ranks):
     for reduction, weighted in itertools.product(("none", "sum", "mean"), (False, True)):
         options = {"reduction": reduction, "label_smoothing": 0.1}
         assert_same_everywhere(ranks.assert_on(3, on_ranks.equals_whole, (3, 0, 4), (2, 3), weighted, options))
+
+
+SOFT = {
+    "reduction": ("none", "sum", "mean"),
+    "divergence": ("symmetric", "kl_qu", "kl_uq"),
+    "lam": (0.0, 0.3),
+    "hard_bias": (0.0, 1.0),
+    "label_smoothing": (0.0, 0.2, 1.0),
+    "weighted": (False, True),
+    "lead": (0.0, 30.0),
+}
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_probabilities_equal_those_of_the_whole_logits(ranks, sizes):
+    for case in covering(2, **SOFT):
+        options = dict(zip(SOFT, case, strict=True))
+        weighted, lead = options.pop("weighted"), options.pop("lead")
+        assert_same_everywhere(ranks.assert_on(len(sizes), on_ranks.soft_equals_whole, sizes, (), weighted, lead, options))
+
+
+def test_probabilities_equal_those_of_the_whole_logits_of_images(ranks):
+    for reduction in ("none", "mean"):
+        options = {"reduction": reduction, "label_smoothing": 0.1}
+        assert_same_everywhere(ranks.assert_on(3, on_ranks.soft_equals_whole, (3, 0, 4), (2, 3), True, 0.0, options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_probabilities_in_lower_precision_are_within_roundings_of_float64(ranks, dtype):
+    for sizes in ((4, 4), (0, 1500, 2)):
+        assert_same_everywhere(ranks.assert_on(len(sizes), on_ranks.soft_by_kernels, sizes, dtype))
+
+
+def test_probabilities_may_be_wider_than_logits(ranks):
+    ranks.assert_on(2, on_ranks.soft_in_two_dtypes)
+
+
+def test_probabilities_of_odd_rows(ranks):
+    ranks.assert_on(2, on_ranks.soft_of_odd_rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -102,6 +142,20 @@ def test_a_rank_that_needs_no_gradient_still_contributes(ranks, needed, shape, t
     assert_same_everywhere(ranks.assert_on(3, on_ranks.linear_equals_whole, (2, 5, 3), shape, tile, False, needed, {}))
 
 
+@pytest.mark.parametrize(("shape", "tile"), [((6, 3), 2**20), ((6, 3), 8), ((0, 3), 8)], ids=str)
+@pytest.mark.parametrize("sizes", [(7,), (1, 6, 3), (1, 1, 1, 0), (0, 5, 0)], ids=str)
+def test_linear_takes_the_probabilities_of_its_classes(ranks, sizes, shape, tile):
+    for reduction, options in itertools.product(("none", "sum", "mean"), ({}, OPTIONS[2])):
+        settings = {**options, "reduction": reduction}
+        assert_same_everywhere(ranks.assert_on(len(sizes), on_ranks.soft_linear_equals_whole, sizes, shape, tile, BOTH, settings))
+
+
+@pytest.mark.parametrize("needed", [((True, False),), ((False, True),), ((True, True), (False, True), (False, False))], ids=str)
+def test_a_rank_that_needs_no_gradient_of_probabilities_still_contributes(ranks, needed):
+    for tile in (2**20, 8):
+        assert_same_everywhere(ranks.assert_on(3, on_ranks.soft_linear_equals_whole, (2, 5, 3), (6, 3), tile, needed, {}))
+
+
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("tile", [2**20, 8])
@@ -135,6 +189,11 @@ def test_a_head_trains_and_predicts_as_the_whole_classifier_and_starts_alike_on_
     initial = [classifier for size in (1, 2, 3, 4) for classifier in ranks.assert_on(size, on_ranks.head_equals_linear)]
     assert all(same_bits(classifier, initial[0]) for classifier in initial)
     assert len(initial[0].unique()) == initial[0].numel()
+
+
+def test_a_head_takes_the_probabilities_of_its_classes(ranks):
+    for size in (2, 4):
+        ranks.assert_on(size, on_ranks.head_takes_probabilities)
 
 
 def test_a_mesh_of_data_and_classes_trains_as_one_device(ranks):
@@ -208,8 +267,13 @@ def test_one_gather_and_one_reduction(ranks, weighted):
     ranks.assert_on(2, on_ranks.traffic, weighted)
 
 
+def test_two_gathers_and_one_reduction_for_probabilities(ranks):
+    ranks.assert_on(2, on_ranks.traffic_of_probabilities)
+
+
 def test_case_23_a_rank_holds_its_gradients_and_a_tile(ranks):
     ranks.assert_on(2, on_ranks.memory)
+    ranks.assert_on(2, on_ranks.memory_of_probabilities)
 
 
 def test_an_assertion_that_fails_on_a_rank_fails_the_test():

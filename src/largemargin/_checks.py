@@ -268,43 +268,98 @@ def check_weight(weight: object, input: Tensor, of_classes: int | None = None) -
 
 
 def check_linear(
-    input: object, linear_weight: object, target: object, linear_bias: object, num_classes: object, sharded: bool = False
+    input: object, linear_weight: object, linear_bias: object, num_classes: object, whose: str = "", sharded: bool = False
 ) -> None:
-    """If ``sharded``, ``linear_weight`` may be (0, D), for a rank without classes, and the target has class indices."""
-    for name, value in (("input", input), ("linear_weight", linear_weight), ("target", target)):
-        check_tensor(name, value)
-    assert isinstance(input, Tensor) and isinstance(linear_weight, Tensor) and isinstance(target, Tensor)
+    """``whose`` is the prefix of the names. If ``sharded``, ``linear_weight`` may be (0, D), for a rank without classes."""
+    for name, value in (("input", input), ("linear_weight", linear_weight)):
+        check_tensor(f"{whose}{name}", value)
+    assert isinstance(input, Tensor) and isinstance(linear_weight, Tensor)
     if linear_weight.numel() == 0 and not (sharded and linear_weight.dim() == 2):
-        raise ValueError(f"linear_weight is empty, {describe(linear_weight)}; gather a sharded parameter before its loss")
+        raise ValueError(f"{whose}linear_weight is empty, {describe(linear_weight)}; gather a sharded parameter before its loss")
     positions = tuple(linear_weight.shape[1:-1])
     dims_fit = input.dim() == 2 and not sharded if positions else linear_weight.dim() == 2 and input.dim() >= 1
     if not dims_fit or input.shape[-1] != linear_weight.shape[-1]:
         raise ValueError(
-            f"linear_weight must have shape (C, D) for input (..., D){'' if sharded else ', or (C, d1, ..., dk, D) for input (N, D)'}, "
-            f"got {describe(linear_weight)} for {describe(input)}"
+            f"{whose}linear_weight must have shape (C, D) for {whose}input (..., D)"
+            f"{'' if sharded else f', or (C, d1, ..., dk, D) for {whose}input (N, D)'}, got {describe(linear_weight)} for {describe(input)}"
         )
     for name, value in (("input", input), ("linear_weight", linear_weight)):
         if value.dtype not in FLOATING:
-            raise NotImplementedError(f"{name} must have a floating dtype, got {describe(value)}; convert it with {name}.float()")
-    check_same_device("linear_weight", linear_weight, input)
+            raise NotImplementedError(
+                f"{whose}{name} must have a floating dtype, got {describe(value)}; convert it with {whose}{name}.float()"
+            )
+    check_same_device(f"{whose}linear_weight", linear_weight, input)
     if linear_bias is not None:
-        check_tensor("linear_bias", linear_bias)
+        check_tensor(f"{whose}linear_bias", linear_bias)
         assert isinstance(linear_bias, Tensor)
         if linear_bias.shape != linear_weight.shape[:-1] or linear_bias.dtype not in FLOATING:
             words = "(C, d1, ..., dk)" if positions else f"(C,), with C = {len(linear_weight)}"
-            raise ValueError(f"linear_bias must be floating of shape {words}, got {describe(linear_bias)}")
-        check_same_device("linear_bias", linear_bias, input)
+            raise ValueError(f"{whose}linear_bias must be floating of shape {words}, got {describe(linear_bias)}")
+        check_same_device(f"{whose}linear_bias", linear_bias, input)
     if num_classes is not None:
         check_integer("num_classes", num_classes)
         if not 1 <= num_classes <= len(linear_weight):  # type: ignore[operator]
-            raise ValueError(f"num_classes must be between 1 and the {len(linear_weight)} rows of linear_weight, got {num_classes}")
-    rows, classes = tuple(input.shape[:-1]), len(linear_weight) if num_classes is None else num_classes
-    indices, probabilities = (*rows, *positions), (*rows, classes, *positions)
-    if target.shape != indices and (sharded or target.shape != probabilities):
-        other = "probabilities need the whole classifier" if sharded else f"probabilities have the shape {probabilities}"
+            raise ValueError(f"num_classes must be between 1 and the {len(linear_weight)} rows of {whose}linear_weight, got {num_classes}")
+
+
+def check_linear_target(input: Tensor, linear_weight: Tensor, target: object, num_classes: int | None) -> None:
+    if target is None:
+        raise TypeError("target must be a torch.Tensor, got None; only the probabilities of a teacher, teacher_input=, can replace it")
+    check_tensor("target", target)
+    assert isinstance(target, Tensor)
+    rows, positions = tuple(input.shape[:-1]), tuple(linear_weight.shape[1:-1])
+    indices, probabilities = (*rows, *positions), (*rows, len(linear_weight) if num_classes is None else num_classes, *positions)
+    if target.shape not in (indices, probabilities):
         raise ValueError(
-            f"target must be int64 class indices of shape {indices} for input {describe(input)}, got {describe(target)}; class {other}"
+            f"target must be int64 class indices of shape {indices} for input {describe(input)}, got {describe(target)}; class "
+            f"probabilities have the shape {probabilities}"
         )
+
+
+def check_no_gradient(reason: str, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{name} must not require a gradient if {reason}; pass {name}.detach()")
+
+
+def check_no_teacher(linear_weight: object, linear_bias: object, temperature: object) -> None:
+    """For a loss without ``teacher_input``."""
+    for name, value in (("teacher_linear_weight", linear_weight), ("teacher_linear_bias", linear_bias)):
+        if value is not None:
+            raise TypeError(f"{name} needs teacher_input, the features that go into the teacher's classifier")
+    if temperature != 1:
+        raise ValueError(f"temperature is the teacher's, and there is no teacher_input; got {temperature!r}; divide input instead")
+
+
+def check_teacher(
+    input: Tensor, linear_weight: Tensor, target: object, num_classes: int | None, ignore_index: int, teacher: tuple[object, object, object]
+) -> None:
+    """``teacher`` has the features, the classifier and its bias."""
+    if target is not None:
+        raise ValueError("target must be None with teacher_input, whose softmax is the target; add the loss of labels in a second call")
+    features, classifier, bias = teacher
+    check_linear(features, classifier, bias, num_classes, "teacher_")
+    assert isinstance(features, Tensor) and isinstance(classifier, Tensor)
+    for name, value in (
+        ("input", input),
+        ("teacher_input", features),
+        ("teacher_linear_weight", classifier),
+        ("teacher_linear_bias", bias),
+    ):
+        if is_dtensor(value):
+            raise NotImplementedError(f"{name} is a DTensor, and a teacher takes plain tensors; pass {name}.full_tensor()")
+    check_same_device("teacher_input", features, input)
+    if features.shape[:-1] != input.shape[:-1]:
+        raise ValueError(f"teacher_input must have the rows of input, {tuple(input.shape[:-1])}, got {describe(features)}")
+    outputs = (len(classifier) if num_classes is None else num_classes, *classifier.shape[1:-1])
+    expected = (len(linear_weight) if num_classes is None else num_classes, *linear_weight.shape[1:-1])
+    if outputs != expected:
+        raise ValueError(
+            f"teacher_linear_weight must have the classes of linear_weight, shape {(*expected, classifier.shape[-1])}, got "
+            f"{describe(classifier)}; where one of them is padded, give num_classes"
+        )
+    if ignore_index >= 0:
+        raise RuntimeError(f"ignore_index={ignore_index} needs class indices, but the target is a teacher; leave rows out of input instead")
 
 
 def check_torch_options(options: object) -> None:

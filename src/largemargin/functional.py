@@ -5,6 +5,7 @@
 
 from typing import TYPE_CHECKING, Unpack
 
+import torch
 from torch import Tensor
 from torch.fx import Proxy
 
@@ -14,6 +15,7 @@ from ._reduce import Reduction
 from ._shared import takes
 from .loss import Divergence, LinearOptions, LossOptions, Options
 from .rows import collectives, dense, dtensors, linear, sharded_linear, shards, whole
+from .rows.teacher import Teacher
 from .rowstats import RowStats
 from .tracing import as_one_call, no_script, record
 
@@ -168,10 +170,12 @@ def sharded_large_margin_cross_entropy(
     Rank r holds the logits :math:`f^{(r)}` of some classes, in rank order; a rank may hold few or none. One all-gather of six float32 per
     row (eight with weights and smoothing) gives every rank the same loss, bit for bit. The backward pass is local: each rank gets the
     gradient of this one loss, not divided by the number of ranks. Every rank must call ``backward`` on this same loss, once.
+    Probabilities need a second all-gather, of eight numbers per row, and the memory of the reference.
 
     Args:
         input_shard: logits of this rank's classes, shape ``(N, C_r)``, ``(N, C_r, d1, ..., dk)`` or ``(C_r,)``; the same rows on all ranks.
-        target: class indices among all classes, the same on every rank; shape and dtype as in :func:`large_margin_cross_entropy`.
+        target: class indices among all classes, the same on every rank; shape and dtype as in :func:`large_margin_cross_entropy`. Or the
+            probabilities of this rank's classes, shaped like ``input_shard``; then neither they nor ``weight`` get a gradient.
         group: the ranks that share the classes; ``None`` computes the loss of ``input_shard`` alone.
         class_start: the index of this rank's first class.
         num_classes: on all ranks together. By default ranks exchange sizes, which synchronises the accelerator; giving ``class_start`` and
@@ -201,10 +205,17 @@ def sharded_large_margin_cross_entropy(
         collectives.check_all_here(num_here, class_start, num_classes)
         return large_margin_cross_entropy(input_shard, target, weight, **options)
     _checks.check_local("input_shard", input_shard, "large_margin_cross_entropy")
-    _checks.check_indices(input_shard, target, checked.ignore_index)
     _checks.check_plain("target", target)
     _checks.check_plain("weight", weight)
     collectives.check_eager("sharded_large_margin_cross_entropy")
+    if _checks.is_probabilities(input_shard, target):
+        _checks.check_probabilities(input_shard, target, checked.ignore_index)
+        labels = target.new_zeros(_checks.index_shape(input_shard), dtype=torch.int64)  # the ranks compare rows and labels
+        shard, _ = collectives.shard_of(num_here, labels, group, class_start, num_classes)
+        _checks.check_no_gradient("classes are split and target has probabilities", target=target, weight=weight)
+        _checks.check_weight(weight, input_shard, shard.num_classes)
+        return shards.loss_of_probabilities(input_shard, target, weight, checked, shard)
+    _checks.check_indices(input_shard, target, checked.ignore_index)
     shard, _ = collectives.shard_of(num_here, target, group, class_start, num_classes)
     _checks.check_weight(weight, input_shard, shard.num_classes)
     return shards.loss(input_shard, target, weight, checked, shard)
@@ -215,11 +226,15 @@ def sharded_large_margin_cross_entropy(
 def linear_large_margin_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
-    target: Tensor,
+    target: Tensor | None = None,
     *,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     num_classes: int | None = None,
+    teacher_input: Tensor | None = None,
+    teacher_linear_weight: Tensor | None = None,
+    teacher_linear_bias: Tensor | None = None,
+    temperature: float = 1.0,
     ignore_index: int | None = -100,
     options: "LinearCrossEntropyOptions | None" = None,
     **others: Unpack[LinearOptions],
@@ -237,10 +252,13 @@ def linear_large_margin_cross_entropy(
             it may have the shape ``(C, d1, ..., dk, D)``, and makes logits ``(N, C, d1, ..., dk)``.
         target: class indices, int64 (or uint8), or floating probabilities. For a classifier ``(C, D)`` their shapes are ``(...)`` and
             ``(..., C)``, for one with more dimensions ``(N, d1, ..., dk)`` and ``(N, C, d1, ..., dk)``. Probabilities that require a
-            gradient need all logits.
+            gradient need all logits. None with a teacher.
         linear_bias: shape ``(C,)`` or ``(C, d1, ..., dk)``, floating; a class whose bias is -inf is not in the row.
         weight: a factor for each class, shape ``(num_classes,)``, floating.
         num_classes: the first ``num_classes`` rows of ``linear_weight`` are classes; the rest is padding with gradient 0. Default: all.
+        teacher_input, teacher_linear_weight, teacher_linear_bias: another linear layer over the same rows and classes, of any width. The
+            target is the softmax of its logits divided by ``temperature``. Its logits are not stored either, and it gets no gradient.
+        temperature: above 0; of the teacher alone. For the student divide ``input`` and ``linear_bias``; see the example.
         ignore_index: as in :func:`large_margin_cross_entropy`; None, torch's default, is -100.
         options: torch's ``LinearCrossEntropyOptions``, which change nothing here: tiles have a size of their own, sums are float32, and
             every backward pass can be repeated.
@@ -264,12 +282,31 @@ def linear_large_margin_cross_entropy(
         tensor(0.5514, grad_fn=<...>)
         >>> loss.backward()
 
-    Source: Kobayashi, BMVC 2019, eqs. (8), (11), (13) and (15); computing it in chunks of rows is folklore.
+        Distillation, with both at the temperature T. T^2 keeps the size of the gradient, and hard labels are a second loss:
+
+        >>> T, teacher = 2.0, {"teacher_input": torch.eye(3), "teacher_linear_weight": 4 * torch.eye(3)}
+        >>> soft = T**2 * linear_large_margin_cross_entropy(features / T, classifier, **teacher, temperature=T)
+        >>> hard = linear_large_margin_cross_entropy(features, classifier, torch.tensor([0, 1, 2]))
+        >>> 0.5 * hard + 0.5 * soft
+        tensor(2.0814, grad_fn=<...>)
+
+    Source: Kobayashi, BMVC 2019, eqs. (8), (11), (13) and (15); computing it in chunks of rows is folklore. Hinton et al.,
+    *Distilling the Knowledge in a Neural Network*, 2015, for the teacher.
     """
     index = -100 if ignore_index is None else ignore_index
     checked = LossOptions.of("linear_large_margin_cross_entropy", {**others, "ignore_index": index})
     _checks.check_torch_options(options)
-    _checks.check_linear(input, linear_weight, target, linear_bias, num_classes)
+    _checks.check_linear(input, linear_weight, linear_bias, num_classes)
+    teacher = None
+    if teacher_input is None:
+        _checks.check_no_teacher(teacher_linear_weight, teacher_linear_bias, temperature)
+        _checks.check_linear_target(input, linear_weight, target, num_classes)
+    else:
+        given = (teacher_input, teacher_linear_weight, teacher_linear_bias)
+        _checks.check_teacher(input, linear_weight, target, num_classes, checked.ignore_index, given)
+        assert teacher_linear_weight is not None  # checked above
+        temperature = _checks.check_positive("temperature", temperature)
+        teacher = Teacher.of(teacher_input, teacher_linear_weight, teacher_linear_bias, temperature, num_classes)
     _checks.check_alike(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
     positions = linear_weight.shape[1:-1]
     if not _checks.is_dtensor(input):
@@ -283,23 +320,29 @@ def linear_large_margin_cross_entropy(
     features, indices = input.reshape(-1, input.shape[-1]), (*input.shape[:-1], *positions)
     # has the shape, dtype and device of the logits, for the checks of the loss
     like_logits = features[(..., slice(1), *[None for _ in positions])].expand(-1, len(linear_weight), *positions)
-    if target.shape != indices:
-        target = target.reshape(like_logits.shape)
-        _checks.check_probabilities(like_logits, target, checked.ignore_index)
-        if _checks.is_dtensor(input):
-            dtensors.check_no_probabilities(like_logits, target)
-    else:
-        target = target.reshape(-1, *positions)
-        _checks.check_indices(like_logits, target, checked.ignore_index)
-        if _checks.can_look_at(target):
-            _checks.check_range(target, len(linear_weight), checked.ignore_index)
-        target = target.long()
     _checks.check_weight(weight, like_logits)
+    of = teacher or _rows_of_target(target, indices, like_logits, checked.ignore_index)
     if positions:
         linear_weight = linear_weight.flatten(0, -2)
         linear_bias = None if linear_bias is None else linear_bias.flatten()
-    loss = linear.loss(linear.Problem(features, linear_weight, linear_bias, target, weight, checked))
+    loss = linear.loss(linear.Problem(features, linear_weight, linear_bias, of, weight, checked))
     return loss.reshape(indices) if checked.reduction == "none" else loss
+
+
+def _rows_of_target(target: Tensor | None, indices: tuple[int, ...], like_logits: Tensor, ignore_index: int) -> Tensor:
+    """The checked target for logits (N, C, d1, ...); ``indices`` is the shape that it has if it holds indices."""
+    assert target is not None  # checked above
+    if target.shape != indices:
+        target = target.reshape(like_logits.shape)
+        _checks.check_probabilities(like_logits, target, ignore_index)
+        if _checks.is_dtensor(like_logits):
+            dtensors.check_no_probabilities(like_logits, target)
+        return target
+    target = target.reshape(-1, *like_logits.shape[2:])
+    _checks.check_indices(like_logits, target, ignore_index)
+    if _checks.can_look_at(target):
+        _checks.check_range(target, like_logits.shape[1], ignore_index)
+    return target.long()
 
 
 @no_script
@@ -324,11 +367,13 @@ def sharded_linear_large_margin_cross_entropy(
     Rank r holds the rows :math:`W^{(r)}` of some classes, in rank order; a rank may hold few or none. ``input`` is the same on every rank,
     and every rank gets its whole gradient. The gradient of the classifier is local. As in :func:`sharded_large_margin_cross_entropy`, the
     loss is the same on every rank, bit for bit. Every rank must call ``backward`` once on this loss, not on other multiples or rows of it.
+    A step takes one all-gather of statistics, or two for probabilities, and one all-reduce of the gradient of ``input``.
 
     Args:
         input: features, shape ``(N, D)`` or any ``(..., D)``, floating; the same on every rank.
         linear_weight_shard: the classifier's rows for this rank's classes, shape ``(C_r, D)``, floating.
-        target: class indices among all classes, shape ``(...)``, the same on every rank.
+        target: class indices among all classes, shape ``(...)``, the same on every rank; or the probabilities of this rank's classes, shape
+            ``(..., C_r)``, which get no gradient.
         group: the ranks that share the classes; ``None`` calls :func:`linear_large_margin_cross_entropy`.
         class_start: the index of this rank's first class; by default it follows the classes of the ranks before.
         num_classes: on all ranks together.
@@ -359,13 +404,15 @@ def sharded_linear_large_margin_cross_entropy(
         return linear_large_margin_cross_entropy(
             input, linear_weight_shard, target, linear_bias=linear_bias_shard, weight=weight, **options
         )
-    _checks.check_linear(input, linear_weight_shard, target, linear_bias_shard, None, sharded=True)
+    _checks.check_linear(input, linear_weight_shard, linear_bias_shard, None, sharded=True)
+    _checks.check_linear_target(input, linear_weight_shard, target, None)
     _checks.check_plain("target", target)
     _checks.check_plain("weight", weight)
     _checks.check_alike(input=input, linear_weight_shard=linear_weight_shard, linear_bias_shard=linear_bias_shard)
     _checks.check_local("input", input, "linear_large_margin_cross_entropy")
     collectives.check_eager("sharded_linear_large_margin_cross_entropy")
-    features, labels = input.reshape(-1, input.shape[-1]), target.reshape(-1)
-    problem = linear.Problem(features, linear_weight_shard, linear_bias_shard, labels, weight, checked)
+    features, indices = input.reshape(-1, input.shape[-1]), input.shape[:-1]
+    rows = target.reshape(-1) if target.shape == indices else target.reshape(len(features), len(linear_weight_shard))
+    problem = linear.Problem(features, linear_weight_shard, linear_bias_shard, rows, weight, checked)
     loss = sharded_linear.loss(problem, group, class_start, num_classes)
-    return loss.reshape(target.shape) if checked.reduction == "none" else loss
+    return loss.reshape(indices) if checked.reduction == "none" else loss

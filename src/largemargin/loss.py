@@ -126,8 +126,18 @@ def loss_of_indices(stats: RowStats, labels: Labels, weight: Tensor | None, opti
     return reduce_rows(losses, labels.class_index, weight, options.reduction, smoothing)
 
 
-def loss_of_probabilities(stats: RowStats, probabilities: Tensor, weight: Tensor | None, options: LossOptions, num_rows: int) -> Tensor:
-    """The expectation of the loss over y ~ ``probabilities`` (..., C), from the statistics (..., C) of each class as the target."""
+def loss_of_probabilities(
+    stats: RowStats,
+    probabilities: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    num_rows: int,
+    num_classes: Tensor | None = None,
+) -> Tensor:
+    """The expectation of the loss over y ~ ``probabilities`` (..., C), from the statistics (..., C) of each class as the target.
+
+    ``num_classes`` is the number of classes of each row, if only some of them are here.
+    """
     losses = _margin_term(stats, options)
     losses = torch.where((probabilities == 0) & (losses == torch.inf), 0.0, losses)  # a masked class of probability 0 adds nothing
     losses = losses * probabilities if weight is None else losses * probabilities * weight.to(losses.dtype)
@@ -136,7 +146,7 @@ def loss_of_probabilities(stats: RowStats, probabilities: Tensor, weight: Tensor
         kept = stats.log_odds != -torch.inf
         cross_entropy = torch.where(kept, softplus(-stats.log_odds), 0.0)
         cross_entropy = cross_entropy if weight is None else cross_entropy * weight.to(losses.dtype)
-        losses = losses + options.label_smoothing * (cross_entropy.sum(-1) / kept.sum(-1))
+        losses = losses + options.label_smoothing * (cross_entropy.sum(-1) / (kept.sum(-1) if num_classes is None else num_classes))
     return reduce(losses, num_rows, options.reduction)
 
 

@@ -134,13 +134,16 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 @as_one_call
-def loss_of_logits(logits: Tensor, target: Tensor, weight: Tensor | None, out_features: tuple[int, ...] = (), **options: Any) -> Tensor:
+def loss_of_logits(
+    logits: Tensor, target: Tensor | None, weight: Tensor | None, out_features: tuple[int, ...] = (), **options: Any
+) -> Tensor:
     """The loss of logits (..., C) with the classes last, as a layer gives them, and class indices (...) or probabilities (..., C).
 
     With ``out_features`` (d1, ...), the layer gives (N, C d1 ...), and ``target`` has the shape (N, d1, ...) or (N, C, d1, ...).
     """
     _checks.check_tensor("logits", logits)
     _checks.check_tensor("target", target)
+    assert target is not None
     if out_features and logits.dim() == 2:
         logits = logits.unflatten(1, (-1, *out_features))
         indices = (len(logits), *out_features)

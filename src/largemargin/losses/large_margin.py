@@ -216,17 +216,27 @@ class LinearLargeMarginCrossEntropyLoss(_HasOptions):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({"out_features": (), **state})  # modules pickled by an older version have none
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor | None = None, **teacher: Any) -> Tensor:
         """The loss of features ``input`` (..., D) and class indices (...) or probabilities (..., C).
 
-        With ``out_features`` the features are (N, D), and ``target`` has the shape (N, d1, ..., dk) or (N, C, d1, ..., dk).
+        With ``out_features`` the features are (N, D), and ``target`` has the shape (N, d1, ..., dk) or (N, C, d1, ..., dk). A teacher
+        takes the place of ``target``: ``teacher_input``, ``teacher_linear_weight``, ``teacher_linear_bias`` and ``temperature``, as in
+        :func:`.linear_large_margin_cross_entropy`.
         """
         layer, options = plain_layer.weight_and_bias(self.linear), self._options()
         if isinstance(layer, str):
+            if teacher:
+                raise NotImplementedError(f"linear {layer}: the loss cannot be fused with it; give the teacher's softmax as target")
             _checks.warn_once(self._said, f"linear {layer}: the loss cannot be fused with it, so it is computed from its logits")
             return plain_layer.loss_of_logits(self.linear(input), target, self.weight, self.out_features, **options)
         linear_weight, linear_bias = layer
         if self.out_features:
             linear_weight = linear_weight.unflatten(0, (-1, *self.out_features))
             linear_bias = None if linear_bias is None else linear_bias.unflatten(0, (-1, *self.out_features))
-        return linear_large_margin_cross_entropy(input, linear_weight, target, linear_bias=linear_bias, weight=self.weight, **options)
+        return linear_large_margin_cross_entropy(
+            input, linear_weight, target, linear_bias=linear_bias, weight=self.weight, **teacher, **options
+        )
+
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor, target: Tensor | None = None, **teacher: Any) -> Tensor: ...

@@ -144,7 +144,9 @@ class ClassParallelLinear(nn.Module):
         return self._as_dtensor(F.linear(input, self.weight, self.bias), input.dim() - 1)
 
     def loss(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
-        """The loss of features (..., D) and targets (...), the same on every rank, without storing the logits.
+        """The loss of features (..., D) and class indices (...), the same on every rank, without storing the logits.
+
+        ``target`` may also hold the probabilities (..., C_r) of this rank's classes.
 
         With hooks on the module, or another ``forward`` in a subclass, the loss stores the logits; a warning names the cause, once.
         ``options`` are the options and ``weight`` of :func:`sharded_linear_large_margin_cross_entropy`.
@@ -168,15 +170,16 @@ class ClassParallelLinear(nn.Module):
 
     def _loss_of_logits(self, input: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
         """The loss by a call of this module, with the effects of hooks and subclasses."""
+        logits = self._called(input).flatten(0, -2)
         loss = sharded_large_margin_cross_entropy(
-            self._called(input).flatten(0, -2),
-            target.reshape(-1),
+            logits,
+            target.reshape(len(logits), *target.shape[input.dim() - 1 :]),
             group=self.group,
             class_start=self.class_start,
             num_classes=self.num_classes,
             **options,
         )
-        return loss.reshape(target.shape) if loss.dim() else loss
+        return loss.reshape(input.shape[:-1]) if loss.dim() else loss
 
     def _called(self, input: Tensor) -> Tensor:
         """The logits of this rank's classes, (..., C_r), by a call of this module."""

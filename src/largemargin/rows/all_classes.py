@@ -10,7 +10,7 @@ Nothing overflows, and ``s - x_y`` is never negative. (Subtracting ``e^{f_y}`` f
 nats.) The derivatives are explicit, because autograd through ``z = f - f_j`` would lose entry j.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from .. import _checks, _torch
 from ..loss import LossOptions, loss_of_probabilities
 from ..rowstats import RowStats, accumulation_dtype, near, row_stats, row_stats_by_autograd, row_stats_jvp, row_stats_vjp
 from .dense import RowsFunction
+from .parts import Part
 
 
 def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
@@ -62,10 +63,11 @@ class _AllRowStatsWithJvp(_AllRowStats):
             return (*all_row_stats_jvp(logits, tangent)[:-1], None)
 
 
-class _Peeled(NamedTuple):
+class Peeled(NamedTuple):
     """The row without its arg-max ``j``; shaped like the logits or broadcasting against them."""
 
     top: Tensor  # j, shaped like a target
+    top_logit: Tensor
     is_top: Tensor
     kept: Tensor  # the classes of the row: their logit is not -inf
     x: Tensor
@@ -76,37 +78,65 @@ class _Peeled(NamedTuple):
     mean_u_z: Tensor  # mean of z over the non-targets of y
     num_nontargets: Tensor  # K, at least 1
 
-    def rest(self, values: Tensor) -> Tensor:
-        """For every class c, the sum of ``values`` over all targets y except j and c."""
-        values = torch.where(self.is_top, 0.0, values)
-        return values.sum(-1, keepdim=True) - values
+    def but_top(self, values: Tensor) -> Tensor:
+        return torch.where(self.is_top, 0.0, values)
+
+    def rest(self, values: Tensor, total: Tensor | None = None) -> Tensor:
+        """For every class c, the sum of ``values`` over all targets y except j and c; ``total`` if some targets are elsewhere."""
+        values = self.but_top(values)
+        return (values.sum(-1, keepdim=True) if total is None else total.unsqueeze(-1)) - values
+
+    def pulls(self, g_l: Tensor, g_e: Tensor, g_a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What each target adds to the sums of which the gradient of another class is made."""
+        return g_e / self.S, (g_e * self.tau + g_l) / self.S, g_a / self.num_nontargets, g_a / self.S
+
+    def pulled(self, g_l: Tensor, rests: Sequence[Tensor]) -> Tensor:
+        """The gradient by all targets but j, from the sums of their pulls."""
+        of_xz, of_x, all_alike, of_x_again = rests
+        return self.but_top(g_l) + self.xz * of_xz - self.x * of_x + (all_alike - self.x * of_x_again)
 
 
-def _peel(logits: Tensor) -> _Peeled:
-    top = logits.argmax(-1)
+def peel(logits: Tensor, top: Tensor | None = None, whole: Part | None = None) -> Peeled:
+    """If ``logits`` has only some classes, ``top`` is j or ELSEWHERE, and ``whole`` is the row whose target is j."""
+    if top is None:
+        top = logits.argmax(-1)
     kept = logits != -torch.inf
     is_top = torch.arange(logits.shape[-1], device=logits.device) == top.unsqueeze(-1)
-    z = torch.where(kept, logits - logits.gather(-1, top.unsqueeze(-1)), 0.0)
+    top_logit = (logits.gather(-1, top.unsqueeze(-1)).squeeze(-1) if whole is None else whole.target_logit).unsqueeze(-1)
+    z = torch.where(kept, logits - top_logit, 0.0)
     x = torch.where(kept, z.exp(), 0.0)
     xz = x * near(z)
     others = torch.where(is_top, 0.0, x)
-    rest = others.sum(-1, keepdim=True) - others  # subtracting x would make S = 0 at j of a confident row, and its derivative NaN
+    sums = [terms.sum(-1) for terms in (others, xz, z, kept)] if whole is None else _sums_below(whole)  # z_j = 0
+    sum_x, sum_xz, sum_z, num_classes = (total.unsqueeze(-1) for total in sums)
+    rest = sum_x - others  # subtracting x would make S = 0 at j of a confident row, and its derivative NaN
     S = 1 + rest
-    tau = (xz.sum(-1, keepdim=True) - xz) / S  # z_j = 0
-    num_nontargets = (kept.sum(-1, keepdim=True) - kept.long()).clamp(min=1).to(z.dtype)
-    mean_u_z = (z.sum(-1, keepdim=True) - z) / num_nontargets
-    return _Peeled(top, is_top, kept, x, xz, S, torch.log1p(rest), tau, mean_u_z, num_nontargets)
+    num_nontargets = (num_classes - kept.long()).clamp(min=1).to(z.dtype)
+    mean_u_z = (sum_z - z) / num_nontargets
+    return Peeled(top, top_logit, is_top, kept, x, xz, S, torch.log1p(rest), (sum_xz - xz) / S, mean_u_z, num_nontargets)
+
+
+def _sums_below(whole: Part) -> list[Tensor]:
+    """The sums of x, x z and z over all classes but j, and the number of classes with j. x and z are relative to f_j."""
+    m, sum_exp, sum_exp_z, sum_z, count = whole.record
+    d = torch.where(count == 0, 0.0, m - whole.target_logit)
+    scale = d.exp()
+    return [scale * sum_exp, scale * (sum_exp_z + near(d) * sum_exp), sum_z + d * count, count + (whole.target_logit != -torch.inf)]
 
 
 def all_row_stats(logits: Tensor, row_stats: Callable[[Tensor, Tensor], RowStats] = row_stats) -> RowStats:
     """The statistics of every class as target, each field shaped like ``logits`` (..., C). ``row_stats`` computes the arg-max's."""
     logits = logits.to(accumulation_dtype(logits.dtype))
-    row = _peel(logits)
+    row = peel(logits)
+    return stats_of(logits, row, row_stats(logits, row.top))
+
+
+def stats_of(logits: Tensor, row: Peeled, top: RowStats) -> RowStats:
+    """The same from the peeled row and the statistics of its arg-max."""
     log_S = row.log_S
     # not z: this is -inf for a masked class (whose non-targets are the whole row), and NaN in a row with masked classes only
-    log_odds = (logits - logits.gather(-1, row.top.unsqueeze(-1))) - log_S
+    log_odds = (logits - row.top_logit) - log_S
     others = RowStats(log_odds, row.tau - log_S, row.mean_u_z - log_S, log_S, row.tau - row.mean_u_z, row.num_nontargets)
-    top = row_stats(logits, row.top)
     return RowStats(*(torch.where(row.is_top, field.unsqueeze(-1), rest) for field, rest in zip(top, others, strict=True)))
 
 
@@ -116,12 +146,10 @@ def all_row_stats_vjp(logits: Tensor, grads: tuple[Tensor, ...]) -> Tensor:
     g_e, g_a = g_e + g_spread, g_a - g_spread
     dtype = logits.dtype
     logits = logits.to(g_l.dtype)
-    row = _peel(logits)
+    row = peel(logits)
     at_top = row.top.unsqueeze(-1)
     grad = row_stats_vjp(logits, row.top, tuple(g.gather(-1, at_top).squeeze(-1) for g in (g_l, g_e, g_a, g_rho)))
-    grad = grad + torch.where(row.is_top, 0.0, g_l)
-    grad = grad + row.xz * row.rest(g_e / row.S) - row.x * row.rest((g_e * row.tau + g_l) / row.S)
-    grad = grad + (row.rest(g_a / row.num_nontargets) - row.x * row.rest(g_a / row.S))
+    grad = grad + row.pulled(g_l, [row.rest(pull) for pull in row.pulls(g_l, g_e, g_a)])
     # for targets other than the arg-max, rho is L - f_j
     grad = grad + row.x * row.rest(g_rho / row.S) - torch.where(row.is_top, row.rest(g_rho), 0.0)
     return torch.where(row.kept, grad, g_l).to(dtype)
@@ -130,7 +158,7 @@ def all_row_stats_vjp(logits: Tensor, grads: tuple[Tensor, ...]) -> Tensor:
 def all_row_stats_jvp(logits: Tensor, tangent: Tensor) -> RowStats:
     dtype = accumulation_dtype(logits.dtype)
     logits = logits.to(dtype)
-    row = _peel(logits)
+    row = peel(logits)
     v = torch.where(row.kept, tangent.to(dtype), 0.0)
 
     def without_own(values: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ gradients of features and classifier. If the loss is reduced, all this happens i
 pass does. :mod:`.tiles` makes the tiles and accumulates their gradients.
 
 A classifier (C, d1, ..., D) has d1 x ... rows of logits for each row of features. A tile has them side by side, class by class.
+
+The target may be a :class:`.teacher.Teacher`, which computes the probabilities of a tile when the tile needs them.
 """
 
 import math
@@ -22,6 +24,7 @@ from ..loss import LossOptions
 from ..products import linear
 from . import dtensors, whole
 from .parts import gradient_of, loss_and_cotangents, part_of
+from .teacher import Teacher
 from .tiles import Gradients, HalfLayerGradients, Layer, LayerGradients
 
 TILES_OF_PROBABILITIES = 16  # without a kernel, the statistics of every class as the target take about 16 times the memory of their logits
@@ -31,7 +34,7 @@ class Problem(NamedTuple):
     input: Tensor  # (N, D)
     linear_weight: Tensor  # (C, D), or (C d1 ..., D) of a classifier (C, d1, ..., D)
     linear_bias: Tensor | None
-    target: Tensor  # int64 indices (N, d1, ...), or probabilities (N, C, d1, ...)
+    target: Tensor | Teacher  # int64 indices (N, d1, ...), or probabilities (N, C, d1, ...)
     weight: Tensor | None
     options: LossOptions
 
@@ -45,11 +48,27 @@ class Problem(NamedTuple):
 
     @property
     def has_probabilities(self) -> bool:
-        return self.target.is_floating_point()
+        return isinstance(self.target, Teacher) or self.target.is_floating_point()
+
+    @property
+    def indices(self) -> Tensor:
+        """The target without a teacher."""
+        assert isinstance(self.target, Tensor)
+        return self.target
+
+    def probabilities(self, rows: slice) -> Tensor:
+        return self.target.probabilities(rows) if isinstance(self.target, Teacher) else self.target[rows]
+
+    @property
+    def targets(self) -> list[Tensor | None]:
+        """The tensors of the target."""
+        return self.target.tensors if isinstance(self.target, Teacher) else [self.target]
 
     @property
     def positions(self) -> tuple[int, ...]:
         """``(d1, ...)``; empty for a classifier (C, D)."""
+        if isinstance(self.target, Teacher):
+            return tuple(self.target.linear_weight.shape[1:-1])
         return tuple(self.target.shape[2 if self.has_probabilities else 1 :])
 
     @property
@@ -63,12 +82,12 @@ class Problem(NamedTuple):
 
 def loss(problem: Problem) -> Tensor:
     parameters = [tensor for tensor in problem.layer if tensor is not None]
-    probabilities = [problem.target] if problem.has_probabilities else []
+    probabilities = [tensor for tensor in problem.targets if tensor is not None and problem.has_probabilities]
     if (
         torch.compiler.is_compiling()
         or not _torch.is_unwatched()
         or not all(map(_torch.is_plain, [*parameters, *probabilities]))
-        or any(tensor is not None and tensor.requires_grad for tensor in (problem.weight, problem.target))
+        or any(tensor is not None and tensor.requires_grad for tensor in (problem.weight, *problem.targets))
     ):
         return _with_logits(problem)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in parameters):
@@ -85,9 +104,10 @@ def _with_logits(problem: Problem) -> Tensor:
     if bias is not None:
         logits = logits + bias.to(dtype)
     logits = problem.logits_of(logits)
+    target = problem.target.all_probabilities() if isinstance(problem.target, Teacher) else problem.target
     if _checks.is_dtensor(logits) and not problem.has_probabilities:
-        return dtensors.loss(logits, problem.target, problem.weight, problem.options)
-    return whole.loss(logits, problem.target, problem.weight, problem.options)
+        return dtensors.loss(logits, target, problem.weight, problem.options)
+    return whole.loss(logits, target, problem.weight, problem.options)
 
 
 class LinearLargeMarginCrossEntropy(torch.autograd.Function):
@@ -96,8 +116,9 @@ class LinearLargeMarginCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         problem = Problem._make(arguments)
-        ctx.save_for_backward(*problem.layer, problem.target, problem.weight)
+        ctx.save_for_backward(*problem.layer, problem.weight, *problem.targets)
         ctx.options = problem.options
+        ctx.temperature = problem.target.temperature if isinstance(problem.target, Teacher) else None
         later = problem.options.reduction == "none" or _torch.has_saved_tensor_hooks()
         wanted = (False, False, False) if later else ctx.needs_input_grad[:3]
         loss, gradients = _chunked(problem, wanted)
@@ -109,11 +130,18 @@ class LinearLargeMarginCrossEntropy(torch.autograd.Function):
         return *_gradients(ctx, upstream), None, None, None
 
 
+def _saved(ctx: Any) -> Problem:
+    input, linear_weight, linear_bias, weight, *targets = ctx.saved_tensors
+    if ctx.temperature is None:
+        return Problem(input, linear_weight, linear_bias, targets[0], weight, ctx.options)
+    return Problem(input, linear_weight, linear_bias, Teacher._make((*targets, ctx.temperature)), weight, ctx.options)
+
+
 def _gradients(ctx: Any, upstream: Tensor) -> Gradients:
     if not _torch.is_plain_gradient(upstream):
         return _reference_gradients(ctx, upstream)
     gradients, ctx.gradients = ctx.gradients, None
-    problem = Problem._make((*ctx.saved_tensors, ctx.options))
+    problem = _saved(ctx)
     factor: Tensor | None = upstream
     if gradients is None or not is_finite(upstream):
         gradients, factor = _chunked(problem, ctx.needs_input_grad[:3], upstream)[1], None
@@ -139,12 +167,12 @@ def scaled(gradients: Gradients, upstream: Tensor | None, layer: Layer) -> Gradi
 
 def _reference_gradients(ctx: Any, upstream: Tensor) -> Gradients:
     """The gradients through all logits; they can be differentiated and batched."""
-    *layer, target, weight = ctx.saved_tensors
+    problem = _saved(ctx)
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # aliases, because the hooks of the tensors themselves must run only once, outside
-        aliases = [None if tensor is None else tensor.view_as(tensor) for tensor in layer]
-        loss = _with_logits(Problem._make((*aliases, target, weight, ctx.options)))
+        aliases = [None if tensor is None else tensor.view_as(tensor) for tensor in problem.layer]
+        loss = _with_logits(Problem._make((*aliases, *problem[3:])))
         wanted = [alias for alias, needed in zip(aliases, ctx.needs_input_grad, strict=False) if needed and alias is not None]
         found = iter(torch.autograd.grad(loss, wanted, upstream, create_graph=create_graph))
     d_input, d_weight, d_bias = (next(found) if needed else None for needed in ctx.needs_input_grad[:3])
@@ -158,7 +186,7 @@ def _chunked(problem: Problem, wanted: Sequence[bool], upstream: Tensor | None =
     a_row, dtype = problem.options.reduction == "none", factor.dtype
     if problem.has_probabilities:
         dtype = torch.promote_types(dtype, problem.target.dtype)
-    losses = factor.new_zeros((len(problem.target), *problem.positions) if a_row else (), dtype=dtype)
+    losses = factor.new_zeros((len(problem.input), *problem.positions) if a_row else (), dtype=dtype)
     gradients, upstream = gradients_of(problem.layer, wanted, factor, TILES_OF_PROBABILITIES if problem.has_probabilities else 1)
     loss_of_tile = _loss_of_probabilities if problem.has_probabilities else _loss_of_indices
     for rows, tile in gradients.tiles():
@@ -169,7 +197,7 @@ def _chunked(problem: Problem, wanted: Sequence[bool], upstream: Tensor | None =
 
 def _loss_of_indices(problem: Problem, rows: slice, tile: Tensor, gradients: LayerGradients, upstream: Tensor, wanted: bool) -> Tensor:
     """The loss of a tile. If ``wanted``, its gradient times ``upstream`` replaces the logits and is added to ``gradients``."""
-    target, weight, options = problem.target[rows], problem.weight, problem.options
+    target, weight, options = problem.indices[rows], problem.weight, problem.options
     logits = _checks.classes_last(problem.logits_of(tile))
     kernel = whole.kernels(logits, target, weight, options).loss
     if kernel is not None:
@@ -193,7 +221,7 @@ def _loss_of_probabilities(
     problem: Problem, rows: slice, tile: Tensor, gradients: LayerGradients, upstream: Tensor, wanted: bool
 ) -> Tensor:
     """The same for probabilities."""
-    logits, target = problem.logits_of(tile), problem.target[rows]
+    logits, target = problem.logits_of(tile), problem.probabilities(rows)
     if not wanted:
         return whole.loss(logits, target, problem.weight, problem.options)
     leaf = logits.detach().requires_grad_()
@@ -207,14 +235,14 @@ def _loss_of_probabilities(
 
 def factor_and_denominator(problem: Problem, upstream: Tensor | None) -> tuple[Tensor, Tensor]:
     """The factor of the gradients of the rows' losses (one number, or one per row), and the denominator of ``mean``, else 1."""
-    dtype, target = problem.layer.dtype, problem.target
-    factor = torch.ones((), dtype=dtype, device=target.device) if upstream is None else upstream.to(dtype)
+    dtype = problem.layer.dtype
+    factor = torch.ones((), dtype=dtype, device=problem.input.device) if upstream is None else upstream.to(dtype)
     if problem.options.reduction != "mean":
         return factor, torch.ones_like(factor)
     if problem.has_probabilities:
-        num_rows = len(problem.target) * math.prod(problem.positions)
+        num_rows = len(problem.input) * math.prod(problem.positions)
         return factor / num_rows if num_rows else factor, torch.full_like(factor, num_rows)
-    denominator = row_weights(target, problem.weight, problem.options.ignore_index).sum().to(dtype)
+    denominator = row_weights(problem.indices, problem.weight, problem.options.ignore_index).sum().to(dtype)
     return factor / denominator, denominator
 
 

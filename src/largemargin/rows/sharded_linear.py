@@ -3,11 +3,14 @@ r"""Linear layer and loss whose classes are split over ranks: no rank has all lo
 A rank makes the logits of its classes one tile at a time and sums up their statistics. One all-gather completes these, and then the tiles
 become gradients. If there are several tiles, the logits are computed twice: four products instead of three. The gradient of the features
 is a sum over the classes of all ranks: one all-reduce, in which every rank takes part, even if it does not need that gradient.
+
+With probabilities the tiles are passed three times, with an all-gather after the first and the second: see :mod:`.shares`.
 """
 
 from __future__ import annotations  # there are builds of torch without process groups
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -18,17 +21,20 @@ from .._reduce import Labels
 from ..backends import ladder, reference
 from . import collectives
 from .collectives import Shard, once
-from .linear import Problem, factor_and_denominator, gradients_of, is_finite, scaled
+from .linear import TILES_OF_PROBABILITIES, Problem, factor_and_denominator, gradients_of, is_finite, scaled
 from .parts import Part, loss_and_cotangents, merge, part_of
-from .shards import exchange
+from .shards import exchange, exchange_largest
+from .shares import NUM_SUMS, Share, part_of_largest
+from .tiles import Gradients, LayerGradients
 
 
 def loss(problem: Problem, group: dist.ProcessGroup, class_start: int | None, num_classes: int | None) -> Tensor:
     """``problem`` has the layer of this rank's classes, and labels among all classes."""
     needed = [tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in problem.layer]
     later = problem.options.reduction == "none" or _torch.has_saved_tensor_hooks()
-    size = len(problem.linear_weight)
-    shard, (of_input, laters) = collectives.shard_of(size, problem.target, group, class_start, num_classes, (needed[0], later))
+    size, soft = len(problem.linear_weight), problem.has_probabilities
+    labels = problem.indices.new_zeros(len(problem.input), dtype=torch.int64) if soft else problem.indices  # to be compared
+    shard, (of_input, laters) = collectives.shard_of(size, labels, group, class_start, num_classes, (needed[0], later))
     wanted = _Wanted(needed[0], needed[1], needed[2], any(of_input), all(of_input))
     if any(laters) and wanted.input_of_any and not (wanted.input_of_all and all(laters)):
         raise ValueError(
@@ -36,11 +42,14 @@ def loss(problem: Problem, group: dist.ProcessGroup, class_start: int | None, nu
             f"group must need it and have such hooks, or none; got input.requires_grad {of_input}, in the backward pass {laters}"
         )
     like_logits = problem.input[:, :1].expand(-1, shard.num_classes)  # has their shape, dtype and device, for the checks of the loss
-    _checks.check_indices(like_logits, problem.target, problem.options.ignore_index)
+    if soft:
+        _checks.check_probabilities(like_logits[:, :1].expand(-1, size), problem.indices, problem.options.ignore_index)
+    else:
+        _checks.check_indices(like_logits, problem.indices, problem.options.ignore_index)
     _checks.check_weight(problem.weight, like_logits)
-    if problem.weight is not None and problem.weight.requires_grad:
-        raise ValueError("weight must not require a gradient if classes are split; pass weight.detach()")
-    result: Tensor = _ShardedLinear.apply(*problem._replace(target=problem.target.long()), shard, wanted, later)
+    _checks.check_no_gradient("classes are split", weight=problem.weight, target=problem.indices)
+    target = problem.indices if soft else problem.indices.long()
+    result: Tensor = _ShardedLinear.apply(*problem._replace(target=target), shard, wanted, later)
     return result
 
 
@@ -82,22 +91,30 @@ class _ShardedLinear(torch.autograd.Function):
         if gradients is None or (with_all and not is_finite(upstream)):
             if not with_all:
                 raise RuntimeError("a second backward pass sums the gradient of input again, but some ranks of the group do not need it")
-            gradients, factor = _run(problem, shard, wanted, Part(*whole), upstream)[1], None
+            gradients, factor = _run(problem, shard, wanted, whole, upstream)[1], None
         return *scaled(gradients, factor, problem.layer), *[None] * 6
 
 
 def _run(
-    problem: Problem, shard: Shard, wanted: _Wanted | None, whole: Part | None = None, upstream: Tensor | None = None
-) -> tuple[Tensor, Any, Part]:
-    """The loss, the wanted gradients times ``upstream``, and the merged sums of the rows, which a later pass gives as ``whole``."""
+    problem: Problem, shard: Shard, wanted: _Wanted | None, known: Sequence[Tensor | None] = (), upstream: Tensor | None = None
+) -> tuple[Tensor, Any, Sequence[Tensor | None]]:
+    """The loss, the wanted gradients times ``upstream``, and the merged sums of the rows, which a later pass gives as ``known``."""
+    run = _run_of_probabilities if problem.has_probabilities else _run_of_indices
+    return run(problem, shard, wanted, known, upstream)
+
+
+def _run_of_indices(
+    problem: Problem, shard: Shard, wanted: _Wanted | None, known: Sequence[Tensor | None], upstream: Tensor | None
+) -> tuple[Tensor, Any, Sequence[Tensor | None]]:
     options = problem.options.for_part()
-    labels = Labels.of(problem.target, shard.num_classes, options.ignore_index)
+    labels = Labels.of(problem.indices, shard.num_classes, options.ignore_index)
     local, summed = shard.local(labels.class_index), shard.own(problem.summed_weight, problem.layer.dtype)
     factor, denominator = factor_and_denominator(problem, upstream)
     gradients, factor = gradients_of(problem.layer, (False,) * 3 if wanted is None else wanted.layer, factor)
     backend = ladder.pick(gradients.workspace, options.backend) if shard.size else reference
-    was_known = whole is not None
-    if whole is None:
+    if known:
+        whole = Part(*known)  # type: ignore[arg-type]  # the first six are given
+    else:
         parts = [part_of(tile, local[rows], summed, backend) for rows, tile in gradients.tiles()]
         parts = parts or [part_of(gradients.workspace, local, summed, reference)]
         mine = Part._make(None if fields[0] is None else torch.cat(fields) for fields in zip(*parts, strict=True))
@@ -108,9 +125,49 @@ def _run(
     if wanted is None:
         return loss, None, whole
     if wants_any:
-        for rows, tile in gradients.tiles(computed=not was_known):
+        for rows, tile in gradients.tiles(computed=not known):
             gradients.add_from_logits(rows, tile, local[rows], whole.of_rows(rows), cotangents.of_rows(rows), backend, summed)
+    return loss, _reduced(gradients, shard, wanted), whole
+
+
+def _run_of_probabilities(
+    problem: Problem, shard: Shard, wanted: _Wanted | None, known: Sequence[Tensor | None], upstream: Tensor | None
+) -> tuple[Tensor, Any, Sequence[Tensor | None]]:
+    weight, num_rows = shard.own(problem.weight, problem.layer.dtype), len(problem.input)
+    factor, denominator = factor_and_denominator(problem, upstream)
+    layer = (False,) * 3 if wanted is None else wanted.layer
+    gradients, factor = gradients_of(problem.layer, layer, factor, TILES_OF_PROBABILITIES)
+
+    def share(rows: slice, tile: Tensor) -> Share:
+        return Share.of(tile, problem.indices[rows], weight, whole.of_rows(rows), top[rows], problem.options)
+
+    if known:
+        *fields, top, totals = cast(Sequence[Tensor], known)
+        whole = Part(*fields)
+    else:
+        backend = ladder.pick(gradients.workspace, problem.options.backend) if shard.size else reference
+        mine, largest = gradients.workspace.new_empty((6, num_rows)), problem.indices.new_empty(num_rows, dtype=torch.int64)
+        for rows, tile in gradients.tiles():
+            part, largest[rows] = part_of_largest(tile, backend)
+            mine[:, rows] = torch.stack(part[:6])
+        whole, top = exchange_largest(Part(*mine), largest, shard.group)
+        sums = mine.new_empty((NUM_SUMS, num_rows), dtype=torch.promote_types(mine.dtype, problem.indices.dtype))
+        for rows, tile in gradients.tiles(computed=True):
+            sums[:, rows] = share(rows, tile).sums
+        totals = collectives.all_gather(sums, shard.group).sum(0)
+    loss = (totals[0] if problem.options.reduction == "none" else totals[0].sum()) / denominator
+    known = (*whole[:6], top, totals)
+    if wanted is None:
+        return loss, None, known
+    if any(wanted.layer):
+        for rows, tile in gradients.tiles(computed=upstream is None):
+            gradient = share(rows, tile).gradient(totals[:, rows])
+            gradients.add(rows, tile.copy_(gradient * (factor[rows].unsqueeze(-1) if factor.dim() else factor)))
+    return loss, _reduced(gradients, shard, wanted), known
+
+
+def _reduced(gradients: LayerGradients, shard: Shard, wanted: _Wanted) -> Gradients:
     d_input, d_weight, d_bias = gradients.finish()
     if d_input is not None:  # because some rank needs it
         collectives.all_reduce(d_input, shard.group)
-    return loss, (d_input if wanted.input else None, d_weight, d_bias), whole
+    return d_input if wanted.input else None, d_weight, d_bias

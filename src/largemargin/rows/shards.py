@@ -2,7 +2,7 @@
 
 Each rank has the logits of some classes, in rank order, and sums them up (a :class:`.parts.Part`). After one exchange every rank merges
 all parts in the same way, so all ranks have the same statistics and the same loss, bit for bit. The gradient of a rank's logits needs only
-these statistics: the backward pass is local.
+these statistics: the backward pass is local. Probabilities take a second all-gather: see :mod:`.shares`.
 """
 
 from __future__ import annotations  # there are builds of torch without process groups
@@ -13,16 +13,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import _checks
 from .._backend_names import BackendName
-from .._reduce import Labels
+from .._reduce import Labels, reduce
 from ..backends import ladder, reference
 from ..backends.protocol import Backend
 from ..loss import LossOptions
-from ..rowstats import IGNORED, Cotangents, RowStats
+from ..rowstats import ELSEWHERE, IGNORED, Cotangents, RowStats
 from . import collectives
 from .collectives import Shard, once
 from .dense import Rows
 from .parts import Part, WholeCotangents, WholeRows, finished, gradient_of, loss_of, merge, part_of
+from .shares import Share, merge_largest, part_of_largest
 
 
 def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, shard: Shard) -> Tensor:
@@ -30,13 +32,19 @@ def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOpti
     logits = input.movedim(1, -1) if input.dim() > 2 else input
     labels = Labels.of(target.long().reshape(logits.shape[:-1]), shard.num_classes, options.ignore_index)
     summed = weight if options.label_smoothing > 0 else None
-    if summed is not None and summed.requires_grad:
-        raise ValueError("weight must not require a gradient if classes are split and label_smoothing > 0; pass weight.detach()")
+    _checks.check_no_gradient("classes are split and label_smoothing > 0", weight=summed)
     summed = shard.own(summed, logits.dtype)
     if summed is not None:
         logits = logits.to(summed.dtype)  # two terms read them: the wider dtype adds their gradients before rounding
     found, sum_weight = _stats(logits, shard.local(labels.class_index), summed, shard, options.backend)
     return loss_of(found, sum_weight, labels, weight, options)
+
+
+def loss_of_probabilities(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, shard: Shard) -> Tensor:
+    """The same for the probabilities of these classes, shaped like ``input``, by two all-gathers, of six and eight numbers per row."""
+    logits, target = (tensor.movedim(1, -1) if tensor.dim() > 2 else tensor for tensor in (input, target))
+    losses: Tensor = _LossOfShares.apply(logits, target, shard.own(weight, logits.dtype), options, shard.group)
+    return reduce(losses, losses.numel(), options.reduction)
 
 
 def stats(rows: Rows, shard: Shard, backend: BackendName | None) -> RowStats:
@@ -60,6 +68,31 @@ def exchange(part: Part, target: Tensor, group: dist.ProcessGroup) -> Part:
     empty = fields.new_tensor([-torch.inf, 0, 0, 0, 0, -torch.inf, 0, 0])[: len(fields)]  # a Part without classes
     fields = torch.where(target == IGNORED, empty.reshape(-1, *[1] * target.dim()), fields)
     return Part(*collectives.all_gather(fields, group).unbind(1))
+
+
+def exchange_largest(part: Part, largest: Tensor, group: dist.ProcessGroup) -> tuple[Part, Tensor]:
+    """The rows whose target is their arg-max, from :func:`.shares.part_of_largest`, and the arg-max: its index here, or ELSEWHERE."""
+    whole, owner = merge_largest(exchange(part, largest, group))
+    return whole, torch.where(owner == dist.get_rank(group), largest, ELSEWHERE)
+
+
+class _LossOfShares(torch.autograd.Function):
+    """The losses of rows. The forward pass makes the gradient, as an upstream gradient multiplies a row of it."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, group: dist.ProcessGroup) -> Tensor:
+        backend = ladder.pick(logits, options.backend) if logits.shape[-1] else reference
+        whole, top = exchange_largest(*part_of_largest(logits, backend), group)
+        share = Share.of(logits, target, weight, whole, top, options)
+        totals = collectives.all_gather(share.sums, group).sum(0)
+        ctx.save_for_backward(share.gradient(totals) if ctx.needs_input_grad[0] else None)
+        return totals[0]
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream.unsqueeze(-1), None, None, None, None
 
 
 class _StatsOfShard(torch.autograd.Function):
