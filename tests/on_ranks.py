@@ -627,9 +627,17 @@ def traffic_of_probabilities(group: dist.ProcessGroup) -> None:
     problem, classes = Features(CPU, 10, 6, 3, torch.float32), bounds(group, (4, 6))
     target = torch.full((6, classes.stop - classes.start), 0.1)
     gather, reduce = collectives.all_gather, collectives.all_reduce
+
+    def counted(kind: str, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+            calls.append((kind, values.numel()))
+            return original(values, group)
+
+        return call
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collectives, "all_gather", lambda values, group: calls.append(("gather", values.numel())) or gather(values, group))
-        patch.setattr(collectives, "all_reduce", lambda values, group: calls.append(("reduce", values.numel())) or reduce(values, group))
+        patch.setattr(collectives, "all_gather", counted("gather", gather))
+        patch.setattr(collectives, "all_reduce", counted("reduce", reduce))
         logits = (problem.input @ problem.linear_weight[classes].t()).requires_grad_()
         sharded_large_margin_cross_entropy(logits, target, group=group, weight=problem.weight, label_smoothing=0.1).backward()
         assert calls == [("gather", 5), ("gather", 6 * 6), ("gather", 8 * 6)]

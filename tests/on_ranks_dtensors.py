@@ -233,7 +233,7 @@ def centers_move_where_they_are_whole(group: dist.ProcessGroup) -> None:
             center.eval()
             expected.eval()
         for _ in range(3):
-            assert_within(center(*rows).full_tensor(), expected(features, target), 1000, 4)
+            assert_within(cast(DTensor, center(*rows)).full_tensor(), expected(features, target), 1000, 4)
         assert_within(cast(DTensor, center.centers).full_tensor(), expected.centers, 10, 4)
 
 

@@ -791,6 +791,23 @@ def test_a_leaf_cannot_be_donated(view, rng):
     assert torch.equal(features.detach(), before)
 
 
+@compiles
+def test_compiled_code_keeps_donated_logits(rng):
+    features, input, target = donated(rng, "cpu")
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def loss_and_logits(features):
+        logits = features * 1
+        return large_margin_cross_entropy(logits, target, donate=True), logits
+
+    loss, logits = loss_and_logits(features)
+    expected = large_margin_cross_entropy(input, target)
+    gradients = [torch.autograd.grad(value, features)[0] for value in (loss, expected)]
+    assert_within(loss.detach(), expected.detach(), 16, 2)
+    assert_within(*gradients, 1, 4)
+    assert same_bits(logits.detach(), features.detach())
+
+
 def test_donated_ignored_rows_leak_nothing(kernel, rng):
     for upstream in (float("inf"), float("nan")):
         _, input, target = donated(rng, kernel)

@@ -117,6 +117,36 @@ def test_half_precision_by_default_changes_no_figure(kind, rng):
         torch.set_default_dtype(before)
 
 
+@pytest.mark.parametrize("kind", METRICS)
+def test_a_metric_of_inference_mode_goes_on_outside_of_it(kind, rng):
+    stream, plain = batches(rng), METRICS[kind](top_k=2)
+    with torch.inference_mode():
+        metric = METRICS[kind](top_k=2)
+        metric.update(*stream[0])
+        metric.reset()
+        metric.update(*stream[1])
+    for batch in stream[2:]:
+        metric.update(*batch)
+    for batch in stream[1:]:
+        plain.update(*batch)
+    assert figures(metric) == figures(plain)
+
+
+def test_metrics_of_one_setting_merge(rng):
+    stream, whole, part = batches(rng), torchmetric(top_k=2), torchmetric(top_k=2)
+    for batch in stream:
+        whole.update(*batch)
+    for batch in stream[:9]:
+        part.update(*batch)
+    rest = pickle.loads(pickle.dumps(torchmetric(top_k=2)))
+    for batch in stream[9:]:
+        rest.update(*batch)
+    part.merge_state(rest)
+    assert figures(part) == pytest.approx(figures(whole), rel=1e-12)
+    with pytest.raises(ValueError, match="TorchMetric"):
+        part.merge_state(torchmetric(top_k=3))
+
+
 def test_a_checkpoint_that_was_cast_loads_as_float64(rng):
     metric, loaded = torchmetric(), torchmetric()
     for each in (metric, loaded):

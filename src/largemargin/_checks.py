@@ -231,7 +231,7 @@ def can_look_at(target: Tensor) -> bool:
 
 
 def check_donated(input: Tensor) -> None:
-    if not torch.is_grad_enabled() or not input.requires_grad:
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not input.requires_grad:  # compiled code does not donate
         return
     base = _torch.base(input)
     if input.is_leaf or (base is not None and base.is_leaf and base.requires_grad):

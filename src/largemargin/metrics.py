@@ -457,6 +457,7 @@ def _sums(input: Tensor, target: Tensor, ignore_index: int, num_bins: int, top_k
     return torch.cat([counts.to(sums), sums, *_calibration_sums(batch, num_bins)])
 
 
+@torch.inference_mode(False)  # else only inference mode could add to them
 def _zeros(num_bins: int, device: torch.device | str | None = None) -> Tensor:
     return torch.zeros(4 + len(_MEANS) + num_bins + 2 * _NUM_CELLS, dtype=torch.float64, device=device)
 
@@ -558,6 +559,42 @@ def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     return applied if applied.dtype == tensor.dtype else tensor.to(applied.device)
 
 
+@functools.cache
+def _torchmetric(base: Any, num_bins: int, top_k: int, ignore_index: int) -> Any:
+    """One class for each setting, because torchmetrics merges objects of one class only."""
+
+    class TorchMetric(base):  # type: ignore[misc]
+        is_differentiable = False
+        full_state_update = False
+        sums: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_state("sums", default=_zeros(num_bins), dist_reduce_fx="sum")
+
+        def update(self, preds: Tensor, target: Tensor) -> None:
+            with torch.no_grad():
+                # not in place: reset() in inference mode leaves a tensor that only inference mode may write
+                self.sums = self.sums + _sums(preds, target, ignore_index, num_bins, top_k).to(self.sums.device)
+
+        def compute(self) -> dict[str, Tensor]:
+            return _figures(self.sums, num_bins, top_k)
+
+        def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
+            # torchmetrics handles half() and the like, but to(dtype) of a module around the metric would round the sums
+            return super()._apply(lambda tensor: _moved(tensor, fn), exclude_state)
+
+        def _load_from_state_dict(self, *arguments: Any) -> None:
+            super()._load_from_state_dict(*arguments)
+            if isinstance(self.sums, Tensor):  # the tensor of the checkpoint may have another dtype
+                self.sums = self.sums.double()
+
+        def __reduce__(self) -> tuple[Any, ...]:  # pickle cannot find a class inside a function
+            return functools.partial(as_torchmetric, num_bins=num_bins, top_k=top_k, ignore_index=ignore_index), (), self.__getstate__()
+
+    return TorchMetric
+
+
 def as_torchmetric(*, num_bins: int = 15, top_k: int = 5, ignore_index: int = -100) -> Any:
     r"""A ``torchmetrics.Metric`` with the figures of :class:`MarginMetrics`; needs ``torchmetrics``.
 
@@ -586,33 +623,4 @@ def as_torchmetric(*, num_bins: int = 15, top_k: int = 5, ignore_index: int = -1
             raise
         raise ImportError("as_torchmetric needs torchmetrics; install it with: pip install torchmetrics") from error
     MarginMetrics(num_bins=num_bins, top_k=top_k, ignore_index=ignore_index)  # checks them
-
-    class TorchMetric(Metric):  # type: ignore[misc, unused-ignore]
-        is_differentiable = False
-        full_state_update = False
-        sums: Tensor
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.add_state("sums", default=_zeros(num_bins), dist_reduce_fx="sum")
-
-        def update(self, preds: Tensor, target: Tensor) -> None:
-            with torch.no_grad():
-                self.sums += _sums(preds, target, ignore_index, num_bins, top_k).to(self.sums.device)
-
-        def compute(self) -> dict[str, Tensor]:
-            return _figures(self.sums, num_bins, top_k)
-
-        def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
-            # torchmetrics handles half() and the like, but to(dtype) of a module around the metric would round the sums
-            return super()._apply(lambda tensor: _moved(tensor, fn), exclude_state)
-
-        def _load_from_state_dict(self, *arguments: Any) -> None:
-            super()._load_from_state_dict(*arguments)
-            if isinstance(self.sums, Tensor):  # the tensor of the checkpoint may have another dtype
-                self.sums = self.sums.double()
-
-        def __reduce__(self) -> tuple[Any, ...]:  # pickle cannot find a class inside a function
-            return functools.partial(as_torchmetric, num_bins=num_bins, top_k=top_k, ignore_index=ignore_index), (), self.__getstate__()
-
-    return TorchMetric()
+    return _torchmetric(Metric, num_bins, top_k, ignore_index)()
