@@ -37,7 +37,7 @@ def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOpti
         target = target.long()
     if not (input.requires_grad and torch.is_grad_enabled()):
         return whole(*_rows(input, target), weight, options)
-    apply = _apply_donated if donate and options.reduction != "none" and not _torch.overlaps_itself(input) else _apply
+    apply = _apply_donated if donate and _may_be_donated(input, options) else _apply
     result: Tensor = apply(input, target, weight, options, whole)
     return result
 
@@ -65,10 +65,15 @@ def loss_of_probabilities(input: Tensor, target: Tensor, weight: Tensor | None, 
         return all_classes.loss(input, target, weight, options)
     if not (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)):
         return whole(_checks.classes_last(input), _checks.classes_last(target), weight, options)
-    donated = donate and input.requires_grad and options.reduction != "none" and not _torch.overlaps_itself(input)
+    donated = donate and input.requires_grad and _may_be_donated(input, options)
     operation = DonatedLogitsOfProbabilities if donated else LargeMarginOfProbabilities
     result: Tensor = operation.apply(input, target, weight, options, whole)
     return result
+
+
+def _may_be_donated(input: Tensor, options: LossOptions) -> bool:
+    """A donated gradient is made before its scale is known, which float16 does not bear."""
+    return options.reduction != "none" and input.dtype is not torch.float16 and not _torch.overlaps_itself(input)
 
 
 def _rows(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,6 +121,8 @@ def _scales(gradient: Tensor, factor: float | Tensor) -> bool:
     """Whether the gradient of the forward pass may be scaled: the factor is one number, and the product exact or in float32."""
     if not isinstance(factor, float) or not math.isfinite(factor):
         return False
+    if gradient.dtype == torch.float16:  # its small entries are lost, and a scaled loss is there to keep them
+        return factor == 1
     return gradient.dtype == torch.float32 or abs(math.frexp(factor)[0]) == 0.5  # a power of two
 
 
