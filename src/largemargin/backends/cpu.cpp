@@ -110,8 +110,7 @@ EXPORT const char* largemargin_isa() {
 
 namespace {
 
-constexpr int64_t kBlock = 1024;           // classes summed in float32 before the sum goes to float64
-constexpr int64_t kTileBlock = 128;        // the same for tiles
+constexpr int64_t kTileBlock = 128;        // classes of a tile summed in float32 before the sum goes to float64
 constexpr int64_t kShort = 256;            // rows up to this many classes are copied as a whole
 constexpr int64_t kAlignment = 64;          // bytes: a vector across two cache lines costs two accesses
 constexpr int64_t kTile = 1 << 16;          // the most logits of a tile
@@ -150,6 +149,7 @@ constexpr int64_t kWidth = 8;
 #else
 constexpr int64_t kWidth = 4;
 #endif
+constexpr int64_t kBlock = 64 * kWidth;  // classes of a row summed in float32 before the sum goes to float64
 typedef float Floats __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
 typedef int32_t Mask __attribute__((vector_size(4 * kWidth)));
@@ -1308,7 +1308,7 @@ int64_t run(const Job& job) {
 
     const int64_t lanes = padded(num_classes), row_length = (tiled ? padded(rows_a_task) : rows_a_task) * lanes;
     const int64_t block_size = tiled || (soft && num_classes <= kBlock) ? row_length : soft ? kBlock : 0;
-    const int64_t exp_size = job.gradient || soft || tiled ? row_length : kBlock, weight_size = options.weighted_smoothing ? lanes : 0;
+    const int64_t exp_size = job.gradient || soft || tiled ? row_length : kBlock + kShort, weight_size = options.weighted_smoothing ? lanes : 0;
     const int64_t rows_size = padded(sizeof(Rows) / sizeof(float) + 1), others_size = soft ? padded(rows_a_task * sizeof(Others) / sizeof(float)) : 0;
     const int64_t copies_size = copied ? 2 * rows_a_task * copy_width(num_classes) : 0, soft_size = soft ? block_size + kBlock : 0;
     const int64_t edges_size = tiled ? 0 : rows_a_task * Edges::stride(num_classes);
