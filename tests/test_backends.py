@@ -418,6 +418,20 @@ def test_case_8_and_9_every_pass_is_the_gradient_of_its_own_upstream(kernel, dty
             assert_within(gradient, unit.double() * factor, abs(factor) * unit.abs().double().max() + 1e-30, 2, dtype)
 
 
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_a_scaled_loss_keeps_the_small_entries_of_a_float16_gradient(kind, donate, rng):
+    skip_unless_available("cpu")
+    features = torch.randn(8, 3000, generator=rng).half().requires_grad_()
+    labels = torch.randint(3000, (8,), generator=rng)
+    target = labels if kind == "indices" else torch.nn.functional.one_hot(labels, 3000).half()
+    loss = large_margin_cross_entropy(features * 1, target, donate=donate)
+    (got,) = torch.autograd.grad(loss * 2.0**14, features)
+    exact = features.detach().double().requires_grad_()
+    (truth,) = torch.autograd.grad(large_margin_cross_entropy(exact, target) * 2.0**14, exact)
+    assert_rounded(got, truth, truth.abs() + 1e-3, 4)
+
+
 def test_case_8_an_expanded_upstream_gradient(kernel, rng):
     problem = Problem(logits((6, 9), rng), rng, kernel)
     leaf = problem.leaf()

@@ -110,8 +110,7 @@ EXPORT const char* largemargin_isa() {
 
 namespace {
 
-constexpr int64_t kBlock = 1024;           // classes summed in float32 before the sum goes to float64
-constexpr int64_t kTileBlock = 128;        // the same for tiles
+constexpr int64_t kTileBlock = 128;        // classes of a tile summed in float32 before the sum goes to float64
 constexpr int64_t kShort = 256;            // rows up to this many classes are copied as a whole
 constexpr int64_t kAlignment = 64;          // bytes: a vector across two cache lines costs two accesses
 constexpr int64_t kTile = 1 << 16;          // the most logits of a tile
@@ -131,8 +130,8 @@ constexpr int32_t kIgnored = -1, kElsewhere = -2;  // targets that are not an in
 #endif
 #define RESTRICT __restrict__
 
-inline int64_t copy_width(int64_t num_classes) { return (num_classes + kLanes - 1) / kLanes * kLanes + kLanes; }  // no power of two
 inline int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+inline int64_t copy_width(int64_t num_classes) { return (padded(num_classes) / kLanes | 1) * kLanes; }  // an odd number of lines
 
 template <class To, class From>
 inline To bits_as(From from) {
@@ -150,6 +149,7 @@ constexpr int64_t kWidth = 8;
 #else
 constexpr int64_t kWidth = 4;
 #endif
+constexpr int64_t kBlock = 64 * kWidth;  // classes of a row summed in float32 before the sum goes to float64
 typedef float Floats __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
 typedef int32_t Mask __attribute__((vector_size(4 * kWidth)));
@@ -642,11 +642,17 @@ HOT void count_classes(const T* f, const float* w, int64_t num_classes, int64_t 
     count = k, sum_weight = b, sum_weight_z = bz;
 }
 
+template <class T, class U>
+void copy_row(const T* from, int64_t n, U* to) {
+    const int64_t whole = n / kWidth * kWidth;
+    for (int64_t c = 0; c < whole; c += kWidth) store_vector(to + c, load_vector(from + c));
+    for (int64_t c = whole; c < n; ++c) store(to + c, load(from[c]));
+}
+
 // The n logits of a block, the target masked, padded with absent classes.
 template <class T>
 HOT void load_block(const T* RESTRICT from, int64_t n, int64_t target, float* RESTRICT to) {
-#pragma omp simd
-    for (int64_t c = 0; c < n; ++c) to[c] = load(from[c]);
+    copy_row(from, n, to);
     for (int64_t c = n; c < padded(n); ++c) to[c] = -kInf;
     if (target >= 0 && target < n) to[target] = -kInf;
 }
@@ -934,13 +940,6 @@ HOT void add_masked(const T* RESTRICT f, const P* RESTRICT probabilities, const 
     others.lost = lost;
 }
 
-// The n first values of a block.
-template <class T>
-HOT void store_block(const float* RESTRICT from, int64_t n, T* RESTRICT to) {
-#pragma omp simd
-    for (int64_t c = 0; c < n; ++c) store(to + c, from[c]);
-}
-
 // The gradient of the shares of a block, from its margin terms in `values`. A masked class without a share has none.
 template <class P>
 HOT void scatter_shares(const float* RESTRICT f, const P* RESTRICT probabilities, const float* RESTRICT w, float upstream, float unknown,
@@ -1024,13 +1023,13 @@ double run_targets(const Job& job, const Options& options, double upstream, Rows
             const Targets targets = targets_of(job, rows, p, from, logits, probabilities, scratch, true);
             if (gradient) {
                 scatter(options, rows, p, others, targets, w ? w + from : nullptr, values);
-                store_block(values, targets.n, g + from);
+                copy_row(values, targets.n, g + from);
             }
             if (!probabilities_gradient) continue;
             margins(options, rows, p, others, targets, values);
             scatter_shares(targets.f, probabilities + rows.probabilities_offset[p] + from, job.weight ? job.weight + from : nullptr,
                            rows.upstream[p], others.unknown, targets.n, values);
-            store_block(values, targets.n, g_t + from);
+            copy_row(values, targets.n, g_t + from);
         }
         if (gradient) store(g + rows.y[p], rows.on_target[p]);
         if (probabilities_gradient) store(g_t + rows.y[p], rows.margin_term[p] * rows.upstream[p] * rows.class_weight[p]);
@@ -1038,33 +1037,33 @@ double run_targets(const Job& job, const Options& options, double upstream, Rows
     return sum;
 }
 
+template <class T, class U>
+__attribute__((always_inline)) inline void copy_square(const T* from, int64_t from_i, int64_t from_j, U* to, int64_t to_i, int64_t to_j,
+                                                       int64_t num_i, int64_t num_j) {
+    alignas(kAlignment) float square[kLanes][kLanes], column[kLanes];
+    const bool reads_vectors = from_j == 1 && num_j == kLanes, writes_vectors = to_i == 1 && num_i == kLanes;
+    for (int64_t i = 0; i < num_i; ++i) {
+        for (int64_t j = 0; reads_vectors && j < kLanes; j += kWidth) store_vector(square[i] + j, load_vector(from + i * from_i + j));
+        for (int64_t j = 0; !reads_vectors && j < num_j; ++j) square[i][j] = load(from[i * from_i + j * from_j]);
+    }
+    for (int64_t j = 0; j < num_j; ++j) {
+        for (int64_t i = 0; i < num_i; ++i) column[i] = square[i][j];
+        for (int64_t i = 0; writes_vectors && i < kLanes; i += kWidth) store_vector(to + j * to_j + i, load_vector(column + i));
+        for (int64_t i = 0; !writes_vectors && i < num_i; ++i) store(to + i * to_i + j * to_j, column[i]);
+    }
+}
+
 // Copies numbers (i, j) by squares, so that reads along j and writes along i come in whole cache lines.
 template <class T, class U>
 HOT void copy(const T* from, int64_t from_i, int64_t from_j, U* to, int64_t to_i, int64_t to_j, int64_t num_i, int64_t num_j) {
-    alignas(kAlignment) float square[kLanes][kLanes], column[kLanes];
     for (int64_t i = 0; i < num_i; i += kLanes)
         for (int64_t j = 0; j < num_j; j += kLanes) {
             const int64_t n = num_i - i < kLanes ? num_i - i : kLanes, m = num_j - j < kLanes ? num_j - j : kLanes;
-            const bool reads_vectors = from_j == 1 && m == kLanes, writes_vectors = to_i == 1 && n == kLanes;
-            for (int64_t a = 0; a < n; ++a) {
-                const T* source = from + (i + a) * from_i + j * from_j;
-                for (int64_t b = 0; reads_vectors && b < kLanes; b += kWidth) store_vector(square[a] + b, load_vector(source + b));
-                for (int64_t b = 0; !reads_vectors && b < m; ++b) square[a][b] = load(source[b * from_j]);
-            }
-            for (int64_t b = 0; b < m; ++b) {
-                U* goal = to + i * to_i + (j + b) * to_j;
-                for (int64_t a = 0; a < n; ++a) column[a] = square[a][b];
-                for (int64_t a = 0; writes_vectors && a < kLanes; a += kWidth) store_vector(goal + a, load_vector(column + a));
-                for (int64_t a = 0; !writes_vectors && a < n; ++a) store(goal + a * to_i, column[a]);
-            }
+            const T* source = from + i * from_i + j * from_j;
+            U* goal = to + i * to_i + j * to_j;
+            if (n == kLanes && m == kLanes) copy_square(source, from_i, from_j, goal, to_i, to_j, kLanes, kLanes);
+            else copy_square(source, from_i, from_j, goal, to_i, to_j, n, m);
         }
-}
-
-template <class T, class U>
-void copy_row(const T* from, int64_t n, U* to) {
-    const int64_t whole = n / kWidth * kWidth;
-    for (int64_t c = 0; c < whole; c += kWidth) store_vector(to + c, load_vector(from + c));
-    for (int64_t c = whole; c < n; ++c) store(to + c, load(from[c]));
 }
 
 // Rows to and from rows of `width` floats. If their classes are not neighbours, mostly the rows are.
@@ -1309,7 +1308,7 @@ int64_t run(const Job& job) {
 
     const int64_t lanes = padded(num_classes), row_length = (tiled ? padded(rows_a_task) : rows_a_task) * lanes;
     const int64_t block_size = tiled || (soft && num_classes <= kBlock) ? row_length : soft ? kBlock : 0;
-    const int64_t exp_size = job.gradient || soft || tiled ? row_length : kBlock, weight_size = options.weighted_smoothing ? lanes : 0;
+    const int64_t exp_size = job.gradient || soft || tiled ? row_length : kBlock + kShort, weight_size = options.weighted_smoothing ? lanes : 0;
     const int64_t rows_size = padded(sizeof(Rows) / sizeof(float) + 1), others_size = soft ? padded(rows_a_task * sizeof(Others) / sizeof(float)) : 0;
     const int64_t copies_size = copied ? 2 * rows_a_task * copy_width(num_classes) : 0, soft_size = soft ? block_size + kBlock : 0;
     const int64_t edges_size = tiled ? 0 : rows_a_task * Edges::stride(num_classes);

@@ -55,7 +55,9 @@ def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOpti
         target = target.long()
     if not differentiated:
         return found.loss(*_rows(input, target), weight, options)
-    donated = donate and input.requires_grad and options.reduction != "none" and not _torch.overlaps_itself(input)
+    # a donated gradient is made before its scale is known
+    waits = options.reduction == "none" or input.dtype is torch.float16
+    donated = donate and input.requires_grad and not waits and not _torch.overlaps_itself(input)
     result = (_apply_donated if donated else _apply)(input, target, weight, options, found.loss)
     return result
 
@@ -78,8 +80,8 @@ class LargeMarginCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, kernel: WholeLoss) -> Tensor:
         ctx.options, ctx.kernel, ctx.gradients = options, kernel, None
         ctx.save_for_backward(input, target, weight)
-        # with "none" each row needs its own upstream gradient first
-        if options.reduction == "none" or _torch.has_saved_tensor_hooks():
+        # with "none" each row needs its own upstream gradient first, and small entries of float16 need the scale of the loss
+        if options.reduction == "none" or input.dtype is torch.float16 or _torch.has_saved_tensor_hooks():
             return kernel(*_rows(input, target), weight, options)
         loss, ctx.gradients = _with_gradients(ctx, input, target, weight)
         return loss
