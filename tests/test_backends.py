@@ -732,7 +732,8 @@ def test_donated_logits_give_the_same_loss_and_gradient(kernel, dtype, shape, re
         input = features * 1
         loss = large_margin_cross_entropy(input, target, reduction=reduction, donate=donate, backend=kernel)
         (gradient,) = torch.autograd.grad(loss.sum() * 0.5, features)
-        assert (input._version > 0) == (donate and reduction != "none")
+        waits = reduction == "none" or (kernel == "cpu" and dtype == torch.float16)  # for the scale of the loss
+        assert (input._version > 0) == (donate and not waits)
         results.append((loss.detach(), gradient))
     assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
 
