@@ -205,6 +205,15 @@ def test_case_13_strides(backend, name, dtype, rng):
         assert_rounded(gradient, expected_gradient.double(), largest.expand(gradient.shape), 4, backend)
 
 
+# sharp case 13: torch counts an empty tensor as contiguous, whatever its strides
+def test_case_13_a_crop_without_images_has_no_loss(backend, dtype):
+    images = torch.ones(0, 19, 6, 8, device=device_of(backend), dtype=dtype)
+    input, target = images[:, :, 1:5, 2:7].requires_grad_(), torch.ones(0, 4, 5, device=images.device, dtype=torch.int64)
+    loss = large_margin_cross_entropy(input, target, reduction="sum", backend=backend)
+    loss.backward()
+    assert loss == 0 and input.grad.shape == input.shape
+
+
 # sharp case 11: offsets of more than 31 bits. The memory is asked for and never touched, but for the two rows.
 def test_case_11_a_stride_beyond_31_bits(backend, rng):
     if device_of(backend).type == "cuda" and torch.cuda.mem_get_info()[0] < 6 << 30:
