@@ -4,6 +4,9 @@ The backward pass returns these gradients if the upstream gradient is 1, and sca
 backward pass, it computes the gradients again from the logits. Donated logits do not exist any more after the forward pass: their gradient
 replaces them, is always scaled, and allows one backward pass. Only class probabilities can have a gradient of the target.
 
+A loss in float16 is scaled so that small gradients do not become 0. They must be scaled before they are rounded, so logits in float16 are
+not donated, and their gradient is never scaled afterwards.
+
 On a GPU the host does not know the upstream gradient, and must not wait for it. There the backward pass computes the gradients, from the
 logits and a few numbers a row.
 """
@@ -55,8 +58,9 @@ def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOpti
         target = target.long()
     if not differentiated:
         return found.loss(*_rows(input, target), weight, options)
-    donated = donate and input.requires_grad and options.reduction != "none" and not _torch.overlaps_itself(input)
-    result = (_apply_donated if donated else _apply)(input, target, weight, options, found.loss)
+    donated = donate and input.requires_grad and options.reduction != "none" and torch.float16 not in (input.dtype, target.dtype)
+    apply = _apply_donated if donated and not _torch.overlaps_itself(input) else _apply
+    result = apply(input, target, weight, options, found.loss)
     return result
 
 
@@ -124,6 +128,8 @@ def _gradients(ctx: Any, upstream: Tensor) -> Gradients:
 def _scales(gradient: Tensor, factor: float | Tensor) -> bool:
     """Whether the gradient of the forward pass may be scaled: the factor is one number, and the product exact or in float32."""
     if not isinstance(factor, float) or not math.isfinite(factor):
+        return False
+    if gradient.dtype == torch.float16:  # its small numbers have lost their digits
         return False
     return gradient.dtype == torch.float32 or abs(math.frexp(factor)[0]) == 0.5  # a power of two
 
