@@ -103,7 +103,7 @@ def large_margin_cross_entropy(
         backend: ``"reference"``, ``"cpu"`` or ``"triton"``; ``None`` picks the fastest available one (see docs/backends.md).
         donate: let the kernel overwrite ``input``, which must not be a leaf, with its gradient, to save memory. This needs ``"sum"`` or
             ``"mean"``, and has no effect elsewhere. The loss allows one backward pass. On the CPU the call destroys the logits, and on a
-            GPU its backward pass does: read them before the call.
+            GPU its backward pass does: read them before the call. On the CPU it has no effect in float16.
             An operation that needs them in its backward pass raises torch's error.
 
     Returns:

@@ -32,6 +32,8 @@ class Spans(NamedTuple):
 def spans(tensors: Sequence[Tensor]) -> Spans | None:
     """The rows of tensors of one shape (..., C); None if two dimensions are not enough."""
     *shape, num_classes = tensors[0].shape
+    if 0 in shape:  # contiguous() returns an empty tensor as it is, whatever its strides
+        shape = [0]
     sizes: list[int] = []
     steps: list[list[int]] = []  # of every tensor; neighbours are merged if one stride spans them
     for dim, size in enumerate(shape):

@@ -4,6 +4,9 @@ The backward pass returns these gradients if the upstream gradient is 1, and sca
 backward pass, it computes the gradients again from the logits. Donated logits do not exist any more after the forward pass: their gradient
 replaces them, is always scaled, and allows one backward pass. Only class probabilities can have a gradient of the target.
 
+A loss in float16 is scaled so that small gradients do not become 0. They must be scaled before they are rounded, so logits in float16 are
+not donated, and their gradient is never scaled afterwards.
+
 On a GPU the host does not know the upstream gradient, and must not wait for it. There the backward pass computes the gradients, from the
 logits and a few numbers a row.
 """
@@ -55,9 +58,7 @@ def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOpti
         target = target.long()
     if not differentiated:
         return found.loss(*_rows(input, target), weight, options)
-    # a donated gradient is made before its scale is known
-    waits = options.reduction == "none" or input.dtype is torch.float16
-    donated = donate and input.requires_grad and not waits and not _torch.overlaps_itself(input)
+    donated = donate and input.requires_grad and not _waits(input, target, options) and not _torch.overlaps_itself(input)
     result = (_apply_donated if donated else _apply)(input, target, weight, options, found.loss)
     return result
 
@@ -66,6 +67,11 @@ def _by_statistics(input: Tensor, target: Tensor, weight: Tensor | None, options
     if target.is_floating_point():
         return all_classes.loss(input, target, weight, options)
     return dense.loss(input, target, weight, options)
+
+
+def _waits(input: Tensor, target: Tensor, options: LossOptions) -> bool:
+    """Whether gradients wait for the upstream gradient: one for each row, or the scale that keeps small entries of float16."""
+    return options.reduction == "none" or input.dtype is torch.float16 or target.dtype is torch.float16
 
 
 def _rows(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,8 +86,7 @@ class LargeMarginCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, kernel: WholeLoss) -> Tensor:
         ctx.options, ctx.kernel, ctx.gradients = options, kernel, None
         ctx.save_for_backward(input, target, weight)
-        # with "none" each row needs its own upstream gradient first, and small entries of float16 need the scale of the loss
-        if options.reduction == "none" or input.dtype is torch.float16 or _torch.has_saved_tensor_hooks():
+        if _waits(input, target, options) or _torch.has_saved_tensor_hooks():
             return kernel(*_rows(input, target), weight, options)
         loss, ctx.gradients = _with_gradients(ctx, input, target, weight)
         return loss
@@ -126,6 +131,8 @@ def _gradients(ctx: Any, upstream: Tensor) -> Gradients:
 def _scales(gradient: Tensor, factor: float | Tensor) -> bool:
     """Whether the gradient of the forward pass may be scaled: the factor is one number, and the product exact or in float32."""
     if not isinstance(factor, float) or not math.isfinite(factor):
+        return False
+    if gradient.dtype == torch.float16:  # its small numbers have lost their digits
         return False
     return gradient.dtype == torch.float32 or abs(math.frexp(factor)[0]) == 0.5  # a power of two
 
