@@ -22,6 +22,7 @@ from torch import Tensor
 from combinations import covering
 from devices import HAS_KERNELS, device_of
 from largemargin import LargeMarginCrossEntropyLoss, crammer_singer_hinge, hard_margin_softplus, large_margin_cross_entropy, row_stats
+from largemargin._backend_names import BACKENDS
 from largemargin.backends import cpu, ladder
 from measure import INF, assert_within, compiles, roundings, same_bits, waiting_refused
 
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::RuntimeWarning:triton", "ignore:overflow:RuntimeWarning", "ignore:.torch.jit.script:DeprecationWarning"
 )
 
-NATIVE = ("cpu", "triton")
+NATIVE = tuple(name for name in BACKENDS if name not in (None, "reference"))
 HALVES = (torch.float16, torch.bfloat16)
 DIVERGENCES = ("symmetric", "kl_qu", "kl_uq")
 

@@ -43,7 +43,7 @@ def test_the_interval_is_that_of_the_paired_t_test():
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "verdict"), [(-2.0, -0.1, "better"), (0.1, 2.0, "worse"), (-1.0, 0.1, "not told apart"), (-1.0, 0.0, "not told apart")]
+    ("low", "high", "verdict"), [(-2.0, -0.1, "better"), (0.1, 2.0, "worse"), (-1.0, 0.1, "inconclusive"), (-1.0, 0.0, "inconclusive")]
 )
 def test_better_is_said_only_where_the_interval_excludes_zero(low, high, verdict):
     assert compare.Difference((low + high) / 2, low, high).verdict == verdict
@@ -64,7 +64,7 @@ def test_only_seeds_that_both_have_are_paired():
 
 def test_equal_differences_are_no_evidence():
     records = [record("softmax", s, 10.0 + s) for s in (0, 1)] + [record("large_margin", s, 9.9 + s) for s in (0, 1)]
-    assert compare.summarise(records)[1].difference.verdict == "not told apart"
+    assert compare.summarise(records)[1].difference.verdict == "inconclusive"
 
 
 def test_one_seed_has_no_interval_and_a_missing_baseline_no_difference():

@@ -83,7 +83,7 @@ def test_a_diverged_seed_is_in_no_mean_and_no_pair(loss):
 def test_a_loss_with_a_diverged_run_is_not_called_better():
     records = records_with_one_diverged("large_margin")
     row = compare.summarise(records)[1]
-    assert row.difference.verdict == "better" and row.verdict == "not told apart"
+    assert row.difference.verdict == "better" and row.verdict == "inconclusive"
     assert "better" not in compare.cells(row) and "better" not in " ".join(report.headline([row]))
     assert compare.summarise(records_with_one_diverged("softmax"))[1].verdict == "better"
 
@@ -97,7 +97,7 @@ def test_a_loss_with_a_diverged_run_can_be_worse():
 def test_the_verdict_of_the_reproduction_follows_the_same_rule():
     difference = compare.Difference(-2.0, -3.0, -1.0)
     values = dict(entry=None, errors={0: 1.0}, best={}, baseline=None, pairs={}, difference=difference, command="", full_size=True)
-    assert Line(**values, diverged=0).verdict == "better" and Line(**values, diverged=1).verdict == "not told apart"
+    assert Line(**values, diverged=0).verdict == "better" and Line(**values, diverged=1).verdict == "inconclusive"
 
 
 def test_where_all_diverged_no_number_is_shown():

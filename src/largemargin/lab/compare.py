@@ -175,8 +175,8 @@ class Difference:
     @property
     def verdict(self) -> str:
         if self.high - self.low < 1e-9:  # every pair differs by the same few samples: there is no spread to judge by
-            return "not told apart"
-        return "better" if self.high < 0 else "worse" if self.low > 0 else "not told apart"
+            return "inconclusive"
+        return "better" if self.high < 0 else "worse" if self.low > 0 else "inconclusive"
 
 
 @dataclass(frozen=True)

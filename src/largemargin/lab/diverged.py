@@ -40,7 +40,7 @@ def kept(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def verdict_of(verdict: str, diverged: int) -> str:
     """The verdict on a loss of which so many runs diverged: the seeds that are left do not make it better."""
-    return "not told apart" if diverged and verdict == "better" else verdict
+    return "inconclusive" if diverged and verdict == "better" else verdict
 
 
 def who_diverged(records: Sequence[dict[str, Any]]) -> list[str]:

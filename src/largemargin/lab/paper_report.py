@@ -129,11 +129,11 @@ def other_than_at_scale(entries: Sequence[Entry], scale: Scale) -> set[tuple[str
 
 def table_sentences(lines: Sequence[Line]) -> list[str]:
     """What a table says as a whole."""
-    told = [line.verdict for line in lines if line.difference is not None]
+    verdicts = [line.verdict for line in lines if line.difference is not None]
     sentences = []
-    if told:
-        counts = [f"{told.count(word)} {word}" for word in ("better", "worse", "not told apart") if word in told]
-        sentences.append(f"Against {BASELINE}, of {counted(len(told), 'cell')}: {', '.join(counts)}.")
+    if verdicts:
+        counts = [f"{verdicts.count(word)} {word}" for word in ("better", "worse", "inconclusive") if word in verdicts]
+        sentences.append(f"Against {BASELINE}, of {counted(len(verdicts), 'cell')}: {', '.join(counts)}.")
     signs = [statistics.fmean(line.pairs.values()) * line.paper_difference > 0 for line in lines if line.pairs and line.paper_difference]
     if signs:
         sentences.append(f"The sign of the mean difference is the paper's in {sum(signs)} of {len(signs)}.")

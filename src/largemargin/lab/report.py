@@ -154,10 +154,10 @@ def headline(rows: Sequence[Row]) -> list[str]:
     for noise in dict.fromkeys(row.label_noise for row in rows):
         where = f"With {100 * noise:g}% wrong training labels" if noise else "With the labels as they are"
         compared = [row for row in rows if row.label_noise == noise and row.difference is not None]
-        told = [row for row in compared if row.verdict != "not told apart"]
+        decided = [row for row in compared if row.verdict != "inconclusive"]
         parts = [
             f"{row.label} is {row.verdict} than {BASELINE} by {abs(row.difference.mean):.2f} points"
-            for row in sorted(told, key=lambda row: row.error)
+            for row in sorted(decided, key=lambda row: row.error)
             if row.difference is not None
         ]
         if parts:
