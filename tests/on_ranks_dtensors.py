@@ -148,7 +148,7 @@ def a_class_parallel_layer_names_features_that_it_cannot_take(group: dist.Proces
     mesh = init_device_mesh("cpu", (dist.get_world_size(group),))
     features = distribute_tensor(torch.randn(7, 5), mesh, [Replicate()])
     for call in (head, head.topk):
-        with pytest.raises(TypeError, match=r"^input is a DTensor, and weight is not; pass input\.full_tensor\(\)"):
+        with pytest.raises(TypeError, match=r"^input is a DTensor, but weight is not; pass input\.full_tensor\(\)"):
             call(features)
 
 
@@ -192,7 +192,7 @@ def what_meets_a_plain_tensor_is_plain(group: dist.ProcessGroup) -> None:
     }
     for name, mixed in calls.items():
         for call in mixed:
-            with pytest.raises(TypeError, match=rf"^{name} is a DTensor, and .* is not; pass {name}\.full_tensor\(\)"):
+            with pytest.raises(TypeError, match=rf"^{name} is a DTensor, but .* is not; pass {name}\.full_tensor\(\)"):
                 call()
 
 

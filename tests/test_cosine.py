@@ -276,7 +276,7 @@ def test_equals_pytorch_metric_learning(kind, rng, device):
 @pytest.mark.parametrize(
     ("error", "options", "words"),
     [
-        (ValueError, {"scale": 0.0}, "scale must be above 0, got 0.0; the papers have 30 or 64"),
+        (ValueError, {"scale": 0.0}, "scale must be above 0, got 0.0; the papers use 30 or 64"),
         (ValueError, {"margin": -0.1}, "margin must be finite and at least 0"),
         (ValueError, {"kind": "sphereface"}, "kind must be one of 'cosface'"),
         (ValueError, {"kind": "arcface", "margin": 28.6}, "radians"),

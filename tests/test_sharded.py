@@ -176,7 +176,7 @@ def test_without_a_group_the_classes_here_are_all():
     logits, target = torch.randn(4, 3), torch.tensor([0, 2, 1, -100])
     loss = sharded_large_margin_cross_entropy(logits, target, group=None, class_start=0, num_classes=3)
     assert same_bits(loss, large_margin_cross_entropy(logits, target))
-    with pytest.raises(ValueError, match="group=None means that the 3 classes here are all"):
+    with pytest.raises(ValueError, match="group=None means that this process has all 3 classes"):
         sharded_large_margin_cross_entropy(logits, target, group=None, num_classes=6)
     with pytest.raises(TypeError, match=r"group must be a .*ProcessGroup, got 'WORLD'"):
         sharded_large_margin_cross_entropy(logits, target, group="WORLD")

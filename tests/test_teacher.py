@@ -270,7 +270,7 @@ def test_errors_name_the_argument(rng):
         ({}, TypeError, "target must be a torch.Tensor, got None; .*teacher_input="),
         ({"teacher_linear_weight": classifier}, TypeError, "teacher_linear_weight needs teacher_input"),
         ({"target": torch.zeros(7).long(), "teacher_linear_bias": bias}, TypeError, "teacher_linear_bias needs teacher_input"),
-        ({"target": torch.zeros(7).long(), "temperature": 2.0}, ValueError, "temperature is the teacher's.*divide input"),
+        ({"target": torch.zeros(7).long(), "temperature": 2.0}, ValueError, "temperature needs teacher_input.*divide input"),
         ({**teacher, "target": torch.zeros(7).long()}, ValueError, "target must be None with teacher_input.*second call"),
         ({"teacher_input": features}, TypeError, "teacher_linear_weight must be a torch.Tensor, got None"),
         (

@@ -1,7 +1,7 @@
 """Checks of arguments. Each message names the argument, the value received, the value expected and the likely fix.
 
 The type of an error is the one :func:`torch.nn.functional.cross_entropy` raises for the same mistake, else ValueError or TypeError.
-Of all tensors only labels are checked by value, and only where that needs no synchronisation.
+The values of labels are checked where that needs no synchronisation. The values of other tensors are not checked.
 """
 
 import math
@@ -52,8 +52,8 @@ def check_given_first(weight: object, meant: str) -> None:
         return
     said = f"weight must be a torch.Tensor or None, got {describe(weight)}"
     if is_number(weight) or isinstance(weight, str):
-        raise TypeError(f"{said}; all else is by name: {meant}={weight!r}")
-    raise TypeError(f"{said}; one factor for each class is torch.as_tensor(weight)")
+        raise TypeError(f"{said}; pass every other argument by name: {meant}={weight!r}")
+    raise TypeError(f"{said}; convert one factor for each class with torch.as_tensor(weight)")
 
 
 def check_word(name: str, value: object, allowed: Collection[object]) -> None:
@@ -140,7 +140,7 @@ def check_probabilities(input: Tensor, target: Tensor, ignore_index: int) -> Non
     if target.dtype not in FLOATING:
         raise RuntimeError(
             f"target has the shape of the logits, {tuple(input.shape)}, so it must hold class probabilities in a floating dtype; got "
-            f"{describe(target)}; class indices would have the shape {index_shape(input)}, for one-hot rows pass target.float()"
+            f"{describe(target)}; class indices would have the shape {index_shape(input)}; if target is one-hot, pass target.float()"
         )
     check_same_device("target", target, input)
     if ignore_index >= 0:
@@ -158,7 +158,7 @@ def is_dtensor(value: object) -> TypeGuard[Any]:
 def check_plain(name: str, value: object) -> None:
     """Refuse a DTensor beside plain logits."""
     if is_dtensor(value):
-        raise TypeError(f"{name} is a DTensor, and input is not; pass {name}.full_tensor(), or input as a DTensor too")
+        raise TypeError(f"{name} is a DTensor, but input is not; pass {name}.full_tensor(), or input as a DTensor too")
 
 
 def check_local(name: str, value: object, otherwise: str) -> None:
@@ -171,7 +171,7 @@ def check_alike(**tensors: Tensor | None) -> None:
     given = {name: is_dtensor(tensor) for name, tensor in tensors.items() if tensor is not None}
     if len(set(given.values())) > 1:
         placed, plain = next(name for name in given if given[name]), next(name for name in given if not given[name])
-        raise TypeError(f"{placed} is a DTensor, and {plain} is not; pass {placed}.full_tensor(), or {plain} as a DTensor too")
+        raise TypeError(f"{placed} is a DTensor, but {plain} is not; pass {placed}.full_tensor(), or {plain} as a DTensor too")
 
 
 def check_integer(name: str, value: object) -> None:
@@ -214,7 +214,7 @@ def check_indices(input: Tensor, target: Tensor, ignore_index: object) -> None:
 def _refuse_indices(input: Tensor, target: Tensor, expected: tuple[int, ...], shape_fits: bool) -> NoReturn:
     said = f"target must be int64 class indices of shape {expected} for input of shape {tuple(input.shape)}, got {describe(target)}"
     if target.shape == input.shape:
-        raise RuntimeError(f"{said}; these statistics need one class per row, so probabilities have none")
+        raise RuntimeError(f"{said}; the statistics need one class per row, and do not take probabilities")
     if not shape_fits:
         batch_differs = target.shape[:1] != input.shape[:1] if input.dim() > 1 else target.dim() == 1 and not target.is_floating_point()
         raise (ValueError if batch_differs else RuntimeError)(f"{said}; class probabilities would have the shape of input")
@@ -250,7 +250,9 @@ def check_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
 
 def check_is_weight(weight: object) -> None:
     if weight is not None and not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a torch.Tensor, got {describe(weight)}; one factor for each class is torch.as_tensor(weight)")
+        raise TypeError(
+            f"weight must be a torch.Tensor, got {describe(weight)}; convert one factor for each class with torch.as_tensor(weight)"
+        )
 
 
 def check_weight(weight: object, input: Tensor, of_classes: int | None = None) -> None:
@@ -304,7 +306,7 @@ def check_linear(
 
 def check_linear_target(input: Tensor, linear_weight: Tensor, target: object, num_classes: int | None) -> None:
     if target is None:
-        raise TypeError("target must be a torch.Tensor, got None; only the probabilities of a teacher, teacher_input=, can replace it")
+        raise TypeError("target must be a torch.Tensor, got None; only a teacher (teacher_input=...) can replace it")
     check_tensor("target", target)
     assert isinstance(target, Tensor)
     rows, positions = tuple(input.shape[:-1]), tuple(linear_weight.shape[1:-1])
@@ -328,7 +330,7 @@ def check_no_teacher(linear_weight: object, linear_bias: object, temperature: ob
         if value is not None:
             raise TypeError(f"{name} needs teacher_input, the features that go into the teacher's classifier")
     if temperature != 1:
-        raise ValueError(f"temperature is the teacher's, and there is no teacher_input; got {temperature!r}; divide input instead")
+        raise ValueError(f"temperature needs teacher_input, whose logits it divides; got {temperature!r}; for the student divide input")
 
 
 def check_teacher(
@@ -336,7 +338,9 @@ def check_teacher(
 ) -> None:
     """``teacher`` has the features, the classifier and its bias."""
     if target is not None:
-        raise ValueError("target must be None with teacher_input, whose softmax is the target; add the loss of labels in a second call")
+        raise ValueError(
+            "target must be None with teacher_input, because the teacher's softmax is the target; add the loss of labels in a second call"
+        )
     features, classifier, bias = teacher
     check_linear(features, classifier, bias, num_classes, "teacher_")
     assert isinstance(features, Tensor) and isinstance(classifier, Tensor)
@@ -347,7 +351,7 @@ def check_teacher(
         ("teacher_linear_bias", bias),
     ):
         if is_dtensor(value):
-            raise NotImplementedError(f"{name} is a DTensor, and a teacher takes plain tensors; pass {name}.full_tensor()")
+            raise NotImplementedError(f"{name} is a DTensor, but a teacher takes plain tensors only; pass {name}.full_tensor()")
     check_same_device("teacher_input", features, input)
     if features.shape[:-1] != input.shape[:-1]:
         raise ValueError(f"teacher_input must have the rows of input, {tuple(input.shape[:-1])}, got {describe(features)}")
@@ -356,7 +360,7 @@ def check_teacher(
     if outputs != expected:
         raise ValueError(
             f"teacher_linear_weight must have the classes of linear_weight, shape {(*expected, classifier.shape[-1])}, got "
-            f"{describe(classifier)}; where one of them is padded, give num_classes"
+            f"{describe(classifier)}; if one of them is padded, give num_classes"
         )
     if ignore_index >= 0:
         raise RuntimeError(f"ignore_index={ignore_index} needs class indices, but the target is a teacher; leave rows out of input instead")
@@ -367,5 +371,5 @@ def check_torch_options(options: object) -> None:
     kind = getattr(torch.nn, "LinearCrossEntropyOptions", None)  # torch 2.13 has it
     if options is not None and not (kind is not None and isinstance(options, kind)):
         raise TypeError(
-            f"options must be None or a torch.nn.LinearCrossEntropyOptions, got {describe(options)}; give others by name: lam=0.3"
+            f"options must be None or a torch.nn.LinearCrossEntropyOptions, got {describe(options)}; give other options by name: lam=0.3"
         )

@@ -1,4 +1,4 @@
-"""Register the operators of this library once torch is imported too, in either order, because a stored program may name them."""
+"""Register the operators of this library when it and torch are both imported, in either order: a stored program may name them."""
 
 import importlib.util
 import sys

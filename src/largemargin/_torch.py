@@ -1,6 +1,7 @@
-"""All private names of torch that the library uses, because torch has no public equivalent.
+"""Every private function of torch that the library calls, because torch has no public equivalent.
 
-If a new version of torch renames one, only this module breaks. ``tests/test_private_names.py`` tests the behaviour of each.
+If a new version of torch renames one, only this module breaks. ``tests/test_private_names.py`` tests the behaviour of each. Private
+attributes of modules, which hold their hooks, stand in :mod:`.plain_layer`.
 """
 
 from typing import Any

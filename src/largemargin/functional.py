@@ -53,7 +53,7 @@ def row_stats(input: Tensor, target: Tensor, *, ignore_index: int = -100, backen
         >>> stats.rho  # two equal non-targets: log 2
         tensor([0.6931], grad_fn=<...>)
         >>> focal = ((1 - stats.log_odds.sigmoid()) ** 2 * torch.nn.functional.softplus(-stats.log_odds)).mean()
-        >>> focal.backward()  # one's own loss, in one line
+        >>> focal.backward()  # a loss of your own, in one line
 
     Source: Kobayashi, *Large Margin In Softmax Cross-Entropy Loss*, BMVC 2019, Sec. 2.
     """
@@ -170,7 +170,7 @@ def sharded_large_margin_cross_entropy(
     Rank r holds the logits :math:`f^{(r)}` of some classes, in rank order; a rank may hold few or none. One all-gather of six float32 per
     row (eight with weights and smoothing) gives every rank the same loss, bit for bit. The backward pass is local: each rank gets the
     gradient of this one loss, not divided by the number of ranks. Every rank must call ``backward`` on this same loss, once.
-    Probabilities need a second all-gather, of eight numbers per row, and the memory of the reference.
+    Probabilities need a second all-gather, of eight numbers per row, and as much memory as the reference.
 
     Args:
         input_shard: logits of this rank's classes, shape ``(N, C_r)``, ``(N, C_r, d1, ..., dk)`` or ``(C_r,)``; the same rows on all ranks.
@@ -178,8 +178,8 @@ def sharded_large_margin_cross_entropy(
             probabilities of this rank's classes, shaped like ``input_shard``; then neither they nor ``weight`` get a gradient.
         group: the ranks that share the classes; ``None`` computes the loss of ``input_shard`` alone.
         class_start: the index of this rank's first class.
-        num_classes: on all ranks together. By default ranks exchange sizes, which synchronises the accelerator; giving ``class_start`` and
-            ``num_classes`` on every rank avoids that.
+        num_classes: the classes of all ranks together. By default ranks exchange sizes, which synchronises the accelerator; giving
+            ``class_start`` and ``num_classes`` on every rank avoids that.
         weight: a factor for each class, shape ``(num_classes,)``.
         options: as in :func:`large_margin_cross_entropy`.
 
@@ -244,7 +244,7 @@ def linear_large_margin_cross_entropy(
     .. math:: \ell(X W^\top + b, y), \quad \ell \text{ of eqs. (8), (11), (13), (15)}
 
     The loss equals :func:`large_margin_cross_entropy` of these logits up to rounding. Half precision is accumulated in float32. With
-    ``lam=0`` it is that of ``torch.nn.functional.linear_cross_entropy``, which torch 2.13 has.
+    ``lam=0`` it equals ``torch.nn.functional.linear_cross_entropy``, which torch has from 2.13 on.
 
     Args:
         input: features, shape ``(N, D)``, ``(B, T, D)`` or any ``(..., D)``, floating.
@@ -258,11 +258,12 @@ def linear_large_margin_cross_entropy(
         num_classes: the first ``num_classes`` rows of ``linear_weight`` are classes; the rest is padding with gradient 0. Default: all.
         teacher_input, teacher_linear_weight, teacher_linear_bias: another linear layer over the same rows and classes, of any width. The
             target is the softmax of its logits divided by ``temperature``. Its logits are not stored either, and it gets no gradient.
-        temperature: above 0; of the teacher alone. For the student divide ``input`` and ``linear_bias``; see the example.
+        temperature: above 0; divides the logits of the teacher alone. To scale the student too, divide ``input`` and
+            ``linear_bias``, as in the example.
         ignore_index: as in :func:`large_margin_cross_entropy`; None, torch's default, is -100.
         options: torch's ``LinearCrossEntropyOptions``, which change nothing here: tiles have a size of their own, sums are float32, and
             every backward pass can be repeated.
-        others: those of :func:`large_margin_cross_entropy`.
+        others: as in :func:`large_margin_cross_entropy`.
         reduction: ``"none"``, ``"sum"`` or ``"mean"``; ``"none"`` computes the logits a second time in the backward pass.
 
     Returns:
@@ -330,7 +331,7 @@ def linear_large_margin_cross_entropy(
 
 
 def _rows_of_target(target: Tensor | None, indices: tuple[int, ...], like_logits: Tensor, ignore_index: int) -> Tensor:
-    """The checked target for logits (N, C, d1, ...); ``indices`` is the shape that it has if it holds indices."""
+    """The checked target for logits (N, C, d1, ...); ``indices`` is the shape of class indices."""
     assert target is not None  # checked above
     if target.shape != indices:
         target = target.reshape(like_logits.shape)
@@ -366,8 +367,8 @@ def sharded_linear_large_margin_cross_entropy(
 
     Rank r holds the rows :math:`W^{(r)}` of some classes, in rank order; a rank may hold few or none. ``input`` is the same on every rank,
     and every rank gets its whole gradient. The gradient of the classifier is local. As in :func:`sharded_large_margin_cross_entropy`, the
-    loss is the same on every rank, bit for bit. Every rank must call ``backward`` once on this loss, not on other multiples or rows of it.
-    A step takes one all-gather of statistics, or two for probabilities, and one all-reduce of the gradient of ``input``.
+    loss is the same on every rank, bit for bit. Every rank must call ``backward`` once, on this loss and not on a multiple or some rows of
+    it. A step takes one all-gather of statistics, or two for probabilities, and one all-reduce of the gradient of ``input``.
 
     Args:
         input: features, shape ``(N, D)`` or any ``(..., D)``, floating; the same on every rank.
@@ -376,7 +377,7 @@ def sharded_linear_large_margin_cross_entropy(
             ``(..., C_r)``, which get no gradient.
         group: the ranks that share the classes; ``None`` calls :func:`linear_large_margin_cross_entropy`.
         class_start: the index of this rank's first class; by default it follows the classes of the ranks before.
-        num_classes: on all ranks together.
+        num_classes: the classes of all ranks together.
         linear_bias_shard: shape ``(C_r,)``, floating.
         weight: a factor for each class, shape ``(num_classes,)``; it gets no gradient.
         options: as in :func:`large_margin_cross_entropy`.

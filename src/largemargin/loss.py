@@ -28,7 +28,7 @@ DIVERGENCES = get_args(Divergence)
 
 
 class LinearOptions(TypedDict, total=False):
-    """The options of the loss by name, but ``ignore_index``, which may be None in the losses that are fused with a classifier."""
+    """The options of the loss by name, except ``ignore_index``, which may be None in a loss that is fused with a classifier."""
 
     lam: float
     divergence: Divergence

@@ -354,7 +354,7 @@ def ece(batch: _Batch, num_bins: int) -> Tensor:
 
     .. math:: \sum_b \tfrac{|B_b|}{N} \, |\mathrm{conf}(B_b) - \mathrm{acc}(B_b)|, \quad B_b = \{n : (b-1)/B < p_n \leq b/B\}
 
-    A confidence within 1e-6 of a bin's width of an edge counts as on it.
+    A confidence counts as on an edge if their distance is below 1e-6 of the width of a bin.
 
     Args:
         num_bins: how many bins between 0 and 1.

@@ -1,7 +1,7 @@
 """Whether a linear layer only multiplies and adds.
 
-A loss fused with its layer reads weight and bias, and does not call the layer. That is wrong for hooks, adapters, pruning, quantisation and
-offloading, which act in the call: for such a layer the loss calls it and takes its logits.
+A loss fused with its layer reads weight and bias, and does not call the layer. Hooks, adapters, pruning, quantisation and offloading act in
+the call. If a layer has any of these, the loss calls it and takes its logits.
 """
 
 import functools
@@ -40,7 +40,7 @@ _STAND_INS = {
 
 
 def weight_and_bias(layer: nn.Module, forward: Any = _FORWARD) -> tuple[Tensor, Tensor | None] | str:
-    """The weight and bias of ``layer``, or in words what else its call does.
+    """The weight and bias of ``layer``, or in words why its call does more than multiply and add.
 
     ``forward`` belongs to the class that the caller expects. The weight is read once, as in a call: a parametrisation may count that.
     """
@@ -148,7 +148,9 @@ def loss_of_logits(
         logits = logits.unflatten(1, (-1, *out_features))
         indices = (len(logits), *out_features)
     elif out_features:
-        raise ValueError(f"input must have shape (N, D), because out_features is {out_features}, but gives {_checks.describe(logits)}")
+        raise ValueError(
+            f"input must have shape (N, D), because out_features is {out_features}, but its logits are {_checks.describe(logits)}"
+        )
     else:
         indices = tuple(logits.shape[:-1])
     if target.shape != indices and target.shape != logits.shape:

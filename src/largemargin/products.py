@@ -1,4 +1,4 @@
-"""Matrix products that autocast does not change, nor their derivatives.
+"""Matrix products with values and derivatives that autocast does not change.
 
 Turning autocast off around a product does not protect its backward pass, which may run with autocast on, as compiled backward passes do.
 So the product is an operation, and its derivatives are such products too. One case remains: a backward graph that

@@ -58,7 +58,7 @@ class Cotangents(NamedTuple):
     spread: Tensor | None = None
 
     def folded(self) -> "Cotangents":
-        """The same gradients, with the one of spread = e - a added to the ones of e and a."""
+        """The same gradients, with that of spread = e - a added to those of e and a."""
         _, g_e, g_a, _, g_spread = self
         if g_spread is None:
             return self

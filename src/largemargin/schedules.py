@@ -71,7 +71,7 @@ class AnnealedLambda(Schedule):
     The authors advise a ``lambda_min`` of 0 for easy data, first 5 or 10 for large or difficult data, and about 0.5 if a run diverges.
 
     Args:
-        base: the value at the beginning, at least 0; 0 leaves ``lambda_min``.
+        base: the value at the beginning, at least 0; with 0 the value is always ``lambda_min``.
         gamma: the speed, per training step, at least 0.
         power: the exponent, at least 0.
         lambda_min: the final value, at least 0.

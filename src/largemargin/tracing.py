@@ -34,7 +34,7 @@ def as_one_node(forward: Function) -> Function:
 
 
 def _tracer() -> Tracer | None:
-    """The active tracer of torch.fx.symbolic_trace, for a call without arguments, which contain no proxy."""
+    """The active tracer of torch.fx.symbolic_trace, for a call that has no arguments, and so no proxy."""
     if torch.compiler.is_compiling() or not _torch.is_symbolic() or _torch.is_dispatched():  # make_fx has a dispatch mode, and values
         return None
     frame: FrameType | None = sys._getframe(1)

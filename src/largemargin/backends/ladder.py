@@ -78,12 +78,12 @@ def _requested(device: str, backend: BackendName) -> BackendName | None:
     if backend == "reference":
         return None
     if backend != OF_DEVICE.get(device) and not (backend == "triton" and getattr(load("triton"), "INTERPRETED", False)):
-        raise ValueError(f"backend={backend!r} does not compute on {device}; backend=None picks by the device of input")
+        raise ValueError(f"backend={backend!r} does not compute on {device}; backend=None picks one for the device of input")
     return backend
 
 
 def refuse_probabilities(backend: BackendName | None) -> None:
-    """Say that the reference computes these class probabilities, to who asked for another by name."""
+    """Warn that the reference computes these class probabilities, if another backend was requested by name."""
     _checks.check_word("backend", backend, BACKENDS)
     if backend not in (None, "reference"):
         warn_once(backend, "these class probabilities")

@@ -32,7 +32,7 @@ class LossForward(Protocol):
     def __call__(
         self, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, saves: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The reduced loss of ``logits`` (..., C), and if it ``saves`` what the backward pass needs beside its arguments.
+        """The reduced loss of ``logits`` (..., C), and, if ``saves``, what the backward pass needs beside its arguments.
 
         ``target`` has labels (...) of any integer dtype, or probabilities (..., C). A label out of range gives a NaN row, or raises if
         reading the labels is free.

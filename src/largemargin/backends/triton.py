@@ -243,7 +243,7 @@ def _backward(
 
 @triton.jit
 def _margin_term(l, rho, mean_q_z, mean_u_z, count, hard_bias, keep, lam_e, lam_a, lam_log_count):
-    """The loss of targets before their weight and smoothing, and its derivative in -l, but for smoothing."""
+    """The loss of targets before their weight and smoothing, and its derivative in -l without smoothing."""
     value, slope = _softplus(hard_bias - l)
     # a smoothing of 1 drops the first term, but a masked target stays infinite
     share = tl.where(keep > 0, keep, tl.where(value < float("inf"), 0.0, 1.0))
@@ -327,7 +327,7 @@ def _of_targets(
 
 @triton.jit
 def _reduce(losses, weights, partial_ptr, counter_ptr, reduced_ptr, denominator_ptr, MEAN: tl.constexpr):
-    """Add up the losses of all programs. The last one to come adds what each has left, always in the same order."""
+    """Add up the losses of all programs. The last program to finish adds the sums of all programs, always in the same order."""
     num_programs = tl.num_programs(0)
     own_ptr = partial_ptr + tl.program_id(0)
     tl.store(own_ptr, tl.sum(losses, 0))
@@ -600,7 +600,7 @@ def _lay(read: list[Tensor], written: list[Tensor | None]) -> _Launch:
 
 
 def _tile_shape(num_classes: int, in_line: bool, soft: bool, gradient: bool) -> dict[str, int]:
-    """As large as it can be without registers that spill; probabilities, and a gradient, need more of them an element."""
+    """The largest tile that spills no registers. Probabilities and a gradient need more registers an element."""
     in_row = triton.next_power_of_2(max(num_classes, 1))
     if in_line:  # the classes of a row are neighbours
         classes = min(in_row, MAX_TILE // (1 + soft) // (1 + gradient))
@@ -738,7 +738,7 @@ two_passes: TwoPasses | None = TwoPasses(_loss_forward, _loss_backward)
 
 
 def _counter(device: torch.device) -> Tensor:
-    """A zero, which each launch leaves as a zero. Launches share it if they follow each other: those of one stream."""
+    """A zero that each launch sets to zero again. Launches of one stream share it, because they follow each other."""
     if device.type == "cpu":
         return _zero(device)
     module = torch.get_device_module(device)

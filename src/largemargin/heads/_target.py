@@ -16,7 +16,7 @@ from ..tracing import as_one_node, refuse_script
 class Head(nn.Module):
     """A classifier that edits the target's logit in training.
 
-    A subclass has :meth:`_logits`. If it has a margin, :attr:`_has_margin` says so, and :meth:`_target_logit` makes it. Logits are plain
+    A subclass defines :meth:`_logits`. One with a margin also defines :attr:`_has_margin` and :meth:`_target_logit`. Logits are plain
     without a target, in ``eval()``, and for a negative target, which the losses ignore.
     """
 

@@ -23,7 +23,7 @@ class CenterLoss(nn.Module):
 
     The centers are a buffer that every forward pass in training updates after the loss; an optimizer does not see them. For activation
     checkpointing a second buffer of their size keeps the centers that the last forward pass saw; it is not in the ``state_dict``.
-    ``as_parameter=True`` makes them a parameter with the gradient :math:`\sum_{i: y_i = j} (c_j - x_i) / N`, without effect of ``alpha``.
+    ``as_parameter=True`` makes them a parameter with the gradient :math:`\sum_{i: y_i = j} (c_j - x_i) / N`; ``alpha`` has no effect then.
 
     With several processes, each updates its buffer from its own rows, and ``DistributedDataParallel`` overwrites all buffers with the first
     one. So only the rows of the first process count: use :func:`.gather_rows` first, or ``as_parameter=True``.
@@ -127,7 +127,7 @@ class CenterLoss(nn.Module):
         """The center of each label (N, D), and alpha; a recomputation gets the centers of the first pass, and 0."""
         if _checks.is_dtensor(self.centers) and any(placement.is_shard(0) for placement in self.centers.placements):
             raise NotImplementedError(
-                "centers is a DTensor whose classes are split over ranks, and a training step writes whole centers in place; replicate it, "
+                "centers is a DTensor whose classes are split over ranks, but a training step writes whole centers in place; replicate it, "
                 "or use as_parameter=True"
             )
         first = [rows_of_target(self.centers, labels), self.centers.new_full((), self.alpha, dtype=dtype)]

@@ -73,7 +73,7 @@ class CosineLinear(Head):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, num_classes)
-        self.scale = _checks.check_positive("scale", scale, "the papers have 30 or 64")
+        self.scale = _checks.check_positive("scale", scale, "the papers use 30 or 64")
         _checks.check_word("kind", kind, get_args(Kind))
         self.margin = _checks.check_number("margin", MARGINS[kind] if margin is None else margin, low=0.0)
         if kind != "cosface" and self.margin >= math.pi:

@@ -1,4 +1,4 @@
-"""The large-margin loss for fastai's Learner, which needs ``activation`` and ``decodes`` of its loss."""
+"""The large-margin loss for fastai's Learner, which calls ``activation`` and ``decodes`` of its loss."""
 
 from typing import Any
 

@@ -220,7 +220,7 @@ class MarginLogger(_Callback):  # type: ignore[misc]
             came = sorted(outputs) if isinstance(outputs, dict) else type(outputs).__name__
             raise ValueError(f"{_STEPS[stage]} must return a dict with 'logits' and 'target', got {came}; {way_out}")
         if _checks.is_probabilities(outputs["logits"], outputs["target"]):
-            raise ValueError(f"{_STEPS[stage]} must return class indices as 'target', got probabilities, as of mixup; {way_out}")
+            raise ValueError(f"{_STEPS[stage]} must return class indices as 'target', got probabilities, as mixup makes them; {way_out}")
         self._counted[stage][loader].update(outputs["logits"], outputs["target"])
 
     def _log(self, stage: str, pl_module: Any) -> None:

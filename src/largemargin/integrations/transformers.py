@@ -3,9 +3,9 @@
 The Trainer counts the labels of all micro-batches of a step that are not -100, ``num_items_in_batch``. The loss is the sum over rows
 divided by that number, so accumulated micro-batches equal one large batch.
 
-The fused head needs three hooks. A hook on the model sees whether labels came. A hook on the head then gives it no rows, so it makes no
-logits. A third hook attaches the features to the head's empty output, where ``model.loss_function`` finds them. If a hook does not run, or
-the head does more than multiply, the loss takes the logits, and training warns why.
+The fused head needs three hooks. A hook on the model sees whether there are labels. A hook on the head then gives it no rows, so it makes
+no logits. A third hook attaches the features to the head's empty output, where ``model.loss_function`` finds them. If a hook does not run,
+or the head does more than multiply, the loss takes the logits, and training warns why.
 """
 
 import copy
@@ -207,10 +207,10 @@ class _CausalLoss:
         lost = head is None and input.numel() == 0 and shift_labels.numel() > 0
         edited = head is not None and version != _version(logits)
         if lost or edited:
-            who = "it changes them" if self.other_hook is None else f"the head {self.other_hook}, and that or the model changes them"
+            who = "the model changes them" if self.other_hook is None else f"the head {self.other_hook}, and that or the model changes them"
             raise ValueError(
-                f"model must give its loss the logits that its head made, got others: {who} in between (soft-capping, a scale, "
-                "a cast, masked tokens) and cannot be fused; use Trainer(compute_loss_func=LargeMarginLoss(causal=True))"
+                f"model must pass the logits of its head to its loss unchanged, but {who} (soft-capping, a scale, a cast, masked tokens); "
+                "it cannot be fused: use Trainer(compute_loss_func=LargeMarginLoss(causal=True))"
             )
         if input.shape[:-1] != shift_labels.shape:
             raise ValueError(
@@ -225,7 +225,7 @@ class _CausalLoss:
         return loss
 
     def _tell(self, why: str, gradient: Tensor) -> None:
-        _checks.warn_once(self.said, f"the fused head makes logits in training and saves no memory: {why}. The loss is right")
+        _checks.warn_once(self.said, f"the fused head makes logits in training and saves no memory: {why}. The loss is correct")
 
 
 _HOOKS_ASLEEP = (

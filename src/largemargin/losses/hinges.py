@@ -32,7 +32,7 @@ def hard_margin_softplus(
 
     .. math:: \mathrm{softplus}(f_{c^*} - f_y + \rho) \quad \text{(Sec. 3, Margin by LSE)}
 
-    The paper reports that CNNs "are not properly trained at all" by this loss and :func:`crammer_singer_hinge`, which are for comparison.
+    The paper reports that CNNs "are not properly trained at all" by this loss and :func:`crammer_singer_hinge`. Both are for comparison.
 
     Args:
         margin: the constant rho in nats, finite; the paper uses 1.

@@ -44,7 +44,7 @@ _takes_options = takes(large_margin_cross_entropy, Options.__annotations__)
 
 
 class _LogitsLoss(_HasOptions):
-    """The loss of logits, whose module may let them be overwritten."""
+    """A loss of logits. With ``donate`` a kernel may overwrite them."""
 
     donate: bool
 
@@ -166,11 +166,11 @@ class OpaqueLargeMarginLoss(_LogitsLoss):
 class LinearLargeMarginCrossEntropyLoss(_HasOptions):
     """A linear classifier and its loss in one, by :func:`.linear_large_margin_cross_entropy`, which never stores all logits.
 
-    With ``lam=0`` it is torch's ``nn.LinearCrossEntropyLoss``, whose ``state_dict`` it has too.
+    With ``lam=0`` it equals torch's ``nn.LinearCrossEntropyLoss``, and its ``state_dict`` has the same names.
 
     Args:
         in_features, num_classes: the width D of the features, and C.
-        bias: whether the classifier has one, as an ``nn.Linear`` does; torch's ``LinearCrossEntropyLoss`` has none by default.
+        bias: whether the classifier has a bias; the default is that of ``nn.Linear``, while torch's ``LinearCrossEntropyLoss`` has none.
         weight: a factor for each class, shape ``(num_classes,)``.
         out_features: ``(d1, ..., dk)`` for logits (N, C, d1, ..., dk). The classifier then has C x d1 x ... x dk outputs, class by class.
         lam, divergence, hard_bias, label_smoothing, reduction, backend: as in :func:`.large_margin_cross_entropy`.

@@ -305,7 +305,9 @@ class ClassParallelLinear(nn.Module):
         return duplicate
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("ClassParallelLinear cannot be pickled, as its group cannot; save its state_dict() by torch.distributed.checkpoint")
+        raise TypeError(
+            "ClassParallelLinear cannot be pickled, because its group cannot; save its state_dict() with torch.distributed.checkpoint"
+        )
 
     if TYPE_CHECKING:
 

@@ -87,11 +87,11 @@ class Peeled(NamedTuple):
         return (values.sum(-1, keepdim=True) if total is None else total.unsqueeze(-1)) - values
 
     def pulls(self, g_l: Tensor, g_e: Tensor, g_a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What each target adds to the sums of which the gradient of another class is made."""
+        """The terms of each target in the sums that make up the gradient of another class."""
         return g_e / self.S, (g_e * self.tau + g_l) / self.S, g_a / self.num_nontargets, g_a / self.S
 
     def pulled(self, g_l: Tensor, rests: Sequence[Tensor]) -> Tensor:
-        """The gradient by all targets but j, from the sums of their pulls."""
+        """The gradient of the loss of all targets but j, from the sums of their pulls."""
         of_xz, of_x, all_alike, of_x_again = rests
         return self.but_top(g_l) + self.xz * of_xz - self.x * of_x + (all_alike - self.x * of_x_again)
 

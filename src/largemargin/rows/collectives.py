@@ -50,7 +50,9 @@ def check_group(group: object) -> None:
 
 def check_all_here(size: int, class_start: int | None, num_classes: int | None) -> None:
     if class_start not in (None, 0) or num_classes not in (None, size):
-        raise ValueError(f"group=None means that the {size} classes here are all; got class_start={class_start}, num_classes={num_classes}")
+        raise ValueError(
+            f"group=None means that this process has all {size} classes; got class_start={class_start}, num_classes={num_classes}"
+        )
 
 
 def check_eager(name: str) -> None:
@@ -76,7 +78,8 @@ def shard_of(
 ) -> tuple[Shard, list[list[int]]]:
     """The classes of this rank among all, and the numbers ``also`` of all ranks.
 
-    Ranks exchange sizes, which synchronises the accelerator. On an accelerator with both numbers given and ``also`` empty they do not.
+    Ranks exchange sizes, which synchronises the accelerator. On an accelerator they exchange nothing if ``class_start`` and ``num_classes``
+    are given and ``also`` is empty.
     """
     check_group(group)
     for name, value in (("class_start", class_start), ("num_classes", num_classes)):
@@ -107,13 +110,17 @@ def say_with_rows(said: Sequence[int], target: Tensor, group: dist.ProcessGroup)
     *heard, num_rows, checksums = all_gather(mine, group).t().tolist()
     check_same_number_of_rows(num_rows)
     if len(set(checksums)) > 1:
-        raise ValueError("target must be the same on all ranks of the group; gather rows that are split over ranks by gather_rows")
+        raise ValueError(
+            "target must be the same on all ranks of the group; if its rows are split over ranks, gather them with gather_rows"
+        )
     return heard
 
 
 def check_same_number_of_rows(num_rows: Sequence[int]) -> None:
     if len(set(num_rows)) > 1:
-        raise ValueError(f"input must have the same rows on all ranks of the group, got {list(num_rows)} of them; use gather_rows")
+        raise ValueError(
+            f"input must have the same rows on all ranks of the group, got {list(num_rows)} rows; gather them with gather_rows"
+        )
 
 
 def all_gather(values: Tensor, group: dist.ProcessGroup) -> Tensor:

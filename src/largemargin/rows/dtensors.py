@@ -39,7 +39,7 @@ def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOpti
 
 
 def rows_of(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> tuple[LocalRows, dense.Rows, Whole]:
-    """As :func:`local_rows`, with the part as rows too."""
+    """The results of :func:`local_rows`, and between them the rows of this rank."""
     local, whole_of = local_rows(input, target, weight)
     logits = _checks.classes_last(local.logits)
     labels = Labels.of(local.target.long().reshape(logits.shape[:-1]), _checks.num_classes(input), ignore_index)
@@ -58,9 +58,9 @@ def gathered(tensor: Tensor) -> Tensor:
 
 
 def summed(tensor: Tensor) -> Tensor:
-    """A DTensor that waits for no sum over ranks; any other tensor as it is.
+    """A DTensor whose pending sums over ranks are done; any other tensor as it is.
 
-    What is picked from classes that are split over ranks waits for one, and two of these cannot meet in one operation.
+    A choice among classes that are split over ranks leaves a sum pending, and two tensors with pending sums cannot meet in one operation.
     """
     if not _checks.is_dtensor(tensor):
         return tensor
@@ -111,7 +111,7 @@ def local_rows(input: Any, target: Tensor, weight: Tensor | None) -> tuple[Local
         size = min(chunk, num_classes - start)
         if logits.shape[class_dim] != size:
             raise ValueError(
-                f"input has {logits.shape[class_dim]} of {num_classes} classes on this rank, a DTensor has {size} there; for other "
+                f"input has {logits.shape[class_dim]} of {num_classes} classes on this rank, but torch gives this rank {size}; for other "
                 "sizes of shards use sharded_large_margin_cross_entropy"
             )
         shard = Shard(mesh.get_group(over), start, size, num_classes)

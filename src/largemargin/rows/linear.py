@@ -111,7 +111,7 @@ def _with_logits(problem: Problem) -> Tensor:
 
 
 class LinearLargeMarginCrossEntropy(torch.autograd.Function):
-    """The loss of features and classifier, whose gradients are made in the forward pass where one upstream gradient serves all rows."""
+    """The loss of features and classifier. If it is reduced, the forward pass makes the gradients."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:

@@ -18,7 +18,7 @@ from ..rowstats import IGNORED, Cotangents, Record, RowStats, Softmax, accumulat
 
 
 class Part(NamedTuple):
-    """The sums over some classes of each row; each field has the shape of the targets."""
+    """The sums over the non-targets among some classes of each row; each field has the shape of the targets."""
 
     max: Tensor
     sum_exp: Tensor

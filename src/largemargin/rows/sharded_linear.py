@@ -38,8 +38,8 @@ def loss(problem: Problem, group: dist.ProcessGroup, class_start: int | None, nu
     wanted = _Wanted(needed[0], needed[1], needed[2], any(of_input), all(of_input))
     if any(laters) and wanted.input_of_any and not (wanted.input_of_all and all(laters)):
         raise ValueError(
-            'with reduction="none" or hooks on saved tensors the backward pass sums the gradient of input over the ranks: all ranks of the '
-            f"group must need it and have such hooks, or none; got input.requires_grad {of_input}, in the backward pass {laters}"
+            'with reduction="none" or hooks on saved tensors the backward pass sums the gradient of input over the ranks. Then either all '
+            f"ranks of the group must need it, in that pass, or none; got input.requires_grad {of_input}, in that pass {laters}"
         )
     like_logits = problem.input[:, :1].expand(-1, shard.num_classes)  # has their shape, dtype and device, for the checks of the loss
     if soft:
@@ -90,7 +90,10 @@ class _ShardedLinear(torch.autograd.Function):
         with_all = wanted.input_of_all or not wanted.input_of_any  # whether all ranks run this backward pass, and can sum again
         if gradients is None or (with_all and not is_finite(upstream)):
             if not with_all:
-                raise RuntimeError("a second backward pass sums the gradient of input again, but some ranks of the group do not need it")
+                raise RuntimeError(
+                    "a second backward pass sums the gradient of input again, but some ranks of the group do not need it; "
+                    "let input require a gradient on all ranks"
+                )
             gradients, factor = _run(problem, shard, wanted, whole, upstream)[1], None
         return *scaled(gradients, factor, problem.layer), *[None] * 6
 

@@ -77,7 +77,7 @@ def exchange_largest(part: Part, largest: Tensor, group: dist.ProcessGroup) -> t
 
 
 class _LossOfShares(torch.autograd.Function):
-    """The losses of rows. The forward pass makes the gradient, as an upstream gradient multiplies a row of it."""
+    """The losses of rows. The forward pass makes the gradient, and the backward pass multiplies each row by its upstream gradient."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, group: dist.ProcessGroup) -> Tensor:

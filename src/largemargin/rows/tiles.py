@@ -85,7 +85,7 @@ class LayerGradients:
     If there are fewer rows than features and the classifier needs a gradient, there is no tile: the memory of that gradient holds the
     logits of all rows, class by class, until the gradient overwrites them.
 
-    If the loss of a tile takes the memory of several ``tiles``, each is so many times smaller, and none is in the place of the gradient.
+    If the loss of a tile takes the memory of several ``tiles``, each tile is that many times smaller, and the gradient's memory holds none.
     """
 
     def __init__(self, layer: Layer, wanted: Sequence[bool], tiles: int = 1) -> None:
@@ -146,7 +146,7 @@ class LayerGradients:
 
 
 class HalfLayerGradients(LayerGradients):
-    """The gradients by products that take half precision; ``factor``, of the upstream gradient, multiplies their results."""
+    """Gradients by products that take half precision. ``factor``, a part of the upstream gradient, multiplies their results."""
 
     def __init__(self, layer: Layer, wanted: Sequence[bool], factor: Tensor, tiles: int = 1) -> None:
         super().__init__(layer, wanted, tiles)

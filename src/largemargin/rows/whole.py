@@ -1,8 +1,9 @@
-"""The loss of rows by a kernel that computes all of it. The forward pass writes the gradients too, so both cost one exp per element.
+"""The large-margin loss of logits with all classes, by a kernel of the whole loss, or else by the statistics of the rows.
 
-The backward pass returns these gradients if the upstream gradient is 1, and scales them if that is exact. Otherwise, and in a second
-backward pass, it computes the gradients again from the logits. Donated logits do not exist any more after the forward pass: their gradient
-replaces them, is always scaled, and allows one backward pass. Only class probabilities can have a gradient of the target.
+On the CPU the forward pass writes the gradients too, so both passes cost one exp per element. The backward pass returns these gradients if
+the upstream gradient is 1, and scales them if that is exact. Otherwise, and in a second backward pass, it computes the gradients again from
+the logits. The gradient of donated logits replaces them in the forward pass; it is always scaled, and allows one backward pass. Only class
+probabilities can have a gradient of the target.
 
 A loss in float16 is scaled so that small gradients do not become 0. They must be scaled before they are rounded, so logits in float16 are
 not donated, and their gradient is never scaled afterwards.
@@ -82,6 +83,8 @@ def _rows(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class LargeMarginCrossEntropy(torch.autograd.Function):
+    """The loss whose gradients a kernel writes in the forward pass."""
+
     @staticmethod
     def forward(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, kernel: WholeLoss) -> Tensor:
         ctx.options, ctx.kernel, ctx.gradients = options, kernel, None
@@ -129,7 +132,7 @@ def _gradients(ctx: Any, upstream: Tensor) -> Gradients:
 
 
 def _scales(gradient: Tensor, factor: float | Tensor) -> bool:
-    """Whether the gradient of the forward pass may be scaled: the factor is one number, and the product exact or in float32."""
+    """Whether the gradient of the forward pass may be scaled: by one finite number, with a product that is exact or in float32."""
     if not isinstance(factor, float) or not math.isfinite(factor):
         return False
     if gradient.dtype == torch.float16:  # its small numbers have lost their digits
@@ -151,7 +154,7 @@ def _reference_gradients(ctx: Any, upstream: Tensor) -> Gradients:
 
 
 def _alias(tensor: Tensor) -> Tensor:
-    """A tensor to differentiate by in its place, as its hooks must run only once."""
+    """A tensor to differentiate by instead of ``tensor``, whose hooks must run only once."""
     return tensor.view_as(tensor) if tensor.requires_grad else tensor.requires_grad_()
 
 
@@ -186,12 +189,12 @@ class LargeMarginInTwoPasses(torch.autograd.Function):
 
 
 class DonatedLogits(torch.autograd.Function):
-    """The same with the gradient in the place of the logits."""
+    """The loss of donated logits: in the forward pass the gradient takes the place of the logits."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, kernel: WholeLoss) -> Tensor:
         if getattr(input, "_donated_version", None) == _torch.version(input):
-            raise ValueError("input was donated to another loss already, and holds its gradient; donate to the last loss that needs it")
+            raise ValueError("input was donated to another loss already, and holds its gradient; donate it to the last loss that reads it")
         logits, rows = _rows(input, target)
         of_target = torch.empty_like(target) if ctx.needs_input_grad[1] else None
         loss = kernel(logits, rows, weight, options, logits, _classes_last(of_target))
@@ -204,11 +207,11 @@ class DonatedLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None or not _torch.is_plain_gradient(upstream):
-            raise RuntimeError("a loss with donate=True has one backward pass and no higher derivatives; leave donate=False")
+            raise RuntimeError("a loss with donate=True has one backward pass and no higher derivatives; use donate=False")
         (gradient, of_target), ctx.gradients = ctx.gradients, None
         if _torch.version(gradient) != ctx.version:
             raise RuntimeError(
-                "the logits of a loss with donate=True, now their gradient, were modified by an inplace operation before its backward pass"
+                "input of a loss with donate=True holds its gradient, but was modified by an inplace operation before the backward pass"
             )
         factor = upstream.item()
         if factor != 1:
