@@ -171,8 +171,8 @@ def _reference_gradients(ctx: Any, upstream: Tensor) -> Gradients:
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # aliases, because the hooks of the tensors themselves must run only once, outside
-        aliases = [None if tensor is None else tensor.view_as(tensor) for tensor in problem.layer]
-        loss = _with_logits(Problem._make((*aliases, *problem[3:])))
+        aliases = input, weight, bias = [None if tensor is None else tensor.view_as(tensor) for tensor in problem.layer]
+        loss = _with_logits(problem._replace(input=input, linear_weight=weight, linear_bias=bias))
         wanted = [alias for alias, needed in zip(aliases, ctx.needs_input_grad, strict=False) if needed and alias is not None]
         found = iter(torch.autograd.grad(loss, wanted, upstream, create_graph=create_graph))
     d_input, d_weight, d_bias = (next(found) if needed else None for needed in ctx.needs_input_grad[:3])

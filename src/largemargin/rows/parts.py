@@ -33,6 +33,11 @@ class Part(NamedTuple):
     def record(self) -> Record:
         return Record(self.max, self.sum_exp, self.sum_exp_z, self.sum_z, self.num_classes)
 
+    @property
+    def unweighted(self) -> tuple[Tensor, ...]:
+        """The fields that every part has, in their order."""
+        return (*self.record, self.target_logit)
+
     def of_rows(self, rows: slice) -> "Part":
         return Part(*(None if field is None else field[rows] for field in self))  # type: ignore[arg-type]
 

@@ -152,14 +152,14 @@ def _run_of_probabilities(
         mine, largest = gradients.workspace.new_empty((6, num_rows)), problem.indices.new_empty(num_rows, dtype=torch.int64)
         for rows, tile in gradients.tiles():
             part, largest[rows] = part_of_largest(tile, backend)
-            mine[:, rows] = torch.stack(part[:6])
+            mine[:, rows] = torch.stack(part.unweighted)
         whole, top = exchange_largest(Part(*mine), largest, shard.group)
         sums = mine.new_empty((NUM_SUMS, num_rows), dtype=torch.promote_types(mine.dtype, problem.indices.dtype))
         for rows, tile in gradients.tiles(computed=True):
             sums[:, rows] = share(rows, tile).sums
         totals = collectives.all_gather(sums, shard.group).sum(0)
     loss = (totals[0] if problem.options.reduction == "none" else totals[0].sum()) / denominator
-    known = (*whole[:6], top, totals)
+    known = (*whole.unweighted, top, totals)
     if wanted is None:
         return loss, None, known
     if any(wanted.layer):
