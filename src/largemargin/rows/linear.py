@@ -171,7 +171,9 @@ def _reference_gradients(ctx: Any, upstream: Tensor) -> Gradients:
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # aliases, because the hooks of the tensors themselves must run only once, outside
-        aliases = input, weight, bias = [None if tensor is None else tensor.view_as(tensor) for tensor in problem.layer]
+        input, weight = problem.input.view_as(problem.input), problem.linear_weight.view_as(problem.linear_weight)
+        bias = None if problem.linear_bias is None else problem.linear_bias.view_as(problem.linear_bias)
+        aliases = input, weight, bias
         loss = _with_logits(problem._replace(input=input, linear_weight=weight, linear_bias=bias))
         wanted = [alias for alias, needed in zip(aliases, ctx.needs_input_grad, strict=False) if needed and alias is not None]
         found = iter(torch.autograd.grad(loss, wanted, upstream, create_graph=create_graph))
