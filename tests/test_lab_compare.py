@@ -169,6 +169,15 @@ def test_report_prints_the_table_again(finished, tmp_path):
     assert (tmp_path / "copy" / "report.html").read_text() == (out / "report.html").read_text()
 
 
+def test_report_says_that_runs_are_missing(finished, tmp_path):
+    out, _, done = finished
+    shutil.copytree(out, tmp_path / "copy")
+    for path in (tmp_path / "copy" / "runs").glob("*seed1*"):  # of every loss, so that all rows have as many seeds
+        shutil.rmtree(path)
+    said = " ".join(in_process("report", str(tmp_path / "copy")).stdout.split())
+    assert "4 of 8 runs are finished" in said and "are finished" not in done.stdout
+
+
 def test_an_interrupt_keeps_what_is_finished_and_the_same_command_goes_on(tmp_path):
     out = tmp_path / "out"
     command = [

@@ -122,6 +122,20 @@ def test_turned_and_transparent_images_are_counted(tmp_path):
     assert notes_of(make_folder(tmp_path / "plain")) == ""
 
 
+@pytest.mark.parametrize("suffix", ["tif", "webp", "png"])
+def test_files_of_several_frames_are_counted(suffix, tmp_path):
+    make_folder(tmp_path / "set")
+    first, *others = [noise(seed) for seed in (100, 101, 102)]
+    first.save(tmp_path / "set" / "cat" / f"stack.{suffix}", save_all=True, append_images=others)
+    assert "1 file of several frames or pages: only the first was read" in notes_of(tmp_path / "set")
+
+
+def test_the_preview_in_a_photograph_is_no_frame(tmp_path):
+    make_folder(tmp_path / "set")
+    noise(100).save(tmp_path / "set" / "cat" / "phone.jpg", "MPO", save_all=True, append_images=[noise(101)])
+    assert notes_of(tmp_path / "set") == ""
+
+
 # what is left out
 
 

@@ -223,6 +223,28 @@ def test_npz_takes_words_with_the_names_of_the_classes(tmp_path, capsys):
     assert "a name for each of the 12 columns" in refused(capsys, tmp_path / "c.npz")
 
 
+@pytest.mark.parametrize("numbers", [np.arange(1, 13), np.arange(12)[::-1], 10 * np.arange(12)], ids=["from 1", "turned", "gaps"])
+def test_npz_matches_labels_to_classes_that_are_numbers(numbers, tmp_path, capsys):
+    known = LABELS < 11  # a label out of range would show the mistake
+    np.savez(tmp_path / "a.npz", logits=LOGITS[known], labels=numbers[LABELS[known]], classes=numbers)
+    found = summary(capsys, tmp_path / "a.npz")
+    rows = {of_class["name"]: of_class["rows"] for of_class in found["per_class"]}
+    assert found["overall"]["error"] == pytest.approx((LOGITS.argmax(1) != LABELS)[known].mean())
+    assert rows == {str(number): int((LABELS[known] == c).sum()) for c, number in enumerate(numbers)}
+
+
+def test_npz_takes_labels_as_places_where_the_names_are_text(tmp_path, capsys):
+    names = sorted(map(str, range(12)))  # as the classes of torchvision's ImageFolder
+    np.savez(tmp_path / "a.npz", logits=LOGITS, labels=LABELS, classes=names)
+    found = summary(capsys, tmp_path / "a.npz")
+    assert found["overall"]["error"] == pytest.approx(ERROR) and [of_class["name"] for of_class in found["per_class"]] == names
+
+
+def test_npz_refuses_a_label_that_is_none_of_the_numbers(tmp_path, capsys):
+    np.savez(tmp_path / "a.npz", logits=LOGITS, labels=LABELS, classes=np.arange(1, 13))
+    assert "labels must be numbers of columns (1 to 12)" in refused(capsys, tmp_path / "a.npz")
+
+
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
 def test_separators(separator, tmp_path, capsys):
     found = summary(capsys, write(tmp_path / "a.csv", table(), separator))

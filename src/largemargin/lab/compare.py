@@ -519,6 +519,9 @@ def print_and_write(comparison: Comparison, out: Path, console: Console, choices
         raise LabError(f"{out}: no run of its last comparison is finished yet; give that command again")
     rows = summarise(records)
     print_tables(rows, console)
+    if len(records) < comparison.num_runs:
+        of_all = f"{len(records)} of {counted(comparison.num_runs, 'run')} {'is' if len(records) == 1 else 'are'} finished"
+        console.print(f"{of_all} and in the table; the command that started the comparison does the others.", highlight=False)
     for sentence in remarks(records):
         console.print(sentence, highlight=False, markup=False)
     try:

@@ -141,6 +141,9 @@ def _read_npz(path: Path) -> Labelled:
             f"{path}: column {in_order} of logits rises or falls from every row to the next, as an index or a time does, so it is not the "
             "logit of a class; leave it out of the array"
         )
+    if isinstance(classes, np.ndarray) and classes.dtype.kind in "iu":  # the values of labels, as classes_ of scikit-learn
+        numbers, codes = np.unique(labels, return_inverse=True)
+        return _matched(path, names, logits, [str(number) for number in numbers], codes)
     return Labelled(logits, labels, names)
 
 

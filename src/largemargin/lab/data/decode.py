@@ -23,6 +23,7 @@ class Picture(NamedTuple):
     image: Any
     turned: bool  # as its EXIF orientation says
     was_transparent: bool  # somewhere: it lies on white
+    has_more: bool  # frames or pages in its file, of which it is the first
 
 
 class Decoded(NamedTuple):
@@ -32,6 +33,7 @@ class Decoded(NamedTuple):
     digests: list[bytes]  # of the pixels of each whole image
     turned: int
     transparent: int
+    cut: int  # files of several frames or pages
 
 
 def read_image(path: Path) -> Picture:
@@ -42,14 +44,16 @@ def read_image(path: Path) -> Picture:
         with Image.open(path) as file:
             if file.mode.startswith(("I", "F")):
                 raise ValueError(f"its pixels have more than 8 bits (mode {file.mode}); convert it to 8 bits")
+            # the second picture of an MPO, as of phones, is a preview or a depth map
+            has_more = file.format != "MPO" and getattr(file, "n_frames", 1) > 1
             file.load()  # first: of a TIFF this turns the pixels and removes the orientation
             turn = _turn(file)
             image = file if turn is None else file.transpose(turn)
             layer = image.convert("RGBA") if file.has_transparency_data else None
             if layer is None or layer.getchannel("A").getextrema()[0] == 255:  # opaque all over
-                return Picture(image.convert("RGB"), turn is not None, False)
+                return Picture(image.convert("RGB"), turn is not None, False, has_more)
             white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-            return Picture(Image.alpha_composite(white, layer).convert("RGB"), turn is not None, True)
+            return Picture(Image.alpha_composite(white, layer).convert("RGB"), turn is not None, True, has_more)
     except Exception as error:  # PIL raises many types for a broken file
         empty = "empty file" if path.is_file() and path.stat().st_size == 0 else ""
         reason = lost_link(path) or empty or str(error) or type(error).__name__
@@ -80,7 +84,7 @@ def decode(folder: Path, names: Sequence[str], image_size: int, on_image: OnImag
     transforms = import_torchvision().transforms.v2
     transform = transforms.Compose([transforms.Resize(image_size), transforms.CenterCrop(image_size), transforms.PILToTensor()])
     images = torch.zeros((len(names), 3, image_size, image_size), dtype=torch.uint8)
-    digests, turned, transparent, broken = [], 0, 0, []
+    digests, turned, transparent, cut, broken = [], 0, 0, 0, []
     for i, name in enumerate(names):
         try:
             picture = read_image(folder / name)
@@ -91,10 +95,11 @@ def decode(folder: Path, names: Sequence[str], image_size: int, on_image: OnImag
             pixels = f"{picture.image.size}".encode() + picture.image.tobytes()
             digests.append(hashlib.blake2b(pixels, digest_size=16).digest())
             turned, transparent = turned + picture.turned, transparent + picture.was_transparent
+            cut += picture.has_more
         on_image(i + 1, len(names))
     if broken:
         raise broken_files(broken, len(names))
-    return Decoded(images, digests, turned, transparent)
+    return Decoded(images, digests, turned, transparent, cut)
 
 
 def broken_files(reasons: Sequence[str], num_files: int) -> LabError:

@@ -81,6 +81,8 @@ def image_folder(folder: Path, image_size: int, on_image: OnImage = lambda *_: N
         notes.append(f"{counted(decoded.turned, 'image')} turned upright, as the EXIF orientation says")
     if decoded.transparent:
         notes.append(f"{counted(decoded.transparent, 'image')} with transparency laid on white")
+    if decoded.cut:
+        notes.append(f"{counted(decoded.cut, 'file')} of several frames or pages: only the first was read")
     notes += duplicates.warning(duplicates.in_both(decoded.digests[:at], decoded.digests[at:]), len(files.test_files))
     return ImageSet(decoded.images[:at], files.train_labels, decoded.images[at:], files.test_labels, files.classes, tuple(notes))
 
