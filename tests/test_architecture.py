@@ -8,21 +8,32 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import pytest
 import torch
 
 import largemargin
+from largemargin._backend_names import BACKENDS
 from largemargin.backends import cpu, ladder, reference
 from largemargin.backends.protocol import Backend
 from largemargin.loss import LossOptions, Options
 from measure import assert_within
 
+if TYPE_CHECKING:
+    from largemargin.backends import triton
+
+    CHECKED: tuple[Backend, ...] = (cpu, reference, triton)  # mypy checks each against the protocol
+
 ROOT = Path(largemargin.__file__).parent
 SOURCES = [path for path in sorted(ROOT.rglob("*.py")) if "lab" not in path.relative_to(ROOT).parts]
 FUNCTIONS = ["linear_large_margin_cross_entropy", "sharded_large_margin_cross_entropy", "sharded_linear_large_margin_cross_entropy"]
 MODULES = ["LargeMarginCrossEntropyLoss", "OpaqueLargeMarginLoss", "LinearLargeMarginCrossEntropyLoss"]
+
+
+def test_mypy_checks_every_backend_against_the_protocol():
+    (checked,) = re.findall(r"CHECKED: .* = \((.*)\)  # mypy", Path(__file__).read_text())
+    assert set(checked.split(", ")) == set(BACKENDS) - {None}
 
 
 # the options of the loss: names, defaults and types, wherever they stand

@@ -10,7 +10,7 @@ If a step fails, the reference computes. A backend requested by name raises if s
 
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from torch import Tensor
 
@@ -18,11 +18,6 @@ from .. import _checks, _torch
 from .._backend_names import BACKENDS, OF_DEVICE, BackendName
 from . import reference
 from .protocol import Backend
-
-if TYPE_CHECKING:
-    from . import cpu, triton
-
-    _CHECKED: tuple[Backend, ...] = reference, cpu, triton  # mypy checks each against the protocol
 
 
 @cache

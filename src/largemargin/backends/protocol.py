@@ -1,4 +1,4 @@
-"""A backend is a module with the names of :class:`Backend`: functions on rows, without autograd. mypy checks them in :mod:`.ladder`."""
+"""A backend is a module with the names of :class:`Backend`: functions on rows, without autograd. ``make lint`` checks each."""
 
 from typing import NamedTuple, Protocol
 
