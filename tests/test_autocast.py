@@ -12,7 +12,7 @@ from largemargin.heads.gaussian_mixture import GaussianMixtureHead
 from largemargin.heads.super_symmetric import SuperSymmetricLinear, super_symmetry_penalty
 from measure import compiles
 
-# torch's own forward-mode formulas and inductor are scripted, and inductor lowers QR by a function that torch deprecates; warnings are errors here
+# torch's own: forward-mode formulas and inductor are scripted, and inductor lowers QR by a deprecated function; warnings are errors here
 pytestmark = [
     compiles,
     pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),
