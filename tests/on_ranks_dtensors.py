@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from devices import CPU
@@ -145,7 +145,8 @@ def logits_of_a_class_parallel_layer_go_everywhere(group: dist.ProcessGroup) -> 
 
 def a_class_parallel_layer_names_features_that_it_cannot_take(group: dist.ProcessGroup) -> None:
     head = ClassParallelLinear(5, 11, group=group)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(group),))
+    # not init_device_mesh, which makes a group: all ranks must take part, or their later groups have different names
+    mesh = DeviceMesh.from_group(group, "cpu")
     features = distribute_tensor(torch.randn(7, 5), mesh, [Replicate()])
     for call in (head, head.topk):
         with pytest.raises(TypeError, match=r"^input is a DTensor, but weight is not; pass input\.full_tensor\(\)"):
@@ -219,7 +220,7 @@ def heads_equal_whole(group: dist.ProcessGroup, mesh_shape: tuple[int, ...], of_
 
 
 def centers_move_where_they_are_whole(group: dist.ProcessGroup) -> None:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(group),))
+    mesh = DeviceMesh.from_group(group, "cpu")
     torch.manual_seed(0)
     whole, features, target = heads.CenterLoss(5, 10), torch.randn(7, 5), torch.tensor([0, 8, 3, -100, 3, 4, 7])
     for place in (Replicate(), Shard(1), Shard(0)):
