@@ -152,7 +152,7 @@ def main() -> None:
         '`loss * 0.3` multiplies the gradient afterwards, or in bfloat16 computes it anew; with `reduction="none"` it is computed in the\n'
         "backward pass. The formula under autograd is equation (11) as one would first write it in torch.",
         time_page(time),
-        "- Where we lose: batches of a few thousand logits, and few positions behind many classes (64×1000×2).\n"
+        "- Where we lose: batches of a few thousand logits.\n"
         "- `F.cross_entropy` took three to six times as long in some of its turns as in others at 256×1000 and 512×10000 (the second time\n"
         "  in a cell is its), and the ratios follow.",
         "On one thread, the best of 20, which continuous integration checks (a shape may take twice as much):",
