@@ -1,4 +1,4 @@
-"""A loss of one's own in one line: row_stats gives the numbers that losses are made of, with exact gradients.
+"""Write your own loss in one line: row_stats gives the statistics that every loss needs, with exact gradients.
 
     python examples/own_loss.py
 

@@ -836,8 +836,8 @@ def on_meta(group: dist.ProcessGroup) -> None:
     assert torch.equal(head.weight, ClassParallelLinear(6, 11, group=group).weight)
 
 
-def built_on_the_cpu(backend: str, device: str, folder: str) -> None:
-    """A group of one whose backend carries no tensors of the CPU: the head is built there, moved to ``device`` and used, as modules are."""
+def built_on_the_cpu(backend: str, device: str, folder: str) -> set[str]:
+    """A head of a group whose backend carries no tensors of the CPU: built there, moved to ``device``, used. Its devices at the end."""
     store = FakeStore() if "fake" in backend else dist.FileStore(f"{folder}/store", 1)
     dist.init_process_group(backend, rank=0, world_size=1, store=store)
     head = ClassParallelLinear(6, 11, group=dist.group.WORLD)
@@ -872,6 +872,7 @@ def built_on_the_cpu(backend: str, device: str, folder: str) -> None:
     metrics.update(values.detach().cpu(), torch.zeros(8, dtype=torch.int64))
     assert metrics.reduce().compute() == metrics.compute()
     dist.destroy_process_group()
+    return {tensor.device.type for tensor in (head.weight, head.bias, head._own_start)}
 
 
 def carried_elsewhere(group: dist.ProcessGroup) -> None:

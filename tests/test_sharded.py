@@ -240,7 +240,7 @@ def test_a_head_of_the_meta_device(ranks):
 )
 def test_a_head_is_built_on_the_cpu_where_its_group_carries_no_tensors_of_the_cpu(backend, device, tmp_path):
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:  # the group is of a process of its own
-        process.submit(on_ranks.built_on_the_cpu, backend, device, str(tmp_path)).result()
+        assert process.submit(on_ranks.built_on_the_cpu, backend, device, str(tmp_path)).result() == {device}
 
 
 def test_what_goes_around_goes_on_a_device_that_the_group_carries(ranks):
