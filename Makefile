@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench gpu docs wheels clean
+.PHONY: help setup demo test test-all lint format bench gpu docs wheels release-check release clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,12 +28,14 @@ test: $(READY) ## the tests, without the slow ones
 test-all: $(READY) ## every test
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -q
 
-lint: $(READY) ## format, lint, types, import rules
+lint: $(READY) ## format, lint, types, import rules, workflow files
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/mypy --config-file tests/mypy.ini
 	$(BIN)/lint-imports
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/zizmor --offline --quiet --strict-collection .github
 
 format: $(READY) ## format the code
 	$(BIN)/ruff format
@@ -61,6 +63,12 @@ docs: $(READY) ## run every code block of the README and docs/, and build the si
 
 wheels: ## dist/: the source distribution and both wheels, each installed into a clean environment and used
 	.ci/check-wheel dist
+
+release-check: ## refuse a development version, an unclean tree and an unwritten changelog
+	.ci/release-check
+
+release: release-check lint test docs wheels ## check all, build dist/ and tag the commit
+	git tag --annotate "v$$(.ci/release-check)" --message "largemargin $$(.ci/release-check)"
 
 clean: ## remove what the other targets made, but for runs/
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
