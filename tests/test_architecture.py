@@ -94,6 +94,10 @@ def test_an_unknown_option_is_named(name):
 PRIVATE = re.compile(r"\btorch(?:\.\w+)*\._(?!_)\w+|\bforward_ad\._\w+|\.(?:_version|_base|_is_view|_is_zerotensor|_sequence_nr)\b")
 
 
+OVERRIDDEN = {"_load_from_state_dict", "_apply"}  # by modules, as by those of torch
+OF_MODULES = {name for name in [*dir(torch.nn.Module()), *vars(torch.nn.modules.module)] if re.match("_[a-z]", name)} - OVERRIDDEN
+
+
 def private_names(path: Path) -> list[str]:
     """The private names of torch that a file uses."""
     tree = ast.parse(path.read_text())
@@ -104,7 +108,9 @@ def private_names(path: Path) -> list[str]:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch")
         for alias in node.names
     ]
-    return sorted({match[0] for text in used + imported if (match := PRIVATE.search(text))})
+    of_modules = [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    of_modules += [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return sorted({match[0] for text in used + imported if (match := PRIVATE.search(text))} | OF_MODULES.intersection(of_modules))
 
 
 def test_private_names_of_torch_stand_in_one_file():

@@ -137,6 +137,52 @@ def test_a_patch_of_linear_is_another_object(monkeypatch):
     assert torch.nn.functional.linear is not _torch.LINEAR
 
 
+HOOKS = {
+    "forward pre-hook": ("register_forward_pre_hook", "register_module_forward_pre_hook"),
+    "forward hook": ("register_forward_hook", "register_module_forward_hook"),
+    "backward pre-hook": ("register_full_backward_pre_hook", "register_module_full_backward_pre_hook"),
+    "backward hook": ("register_full_backward_hook", "register_module_full_backward_hook"),
+}
+
+
+def test_hooks_of_modules_are_listed_by_kind():
+    layer = torch.nn.Identity()
+    assert list(_torch.hooks(layer).values()) == [[]] * 8
+    for kind, (own, of_all) in HOOKS.items():
+        for name, register in ((kind, getattr(layer, own)), (f"global {kind}", getattr(torch.nn.modules.module, of_all))):
+
+            def hook(*_):
+                return None
+
+            handle = register(hook)
+            assert {name: hooks for name, hooks in _torch.hooks(layer).items() if hooks} == {name: [hook]}
+            handle.remove()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("name", _torch.CALL)
+def test_a_call_goes_through_these_methods(name):
+    class Other(torch.nn.Identity):
+        pass
+
+    def refuse(*_):
+        raise LookupError(name)
+
+    by_tracing(Other())
+    setattr(Other, name, refuse)
+    with pytest.raises(LookupError, match=name):
+        by_tracing(Other())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_module_that_is_compiled_and_a_buffer_are_known():
+    layer = torch.nn.BatchNorm1d(2)
+    assert not _torch.is_compiled(layer)
+    assert [_torch.has_buffer(layer, name) for name in ("running_mean", "weight")] == [True, False]
+    layer.compile()
+    assert _torch.is_compiled(layer)
+
+
 def test_a_backward_pass_and_the_node_that_asks_are_known():
     seen = []
 

@@ -7,7 +7,7 @@ import re
 from importlib import import_module, resources
 from typing import Any
 
-from . import _operators
+from . import _after_torch
 
 __version__ = "0.1.0.dev0"
 
@@ -28,4 +28,9 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
 
 
-_operators.register()
+def _register_operators() -> None:
+    """A stored program may name the operators of this library, so they exist whenever torch does."""
+    from .backends import registered as registered
+
+
+_after_torch.run(_register_operators)

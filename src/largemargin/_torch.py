@@ -1,7 +1,6 @@
 """Every private function of torch that the library calls, because torch has no public equivalent.
 
-If a new version of torch renames one, only this module breaks. ``tests/test_private_names.py`` tests the behaviour of each. Private
-attributes of modules, which hold their hooks, stand in :mod:`.plain_layer`.
+If a new version of torch renames one, only this module breaks. ``tests/test_private_names.py`` tests the behaviour of each.
 """
 
 from typing import Any
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx import _symbolic_trace
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
+from torch.nn.modules import module as _module
 
 
 def is_transformed() -> bool:
@@ -106,6 +106,31 @@ def next_number() -> int:
 def function_modes() -> list[Any]:
     """The active modes that intercept functions of torch, such as ``with torch.device(...)``."""
     return torch.overrides._get_current_function_mode_stack() if torch._C._len_torch_function_stack() else []
+
+
+_HOOKS = {
+    "_forward_pre_hooks": "forward pre-hook",
+    "_forward_hooks": "forward hook",
+    "_backward_pre_hooks": "backward pre-hook",
+    "_backward_hooks": "backward hook",
+}
+CALL = ("__call__", "_call_impl", "_slow_forward")  # methods of a module between its call and its forward
+
+
+def hooks(module: Module) -> dict[str, list[Any]]:
+    """The hooks of a module, and the global ones of all modules, by kind."""
+    own = {kind: list(getattr(module, name).values()) for name, kind in _HOOKS.items()}
+    return own | {f"global {kind}": list(getattr(_module, f"_global{name}").values()) for name, kind in _HOOKS.items()}
+
+
+def is_compiled(module: Module) -> bool:
+    """Whether ``module.compile()`` has replaced its call."""
+    return module._compiled_call_impl is not None
+
+
+def has_buffer(module: Module, name: str) -> bool:
+    """Whether a buffer of the module itself has this name; compiled code can trace it."""
+    return name in module._buffers
 
 
 # torch's own F.linear; a patched F.linear is another object

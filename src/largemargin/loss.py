@@ -73,12 +73,6 @@ class LossOptions(NamedTuple):
         return self if self.reduction == "none" else self._replace(reduction="sum")
 
 
-class ClassSums(NamedTuple):
-    target_weight: Tensor  # w_y
-    sum_weight: Tensor  # sum of w_c over the non-targets
-    weighted_log_q: Tensor  # sum of w_c log q_c over the non-targets
-
-
 def softplus(x: Tensor) -> Tensor:
     """log(1 + e^x), the paper's L of eq. (3)."""
     # torch's default threshold of 20 has an error of 2e-9 in float64; log1p(exp(-|x|)) + max(x, 0) has the wrong derivative at 0
@@ -119,11 +113,31 @@ def divergence(stats: RowStats, kind: Divergence = "symmetric") -> Tensor:
     return log_num_nontargets + stats.neg_entropy if kind == "kl_qu" else -log_num_nontargets - stats.mean_log_q  # eq. (10)
 
 
-def loss_of_indices(stats: RowStats, labels: Labels, weight: Tensor | None, options: LossOptions, sums: ClassSums | None = None) -> Tensor:
-    """Eqs. (3), (11), (13) and (15), weighted and reduced, for rows with one class each. Smoothing with ``weight`` needs ``sums``."""
-    smoothing = options.label_smoothing * _mean_cross_entropy(stats, sums) if options.label_smoothing > 0 else None
+def loss_of_indices(
+    stats: RowStats, labels: Labels, weight: Tensor | None, options: LossOptions, weighted_cross_entropy: Tensor | None = None
+) -> Tensor:
+    """Eqs. (3), (11), (13) and (15), weighted and reduced, for rows with one class each.
+
+    Smoothing with ``weight`` needs ``weighted_cross_entropy``, the sum of ``-w_c log p_c`` over the classes of each row.
+    """
+    smoothing = None
+    if options.label_smoothing > 0:
+        count, in_row = stats.num_nontargets, stats.log_odds != -torch.inf  # whether y is a class of the row
+        if weighted_cross_entropy is None:
+            weighted_cross_entropy = cross_entropy_of(stats, torch.ones_like(count), count, count * stats.mean_log_q)
+        smoothing = options.label_smoothing * (weighted_cross_entropy / (count + in_row))
     losses = labels.mark(_margin_term(stats, options))
     return reduce_rows(losses, labels.class_index, weight, options.reduction, smoothing)
+
+
+def cross_entropy_of(stats: RowStats, target_weight: Tensor, sum_weight: Tensor, weighted_log_q: Tensor) -> Tensor:
+    """The sum of ``-w_c log p_c`` over the classes of the row, from the sums of ``w_c`` and of ``w_c log q_c`` over its non-targets."""
+    l, alone = stats.log_odds, stats.num_nontargets == 0
+    masked = l == -torch.inf  # y is not a class of the row
+    # -log p_c = softplus(l) - log q_c; an infinite softplus leaves before the product, whose factor may need a gradient
+    off_target = sum_weight * softplus(l.masked_fill(alone, 0.0)) - weighted_log_q
+    on_target = target_weight * softplus(-l.masked_fill(masked, 0.0))
+    return off_target.masked_fill(alone, 0.0) + on_target.masked_fill(masked, 0.0)
 
 
 def loss_of_probabilities(
@@ -158,15 +172,3 @@ def _margin_term(stats: RowStats, options: LossOptions) -> Tensor:
     elif options.label_smoothing > 0:
         loss = (1 - options.label_smoothing) * loss
     return loss + options.lam * divergence(stats, options.divergence) if options.lam > 0 else loss
-
-
-def _mean_cross_entropy(stats: RowStats, sums: ClassSums | None) -> Tensor:
-    """The mean of ``-w_c log p_c`` over the classes of the row: the second term of (13), ``D(u||p) + log C`` without weights."""
-    l, count = stats.log_odds, stats.num_nontargets
-    target_weight, sum_weight, weighted_log_q = sums or (torch.ones_like(l), count, count * stats.mean_log_q)
-    alone, masked = count == 0, l == -torch.inf  # masked: y is not a class of the row
-    # -log p_c = softplus(l) - log q_c; an infinite softplus leaves before the product, whose factor may need a gradient
-    off_target = sum_weight * softplus(l.masked_fill(alone, 0.0)) - weighted_log_q
-    on_target = target_weight * softplus(-l.masked_fill(masked, 0.0))
-    total = off_target.masked_fill(alone, 0.0) + on_target.masked_fill(masked, 0.0)
-    return total / (count + (~masked).to(l.dtype))

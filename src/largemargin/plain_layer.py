@@ -12,21 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from . import _checks, _torch
 from .functional import large_margin_cross_entropy
 from .tracing import as_one_call
-
-_HOOKS = {
-    "_forward_pre_hooks": "forward pre-hook",
-    "_forward_hooks": "forward hook",
-    "_backward_pre_hooks": "backward pre-hook",
-    "_backward_hooks": "backward hook",
-}
-_GLOBAL_HOOKS = {f"_global{name}": kind for name, kind in _HOOKS.items()}
-
-_CALL = ("__call__", "_call_impl", "_slow_forward")  # methods between a call and forward
 
 # torch's own; None, which equals no forward, if nn.Linear has been patched before this import
 _FORWARD = nn.Linear.forward if nn.Linear.forward.__globals__ is vars(nn.modules.linear) else None
@@ -54,13 +43,13 @@ def own_forward(layer: Any, forward: Any = _FORWARD, *, moved: bool = False) -> 
     ``moved`` accepts a forward that accelerate has replaced to move tensors between devices, for a caller that calls the layer.
     """
     kind = type(layer)
-    if getattr(kind, "forward", None) is not forward or any(getattr(kind, name) is not getattr(nn.Module, name) for name in _CALL):
+    if getattr(kind, "forward", None) is not forward or any(getattr(kind, name) is not getattr(nn.Module, name) for name in _torch.CALL):
         return f"is a {kind.__module__}.{kind.__qualname__}, which has a forward of its own"
     if "forward" in vars(layer) and not (moved and _only_moves(layer, forward)):
         return f"has had its forward replaced{' by accelerate' if hasattr(layer, '_hf_hook') else ''}"
-    if any(name in vars(layer) for name in _CALL):
+    if any(name in vars(layer) for name in _torch.CALL):
         return "has had its call replaced"
-    if layer._compiled_call_impl is not None:
+    if _torch.is_compiled(layer):
         return "has been compiled by itself"
     if F.linear is not _torch.LINEAR:
         return "calls an F.linear that has been replaced"
@@ -107,13 +96,12 @@ def hook_of(layer: nn.Module, *, called: bool = False, but: Collection[Any] = ()
 
     With ``called`` the caller calls the layer without rows, and sees the changes that its forward hooks make.
     """
-    seen = ("_forward_pre_hooks", "_forward_hooks", "_global_forward_pre_hooks") if called else ()
-    for owner, kinds, whose in ((layer, _HOOKS, "has a"), (torch_module, _GLOBAL_HOOKS, "is called under a global")):
-        for name, kind in kinds.items():
-            hooks = [hook for hook in getattr(owner, name).values() if hook not in but]
-            if hooks and name not in seen:
-                hook = hooks[0]
-                return f"{whose} {kind}, {getattr(hook, '__qualname__', type(hook).__name__)}"
+    seen = ("forward pre-hook", "forward hook", "global forward pre-hook") if called else ()
+    for kind, hooks in _torch.hooks(layer).items():
+        for hook in hooks:
+            if kind not in seen and hook not in but:
+                whose = "is called under" if kind.startswith("global") else "has"
+                return f"{whose} a {kind}, {getattr(hook, '__qualname__', type(hook).__name__)}"
     return None
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .. import _checks, _state
+from .. import _checks, _state, _torch
 from ..rowstats import accumulation_dtype
 from ..tracing import as_one_node, refuse_script
 from ._target import check_features, rows_of_target
@@ -75,7 +75,7 @@ class CenterLoss(nn.Module):
 
     @property
     def as_parameter(self) -> bool:
-        return "centers" not in self._buffers  # nor in self._parameters, if it is pruned or parametrised
+        return not _torch.has_buffer(self, "centers")  # nor in self._parameters, if it is pruned or parametrised
 
     def reset_parameters(self) -> None:
         """Initialise the centers by Xavier's rule, as the authors' code does."""
@@ -88,7 +88,7 @@ class CenterLoss(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if not self.as_parameter and "_seen" not in self._buffers:  # pickled by an older version
+        if not self.as_parameter and not _torch.has_buffer(self, "_seen"):  # pickled by an older version
             self.register_buffer("_seen", torch.zeros_like(self.centers), persistent=False)
 
     def _fit(self) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from largemargin.losses import LargeMarginCrossEntropyLoss
+from largemargin import LargeMarginCrossEntropyLoss
 
 
 class LargeMarginLoss(LargeMarginCrossEntropyLoss):

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from largemargin.losses import LargeMarginCrossEntropyLoss
+from largemargin import LargeMarginCrossEntropyLoss
 
 try:
     from skorch import NeuralNetClassifier  # type: ignore[import-not-found, import-untyped, unused-ignore]

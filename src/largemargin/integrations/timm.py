@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from largemargin.losses import LargeMarginCrossEntropyLoss
+from largemargin import LargeMarginCrossEntropyLoss
 
 _OTHER_LOSSES = {"jsd_loss": "--jsd-loss", "bce_loss": "--bce-loss"}
 

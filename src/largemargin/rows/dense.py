@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .. import _checks, _torch, rowstats
 from .._backend_names import BackendName
-from .._reduce import Labels, weights_of
+from .._reduce import Labels
 from ..backends import ladder, reference
 from ..backends.protocol import Backend
-from ..loss import ClassSums, LossOptions, loss_of_indices
+from ..loss import LossOptions, loss_of_indices
 from ..rowstats import Cotangents, RowStats, Softmax
 
 
@@ -36,17 +36,15 @@ def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOpti
         return loss_of_indices(_stats(rows, options.backend), rows.labels, weight, options)
     # two terms read the logits: the wider dtype adds their gradients before rounding
     rows = Rows.of(input.to(rowstats.accumulation_dtype(input.dtype)), target, options.ignore_index)
-    return loss_of_indices(_stats(rows, options.backend), rows.labels, weight, options, _class_sums(rows, weight))
+    return loss_of_indices(_stats(rows, options.backend), rows.labels, weight, options, _weighted_cross_entropy(rows, weight))
 
 
-def _class_sums(rows: Rows, weight: Tensor) -> ClassSums:
-    index, weight = rows.labels.class_index, weight.to(rows.logits.dtype)
-    others = rowstats.nontargets(rows.logits, index)
-    present = others != -torch.inf
-    # a row without non-targets, such as an ignored one, has no softmax over them
-    log_q = others.masked_fill(~present.any(-1, keepdim=True), 0.0).log_softmax(-1)
-    weighted_log_q = torch.where(present, log_q, 0.0) * weight
-    return ClassSums(weights_of(index, weight), (present * weight).sum(-1), weighted_log_q.sum(-1))
+def _weighted_cross_entropy(rows: Rows, weight: Tensor) -> Tensor:
+    """The sum of ``-w_c log p_c`` over the classes of each row."""
+    # log_softmax would pass the NaN of an ignored row on to its gradient
+    logits = rows.logits.masked_fill(rows.labels.class_index.unsqueeze(-1) < 0, 0.0)
+    log_p = torch.where(logits != -torch.inf, logits.log_softmax(-1), 0.0)
+    return -(log_p * weight.to(log_p.dtype)).sum(-1)
 
 
 def stats(rows: Rows, backend: BackendName | None) -> RowStats:

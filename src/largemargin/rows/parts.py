@@ -13,7 +13,7 @@ from .. import _torch
 from .._reduce import Labels, weights_of
 from ..backends import reference
 from ..backends.protocol import Backend
-from ..loss import ClassSums, LossOptions, loss_of_indices
+from ..loss import LossOptions, cross_entropy_of, loss_of_indices
 from ..rowstats import IGNORED, Cotangents, Record, RowStats, Softmax, accumulation_dtype, finish, merge_stacked, nontargets
 
 
@@ -98,10 +98,11 @@ def finished(whole: Part, target: Tensor) -> WholeRows:
 
 def loss_of(rows: WholeRows, sum_weight: Tensor | None, labels: Labels, weight: Tensor | None, options: LossOptions) -> Tensor:
     """The loss of whole rows; ``sum_weight`` is over their non-targets."""
-    sums = None
+    cross_entropy = None
     if weight is not None and sum_weight is not None and rows.weighted_log_q is not None:
-        sums = ClassSums(weights_of(labels.class_index, weight.to(sum_weight.dtype)), sum_weight, rows.weighted_log_q)
-    return loss_of_indices(rows.stats, labels, weight, options, sums)
+        target_weight = weights_of(labels.class_index, weight.to(sum_weight.dtype))
+        cross_entropy = cross_entropy_of(rows.stats, target_weight, sum_weight, rows.weighted_log_q)
+    return loss_of_indices(rows.stats, labels, weight, options, cross_entropy)
 
 
 def loss_and_cotangents(

@@ -1,23 +1,26 @@
-"""Register the operators of this library when it and torch are both imported, in either order: a stored program may name them."""
+"""Run code when this library and torch are both imported, in either order, without importing torch."""
 
 import importlib.util
 import sys
-from importlib import import_module
+from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 
-def register() -> None:
-    """Register the operators now if torch is imported, else as soon as it is; this does not import torch."""
+def run(action: Callable[[], None]) -> None:
+    """Run ``action`` now if torch is imported, else as soon as it is."""
     if "torch" in sys.modules:
-        import_module(".backends.registered", __package__)
+        action()
     else:
-        sys.meta_path.insert(0, _AfterTorch())
+        sys.meta_path.insert(0, _AfterTorch(action))
 
 
 class _AfterTorch(MetaPathFinder):
+    def __init__(self, action: Callable[[], None]) -> None:
+        self.action = action
+
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != "torch":
             return None
@@ -27,9 +30,9 @@ class _AfterTorch(MetaPathFinder):
             return spec
         load = spec.loader.exec_module
 
-        def load_and_register(module: ModuleType) -> None:
+        def load_and_run(module: ModuleType) -> None:
             load(module)
-            register()
+            run(self.action)
 
-        spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
+        spec.loader.exec_module = load_and_run  # type: ignore[method-assign]
         return spec
