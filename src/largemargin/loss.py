@@ -55,9 +55,7 @@ class LossOptions(NamedTuple):
 
     @classmethod
     def of(cls, function: str, options: Options) -> "LossOptions":
-        for name in options:
-            if name not in cls._fields:
-                raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+        _checks.check_known(function, options, cls._fields)
         return cls(**options).checked()
 
     def checked(self) -> "LossOptions":

@@ -27,6 +27,7 @@ class Schedule(nn.Module):
 
     step: Tensor
     __prepare_scriptable__ = refuse_script
+    _shown: tuple[str, ...] = ()  # attributes that repr() shows
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,6 +58,9 @@ class Schedule(nn.Module):
         # a 0-d float64 promotes only 0-d tensors; Apple's GPUs have no float64
         return self.at(step.clamp(min=1).to(torch.float32 if step.is_mps else torch.float64))
 
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={getattr(self, name)}" for name in self._shown)
+
     if TYPE_CHECKING:
 
         def __call__(self) -> Tensor: ...
@@ -84,6 +88,8 @@ class AnnealedLambda(Schedule):
 
     Source: the published codes of Liu et al., ICML 2016, and of SphereFace (Liu et al., CVPR 2017).
     """
+
+    _shown = ("base", "gamma", "power", "lambda_min")
 
     def __init__(self, base: float, gamma: float, power: float, lambda_min: float = 0.0) -> None:
         super().__init__()
@@ -125,9 +131,6 @@ class AnnealedLambda(Schedule):
         decay = torch.exp(-self.power * torch.log1p(self.gamma * step))
         return (self.base * decay).clamp(min=self.lambda_min)
 
-    def extra_repr(self) -> str:
-        return f"base={self.base}, gamma={self.gamma}, power={self.power}, lambda_min={self.lambda_min}"
-
 
 class SteppedAlpha(Schedule):
     r"""The margin alpha of a Gaussian mixture, which grows by ``factor`` after ``every`` steps.
@@ -149,6 +152,8 @@ class SteppedAlpha(Schedule):
     Source: Wan et al., CVPR 2018, its published code (STEPUP).
     """
 
+    _shown = ("start", "factor", "every", "maximum")
+
     def __init__(self, start: float = 0.1, factor: float = 2.0, every: int = 5000, maximum: float = 0.3) -> None:
         super().__init__()
         _checks.check_at_least_1("every", every)
@@ -164,9 +169,6 @@ class SteppedAlpha(Schedule):
     def at(self, step: Tensor) -> Tensor:
         changes = torch.floor((step - 1) / self.every)
         return (self.start * torch.pow(self.factor, changes)).clamp(max=self.maximum)
-
-    def extra_repr(self) -> str:
-        return f"start={self.start}, factor={self.factor}, every={self.every}, maximum={self.maximum}"
 
 
 class GradualWeight(Schedule):
@@ -187,6 +189,8 @@ class GradualWeight(Schedule):
     Source: folklore.
     """
 
+    _shown = ("num_steps", "start", "end")
+
     def __init__(self, num_steps: int, start: float = 0.0, end: float = 1.0) -> None:
         super().__init__()
         _checks.check_at_least_1("num_steps", num_steps)
@@ -196,9 +200,6 @@ class GradualWeight(Schedule):
     def at(self, step: Tensor) -> Tensor:
         part = ((step - 1) / self.num_steps).clamp(max=1.0)
         return self.start * (1 - part) + self.end * part
-
-    def extra_repr(self) -> str:
-        return f"num_steps={self.num_steps}, start={self.start}, end={self.end}"
 
 
 def check_schedule(name: str, value: object, otherwise: str) -> None:

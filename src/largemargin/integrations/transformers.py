@@ -205,7 +205,7 @@ class _CausalLoss:
             shift_labels = _shifted(labels, ignore_index)
         input, head, version = getattr(logits, "_made_of", (logits, None, None))
         lost = head is None and input.numel() == 0 and shift_labels.numel() > 0
-        edited = head is not None and version != _version(logits)
+        edited = head is not None and version != _torch.version(logits)
         if lost or edited:
             who = "the model changes them" if self.other_hook is None else f"the head {self.other_hook}, and that or the model changes them"
             raise ValueError(
@@ -218,7 +218,7 @@ class _CausalLoss:
                 f"give one for each token, {ignore_index} where there is none"
             )
         if head is not None:
-            _check_whole(head)
+            _check_weight_is_here(head)
         loss = _loss(input, shift_labels, num_items_in_batch, {**self.settings, "ignore_index": ignore_index}, head)
         if head is None and self.why_logits is not None and loss.requires_grad and not torch.compiler.is_compiling():
             loss.register_hook(functools.partial(self._tell, self.why_logits))  # warns in training only; evaluation needs logits
@@ -248,11 +248,7 @@ def _why_logits(model: Any, inner: Any, labelled: bool) -> str | None:
     )
 
 
-def _version(logits: Tensor) -> int:
-    return 0 if logits.is_inference() else _torch.version(logits)  # inference mode does not count changes
-
-
-def _check_whole(head: nn.Linear) -> None:
+def _check_weight_is_here(head: nn.Linear) -> None:
     if _checks.is_dtensor(head.weight):
         raise ValueError(
             f"the weight of the head must be whole until the model has its loss, got a DTensor {tuple(head.weight.shape)}; with "
@@ -308,7 +304,7 @@ def _no_rows(head: Any, args: tuple[Any, ...]) -> tuple[Tensor] | None:
     loss = None if torch.compiler.is_compiling() else getattr(head, "_leave_out_logits", None)
     if loss is None:
         return None
-    _check_whole(head)
+    _check_weight_is_here(head)
     reason = plain_layer.own_forward(head, moved=True) or plain_layer.hook_of(head, called=True) or plain_layer.odd_parameter(head)
     if reason is not None:
         loss.why_logits = f"the head {reason}"
@@ -322,7 +318,7 @@ def _no_rows(head: Any, args: tuple[Any, ...]) -> tuple[Tensor] | None:
 
 def _tie_features(head: Any, args: tuple[Any, ...], logits: Tensor) -> None:
     if hasattr(args[0], "_features"):
-        logits._made_of = args[0]._features, head, _version(logits)  # type: ignore[attr-defined]
+        logits._made_of = args[0]._features, head, _torch.version(logits)  # type: ignore[attr-defined]
 
 
 def _refusal(model: Any) -> str | None:
@@ -384,8 +380,7 @@ def fuse_large_margin_loss(model: Any, *, lam: float = 0.3, when: Literal["train
 
     Source: Kobayashi, BMVC 2019, eqs. (8) and (11).
     """
-    if when not in ("training", "always"):
-        raise ValueError(f"when must be one of 'training', 'always'; got {when!r}, not a valid value for when")
+    _checks.check_word("when", when, ("training", "always"))
     settings = _checked({"lam": lam, **settings})
     inner = _without_adapter(model)
     refusal = _refusal(inner)
