@@ -325,14 +325,11 @@ def linear_large_margin_cross_entropy(
 def _rows_of_target(target: Tensor | None, indices: tuple[int, ...], like_logits: Tensor, ignore_index: int) -> Tensor:
     """The checked target for logits (N, C, d1, ...); ``indices`` is the shape of class indices."""
     assert target is not None  # checked above
-    if target.shape != indices:
-        target = target.reshape(like_logits.shape)
-        _checks.check_probabilities(like_logits, target, ignore_index)
+    target = target.reshape(-1, *like_logits.shape[2:]) if target.shape == indices else target.reshape(like_logits.shape)
+    if _checks.check_target(like_logits, target, ignore_index):
         if _checks.is_dtensor(like_logits):
             dtensors.check_no_probabilities(like_logits, target)
         return target
-    target = target.reshape(-1, *like_logits.shape[2:])
-    _checks.check_indices(like_logits, target, ignore_index)
     if _checks.can_look_at(target):
         _checks.check_range(target, like_logits.shape[1], ignore_index)
     return target.long()

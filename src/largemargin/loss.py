@@ -139,12 +139,7 @@ def cross_entropy_of(stats: RowStats, target_weight: Tensor, sum_weight: Tensor,
 
 
 def loss_of_probabilities(
-    stats: RowStats,
-    probabilities: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    num_rows: int,
-    num_classes: Tensor | None = None,
+    stats: RowStats, probabilities: Tensor, weight: Tensor | None, options: LossOptions, num_rows: int, num_classes: Tensor | None = None
 ) -> Tensor:
     """The expectation of the loss over y ~ ``probabilities`` (..., C), from the statistics (..., C) of each class as the target.
 

@@ -107,12 +107,11 @@ def record(logits: Tensor) -> Record:
     return Record(m, exp_z.sum(-1), (exp_z * near(z)).sum(-1), z.sum(-1), num_classes)
 
 
-def merge(*parts: Record) -> Record:
-    """The record of a union of disjoint sets of classes. Merging is associative, with the identity (-inf, 0, 0, 0, 0)."""
-    return merge_stacked(Record(*(torch.stack(field) for field in zip(*parts, strict=True))))
+def merge(parts: Record) -> Record:
+    """The record of a union of disjoint sets of classes, which lie along the first dimension of every field.
 
-
-def merge_stacked(parts: Record) -> Record:  # along the first dimension of every field
+    Merging is associative, with the identity (-inf, 0, 0, 0, 0).
+    """
     m = parts.max.amax(0)
     d = torch.where(parts.num_classes == 0, 0.0, parts.max - m)
     scale = d.exp()

@@ -1,9 +1,5 @@
 r"""Numbers that change in training. Each is a module that counts training steps, so that a resumed run continues.
 
-    AnnealedLambda     max(lambda_min, base (1 + gamma t)^-power)            weight of the plain logit in L-Softmax and SphereFace
-    SteppedAlpha       min(start factor^floor((t - 1) / every), maximum)     the margin of Gaussian mixtures
-    GradualWeight      start + (end - start) min((t - 1) / num_steps, 1)     a gradual weight
-
 The first training step has t = 1. In training mode ``schedule()`` advances and returns the value of the new step. In eval mode it returns
 the value of the last step (at first, of step 1). So a schedule needs one caller, with one call per forward pass. Several passes per step
 (accumulated gradients) count as several steps. A recomputation by activation checkpointing does not count, and gets the same value; see

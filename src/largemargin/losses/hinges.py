@@ -108,7 +108,7 @@ def multiclass_hinge(
     """
     _checks.check_number("margin", margin)
     rows = LossRows.of(input, target, weight, **options)
-    return rows.reduce(_dense_hinge(rows.rows, rows.shard, margin))
+    return rows.reduce(_dense_hinge(rows.rows, None if rows.local is None else rows.local.shard, margin))
 
 
 class MulticlassHingeLoss(RowLoss, function=multiclass_hinge):

@@ -14,7 +14,7 @@ from .. import _checks
 from .._reduce import REDUCTIONS, Reduction, reduce_rows
 from .._shared import Documented, completed, takes
 from ..functional import large_margin_cross_entropy
-from ..rows import collectives, dense, dtensors
+from ..rows import dense, dtensors
 from ..rowstats import RowStats
 from ..tracing import as_one_call, refuse_script
 
@@ -81,10 +81,6 @@ class LossRows(NamedTuple):
             return cls(dense.Rows.of(input, target, ignore_index), weight, ignore_index, reduction, None)
         local = dtensors.local_rows(input, target, weight)
         return cls(local.rows(ignore_index), local.weight, ignore_index, reduction, local)
-
-    @property
-    def shard(self) -> collectives.Shard | None:
-        return None if self.local is None else self.local.shard
 
     def stats(self) -> RowStats:
         return dense.stats(self.rows, None) if self.local is None else self.local.stats(self.rows, None)

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _torch
+from .. import _torch, rowstats
 from .._reduce import Labels, weights_of
 from ..backends import reference
 from ..backends.protocol import Backend
 from ..loss import LossOptions, cross_entropy_of, loss_of_indices
-from ..rowstats import IGNORED, Cotangents, Record, RowStats, Softmax, accumulation_dtype, finish, merge_stacked, nontargets
+from ..rowstats import IGNORED, Cotangents, Record, RowStats, Softmax, accumulation_dtype, finish, nontargets
 
 
 class Part(NamedTuple):
@@ -79,7 +79,7 @@ def part_of(logits: Tensor, target: Tensor, weight: Tensor | None, backend: Back
 
 def merge(parts: Part) -> Part:
     """Merge parts that lie along the first dimension of every field."""
-    merged = merge_stacked(parts.record)
+    merged = rowstats.merge(parts.record)
     target_logit = parts.target_logit.amax(0)
     if parts.sum_weight is None or parts.sum_weight_z is None:
         return Part(*merged, target_logit)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..backends.protocol import Backend
 from ..loss import LossOptions, loss_of_probabilities
-from ..rowstats import Cotangents, Record, Softmax, accumulation_dtype, finish, merge_stacked, row_stats_vjp
+from ..rowstats import Cotangents, Record, Softmax, accumulation_dtype, finish, merge, row_stats_vjp
 from .all_classes import Peeled, peel, stats_of
 from .parts import Part, part_of
 
@@ -35,7 +35,7 @@ def merge_largest(parts: Part) -> tuple[Part, Tensor]:
     count = added.to(parts.max.dtype)
     zero = torch.zeros_like(count)
     largest = Record(torch.where(added, parts.target_logit, -torch.inf), count, zero, zero, count)
-    others = merge_stacked(Record(*(torch.cat(fields) for fields in zip(parts.record, largest, strict=True))))
+    others = merge(Record(*(torch.cat(fields) for fields in zip(parts.record, largest, strict=True))))
     return Part(*others, parts.target_logit.amax(0)), owner
 
 
