@@ -178,7 +178,6 @@ def sharded_large_margin_cross_entropy(
         num_classes: the classes of all ranks together. By default ranks exchange sizes, which synchronises the accelerator; giving
             ``class_start`` and ``num_classes`` on every rank avoids that.
         weight: a factor for each class, shape ``(num_classes,)``.
-        options: as in :func:`large_margin_cross_entropy`.
 
     Returns:
         On every rank, the result of :func:`large_margin_cross_entropy` for the whole logits.
@@ -255,7 +254,6 @@ def linear_large_margin_cross_entropy(
         ignore_index: as in :func:`large_margin_cross_entropy`; None, torch's default, is -100.
         options: torch's ``LinearCrossEntropyOptions``, which change nothing here: tiles have a size of their own, sums are float32, and
             every backward pass can be repeated.
-        others: as in :func:`large_margin_cross_entropy`.
         reduction: ``"none"``, ``"sum"`` or ``"mean"``; ``"none"`` computes the logits a second time in the backward pass.
 
     Returns:
@@ -367,7 +365,6 @@ def sharded_linear_large_margin_cross_entropy(
         group: the ranks that share the classes; ``None`` calls :func:`linear_large_margin_cross_entropy`.
         linear_bias_shard: shape ``(C_r,)``, floating.
         weight: a factor for each class, shape ``(num_classes,)``; it gets no gradient.
-        options: as in :func:`large_margin_cross_entropy`.
         reduction: ``"none"``, ``"sum"`` or ``"mean"``. ``"none"`` computes the gradients in the backward pass, with one more product;
             then either all ranks need the gradient of ``input``, or none does.
 

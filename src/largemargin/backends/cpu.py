@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import struct
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
@@ -93,12 +94,9 @@ _JOB = struct.Struct(f"@{''.join(FIELDS.values())}0q")
 
 
 def offsets() -> dict[str, int]:
-    codes = "@"
-    found = {}
-    for name, code in FIELDS.items():
-        codes += code
-        found[name] = struct.calcsize(codes) - struct.calcsize(code)
-    return found
+    ends = map(struct.calcsize, accumulate(FIELDS.values(), initial="@"))
+    next(ends)
+    return {name: end - struct.calcsize(code) for (name, code), end in zip(FIELDS.items(), ends, strict=True)}
 
 
 class _Kernel(NamedTuple):

@@ -79,9 +79,6 @@ def _shifted(labels: Tensor, ignore_index: int = _IGNORED) -> Tensor:
     return nn.functional.pad(labels[..., 1:].long(), (0, 1), value=ignore_index)
 
 
-_CLASSES_LAST = "logits are (N, C) or (N, L, C) here, the classes last"
-
-
 def _check_smoothing() -> None:
     """Refuse a Trainer with label smoothing, which it ignores beside a ``compute_loss_func``."""
     frame: FrameType | None = sys._getframe(1)
@@ -155,7 +152,7 @@ class LargeMarginLoss:
         if not fits or (dense and probabilities and self.upsample is None):  # in the latter, classes are not last
             raise ValueError(
                 f"labels must have the shape of the logits {tuple(logits.shape)} without the classes, got {tuple(labels.shape)}; "
-                + ('for dense prediction give LargeMarginLoss(upsample="bilinear")' if dense else _CLASSES_LAST)
+                + ('for dense prediction give LargeMarginLoss(upsample="bilinear")' if dense else "logits must be (N, C) or (N, L, C)")
             )
         if self.causal:
             if probabilities:

@@ -74,7 +74,7 @@ class _ShardedLinear(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *fields, shard, wanted, later = arguments
         problem = Problem._make(fields)
-        loss, gradients, known = _run_of(problem)(problem, shard, None if later else wanted)
+        loss, gradients, known = _run(problem)(problem, shard, None if later else wanted)
         *tensors, options = problem
         ctx.settings, ctx.gradients = (options, shard, wanted), gradients
         ctx.save_for_backward(*tensors, *known)
@@ -95,19 +95,12 @@ class _ShardedLinear(torch.autograd.Function):
                     "a second backward pass sums the gradient of input again, but some ranks of the group do not need it; "
                     "let input require a gradient on all ranks"
                 )
-            gradients, factor = _run_of(problem)(problem, shard, wanted, known, upstream)[1], None
+            gradients, factor = _run(problem)(problem, shard, wanted, known, upstream)[1], None
         return *scaled(gradients, factor, problem.layer), *[None] * 6
 
 
+# the loss, the wanted gradients times ``upstream``, and the merged sums of the rows, which a later pass gives as ``known``
 Run = tuple[Tensor, Any, Sequence[Tensor | None]]
-
-
-def _run_of(problem: Problem) -> Callable[..., Run]:
-    """A pass over the tiles: the loss, the wanted gradients times ``upstream``, and the merged sums of the rows.
-
-    A later pass gives these sums as ``known``.
-    """
-    return _run_of_probabilities if problem.has_probabilities else _run_of_indices
 
 
 def _run_of_indices(
@@ -171,6 +164,10 @@ def _run_of_probabilities(
             gradient = share(rows, tile).gradient(totals[:, rows])
             gradients.add(rows, tile.copy_(gradient * (factor[rows].unsqueeze(-1) if factor.dim() else factor)))
     return loss, _reduced(gradients, shard, wanted), known
+
+
+def _run(problem: Problem) -> Callable[..., Run]:
+    return _run_of_probabilities if problem.has_probabilities else _run_of_indices
 
 
 def _reduced(gradients: LayerGradients, shard: Shard, wanted: _Wanted) -> Gradients:

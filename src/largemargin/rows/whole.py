@@ -126,11 +126,10 @@ def _scales(gradient: Tensor, factor: float | Tensor) -> bool:
 
 def _reference_gradients(ctx: Any, upstream: Tensor) -> Gradients:
     input, target, weight = ctx.saved_tensors[:3]
-
-    def loss(input: Tensor, target: Tensor) -> Tensor:
-        return _by_statistics(input, target, weight, ctx.options._replace(backend="reference"))
-
-    of_input, of_target = gradients_by_autograd(loss, (input, target), ctx.needs_input_grad, upstream)
+    options = ctx.options._replace(backend="reference")
+    of_input, of_target = gradients_by_autograd(
+        lambda input, target: _by_statistics(input, target, weight, options), (input, target), ctx.needs_input_grad, upstream
+    )
     return of_input, of_target
 
 
