@@ -235,6 +235,50 @@ WAYS = {
 }
 
 
+def files_that_take(tensor: torch.Tensor, function: Callable[[], object]) -> set[str]:
+    """The files of the package with a function that takes the memory of a tensor."""
+    found = set()
+
+    def holds(value: object) -> bool:
+        if isinstance(value, tuple):
+            return any(map(holds, value))
+        return isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+
+    def note(frame, event, _):
+        code, path = frame.f_code, Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(ROOT) and code.co_name != "call":
+            given = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+            if any(holds(frame.f_locals.get(name)) for name in given):
+                found.add(str(path.relative_to(ROOT)))
+
+    function()
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+ROUTES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "indices": lambda logits: largemargin.large_margin_cross_entropy(logits, TARGET),
+    "by the reference": lambda logits: largemargin.large_margin_cross_entropy(logits, TARGET, backend="reference"),
+    "smoothed by class": lambda logits: largemargin.large_margin_cross_entropy(
+        logits, TARGET, torch.ones(3), label_smoothing=0.1, backend="reference"
+    ),
+    "statistics": lambda logits: largemargin.row_stats(logits, TARGET).rho,
+    "features": lambda features: largemargin.linear_large_margin_cross_entropy(features, torch.ones(4, 3), TARGET),
+}
+
+
+@pytest.mark.parametrize("name", ROUTES)
+def test_logits_and_features_pass_through_six_files(name):
+    logits = LOGITS.clone().requires_grad_()
+    files = files_that_take(logits, lambda: ROUTES[name](logits).sum().backward())
+    assert "functional.py" in files
+    assert len(files) <= 6, files
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_calls_go_down(way):
     """No function is handed down to be called back."""

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from devices import CPU, device_of
 from largemargin import LinearLargeMarginCrossEntropyLoss, large_margin_cross_entropy, linear_large_margin_cross_entropy
-from largemargin.backends import reference
-from largemargin.rows import tiles, whole
+from largemargin.backends import ladder, reference
+from largemargin.rows import tiles
 from measure import assert_within, compiles, peak_bytes, same_bits
 
 # one chunk, a few of several rows, one row a chunk; with few rows and many classes the logits stand in the gradient of the classifier
@@ -445,7 +445,7 @@ def test_compiled_code_computes_the_same(rng, device):
 @pytest.fixture
 def half_products(monkeypatch):
     monkeypatch.setattr(tiles.Layer, "is_half", property(lambda self: self.input.dtype == self.weight.dtype != torch.float32))
-    monkeypatch.setattr(whole, "kernels", lambda *_: reference)
+    monkeypatch.setattr(ladder, "pick_for_loss", lambda *_: reference)
 
 
 def assert_half_products(dtype, backend, reduction, rng, device) -> None:

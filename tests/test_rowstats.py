@@ -9,9 +9,9 @@ from torch import Tensor
 
 import oracle
 import strategies
-from largemargin import RowStats, divergence, row_stats
+from largemargin import RowStats, divergence, row_stats, rowstats
 from largemargin.rows.all_classes import all_row_stats, all_row_stats_jvp, all_row_stats_vjp
-from largemargin.rowstats import Record, finish, merge, record, row_stats_jvp, row_stats_vjp
+from largemargin.rowstats import Record, finish, record, row_stats_jvp, row_stats_vjp
 from measure import INF, RowScale, assert_within, compiles, roundings, same_bits
 from properties import assume, given, st
 
@@ -171,6 +171,10 @@ def record_of(f: Tensor, classes: list[int], row: strategies.Row) -> Record:
     members = [c for c in classes if c != row.target]
     part[members] = f[members]
     return record(part)
+
+
+def merge(*records: Record) -> Record:
+    return rowstats.merge(Record(*map(torch.stack, zip(*records, strict=True))))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,7 +8,7 @@ import math
 import numbers
 import sys
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NoReturn, TypeGuard
 
 import torch
@@ -46,14 +46,21 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {describe(value)}; pass torch.as_tensor({name})")
 
 
-def check_given_first(weight: object, meant: str) -> None:
-    """The first argument of a loss is the weight, as in torch; ``meant`` is the option that a user may have meant."""
+def check_is_weight(weight: object, meant: str | None = None) -> None:
+    """``meant`` is the option that a user may have meant, if the weight is the first argument, as in torch."""
     if weight is None or isinstance(weight, Tensor):
         return
-    said = f"weight must be a torch.Tensor or None, got {describe(weight)}"
-    if is_number(weight) or isinstance(weight, str):
-        raise TypeError(f"{said}; pass every other argument by name: {meant}={weight!r}")
-    raise TypeError(f"{said}; convert one factor for each class with torch.as_tensor(weight)")
+    fix = "convert one factor for each class with torch.as_tensor(weight)"
+    if meant is not None and (is_number(weight) or isinstance(weight, str)):
+        fix = f"pass every other argument by name: {meant}={weight!r}"
+    raise TypeError(f"weight must be a torch.Tensor or None, got {describe(weight)}; {fix}")
+
+
+def check_known(function: str, options: Iterable[str], known: Collection[str]) -> None:
+    """Raise TypeError, in the name of ``function``, for an option that is not known."""
+    for name in options:
+        if name not in known:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
 
 
 def check_word(name: str, value: object, allowed: Collection[object]) -> None:
@@ -123,6 +130,11 @@ def check_indices_of(input: object, target: object, ignore_index: object) -> Non
     check_indices(input, target, ignore_index)
 
 
+def check_floating(name: str, value: Tensor, error: type[RuntimeError]) -> None:
+    if value.dtype not in FLOATING:
+        raise error(f"{name} must have a floating dtype, got {describe(value)}; convert it with {name}.float()")
+
+
 def check_same_device(name: str, value: Tensor, input: Tensor) -> None:
     if value.is_cpu and input.is_cpu:
         return
@@ -145,6 +157,13 @@ def check_probabilities(input: Tensor, target: Tensor, ignore_index: int) -> Non
     check_same_device("target", target, input)
     if ignore_index >= 0:
         raise RuntimeError(f"ignore_index={ignore_index} needs class indices, got probabilities; to skip a row, set its target to 0")
+
+
+def check_target(input: Tensor, target: Tensor, ignore_index: int) -> bool:
+    """Check class indices or probabilities; return whether they are probabilities."""
+    probabilities = is_probabilities(input, target)
+    (check_probabilities if probabilities else check_indices)(input, target, ignore_index)
+    return probabilities
 
 
 def is_dtensor(value: object) -> TypeGuard[Any]:
@@ -248,13 +267,6 @@ def check_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
         )
 
 
-def check_is_weight(weight: object) -> None:
-    if weight is not None and not isinstance(weight, Tensor):
-        raise TypeError(
-            f"weight must be a torch.Tensor, got {describe(weight)}; convert one factor for each class with torch.as_tensor(weight)"
-        )
-
-
 def check_weight(weight: object, input: Tensor, of_classes: int | None = None) -> None:
     """``of_classes`` is the number of classes, if ``input`` has only some of them."""
     if weight is None:
@@ -264,8 +276,7 @@ def check_weight(weight: object, input: Tensor, of_classes: int | None = None) -
     expected = (num_classes(input) if of_classes is None else of_classes,)
     if tuple(weight.shape) != expected:
         raise RuntimeError(f"weight must have one entry for each of the {expected[0]} classes, shape {expected}, got {describe(weight)}")
-    if weight.dtype not in FLOATING:
-        raise RuntimeError(f"weight must have a floating dtype, got {describe(weight)}; convert it with weight.float()")
+    check_floating("weight", weight, RuntimeError)
     check_same_device("weight", weight, input)
 
 
@@ -273,8 +284,8 @@ def check_linear(
     input: object, linear_weight: object, linear_bias: object, num_classes: object, whose: str = "", sharded: bool = False
 ) -> None:
     """``whose`` is the prefix of the names. If ``sharded``, ``linear_weight`` may be (0, D), for a rank without classes."""
-    for name, value in (("input", input), ("linear_weight", linear_weight)):
-        check_tensor(f"{whose}{name}", value)
+    check_tensor(f"{whose}input", input)
+    check_tensor(f"{whose}linear_weight", linear_weight)
     assert isinstance(input, Tensor) and isinstance(linear_weight, Tensor)
     if linear_weight.numel() == 0 and not (sharded and linear_weight.dim() == 2):
         raise ValueError(f"{whose}linear_weight is empty, {describe(linear_weight)}; gather a sharded parameter before its loss")
@@ -285,11 +296,8 @@ def check_linear(
             f"{whose}linear_weight must have shape (C, D) for {whose}input (..., D)"
             f"{'' if sharded else f', or (C, d1, ..., dk, D) for {whose}input (N, D)'}, got {describe(linear_weight)} for {describe(input)}"
         )
-    for name, value in (("input", input), ("linear_weight", linear_weight)):
-        if value.dtype not in FLOATING:
-            raise NotImplementedError(
-                f"{whose}{name} must have a floating dtype, got {describe(value)}; convert it with {whose}{name}.float()"
-            )
+    check_floating(f"{whose}input", input, NotImplementedError)
+    check_floating(f"{whose}linear_weight", linear_weight, NotImplementedError)
     check_same_device(f"{whose}linear_weight", linear_weight, input)
     if linear_bias is not None:
         check_tensor(f"{whose}linear_bias", linear_bias)
@@ -344,12 +352,8 @@ def check_teacher(
     features, classifier, bias = teacher
     check_linear(features, classifier, bias, num_classes, "teacher_")
     assert isinstance(features, Tensor) and isinstance(classifier, Tensor)
-    for name, value in (
-        ("input", input),
-        ("teacher_input", features),
-        ("teacher_linear_weight", classifier),
-        ("teacher_linear_bias", bias),
-    ):
+    names = ("input", "teacher_input", "teacher_linear_weight", "teacher_linear_bias")
+    for name, value in zip(names, (input, *teacher), strict=True):
         if is_dtensor(value):
             raise NotImplementedError(f"{name} is a DTensor, but a teacher takes plain tensors only; pass {name}.full_tensor()")
     check_same_device("teacher_input", features, input)

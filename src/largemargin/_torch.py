@@ -143,8 +143,8 @@ def direct_apply(function: type[torch.autograd.Function]) -> Any:
 
 
 def version(tensor: Tensor) -> int:
-    """The number of in-place writes to a tensor."""
-    return tensor._version
+    """The number of in-place writes to a tensor; 0 for one made in inference mode, which does not count them."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def base(tensor: Tensor) -> Tensor | None:

@@ -59,8 +59,8 @@ def row_stats(input: Tensor, target: Tensor, *, ignore_index: int = -100, backen
     """
     _checks.check_indices_of(input, target, ignore_index)
     if _checks.is_dtensor(input):
-        local, rows, whole_of = dtensors.rows_of(input, target, None, ignore_index)
-        return RowStats(*(whole_of(field, False) for field in dtensors.stats(local, rows, backend)))
+        local = dtensors.local_rows(input, target, None)
+        return RowStats(*(local.to_dtensor(field, False) for field in local.stats(local.rows(ignore_index), backend)))
     _checks.check_plain("target", target)
     return dense.stats(dense.Rows.of(input, target, ignore_index), backend)
 
@@ -138,21 +138,18 @@ def large_margin_cross_entropy(
     _checks.check_plain("target", target)
     if weight is not None:
         _checks.check_plain("weight", weight)
-    if _checks.is_probabilities(input, target):
-        _checks.check_probabilities(input, target, ignore_index)
-    else:
-        _checks.check_indices(input, target, ignore_index)
+    _checks.check_target(input, target, ignore_index)
     if donate:
         _checks.check_donated(input)
     return whole.loss(input, target, weight, options, donate)
 
 
-_takes_options = takes(large_margin_cross_entropy, Options.__annotations__)
+takes_options = takes(large_margin_cross_entropy, Options.__annotations__)
 
 
 @no_script
 @collectives.eagerly
-@_takes_options
+@takes_options
 def sharded_large_margin_cross_entropy(
     input_shard: Tensor,
     target: Tensor,
@@ -181,7 +178,6 @@ def sharded_large_margin_cross_entropy(
         num_classes: the classes of all ranks together. By default ranks exchange sizes, which synchronises the accelerator; giving
             ``class_start`` and ``num_classes`` on every rank avoids that.
         weight: a factor for each class, shape ``(num_classes,)``.
-        options: as in :func:`large_margin_cross_entropy`.
 
     Returns:
         On every rank, the result of :func:`large_margin_cross_entropy` for the whole logits.
@@ -208,21 +204,16 @@ def sharded_large_margin_cross_entropy(
     _checks.check_plain("target", target)
     _checks.check_plain("weight", weight)
     collectives.check_eager("sharded_large_margin_cross_entropy")
-    if _checks.is_probabilities(input_shard, target):
-        _checks.check_probabilities(input_shard, target, checked.ignore_index)
-        labels = target.new_zeros(_checks.index_shape(input_shard), dtype=torch.int64)  # the ranks compare rows and labels
-        shard, _ = collectives.shard_of(num_here, labels, group, class_start, num_classes)
-        _checks.check_no_gradient("classes are split and target has probabilities", target=target, weight=weight)
-        _checks.check_weight(weight, input_shard, shard.num_classes)
-        return shards.loss_of_probabilities(input_shard, target, weight, checked, shard)
-    _checks.check_indices(input_shard, target, checked.ignore_index)
-    shard, _ = collectives.shard_of(num_here, target, group, class_start, num_classes)
+    labels = target  # the ranks compare their numbers of rows, and the labels
+    if _checks.check_target(input_shard, target, checked.ignore_index):
+        labels = target.new_zeros(_checks.index_shape(input_shard), dtype=torch.int64)
+    shard, _ = collectives.shard_of(num_here, labels, group, class_start, num_classes)
     _checks.check_weight(weight, input_shard, shard.num_classes)
     return shards.loss(input_shard, target, weight, checked, shard)
 
 
 @as_one_call
-@_takes_options
+@takes_options
 def linear_large_margin_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -263,7 +254,6 @@ def linear_large_margin_cross_entropy(
         ignore_index: as in :func:`large_margin_cross_entropy`; None, torch's default, is -100.
         options: torch's ``LinearCrossEntropyOptions``, which change nothing here: tiles have a size of their own, sums are float32, and
             every backward pass can be repeated.
-        others: as in :func:`large_margin_cross_entropy`.
         reduction: ``"none"``, ``"sum"`` or ``"mean"``; ``"none"`` computes the logits a second time in the backward pass.
 
     Returns:
@@ -333,14 +323,11 @@ def linear_large_margin_cross_entropy(
 def _rows_of_target(target: Tensor | None, indices: tuple[int, ...], like_logits: Tensor, ignore_index: int) -> Tensor:
     """The checked target for logits (N, C, d1, ...); ``indices`` is the shape of class indices."""
     assert target is not None  # checked above
-    if target.shape != indices:
-        target = target.reshape(like_logits.shape)
-        _checks.check_probabilities(like_logits, target, ignore_index)
+    target = target.reshape(-1, *like_logits.shape[2:]) if target.shape == indices else target.reshape(like_logits.shape)
+    if _checks.check_target(like_logits, target, ignore_index):
         if _checks.is_dtensor(like_logits):
             dtensors.check_no_probabilities(like_logits, target)
         return target
-    target = target.reshape(-1, *like_logits.shape[2:])
-    _checks.check_indices(like_logits, target, ignore_index)
     if _checks.can_look_at(target):
         _checks.check_range(target, like_logits.shape[1], ignore_index)
     return target.long()
@@ -348,7 +335,7 @@ def _rows_of_target(target: Tensor | None, indices: tuple[int, ...], like_logits
 
 @no_script
 @collectives.eagerly
-@_takes_options
+@takes(sharded_large_margin_cross_entropy, Options.__annotations__)
 def sharded_linear_large_margin_cross_entropy(
     input: Tensor,
     linear_weight_shard: Tensor,
@@ -376,11 +363,8 @@ def sharded_linear_large_margin_cross_entropy(
         target: class indices among all classes, shape ``(...)``, the same on every rank; or the probabilities of this rank's classes, shape
             ``(..., C_r)``, which get no gradient.
         group: the ranks that share the classes; ``None`` calls :func:`linear_large_margin_cross_entropy`.
-        class_start: the index of this rank's first class; by default it follows the classes of the ranks before.
-        num_classes: the classes of all ranks together.
         linear_bias_shard: shape ``(C_r,)``, floating.
         weight: a factor for each class, shape ``(num_classes,)``; it gets no gradient.
-        options: as in :func:`large_margin_cross_entropy`.
         reduction: ``"none"``, ``"sum"`` or ``"mean"``. ``"none"`` computes the gradients in the backward pass, with one more product;
             then either all ranks need the gradient of ``input``, or none does.
 

@@ -55,9 +55,7 @@ class LossOptions(NamedTuple):
 
     @classmethod
     def of(cls, function: str, options: Options) -> "LossOptions":
-        for name in options:
-            if name not in cls._fields:
-                raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+        _checks.check_known(function, options, cls._fields)
         return cls(**options).checked()
 
     def checked(self) -> "LossOptions":
@@ -141,12 +139,7 @@ def cross_entropy_of(stats: RowStats, target_weight: Tensor, sum_weight: Tensor,
 
 
 def loss_of_probabilities(
-    stats: RowStats,
-    probabilities: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    num_rows: int,
-    num_classes: Tensor | None = None,
+    stats: RowStats, probabilities: Tensor, weight: Tensor | None, options: LossOptions, num_rows: int, num_classes: Tensor | None = None
 ) -> Tensor:
     """The expectation of the loss over y ~ ``probabilities`` (..., C), from the statistics (..., C) of each class as the target.
 

@@ -107,12 +107,11 @@ def record(logits: Tensor) -> Record:
     return Record(m, exp_z.sum(-1), (exp_z * near(z)).sum(-1), z.sum(-1), num_classes)
 
 
-def merge(*parts: Record) -> Record:
-    """The record of a union of disjoint sets of classes. Merging is associative, with the identity (-inf, 0, 0, 0, 0)."""
-    return merge_stacked(Record(*(torch.stack(field) for field in zip(*parts, strict=True))))
+def merge(parts: Record) -> Record:
+    """The record of a union of disjoint sets of classes, which lie along the first dimension of every field.
 
-
-def merge_stacked(parts: Record) -> Record:  # along the first dimension of every field
+    Merging is associative, with the identity (-inf, 0, 0, 0, 0).
+    """
     m = parts.max.amax(0)
     d = torch.where(parts.num_classes == 0, 0.0, parts.max - m)
     scale = d.exp()
@@ -178,17 +177,17 @@ class _Row(NamedTuple):
         return self.others.detach().argmax(-1, keepdim=True)  # the index of c*
 
 
-def _row(logits: Tensor, target: Tensor, whole: Softmax | None = None) -> _Row:
-    """``whole`` is the softmax over all non-targets, if ``logits`` has only some classes of the row."""
+def _row(logits: Tensor, target: Tensor, softmax: Softmax | None = None) -> _Row:
+    """``softmax`` is over all non-targets, if ``logits`` has only some classes of the row."""
     others = nontargets(logits, target)
-    if whole is None:
+    if softmax is None:
         _, absent, z, exp_z = _shifted(others)
         num_nontargets = (logits.shape[-1] - absent.sum(-1, keepdim=True)).to(z.dtype)
         sum_exp, z = exp_z.sum(-1, keepdim=True), near(z)
         mean_q_z = (exp_z * z).sum(-1, keepdim=True) / torch.where(num_nontargets == 0, 1.0, sum_exp)
     else:
-        m, sum_exp, mean_q_z = whole.state.unsqueeze(-1)
-        num_nontargets = whole.num_nontargets.unsqueeze(-1)
+        m, sum_exp, mean_q_z = softmax.state.unsqueeze(-1)
+        num_nontargets = softmax.num_nontargets.unsqueeze(-1)
         absent = others == -torch.inf
         z = near(torch.where(absent, 0.0, others - m))
         exp_z = torch.where(absent, 0.0, z.exp())
@@ -197,14 +196,14 @@ def _row(logits: Tensor, target: Tensor, whole: Softmax | None = None) -> _Row:
     return _Row(others, absent, exp_z / sum_exp, z - mean_q_z, num_nontargets.clamp(min=1), alone)
 
 
-def row_stats_vjp(logits: Tensor, target: Tensor, grads: Sequence[Tensor | None], whole: Softmax | None = None) -> Tensor:
+def row_stats_vjp(logits: Tensor, target: Tensor, grads: Sequence[Tensor | None], softmax: Softmax | None = None) -> Tensor:
     """The gradient with respect to the logits, from :class:`Cotangents`.
 
-    ``q_c (g_e (log q_c - e) - g_l) + g_a (1/K - q_c) + g_rho (q_c - [c = c*])`` for non-targets, ``g_l`` for the target. ``whole`` is the
-    softmax over all non-targets of a row that is split; then rho must have no gradient.
+    ``q_c (g_e (log q_c - e) - g_l) + g_a (1/K - q_c) + g_rho (q_c - [c = c*])`` for non-targets, ``g_l`` for the target. ``softmax`` is
+    over all non-targets of a row that is split; then rho must have no gradient.
     """
     g_l, g_e, g_a, g_rho, _ = (None if g is None else g.unsqueeze(-1) for g in Cotangents(*grads[:5]).folded())
-    row = _row(logits.to(accumulation_dtype(logits.dtype)), target, whole)
+    row = _row(logits.to(accumulation_dtype(logits.dtype)), target, softmax)
 
     grad = torch.zeros_like(row.q) if g_e is None else g_e * row.log_q_minus_e
     grad = row.q * (grad if g_l is None else grad - g_l)

@@ -1,9 +1,5 @@
 r"""Numbers that change in training. Each is a module that counts training steps, so that a resumed run continues.
 
-    AnnealedLambda     max(lambda_min, base (1 + gamma t)^-power)            weight of the plain logit in L-Softmax and SphereFace
-    SteppedAlpha       min(start factor^floor((t - 1) / every), maximum)     the margin of Gaussian mixtures
-    GradualWeight      start + (end - start) min((t - 1) / num_steps, 1)     a gradual weight
-
 The first training step has t = 1. In training mode ``schedule()`` advances and returns the value of the new step. In eval mode it returns
 the value of the last step (at first, of step 1). So a schedule needs one caller, with one call per forward pass. Several passes per step
 (accumulated gradients) count as several steps. A recomputation by activation checkpointing does not count, and gets the same value; see
@@ -27,6 +23,7 @@ class Schedule(nn.Module):
 
     step: Tensor
     __prepare_scriptable__ = refuse_script
+    _shown: tuple[str, ...] = ()  # attributes that repr() shows
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,6 +54,9 @@ class Schedule(nn.Module):
         # a 0-d float64 promotes only 0-d tensors; Apple's GPUs have no float64
         return self.at(step.clamp(min=1).to(torch.float32 if step.is_mps else torch.float64))
 
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={getattr(self, name)}" for name in self._shown)
+
     if TYPE_CHECKING:
 
         def __call__(self) -> Tensor: ...
@@ -84,6 +84,8 @@ class AnnealedLambda(Schedule):
 
     Source: the published codes of Liu et al., ICML 2016, and of SphereFace (Liu et al., CVPR 2017).
     """
+
+    _shown = ("base", "gamma", "power", "lambda_min")
 
     def __init__(self, base: float, gamma: float, power: float, lambda_min: float = 0.0) -> None:
         super().__init__()
@@ -125,9 +127,6 @@ class AnnealedLambda(Schedule):
         decay = torch.exp(-self.power * torch.log1p(self.gamma * step))
         return (self.base * decay).clamp(min=self.lambda_min)
 
-    def extra_repr(self) -> str:
-        return f"base={self.base}, gamma={self.gamma}, power={self.power}, lambda_min={self.lambda_min}"
-
 
 class SteppedAlpha(Schedule):
     r"""The margin alpha of a Gaussian mixture, which grows by ``factor`` after ``every`` steps.
@@ -149,6 +148,8 @@ class SteppedAlpha(Schedule):
     Source: Wan et al., CVPR 2018, its published code (STEPUP).
     """
 
+    _shown = ("start", "factor", "every", "maximum")
+
     def __init__(self, start: float = 0.1, factor: float = 2.0, every: int = 5000, maximum: float = 0.3) -> None:
         super().__init__()
         _checks.check_at_least_1("every", every)
@@ -164,9 +165,6 @@ class SteppedAlpha(Schedule):
     def at(self, step: Tensor) -> Tensor:
         changes = torch.floor((step - 1) / self.every)
         return (self.start * torch.pow(self.factor, changes)).clamp(max=self.maximum)
-
-    def extra_repr(self) -> str:
-        return f"start={self.start}, factor={self.factor}, every={self.every}, maximum={self.maximum}"
 
 
 class GradualWeight(Schedule):
@@ -187,6 +185,8 @@ class GradualWeight(Schedule):
     Source: folklore.
     """
 
+    _shown = ("num_steps", "start", "end")
+
     def __init__(self, num_steps: int, start: float = 0.0, end: float = 1.0) -> None:
         super().__init__()
         _checks.check_at_least_1("num_steps", num_steps)
@@ -196,9 +196,6 @@ class GradualWeight(Schedule):
     def at(self, step: Tensor) -> Tensor:
         part = ((step - 1) / self.num_steps).clamp(max=1.0)
         return self.start * (1 - part) + self.end * part
-
-    def extra_repr(self) -> str:
-        return f"num_steps={self.num_steps}, start={self.start}, end={self.end}"
 
 
 def check_schedule(name: str, value: object, otherwise: str) -> None:

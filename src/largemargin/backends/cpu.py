@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import struct
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from .. import _checks, backends
 from ..loss import DIVERGENCES, LossOptions
 from ..rowstats import Cotangents, Record, RowStats, Softmax
-from .layout import Layout, lay, lay_together
+from .layout import lay_together
 from .protocol import TwoPasses, for_kernel, record_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of Dtype in cpu.cpp
@@ -78,9 +79,10 @@ def _codes(job: type) -> dict[str, str]:
     return {name: hint.__metadata__[0] for name, hint in get_type_hints(job, include_extras=True).items()}
 
 
+_STRIDES = ("outer_stride", "inner_stride", "class_stride")
 # struct Job of cpu.cpp: the name of each field and its type
 FIELDS = {
-    **dict.fromkeys(Layout._fields, "q"),
+    **dict.fromkeys(("outer", "inner", "num_classes", *_STRIDES, *(f"gradient_{name}" for name in _STRIDES)), "q"),
     **dict.fromkeys(("logits", "gradient", "target"), "P"),
     **{"ignore_index": "q", "dtype": "i", "num_threads": "i"},
     **_codes(_StatisticsJob),
@@ -92,12 +94,9 @@ _JOB = struct.Struct(f"@{''.join(FIELDS.values())}0q")
 
 
 def offsets() -> dict[str, int]:
-    codes = "@"
-    found = {}
-    for name, code in FIELDS.items():
-        codes += code
-        found[name] = struct.calcsize(codes) - struct.calcsize(code)
-    return found
+    ends = map(struct.calcsize, accumulate(FIELDS.values(), initial="@"))
+    next(ends)
+    return {name: end - struct.calcsize(code) for (name, code), end in zip(FIELDS.items(), ends, strict=True)}
 
 
 class _Kernel(NamedTuple):
@@ -137,18 +136,13 @@ def kernel_for(isa: str | None = None) -> _Kernel | str:
     return _Kernel(run, isa, library[1])
 
 
-@functools.cache
-def _kernel() -> _Kernel | str:
-    return kernel_for()
-
-
 def why_not() -> str | None:
-    kernel = _kernel()
+    kernel = kernel_for()
     return kernel if isinstance(kernel, str) else None
 
 
 def describe() -> str:
-    kernel = _kernel()
+    kernel = kernel_for()
     assert isinstance(kernel, _Kernel), kernel
     return f"{kernel.path.name}, {kernel.isa}"
 
@@ -163,41 +157,51 @@ def _run(
     target: Tensor,
     ignore_index: int,
     gradient: Tensor | None,
+    target_gradient: Tensor | None = None,
     statistics: _StatisticsJob = _NO_STATISTICS,
     loss: _LossJob = _NO_LOSS,
 ) -> None:
-    """Run the kernel on ``logits`` (..., C) and int64 ``target`` (...); it writes ``gradient`` (..., C) if given."""
-    kernel = _kernel()
+    """Run the kernel on ``logits`` (..., C) and int64 ``target`` (...), or probabilities (..., C); it writes the gradients given."""
+    kernel = kernel_for()
     assert isinstance(kernel, _Kernel), kernel
-    rows: tuple[int, ...]
-    if logits.dim() == 2 and logits.is_contiguous() and (gradient is None or gradient.is_contiguous()):  # the fast path
-        num_rows, num_classes = logits.shape
-        rows, written = (1, num_rows, num_classes, 0, num_classes, 1, 0, num_classes, 1), gradient
+    asked = written = [gradient, target_gradient]
+    probabilities, labels = _NO_PROBABILITIES, 0
+    if target.is_floating_point():
+        target = target if target.dtype in DTYPES else target.to(torch.float32)
+        if target_gradient is not None and target_gradient.dtype is not target.dtype:
+            target_gradient = torch.empty_like(target_gradient, dtype=target.dtype)
+        laid = lay_together([logits, target], [gradient, target_gradient])
+        (logits, target), written, (of_logits, of_target, *of_gradients) = laid.read, laid.written, laid.strides
+        rows = laid.outer, laid.inner, logits.shape[-1], *of_logits, *of_gradients[0]
+        pointers = target.data_ptr(), _address(written[1])
+        probabilities = _ProbabilitiesJob(*of_target, *of_gradients[1], *pointers, DTYPES.index(target.dtype))
     else:
-        rows, logits, written = lay(logits, gradient)
-    target = target.contiguous()
-    dtype, num_threads = DTYPES.index(logits.dtype), torch.get_num_threads()
-    pointers = logits.data_ptr(), _address(written), target.data_ptr()
-    job = _JOB.pack(*rows, *pointers, ignore_index, dtype, num_threads, *statistics, *_NO_PROBABILITIES, *loss, kind)
-    status = kernel.run(job)
-    if status == -1:
-        if gradient is not None and written is not None and written is not gradient:
-            gradient.copy_(written)
-        return
-    _check_memory(status, logits)
-    _checks.check_range(target, logits.shape[-1], ignore_index)
-
-
-def _check_memory(status: int, logits: Tensor) -> None:
+        target = target.contiguous()
+        labels = target.data_ptr()
+        if logits.dim() == 2 and logits.is_contiguous() and (gradient is None or gradient.is_contiguous()):  # the fast path
+            num_rows, num_classes = logits.shape
+            rows = 1, num_rows, num_classes, 0, num_classes, 1, 0, num_classes, 1
+        else:
+            laid = lay_together([logits], [gradient])
+            (logits,), written, (of_logits, of_gradient) = laid.read, laid.written, laid.strides
+            rows = laid.outer, laid.inner, logits.shape[-1], *of_logits, *of_gradient
+    plain = logits.data_ptr(), _address(written[0]), labels, ignore_index, DTYPES.index(logits.dtype), torch.get_num_threads()
+    status = kernel.run(_JOB.pack(*rows, *plain, *statistics, *probabilities, *loss, kind))
     if status == -2:
         raise MemoryError(f"no memory for the scratch of the CPU kernel: a few rows of {logits.shape[-1]} classes per thread")
+    if status != -1:
+        _checks.check_range(target, logits.shape[-1], ignore_index)
+    if written is not asked:
+        for to, of in zip(asked, written, strict=False):
+            if to is not None and of is not None and to is not of:
+                to.copy_(of)
 
 
 def row_stats(logits: Tensor, target: Tensor) -> tuple[RowStats, Softmax]:
     shape = logits.shape[:-1]
     stats = RowStats(*(torch.empty(shape, dtype=torch.float32, device="cpu") for _ in RowStats._fields))
     softmax = Softmax(torch.empty((3, *shape), dtype=torch.float32, device="cpu"), stats.num_nontargets)
-    _run(_STATISTICS, logits, target, -1, None, _StatisticsJob(*map(_address, (*stats, softmax.state))))
+    _run(_STATISTICS, logits, target, -1, None, statistics=_StatisticsJob(*map(_address, (*stats, softmax.state))))
     return stats, softmax
 
 
@@ -221,7 +225,7 @@ def row_stats_backward(logits: Tensor, target: Tensor, softmax: Softmax, cotange
         mean_log_q_grad=of_a,
         rho_grad=of_rho,
     )
-    _run(_STATISTICS_GRADIENT, logits, target, -1, gradient, statistics)
+    _run(_STATISTICS_GRADIENT, logits, target, -1, gradient, statistics=statistics)
     return gradient
 
 
@@ -234,50 +238,17 @@ def loss(
     target_gradient: Tensor | None = None,
     upstream: float | Tensor = 1.0,
 ) -> Tensor:
+    lam, divergence, hard_bias, label_smoothing, ignore_index, reduction, _ = options
     weight = None if weight is None else weight.to(torch.float32).contiguous()
-    losses, row_upstream = _losses_of(logits, options), upstream.contiguous() if isinstance(upstream, Tensor) else None
-    job = _loss_job(options, weight, losses, upstream, row_upstream)
-    if target.is_floating_point():
-        _run_on_probabilities(logits, target, options.ignore_index, gradient, target_gradient, job)
+    factor, row_upstream = (1.0, upstream.contiguous()) if isinstance(upstream, Tensor) else (upstream, None)
+    if reduction == "none":
+        losses = logits.new_empty(logits.shape[:-1], dtype=torch.float32)
+        a_row, reduced = losses.data_ptr(), 0
     else:
-        _run(_LOSS, logits, target, options.ignore_index, gradient, loss=job)
-    return losses
-
-
-def _run_on_probabilities(
-    logits: Tensor, probabilities: Tensor, ignore_index: int, gradient: Tensor | None, target_gradient: Tensor | None, loss: _LossJob
-) -> None:
-    kernel = _kernel()
-    assert isinstance(kernel, _Kernel), kernel
-    taken, wanted = probabilities if probabilities.dtype in DTYPES else probabilities.to(torch.float32), target_gradient
-    if wanted is not None and wanted.dtype is not taken.dtype:
-        wanted = torch.empty_like(wanted, dtype=taken.dtype)
-    laid = lay_together([logits, taken], [gradient, wanted])
-    (f, t), (g, g_t) = laid.read, laid.written
-    of_f, of_t, of_g, of_g_t = laid.strides
-    rows = Layout(laid.outer, laid.inner, logits.shape[-1], *of_f, *of_g)
-    job = _ProbabilitiesJob(*of_t, *of_g_t, t.data_ptr(), _address(g_t), DTYPES.index(t.dtype))
-    plain = f.data_ptr(), _address(g), 0, ignore_index, DTYPES.index(f.dtype), torch.get_num_threads()
-    _check_memory(kernel.run(_JOB.pack(*rows, *plain, *_NO_STATISTICS, *job, *loss, _LOSS)), logits)
-    for asked, computed in ((gradient, g), (target_gradient, g_t)):
-        if asked is not None and computed is not None and asked is not computed:
-            asked.copy_(computed)
-
-
-def _losses_of(logits: Tensor, options: LossOptions) -> Tensor:
-    """The memory of the result."""
-    if options.reduction == "none":
-        return logits.new_empty(logits.shape[:-1], dtype=torch.float32)
-    return torch.empty_like(_SCALAR)  # takes half the time of new_empty(())
-
-
-def _loss_job(
-    options: LossOptions, weight: Tensor | None, losses: Tensor, upstream: float | Tensor, row_upstream: Tensor | None
-) -> _LossJob:
-    lam, divergence, hard_bias, label_smoothing, _, reduction, _ = options
-    address, kind, factor = losses.data_ptr(), DIVERGENCES.index(divergence), 1.0 if isinstance(upstream, Tensor) else upstream
-    a_row, reduced = (address, 0) if reduction == "none" else (0, address)
+        losses = torch.empty_like(_SCALAR)  # takes half the time of new_empty(())
+        a_row, reduced = 0, losses.data_ptr()
     # by position, in the order of the class: names take a microsecond in every call
-    return _LossJob(
-        _address(weight), a_row, _address(row_upstream), factor, lam, hard_bias, label_smoothing, reduced, kind, reduction == "mean"
-    )
+    numbers = factor, lam, hard_bias, label_smoothing, reduced, DIVERGENCES.index(divergence), reduction == "mean"
+    job = _LossJob(_address(weight), a_row, _address(row_upstream), *numbers)
+    _run(_LOSS, logits, target, ignore_index, gradient, target_gradient, loss=job)
+    return losses

@@ -12,6 +12,7 @@ from functools import cache
 from importlib import import_module
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from .. import _checks, _torch
@@ -47,6 +48,25 @@ def pick(logits: Tensor, backend: BackendName | None) -> Backend:
     return reference
 
 
+def pick_for_loss(logits: Tensor, target: Tensor, weight: Tensor | None, backend: BackendName | None) -> Backend:
+    """The backend whose kernels of the whole loss take these logits and this target; else the reference, which has none."""
+    probabilities = target.is_floating_point()
+    if not torch.compiler.is_compiling():
+        if logits.numel() == 0:
+            return reference
+        picked = pick(logits, backend)
+        if picked is reference:
+            return reference
+        fits = _torch.is_plain(target) and (weight is None or (_torch.is_plain(weight) and not weight.requires_grad))
+        if fits and not (probabilities and _torch.is_zero_tensor(target)):
+            return picked
+    if probabilities:
+        _checks.check_word("backend", backend, BACKENDS)
+        if backend not in (None, "reference"):
+            warn_once(backend, "these class probabilities")
+    return reference
+
+
 def found(device: str, backend: BackendName | None) -> Backend | None:
     """Steps 1 and 2: the kernels, or None for the reference."""
     name = OF_DEVICE.get(device) if backend is None else _requested(device, backend)
@@ -75,13 +95,6 @@ def _requested(device: str, backend: BackendName) -> BackendName | None:
     if backend != OF_DEVICE.get(device) and not (backend == "triton" and getattr(load("triton"), "INTERPRETED", False)):
         raise ValueError(f"backend={backend!r} does not compute on {device}; backend=None picks one for the device of input")
     return backend
-
-
-def refuse_probabilities(backend: BackendName | None) -> None:
-    """Warn that the reference computes these class probabilities, if another backend was requested by name."""
-    _checks.check_word("backend", backend, BACKENDS)
-    if backend not in (None, "reference"):
-        warn_once(backend, "these class probabilities")
 
 
 @cache

@@ -1,9 +1,5 @@
 r"""Logits of s times the cosine between features and classes, with margins on the target's angle: CosFace and ArcFace.
 
-    plain, also called NormFace     s cos(theta_c)
-    CosFace, AM-Softmax             s (cos(theta_y) - m)    at the target
-    ArcFace                         s cos(theta_y + m)      at the target
-
 The derivative of ArcFace by the cosine, s sin(theta + m) / sin(theta), is infinite at theta = 0 and pi, but its derivative by features
 and classes is not. So the code computes sin(theta) as |x - w| |x + w| / 2 of the two unit vectors: right at any angle, with a bounded
 gradient, where sqrt(1 - cos^2) has no correct digit.
@@ -29,7 +25,7 @@ class CosineLinear(Head):
 
     .. math:: f_c = s \cos\theta_c, \qquad f_y = s (\cos\theta_y - m) \text{ (CosFace)}, \quad s \cos(\theta_y + m) \text{ (ArcFace)}
 
-    Logits are plain without a target, in ``eval()``, and for a negative target. A zero vector has a cosine of 0 with every other.
+    Logits are plain (NormFace) without a target, in ``eval()``, and for a negative target. A zero vector has cosine 0 with every other.
 
     Beyond :math:`\theta = \pi - m`, where :math:`\cos(\theta + m)` would rise again, ArcFace continues as :math:`\cos\theta + \cos m - 1`:
     continuous, falling, with the slope of the plain cosine. (The authors' code has :math:`\cos\theta - m \sin m` there, with a step.)

@@ -40,7 +40,8 @@ class LargeMarginLoss(LargeMarginCrossEntropyLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of outputs with the classes along ``axis``, and class indices or probabilities."""
-        logits, target = _plain(input).movedim(self.axis, -1), _plain(target)
+        # without fastai's subclass, which the kernels do not take
+        logits, target = input.as_subclass(Tensor).movedim(self.axis, -1), target.as_subclass(Tensor)
         rows = logits.reshape(-1, logits.shape[-1])
         if target.is_floating_point() and target.shape == input.shape:
             return super().forward(rows, target.movedim(self.axis, -1).reshape(rows.shape))
@@ -54,8 +55,3 @@ class LargeMarginLoss(LargeMarginCrossEntropyLoss):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, axis={self.axis}"
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """``tensor`` without fastai's subclass, which the kernels do not take."""
-    return tensor.as_subclass(Tensor)

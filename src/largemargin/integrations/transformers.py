@@ -79,9 +79,6 @@ def _shifted(labels: Tensor, ignore_index: int = _IGNORED) -> Tensor:
     return nn.functional.pad(labels[..., 1:].long(), (0, 1), value=ignore_index)
 
 
-_CLASSES_LAST = "logits are (N, C) or (N, L, C) here, the classes last"
-
-
 def _check_smoothing() -> None:
     """Refuse a Trainer with label smoothing, which it ignores beside a ``compute_loss_func``."""
     frame: FrameType | None = sys._getframe(1)
@@ -155,7 +152,7 @@ class LargeMarginLoss:
         if not fits or (dense and probabilities and self.upsample is None):  # in the latter, classes are not last
             raise ValueError(
                 f"labels must have the shape of the logits {tuple(logits.shape)} without the classes, got {tuple(labels.shape)}; "
-                + ('for dense prediction give LargeMarginLoss(upsample="bilinear")' if dense else _CLASSES_LAST)
+                + ('for dense prediction give LargeMarginLoss(upsample="bilinear")' if dense else "logits must be (N, C) or (N, L, C)")
             )
         if self.causal:
             if probabilities:
@@ -205,7 +202,7 @@ class _CausalLoss:
             shift_labels = _shifted(labels, ignore_index)
         input, head, version = getattr(logits, "_made_of", (logits, None, None))
         lost = head is None and input.numel() == 0 and shift_labels.numel() > 0
-        edited = head is not None and version != _version(logits)
+        edited = head is not None and version != _torch.version(logits)
         if lost or edited:
             who = "the model changes them" if self.other_hook is None else f"the head {self.other_hook}, and that or the model changes them"
             raise ValueError(
@@ -218,7 +215,7 @@ class _CausalLoss:
                 f"give one for each token, {ignore_index} where there is none"
             )
         if head is not None:
-            _check_whole(head)
+            _check_weight_is_here(head)
         loss = _loss(input, shift_labels, num_items_in_batch, {**self.settings, "ignore_index": ignore_index}, head)
         if head is None and self.why_logits is not None and loss.requires_grad and not torch.compiler.is_compiling():
             loss.register_hook(functools.partial(self._tell, self.why_logits))  # warns in training only; evaluation needs logits
@@ -248,11 +245,7 @@ def _why_logits(model: Any, inner: Any, labelled: bool) -> str | None:
     )
 
 
-def _version(logits: Tensor) -> int:
-    return 0 if logits.is_inference() else _torch.version(logits)  # inference mode does not count changes
-
-
-def _check_whole(head: nn.Linear) -> None:
+def _check_weight_is_here(head: nn.Linear) -> None:
     if _checks.is_dtensor(head.weight):
         raise ValueError(
             f"the weight of the head must be whole until the model has its loss, got a DTensor {tuple(head.weight.shape)}; with "
@@ -308,7 +301,7 @@ def _no_rows(head: Any, args: tuple[Any, ...]) -> tuple[Tensor] | None:
     loss = None if torch.compiler.is_compiling() else getattr(head, "_leave_out_logits", None)
     if loss is None:
         return None
-    _check_whole(head)
+    _check_weight_is_here(head)
     reason = plain_layer.own_forward(head, moved=True) or plain_layer.hook_of(head, called=True) or plain_layer.odd_parameter(head)
     if reason is not None:
         loss.why_logits = f"the head {reason}"
@@ -322,7 +315,7 @@ def _no_rows(head: Any, args: tuple[Any, ...]) -> tuple[Tensor] | None:
 
 def _tie_features(head: Any, args: tuple[Any, ...], logits: Tensor) -> None:
     if hasattr(args[0], "_features"):
-        logits._made_of = args[0]._features, head, _version(logits)  # type: ignore[attr-defined]
+        logits._made_of = args[0]._features, head, _torch.version(logits)  # type: ignore[attr-defined]
 
 
 def _refusal(model: Any) -> str | None:
@@ -384,8 +377,7 @@ def fuse_large_margin_loss(model: Any, *, lam: float = 0.3, when: Literal["train
 
     Source: Kobayashi, BMVC 2019, eqs. (8) and (11).
     """
-    if when not in ("training", "always"):
-        raise ValueError(f"when must be one of 'training', 'always'; got {when!r}, not a valid value for when")
+    _checks.check_word("when", when, ("training", "always"))
     settings = _checked({"lam": lam, **settings})
     inner = _without_adapter(model)
     refusal = _refusal(inner)

@@ -7,7 +7,7 @@
 The dense hinge is the one loss that is not a function of the statistics of a row.
 """
 
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -19,9 +19,6 @@ from ..rows.collectives import Shard, once
 from ..rows.dense import Rows
 from ..rowstats import IGNORED, accumulation_dtype
 from .rows import LossRows, RowLoss, RowOptions, row_loss
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup  # there are builds of torch without it
 
 
 @row_loss
@@ -108,7 +105,7 @@ def multiclass_hinge(
     """
     _checks.check_number("margin", margin)
     rows = LossRows.of(input, target, weight, **options)
-    return rows.reduce(_dense_hinge(rows.rows, rows.shard, margin))
+    return rows.reduce(_dense_hinge(rows.rows, None if rows.local is None else rows.local.shard, margin))
 
 
 class MulticlassHingeLoss(RowLoss, function=multiclass_hinge):
@@ -122,7 +119,7 @@ def _dense_hinge(rows: Rows, shard: Shard | None, margin: float) -> Tensor:
     logits = rows.logits.to(accumulation_dtype(rows.logits.dtype))
     losses: Tensor
     if shard is not None:
-        losses = _DenseHingeOfShard.apply(logits, shard.local(rows.labels.class_index), margin, shard.group)
+        losses = _DenseHingeOfShard.apply(logits, shard.local(rows.labels.class_index), margin, shard)
     else:
         target_logit = logits.gather(-1, rows.labels.class_index.clamp(min=0).unsqueeze(-1))
         nontarget = _is_nontarget(logits, rows.labels.class_index)
@@ -142,14 +139,14 @@ class _DenseHingeOfShard(torch.autograd.Function):
     """The dense hinge for logits (..., C) of some classes, at least one, with local targets (...)."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, margin: float, group: "ProcessGroup") -> Tensor:
+    def forward(ctx: Any, logits: Tensor, target: Tensor, margin: float, shard: Shard) -> Tensor:
         target_logit = torch.where(target >= 0, logits.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1), -torch.inf)
-        target_logit, largest = collectives.all_gather(torch.stack([target_logit, logits.amax(-1)]), group).amax(0)
+        target_logit, largest = collectives.all_gather(torch.stack([target_logit, logits.amax(-1)]), shard.group).amax(0)
         nontarget = _is_nontarget(logits, target)
         violations = torch.where(nontarget, (logits - target_logit.unsqueeze(-1) + margin).relu(), 0.0)
         violated = violations > 0
         sums = torch.stack([values.sum(-1).to(logits.dtype) for values in (violations, violated, nontarget)])
-        total, num_violated, count = collectives.all_gather(sums, group).sum(0)
+        total, num_violated, count = collectives.all_gather(sums, shard.group).sum(0)
         count = count.clamp(min=1)
         ctx.save_for_backward(target, violated, num_violated, count)
         losses: Tensor = total / count + (largest - largest)

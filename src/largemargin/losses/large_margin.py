@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from .. import _checks, plain_layer
 from .._backend_names import BACKENDS
 from .._reduce import Reduction
-from .._shared import takes
-from ..functional import large_margin_cross_entropy, linear_large_margin_cross_entropy
+from ..functional import large_margin_cross_entropy, linear_large_margin_cross_entropy, takes_options
 from ..loss import LinearOptions, LossOptions, Options
 from .rows import LossModule
 
@@ -29,7 +28,7 @@ class _HasOptions(LossModule):
         given = LossOptions(*map(_of_python, LossOptions.of(type(self).__name__, options)))
         _checks.check_integer("ignore_index", given.ignore_index)
         _checks.check_word("backend", given.backend, BACKENDS)
-        _checks.check_given_first(weight, "lam")
+        _checks.check_is_weight(weight, "lam")
         for name, value in given._asdict().items():
             setattr(self, name, value)
         return given
@@ -38,9 +37,6 @@ class _HasOptions(LossModule):
 def _of_python(value: Any) -> Any:
     """The same without numpy's type, which torch.compile cannot trace."""
     return value.item() if hasattr(value, "item") else value
-
-
-_takes_options = takes(large_margin_cross_entropy, Options.__annotations__)
 
 
 class _LogitsLoss(_HasOptions):
@@ -67,7 +63,7 @@ class LargeMarginCrossEntropyLoss(_LogitsLoss, nn.CrossEntropyLoss):
         tensor(0.2045)
     """
 
-    @_takes_options
+    @takes_options
     def __init__(self, weight: Tensor | None = None, *, donate: bool = False, **options: Unpack[Options]) -> None:
         given = self._set_options(weight, options)
         super().__init__(weight, ignore_index=given.ignore_index, reduction=given.reduction, label_smoothing=given.label_smoothing)
@@ -155,7 +151,7 @@ class OpaqueLargeMarginLoss(_LogitsLoss):
         False
     """
 
-    @_takes_options
+    @takes_options
     def __init__(self, weight: Tensor | None = None, *, donate: bool = False, **options: Unpack[Options]) -> None:
         super().__init__()
         self._set_options(weight, options)
@@ -189,7 +185,7 @@ class LinearLargeMarginCrossEntropyLoss(_HasOptions):
         torch.Size([100, 16])
     """
 
-    @_takes_options
+    @takes_options
     def __init__(
         self,
         in_features: int,

@@ -5,7 +5,7 @@ CONTRIBUTING.md shows how to write such a loss from beginning to end.
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypedDict, cast
 
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from .. import _checks
 from .._reduce import REDUCTIONS, Reduction, reduce_rows
 from .._shared import Documented, completed, takes
 from ..functional import large_margin_cross_entropy
-from ..rows import collectives, dense, dtensors
+from ..rows import dense, dtensors
 from ..rowstats import RowStats
 from ..tracing import as_one_call, refuse_script
 
@@ -53,17 +53,10 @@ def row_loss(function: Documented) -> Documented:
 
     @functools.wraps(shown)
     def call(*inputs: Any, **options: Any) -> Tensor:
-        check_known(shown.__name__, options, known)
+        _checks.check_known(shown.__name__, options, known)
         return shown(*inputs, **options)  # type: ignore[no-any-return]
 
     return as_one_call(cast(Documented, call))
-
-
-def check_known(function: str, options: Iterable[str], known: Collection[str]) -> None:
-    """Raise TypeError, in the name of ``function``, for an option that is not known."""
-    for name in options:
-        if name not in known:
-            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
 
 
 class LossRows(NamedTuple):
@@ -73,7 +66,7 @@ class LossRows(NamedTuple):
     weight: Tensor | None
     ignore_index: int
     reduction: Reduction
-    of_dtensor: tuple[dtensors.LocalRows, dtensors.Whole] | None
+    local: dtensors.LocalRows | None  # of a DTensor
 
     @classmethod
     def of(
@@ -86,24 +79,19 @@ class LossRows(NamedTuple):
             _checks.check_plain("target", target)
             _checks.check_plain("weight", weight)
             return cls(dense.Rows.of(input, target, ignore_index), weight, ignore_index, reduction, None)
-        local, rows, whole_of = dtensors.rows_of(input, target, weight, ignore_index)
-        return cls(rows, local.weight, ignore_index, reduction, (local, whole_of))
-
-    @property
-    def shard(self) -> collectives.Shard | None:
-        return None if self.of_dtensor is None else self.of_dtensor[0].shard
+        local = dtensors.local_rows(input, target, weight)
+        return cls(local.rows(ignore_index), local.weight, ignore_index, reduction, local)
 
     def stats(self) -> RowStats:
-        return dense.stats(self.rows, None) if self.of_dtensor is None else dtensors.stats(self.of_dtensor[0], self.rows, None)
+        return dense.stats(self.rows, None) if self.local is None else self.local.stats(self.rows, None)
 
     def reduce(self, losses: Tensor) -> Tensor:
         """The weighted and reduced loss, from the loss of each row."""
         index = self.rows.labels.class_index
-        if self.of_dtensor is None:
+        if self.local is None:
             return reduce_rows(losses, index, self.weight, self.reduction)
-        local, whole_of = self.of_dtensor
         part = reduce_rows(losses, index, self.weight, "none" if self.reduction == "none" else "sum")
-        return dtensors.reduced(part, local, self.ignore_index, self.reduction, whole_of)
+        return self.local.reduced(part, self.ignore_index, self.reduction)
 
 
 class LossModule(nn.Module):
@@ -147,9 +135,9 @@ class RowLoss(LossModule):
 
     def __init__(self, weight: Tensor | None = None, **options: Any) -> None:
         super().__init__()
-        check_known(type(self).__name__, options, self._names)
+        _checks.check_known(type(self).__name__, options, self._names)
         options = self._names | options
-        _checks.check_given_first(weight, next(iter(options)))
+        _checks.check_is_weight(weight, next(iter(options)))
         for name, value in options.items():
             if name == "reduction":
                 _checks.check_word(name, value, REDUCTIONS)

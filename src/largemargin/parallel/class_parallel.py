@@ -5,7 +5,8 @@ from __future__ import annotations  # there are builds of torch without process 
 import copy
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -156,29 +157,19 @@ class ClassParallelLinear(nn.Module):
         if isinstance(own, str):
             _checks.warn_once(self._said, f"ClassParallelLinear {own}: the loss cannot be fused with it, so it is computed from its logits")
             return self._loss_of_logits(input, target, options)
-        weight_shard, linear_bias_shard = own
-        return sharded_linear_large_margin_cross_entropy(
-            input,
-            weight_shard,
-            target,
-            group=self.group,
-            class_start=self.class_start,
-            num_classes=self.num_classes,
-            linear_bias_shard=linear_bias_shard,
-            **options,
-        )
+        weight, bias = own
+        return sharded_linear_large_margin_cross_entropy(input, weight, target, **self._place, linear_bias_shard=bias, **options)
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        """The place of this rank's classes, for the functions of sharded losses."""
+        return {"group": self.group, "class_start": self.class_start, "num_classes": self.num_classes}
 
     def _loss_of_logits(self, input: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
         """The loss by a call of this module, with the effects of hooks and subclasses."""
         logits = self._called(input).flatten(0, -2)
-        loss = sharded_large_margin_cross_entropy(
-            logits,
-            target.reshape(len(logits), *target.shape[input.dim() - 1 :]),
-            group=self.group,
-            class_start=self.class_start,
-            num_classes=self.num_classes,
-            **options,
-        )
+        target = target.reshape(len(logits), *target.shape[input.dim() - 1 :])
+        loss = sharded_large_margin_cross_entropy(logits, target, **self._place, **options)
         return loss.reshape(input.shape[:-1]) if loss.dim() else loss
 
     def _called(self, input: Tensor) -> Tensor:
@@ -264,22 +255,17 @@ class ClassParallelLinear(nn.Module):
             keys = [key for group in state_dict["param_groups"] for key in group["params"]]  # in the same order
             return {key: p for key, p in zip(keys, parameters, strict=False) if any(p is own for own in self.parameters())}
 
-        def give(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        def hook(
+            convert: Callable[[str, Any, Tensor], Any], optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
+        ) -> dict[str, Any]:
             state = dict(state_dict["state"])
             for key, parameter in own(optimizer, state_dict).items():
                 if key in state:
-                    state[key] = {name: self._given(name, value, parameter) for name, value in state[key].items()}
+                    state[key] = {name: convert(name, value, parameter) for name, value in state[key].items()}
             return {**state_dict, "state": state}
 
-        def take(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            state = dict(state_dict["state"])
-            for key in own(optimizer, state_dict):
-                if key in state:
-                    state[key] = {name: self._own(name, value) for name, value in state[key].items()}
-            return {**state_dict, "state": state}
-
-        optimizer.register_state_dict_post_hook(give)
-        optimizer.register_load_state_dict_pre_hook(take)
+        optimizer.register_state_dict_post_hook(partial(hook, self._given))
+        optimizer.register_load_state_dict_pre_hook(partial(hook, lambda name, value, _: self._own(name, value)))
 
     def _given(self, name: str, value: Any, parameter: Tensor) -> Any:
         if not torch.is_tensor(value) or value.dim() == 0 or _checks.is_dtensor(value):

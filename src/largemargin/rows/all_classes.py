@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import _checks, _torch
 from ..loss import LossOptions, loss_of_probabilities
-from ..rowstats import RowStats, accumulation_dtype, near, row_stats, row_stats_by_autograd, row_stats_jvp, row_stats_vjp
+from ..rowstats import Cotangents, RowStats, accumulation_dtype, near, row_stats, row_stats_by_autograd, row_stats_jvp, row_stats_vjp
 from .dense import RowsFunction
 from .parts import Part
 
@@ -44,13 +44,7 @@ class _AllRowStats(RowsFunction):
         return tuple(all_row_stats(logits))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-        ctx.mark_non_differentiable(output[-1])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor | None) -> Tensor:
         (logits,) = ctx.saved_tensors
         return all_row_stats_vjp(logits, grads)
 
@@ -96,18 +90,18 @@ class Peeled(NamedTuple):
         return self.but_top(g_l) + self.xz * of_xz - self.x * of_x + (all_alike - self.x * of_x_again)
 
 
-def peel(logits: Tensor, top: Tensor | None = None, whole: Part | None = None) -> Peeled:
-    """If ``logits`` has only some classes, ``top`` is j or ELSEWHERE, and ``whole`` is the row whose target is j."""
+def peel(logits: Tensor, top: Tensor | None = None, merged: Part | None = None) -> Peeled:
+    """If ``logits`` has only some classes, ``top`` is j or ELSEWHERE, and ``merged`` is the row whose target is j."""
     if top is None:
         top = logits.argmax(-1)
     kept = logits != -torch.inf
     is_top = torch.arange(logits.shape[-1], device=logits.device) == top.unsqueeze(-1)
-    top_logit = (logits.gather(-1, top.unsqueeze(-1)).squeeze(-1) if whole is None else whole.target_logit).unsqueeze(-1)
+    top_logit = (logits.gather(-1, top.unsqueeze(-1)).squeeze(-1) if merged is None else merged.target_logit).unsqueeze(-1)
     z = torch.where(kept, logits - top_logit, 0.0)
     x = torch.where(kept, z.exp(), 0.0)
     xz = x * near(z)
     others = torch.where(is_top, 0.0, x)
-    sums = [terms.sum(-1) for terms in (others, xz, z, kept)] if whole is None else _sums_below(whole)  # z_j = 0
+    sums = [terms.sum(-1) for terms in (others, xz, z, kept)] if merged is None else _sums_below(merged)  # z_j = 0
     sum_x, sum_xz, sum_z, num_classes = (total.unsqueeze(-1) for total in sums)
     rest = sum_x - others  # subtracting x would make S = 0 at j of a confident row, and its derivative NaN
     S = 1 + rest
@@ -116,12 +110,12 @@ def peel(logits: Tensor, top: Tensor | None = None, whole: Part | None = None) -
     return Peeled(top, top_logit, is_top, kept, x, xz, S, torch.log1p(rest), (sum_xz - xz) / S, mean_u_z, num_nontargets)
 
 
-def _sums_below(whole: Part) -> list[Tensor]:
+def _sums_below(merged: Part) -> list[Tensor]:
     """The sums of x, x z and z over all classes but j, and the number of classes with j. x and z are relative to f_j."""
-    m, sum_exp, sum_exp_z, sum_z, count = whole.record
-    d = torch.where(count == 0, 0.0, m - whole.target_logit)
+    m, sum_exp, sum_exp_z, sum_z, count = merged.record
+    d = torch.where(count == 0, 0.0, m - merged.target_logit)
     scale = d.exp()
-    return [scale * sum_exp, scale * (sum_exp_z + near(d) * sum_exp), sum_z + d * count, count + (whole.target_logit != -torch.inf)]
+    return [scale * sum_exp, scale * (sum_exp_z + near(d) * sum_exp), sum_z + d * count, count + (merged.target_logit != -torch.inf)]
 
 
 def all_row_stats(logits: Tensor, row_stats: Callable[[Tensor, Tensor], RowStats] = row_stats) -> RowStats:
@@ -140,12 +134,11 @@ def stats_of(logits: Tensor, row: Peeled, top: RowStats) -> RowStats:
     return RowStats(*(torch.where(row.is_top, field.unsqueeze(-1), rest) for field, rest in zip(top, others, strict=True)))
 
 
-def all_row_stats_vjp(logits: Tensor, grads: tuple[Tensor, ...]) -> Tensor:
+def all_row_stats_vjp(logits: Tensor, grads: Sequence[Tensor | None]) -> Tensor:
     """The gradient with respect to the logits, from the gradients of the fields of RowStats, all shaped (..., C)."""
-    g_l, g_e, g_a, g_rho, g_spread = grads[:5]
-    g_e, g_a = g_e + g_spread, g_a - g_spread
     dtype = logits.dtype
-    logits = logits.to(g_l.dtype)
+    logits = logits.to(accumulation_dtype(dtype))
+    g_l, g_e, g_a, g_rho, _ = (torch.zeros_like(logits) if g is None else g for g in Cotangents(*grads[:5]).folded())
     row = peel(logits)
     at_top = row.top.unsqueeze(-1)
     grad = row_stats_vjp(logits, row.top, tuple(g.gather(-1, at_top).squeeze(-1) for g in (g_l, g_e, g_a, g_rho)))

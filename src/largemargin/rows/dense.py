@@ -72,9 +72,16 @@ def _stats(rows: Rows, backend: BackendName | None) -> RowStats:
 
 
 class RowsFunction(torch.autograd.Function):
-    """An operation on rows with any leading dimensions, with a rule for vmap. (The rule that torch generates fails under forward mode.)"""
+    """From rows to the fields of RowStats, with any leading dimensions."""
 
-    @classmethod
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+        ctx.mark_non_differentiable(output[-1])
+        ctx.set_materialize_grads(False)  # saves the gradient of the regulariser if the loss has none
+
+    @classmethod  # the rule that torch generates fails under forward mode
     def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *operands: Tensor) -> tuple[tuple[Tensor, ...], int]:
         moved = (
             x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in zip(operands, in_dims, strict=True)
@@ -86,13 +93,6 @@ class _RowStats(RowsFunction):
     @staticmethod
     def forward(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
         return tuple(rowstats.row_stats(logits, target))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-        ctx.mark_non_differentiable(output[-1])
-        ctx.set_materialize_grads(False)  # saves the gradient of the regulariser if the loss has none
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None]:

@@ -19,42 +19,44 @@ from .collectives import Shard
 
 
 class LocalRows(NamedTuple):
+    """The part of DTensor logits on this rank."""
+
     logits: Tensor
     target: Tensor
     weight: Tensor | None
     shard: Shard | None  # None: all classes are here
+    to_dtensor: Callable[[Tensor, bool], Tensor]  # makes one DTensor of the rows' results here, or with True of the parts of a sum
 
+    def rows(self, ignore_index: int) -> dense.Rows:
+        logits = _checks.classes_last(self.logits)
+        num_classes = _checks.num_classes(self.logits) if self.shard is None else self.shard.num_classes
+        return dense.Rows(logits, Labels.of(self.target.long().reshape(logits.shape[:-1]), num_classes, ignore_index))
 
-Whole = Callable[[Tensor, bool], Tensor]
+    def stats(self, rows: dense.Rows, backend: BackendName | None) -> RowStats:
+        return dense.stats(rows, backend) if self.shard is None else shards.stats(rows, self.shard, backend)
+
+    def reduced(self, loss: Tensor, ignore_index: int, reduction: Reduction) -> Tensor:
+        """The loss of all rows, from the losses of the rows here (``"none"``) or their sum."""
+        if reduction != "mean":
+            return self.to_dtensor(loss, reduction == "sum")
+        denominator = row_weights(self.target, self.weight, ignore_index).sum().to(loss.dtype)
+        return self.to_dtensor(loss, True) / self.to_dtensor(denominator, True)
 
 
 def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
-    local, whole_of = local_rows(input, target, weight)
+    local = local_rows(input, target, weight)
     of_part = options.for_part()
     if local.shard is None:
         part = whole.loss(local.logits, local.target, local.weight, of_part)
     else:
         part = shards.loss(local.logits, local.target, local.weight, of_part, local.shard)
-    return reduced(part, local, options.ignore_index, options.reduction, whole_of)
-
-
-def rows_of(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> tuple[LocalRows, dense.Rows, Whole]:
-    """The results of :func:`local_rows`, and between them the rows of this rank."""
-    local, whole_of = local_rows(input, target, weight)
-    logits = _checks.classes_last(local.logits)
-    labels = Labels.of(local.target.long().reshape(logits.shape[:-1]), _checks.num_classes(input), ignore_index)
-    return local, dense.Rows(logits, labels), whole_of
-
-
-def stats(local: LocalRows, rows: dense.Rows, backend: BackendName | None) -> RowStats:
-    """The statistics of the rows of this rank."""
-    return dense.stats(rows, backend) if local.shard is None else shards.stats(rows, local.shard, backend)
+    return local.reduced(part, options.ignore_index, options.reduction)
 
 
 def gathered(tensor: Tensor) -> Tensor:
     """The full tensor of a DTensor, with its gradient; any other tensor as it is."""
-    whole: Tensor = tensor.full_tensor() if _checks.is_dtensor(tensor) else tensor
-    return whole
+    full: Tensor = tensor.full_tensor() if _checks.is_dtensor(tensor) else tensor
+    return full
 
 
 def summed(tensor: Tensor) -> Tensor:
@@ -70,11 +72,7 @@ def summed(tensor: Tensor) -> Tensor:
     return ready
 
 
-def local_rows(input: Any, target: Tensor, weight: Tensor | None) -> tuple[LocalRows, Whole]:
-    """The part of DTensor logits on this rank, and a function that makes one DTensor of the results of all ranks.
-
-    That function takes the losses of the rows here, or with ``True`` a part of a sum over all rows.
-    """
+def local_rows(input: Any, target: Tensor, weight: Tensor | None) -> LocalRows:
     from torch.distributed.tensor import DTensor, Partial, Replicate
     from torch.distributed.tensor import Shard as Sharded
 
@@ -116,21 +114,14 @@ def local_rows(input: Any, target: Tensor, weight: Tensor | None) -> tuple[Local
             )
         shard = Shard(mesh.get_group(over), start, size, num_classes)
 
-    def whole(result: Tensor, is_sum: bool) -> Tensor:
+    def to_dtensor(result: Tensor, is_sum: bool) -> Tensor:
         if is_sum:
             parts = [Partial() if type(p) is Sharded else Replicate() for p in of_rows]
             return DTensor.from_local(result, mesh, parts, run_check=False).redistribute(placements=[Replicate()] * mesh.ndim)
         shape, stride = _shape_without(input, class_dim)
         return DTensor.from_local(result, mesh, of_rows, run_check=False, shape=shape, stride=stride)
 
-    return LocalRows(logits, target, weight, shard), whole
-
-
-def reduced(loss: Tensor, rows: LocalRows, ignore_index: int, reduction: Reduction, whole: Whole) -> Tensor:
-    """The loss of all rows, from the losses of the rows here (``"none"``) or their sum."""
-    if reduction != "mean":
-        return whole(loss, reduction == "sum")
-    return whole(loss, True) / whole(row_weights(rows.target, rows.weight, ignore_index).sum().to(loss.dtype), True)
+    return LocalRows(logits, target, weight, shard, to_dtensor)
 
 
 def _shape_without(input: Tensor, class_dim: int) -> tuple[torch.Size, tuple[int, ...]]:

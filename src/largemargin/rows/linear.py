@@ -21,7 +21,6 @@ from .. import _checks, _torch
 from .._reduce import Labels, row_weights
 from ..backends import ladder
 from ..loss import LossOptions
-from ..products import linear
 from . import dtensors, whole
 from .parts import gradient_of, loss_and_cotangents, part_of
 from .teacher import Teacher
@@ -98,12 +97,7 @@ def loss(problem: Problem) -> Tensor:
 
 def _with_logits(problem: Problem) -> Tensor:
     """The loss with all logits at once, for transforms, compiled code and higher derivatives."""
-    dtype = problem.layer.dtype
-    input, weight, bias = problem.layer
-    logits = linear(input.to(dtype), weight.to(dtype))
-    if bias is not None:
-        logits = logits + bias.to(dtype)
-    logits = problem.logits_of(logits)
+    logits = problem.logits_of(problem.layer.logits())
     target = problem.target.all_probabilities() if isinstance(problem.target, Teacher) else problem.target
     if _checks.is_dtensor(logits) and not problem.has_probabilities:
         return dtensors.loss(logits, target, problem.weight, problem.options)
@@ -166,18 +160,13 @@ def scaled(gradients: Gradients, upstream: Tensor | None, layer: Layer) -> Gradi
 
 
 def _reference_gradients(ctx: Any, upstream: Tensor) -> Gradients:
-    """The gradients through all logits; they can be differentiated and batched."""
+    """The gradients through all logits."""
     problem = _saved(ctx)
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # aliases, because the hooks of the tensors themselves must run only once, outside
-        input, weight = problem.input.view_as(problem.input), problem.linear_weight.view_as(problem.linear_weight)
-        bias = None if problem.linear_bias is None else problem.linear_bias.view_as(problem.linear_bias)
-        aliases = input, weight, bias
-        loss = _with_logits(problem._replace(input=input, linear_weight=weight, linear_bias=bias))
-        wanted = [alias for alias, needed in zip(aliases, ctx.needs_input_grad, strict=False) if needed and alias is not None]
-        found = iter(torch.autograd.grad(loss, wanted, upstream, create_graph=create_graph))
-    d_input, d_weight, d_bias = (next(found) if needed else None for needed in ctx.needs_input_grad[:3])
+
+    def loss(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
+        return _with_logits(problem._replace(input=input, linear_weight=linear_weight, linear_bias=linear_bias))
+
+    d_input, d_weight, d_bias = whole.gradients_by_autograd(loss, problem.layer, ctx.needs_input_grad, upstream)
     return d_input, d_weight, d_bias
 
 
@@ -201,7 +190,7 @@ def _loss_of_indices(problem: Problem, rows: slice, tile: Tensor, gradients: Lay
     """The loss of a tile. If ``wanted``, its gradient times ``upstream`` replaces the logits and is added to ``gradients``."""
     target, weight, options = problem.indices[rows], problem.weight, problem.options
     logits = _checks.classes_last(problem.logits_of(tile))
-    kernel = whole.kernels(logits, target, weight, options).loss
+    kernel = ladder.pick_for_loss(logits, target, weight, options.backend).loss
     if kernel is not None:
         loss = kernel(logits, target, weight, options, logits if wanted else None, None, upstream if upstream.dim() else upstream.item())
         gradients.add(rows, tile)

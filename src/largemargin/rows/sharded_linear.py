@@ -9,7 +9,7 @@ With probabilities the tiles are passed three times, with an all-gather after th
 
 from __future__ import annotations  # there are builds of torch without process groups
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -72,11 +72,12 @@ class _ShardedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *problem, shard, wanted, later = arguments
-        loss, gradients, whole = _run(Problem(*problem), shard, None if later else wanted)
+        *fields, shard, wanted, later = arguments
+        problem = Problem._make(fields)
+        loss, gradients, known = _run(problem)(problem, shard, None if later else wanted)
         *tensors, options = problem
         ctx.settings, ctx.gradients = (options, shard, wanted), gradients
-        ctx.save_for_backward(*tensors, *whole)
+        ctx.save_for_backward(*tensors, *known)
         return loss
 
     @staticmethod
@@ -84,7 +85,7 @@ class _ShardedLinear(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         options, shard, wanted = ctx.settings
-        input, linear_weight, linear_bias, target, weight, *whole = ctx.saved_tensors
+        input, linear_weight, linear_bias, target, weight, *known = ctx.saved_tensors
         problem = Problem(input, linear_weight, linear_bias, target, weight, options)
         factor: Tensor | None = upstream
         with_all = wanted.input_of_all or not wanted.input_of_any  # whether all ranks run this backward pass, and can sum again
@@ -94,21 +95,17 @@ class _ShardedLinear(torch.autograd.Function):
                     "a second backward pass sums the gradient of input again, but some ranks of the group do not need it; "
                     "let input require a gradient on all ranks"
                 )
-            gradients, factor = _run(problem, shard, wanted, whole, upstream)[1], None
+            gradients, factor = _run(problem)(problem, shard, wanted, known, upstream)[1], None
         return *scaled(gradients, factor, problem.layer), *[None] * 6
 
 
-def _run(
-    problem: Problem, shard: Shard, wanted: _Wanted | None, known: Sequence[Tensor | None] = (), upstream: Tensor | None = None
-) -> tuple[Tensor, Any, Sequence[Tensor | None]]:
-    """The loss, the wanted gradients times ``upstream``, and the merged sums of the rows, which a later pass gives as ``known``."""
-    run = _run_of_probabilities if problem.has_probabilities else _run_of_indices
-    return run(problem, shard, wanted, known, upstream)
+# the loss, the wanted gradients times ``upstream``, and the merged sums of the rows, which a later pass gives as ``known``
+Run = tuple[Tensor, Any, Sequence[Tensor | None]]
 
 
 def _run_of_indices(
-    problem: Problem, shard: Shard, wanted: _Wanted | None, known: Sequence[Tensor | None], upstream: Tensor | None
-) -> tuple[Tensor, Any, Sequence[Tensor | None]]:
+    problem: Problem, shard: Shard, wanted: _Wanted | None, known: Sequence[Tensor | None] = (), upstream: Tensor | None = None
+) -> Run:
     options = problem.options.for_part()
     labels = Labels.of(problem.indices, shard.num_classes, options.ignore_index)
     local, summed = shard.local(labels.class_index), shard.own(problem.summed_weight, problem.layer.dtype)
@@ -116,50 +113,50 @@ def _run_of_indices(
     gradients, factor = gradients_of(problem.layer, (False,) * 3 if wanted is None else wanted.layer, factor)
     backend = ladder.pick(gradients.workspace, options.backend) if shard.size else reference
     if known:
-        whole = Part(*known)  # type: ignore[arg-type]  # the first six are given
+        merged = Part(*known)  # type: ignore[arg-type]  # the first six are given
     else:
         parts = [part_of(tile, local[rows], summed, backend) for rows, tile in gradients.tiles()]
         parts = parts or [part_of(gradients.workspace, local, summed, reference)]
         mine = Part._make(None if fields[0] is None else torch.cat(fields) for fields in zip(*parts, strict=True))
-        whole = merge(exchange(mine, local, shard.group))
+        merged = merge(exchange(mine, local, shard.group))
     wants_any = wanted is not None and any(wanted.layer)
-    loss, cotangents = loss_and_cotangents(whole, labels, problem.weight, options, factor, wants_any)
+    loss, cotangents = loss_and_cotangents(merged, labels, problem.weight, options, factor, wants_any)
     loss = loss / denominator
     if wanted is None:
-        return loss, None, whole
+        return loss, None, merged
     if wants_any:
         for rows, tile in gradients.tiles(computed=not known):
-            gradients.add_from_logits(rows, tile, local[rows], whole.of_rows(rows), cotangents.of_rows(rows), backend, summed)
-    return loss, _reduced(gradients, shard, wanted), whole
+            gradients.add_from_logits(rows, tile, local[rows], merged.of_rows(rows), cotangents.of_rows(rows), backend, summed)
+    return loss, _reduced(gradients, shard, wanted), merged
 
 
 def _run_of_probabilities(
-    problem: Problem, shard: Shard, wanted: _Wanted | None, known: Sequence[Tensor | None], upstream: Tensor | None
-) -> tuple[Tensor, Any, Sequence[Tensor | None]]:
+    problem: Problem, shard: Shard, wanted: _Wanted | None, known: Sequence[Tensor | None] = (), upstream: Tensor | None = None
+) -> Run:
     weight, num_rows = shard.own(problem.weight, problem.layer.dtype), len(problem.input)
     factor, denominator = factor_and_denominator(problem, upstream)
     layer = (False,) * 3 if wanted is None else wanted.layer
     gradients, factor = gradients_of(problem.layer, layer, factor, TILES_OF_PROBABILITIES)
 
     def share(rows: slice, tile: Tensor) -> Share:
-        return Share.of(tile, problem.indices[rows], weight, whole.of_rows(rows), top[rows], problem.options)
+        return Share.of(tile, problem.indices[rows], weight, merged.of_rows(rows), top[rows], problem.options)
 
     if known:
         *fields, top, totals = cast(Sequence[Tensor], known)
-        whole = Part(*fields)
+        merged = Part(*fields)
     else:
         backend = ladder.pick(gradients.workspace, problem.options.backend) if shard.size else reference
         mine, largest = gradients.workspace.new_empty((6, num_rows)), problem.indices.new_empty(num_rows, dtype=torch.int64)
         for rows, tile in gradients.tiles():
             part, largest[rows] = part_of_largest(tile, backend)
             mine[:, rows] = torch.stack(part.unweighted)
-        whole, top = exchange_largest(Part(*mine), largest, shard.group)
+        merged, top = exchange_largest(Part(*mine), largest, shard.group)
         sums = mine.new_empty((NUM_SUMS, num_rows), dtype=torch.promote_types(mine.dtype, problem.indices.dtype))
         for rows, tile in gradients.tiles(computed=True):
             sums[:, rows] = share(rows, tile).sums
         totals = collectives.all_gather(sums, shard.group).sum(0)
     loss = (totals[0] if problem.options.reduction == "none" else totals[0].sum()) / denominator
-    known = (*whole.unweighted, top, totals)
+    known = (*merged.unweighted, top, totals)
     if wanted is None:
         return loss, None, known
     if any(wanted.layer):
@@ -167,6 +164,10 @@ def _run_of_probabilities(
             gradient = share(rows, tile).gradient(totals[:, rows])
             gradients.add(rows, tile.copy_(gradient * (factor[rows].unsqueeze(-1) if factor.dim() else factor)))
     return loss, _reduced(gradients, shard, wanted), known
+
+
+def _run(problem: Problem) -> Callable[..., Run]:
+    return _run_of_probabilities if problem.has_probabilities else _run_of_indices
 
 
 def _reduced(gradients: LayerGradients, shard: Shard, wanted: _Wanted) -> Gradients:

@@ -23,12 +23,17 @@ from ..rowstats import ELSEWHERE, IGNORED, Cotangents, RowStats
 from . import collectives
 from .collectives import Shard, once
 from .dense import Rows
-from .parts import Part, WholeCotangents, WholeRows, finished, gradient_of, loss_of, merge, part_of
+from .parts import Part, WeightedCotangents, WeightedStats, finished, gradient_of, loss_of, merge, part_of
 from .shares import Share, merge_largest, part_of_largest
 
 
 def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, shard: Shard) -> Tensor:
-    """The loss of logits of some classes, (C_r,), (N, C_r) or (N, C_r, d1, ...), and indices among all classes."""
+    """The loss of logits of some classes, (C_r,), (N, C_r) or (N, C_r, d1, ...), and indices among all classes.
+
+    Or probabilities of these classes, shaped like ``input``.
+    """
+    if target.is_floating_point():
+        return _loss_of_probabilities(input, target, weight, options, shard)
     logits = input.movedim(1, -1) if input.dim() > 2 else input
     labels = Labels.of(target.long().reshape(logits.shape[:-1]), shard.num_classes, options.ignore_index)
     summed = weight if options.label_smoothing > 0 else None
@@ -36,12 +41,12 @@ def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOpti
     summed = shard.own(summed, logits.dtype)
     if summed is not None:
         logits = logits.to(summed.dtype)  # two terms read them: the wider dtype adds their gradients before rounding
-    found, sum_weight = _stats(logits, shard.local(labels.class_index), summed, shard, options.backend)
-    return loss_of(found, sum_weight, labels, weight, options)
+    return loss_of(_stats(logits, shard.local(labels.class_index), summed, shard, options.backend), labels, weight, options)
 
 
-def loss_of_probabilities(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, shard: Shard) -> Tensor:
-    """The same for the probabilities of these classes, shaped like ``input``, by two all-gathers, of six and eight numbers per row."""
+def _loss_of_probabilities(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, shard: Shard) -> Tensor:
+    """Two all-gathers, of six and eight numbers per row."""
+    _checks.check_no_gradient("classes are split and target has probabilities", target=target, weight=weight)
     logits, target = (tensor.movedim(1, -1) if tensor.dim() > 2 else tensor for tensor in (input, target))
     losses: Tensor = _LossOfShares.apply(logits, target, shard.own(weight, logits.dtype), options, shard.group)
     return reduce(losses, losses.numel(), options.reduction)
@@ -49,17 +54,14 @@ def loss_of_probabilities(input: Tensor, target: Tensor, weight: Tensor | None, 
 
 def stats(rows: Rows, shard: Shard, backend: BackendName | None) -> RowStats:
     """``rows`` has the logits of this rank's classes, and labels among all classes."""
-    found, _ = _stats(rows.logits, shard.local(rows.labels.class_index), None, shard, backend)
-    return rows.labels.mark_stats(found.stats)
+    return rows.labels.mark_stats(_stats(rows.logits, shard.local(rows.labels.class_index), None, shard, backend).stats)
 
 
-def _stats(
-    logits: Tensor, target: Tensor, weight: Tensor | None, shard: Shard, backend: BackendName | None
-) -> tuple[WholeRows, Tensor | None]:
+def _stats(logits: Tensor, target: Tensor, weight: Tensor | None, shard: Shard, backend: BackendName | None) -> WeightedStats:
     """The statistics of rows (..., C_r) with local targets, and the sums of ``weight`` (C_r,) if given."""
     computes = ladder.pick(logits, backend) if logits.shape[-1] else reference
-    *fields, weighted_log_q, sum_weight = _StatsOfShard.apply(logits, target, weight, shard.group, computes)
-    return WholeRows(RowStats(*fields), weighted_log_q), sum_weight
+    *fields, sum_weight, weighted_log_q = _StatsOfShard.apply(logits, target, weight, shard.group, computes)
+    return WeightedStats(RowStats(*fields), sum_weight, weighted_log_q)
 
 
 def exchange(part: Part, target: Tensor, group: dist.ProcessGroup) -> Part:
@@ -72,8 +74,8 @@ def exchange(part: Part, target: Tensor, group: dist.ProcessGroup) -> Part:
 
 def exchange_largest(part: Part, largest: Tensor, group: dist.ProcessGroup) -> tuple[Part, Tensor]:
     """The rows whose target is their arg-max, from :func:`.shares.part_of_largest`, and the arg-max: its index here, or ELSEWHERE."""
-    whole, owner = merge_largest(exchange(part, largest, group))
-    return whole, torch.where(owner == dist.get_rank(group), largest, ELSEWHERE)
+    merged, owner = merge_largest(exchange(part, largest, group))
+    return merged, torch.where(owner == dist.get_rank(group), largest, ELSEWHERE)
 
 
 class _LossOfShares(torch.autograd.Function):
@@ -82,8 +84,8 @@ class _LossOfShares(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, group: dist.ProcessGroup) -> Tensor:
         backend = ladder.pick(logits, options.backend) if logits.shape[-1] else reference
-        whole, top = exchange_largest(*part_of_largest(logits, backend), group)
-        share = Share.of(logits, target, weight, whole, top, options)
+        merged, top = exchange_largest(*part_of_largest(logits, backend), group)
+        share = Share.of(logits, target, weight, merged, top, options)
         totals = collectives.all_gather(share.sums, group).sum(0)
         ctx.save_for_backward(share.gradient(totals) if ctx.needs_input_grad[0] else None)
         return totals[0]
@@ -96,29 +98,29 @@ class _LossOfShares(torch.autograd.Function):
 
 
 class _StatsOfShard(torch.autograd.Function):
-    """The fields of RowStats, then ``weighted_log_q`` and ``sum_weight``, which are None without a weight."""
+    """The fields of RowStats, then ``sum_weight`` and ``weighted_log_q``, which are None without a weight."""
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, group: dist.ProcessGroup, backend: Backend
     ) -> tuple[Tensor | None, ...]:
         parts = exchange(part_of(logits, target, weight, backend), target, group)
-        whole = merge(parts)
+        merged = merge(parts)
         # c* is the first largest class, so the first rank that has the maximum has it
-        has_largest = (parts.max.argmax(0) == dist.get_rank(group)) & (whole.num_classes > 0)
-        rows = finished(whole, target)
+        has_largest = (parts.max.argmax(0) == dist.get_rank(group)) & (merged.num_classes > 0)
+        rows = finished(merged, target)
         ctx.backend = backend
-        ctx.save_for_backward(logits, target, weight, has_largest, *whole)
-        constants = rows.stats.num_nontargets, whole.sum_weight
+        ctx.save_for_backward(logits, target, weight, has_largest, *merged)
+        constants = rows.stats.num_nontargets, rows.sum_weight
         ctx.mark_non_differentiable(*(field for field in constants if field is not None))
         ctx.set_materialize_grads(False)
-        return *rows.stats, rows.weighted_log_q, whole.sum_weight
+        return *rows.stats, rows.sum_weight, rows.weighted_log_q
 
     @staticmethod
     @once
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, target, weight, has_largest, *whole = ctx.saved_tensors
-        *of_stats, _, of_weights, _ = grads
-        cotangents = WholeCotangents(Cotangents(*of_stats), of_weights)
-        gradient = gradient_of(logits, target, weight, Part(*whole), cotangents, ctx.backend, has_largest=has_largest)
+        logits, target, weight, has_largest, *merged = ctx.saved_tensors
+        *of_stats, _, _, of_weights = grads
+        cotangents = WeightedCotangents(Cotangents(*of_stats), of_weights)
+        gradient = gradient_of(logits, target, weight, Part(*merged), cotangents, ctx.backend, has_largest=has_largest)
         return gradient, None, None, None, None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..backends.protocol import Backend
 from ..loss import LossOptions, loss_of_probabilities
-from ..rowstats import Cotangents, Record, Softmax, accumulation_dtype, finish, merge_stacked, row_stats_vjp
+from ..rowstats import Cotangents, Record, Softmax, accumulation_dtype, finish, merge, row_stats_vjp
 from .all_classes import Peeled, peel, stats_of
 from .parts import Part, part_of
 
@@ -35,35 +35,32 @@ def merge_largest(parts: Part) -> tuple[Part, Tensor]:
     count = added.to(parts.max.dtype)
     zero = torch.zeros_like(count)
     largest = Record(torch.where(added, parts.target_logit, -torch.inf), count, zero, zero, count)
-    others = merge_stacked(Record(*(torch.cat(fields) for fields in zip(parts.record, largest, strict=True))))
+    others = merge(Record(*(torch.cat(fields) for fields in zip(parts.record, largest, strict=True))))
     return Part(*others, parts.target_logit.amax(0)), owner
 
 
 class Share(NamedTuple):
     logits: Tensor  # (..., C)
-    whole: Part  # the row whose target is j
+    merged: Part  # the row whose target is j
     row: Peeled
     cotangents: tuple[Tensor, Tensor, Tensor]  # of log_odds, neg_entropy and mean_log_q, each (..., C)
     sums: Tensor  # (NUM_SUMS, ...), to be added over the parts
 
     @classmethod
-    def of(cls, logits: Tensor, probabilities: Tensor, weight: Tensor | None, whole: Part, top: Tensor, options: LossOptions) -> "Share":
+    def of(cls, logits: Tensor, probabilities: Tensor, weight: Tensor | None, merged: Part, top: Tensor, options: LossOptions) -> "Share":
         """``top`` is j, or ELSEWHERE."""
         logits = logits.to(accumulation_dtype(logits.dtype))
-        row = peel(logits, top, whole)
-        stats = stats_of(logits, row, finish(whole.record, whole.target_logit))
-        leaves = [stats.log_odds, stats.neg_entropy, stats.mean_log_q, stats.spread]
-        num_classes = whole.num_classes + (whole.target_logit != -torch.inf)
+        row = peel(logits, top, merged)
+        stats = stats_of(logits, row, finish(merged.record, merged.target_logit))
+        leaves = [field.requires_grad_() for field in (stats.log_odds, stats.neg_entropy, stats.mean_log_q, stats.spread)]
+        num_classes = merged.num_classes + (merged.target_logit != -torch.inf)
         with torch.enable_grad():
-            taken = stats._replace(
-                **dict(zip(("log_odds", "neg_entropy", "mean_log_q", "spread"), map(Tensor.requires_grad_, leaves), strict=True))
-            )
-            losses = loss_of_probabilities(taken, probabilities, weight, options._replace(reduction="none"), 1, num_classes)
+            losses = loss_of_probabilities(stats, probabilities, weight, options._replace(reduction="none"), 1, num_classes)
             g_l, g_e, g_a, g_spread = torch.autograd.grad(losses.sum(), leaves, allow_unused=True, materialize_grads=True)
         cotangents = g_l, g_e + g_spread, g_a - g_spread
         pulls = [row.but_top(pull).sum(-1) for pull in row.pulls(*cotangents)]
         of_top = [torch.where(row.is_top, cotangent, 0.0).sum(-1) for cotangent in cotangents]
-        return cls(logits, whole, row, cotangents, torch.stack([losses.detach(), *pulls, *of_top]))
+        return cls(logits, merged, row, cotangents, torch.stack([losses.detach(), *pulls, *of_top]))
 
     def gradient(self, totals: Tensor) -> Tensor:
         """The gradient of the losses with respect to the logits, from the sums of all parts."""
@@ -72,5 +69,5 @@ class Share(NamedTuple):
         _, *pulls, of_l, of_e, of_a = totals.to(self.logits.dtype)
         g_l = self.cotangents[0]
         rests = [self.row.rest(pull, total) for pull, total in zip(self.row.pulls(*self.cotangents), pulls, strict=True)]
-        grad = row_stats_vjp(self.logits, self.row.top, Cotangents(of_l, of_e, of_a), Softmax.of(self.whole.record))
+        grad = row_stats_vjp(self.logits, self.row.top, Cotangents(of_l, of_e, of_a), Softmax.of(self.merged.record))
         return torch.where(self.row.kept, grad + self.row.pulled(g_l, rests), g_l)

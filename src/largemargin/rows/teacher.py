@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..products import linear
 from .tiles import Layer
 
 
@@ -41,11 +40,7 @@ class Teacher(NamedTuple):
         return self._softmax(logits.div_(self.temperature))
 
     def all_probabilities(self) -> Tensor:
-        """The targets of all rows, by operations that compiled code and transforms can take."""
-        input, weight, bias = self.layer
-        logits = linear(input.to(self.layer.dtype), weight.to(self.layer.dtype))
-        logits = logits if bias is None else logits + bias.to(logits.dtype)
-        return self._softmax(logits / self.temperature)
+        return self._softmax(self.layer.logits() / self.temperature)
 
     def _softmax(self, logits: Tensor) -> Tensor:
         return torch.softmax(logits.unflatten(1, self.linear_weight.shape[:-1]), 1)

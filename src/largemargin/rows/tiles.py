@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..backends.protocol import Backend
+from ..products import linear
 from ..rowstats import Cotangents
-from .parts import Part, WholeCotangents, gradient_of
+from .parts import Part, WeightedCotangents, gradient_of
 
 TILE = 15 * 2**20  # numbers in a tile: 60 MiB of float32
 TILE_OF_GPU = 2**26  # large, because each tile reads the whole classifier
@@ -41,6 +42,11 @@ class Layer(NamedTuple):
     @property
     def shape(self) -> tuple[int, int]:
         return len(self.input), len(self.weight)  # of the logits
+
+    def logits(self) -> Tensor:
+        """All logits, by operations that compiled code and transforms can take."""
+        logits = linear(self.input.to(self.dtype), self.weight.to(self.dtype))
+        return logits if self.bias is None else logits + self.bias.to(self.dtype)
 
     def logits_into(self, tile: Tensor, rows: slice) -> None:
         x = self.input[rows] if self.is_half else self.input[rows].to(self.dtype)
@@ -122,18 +128,22 @@ class LayerGradients:
 
     def add(self, rows: slice, tile: Tensor) -> None:
         """Add the contribution of ``tile``, the gradient of the logits of these rows."""
+        self._add(rows, tile, tile)
+
+    def _add(self, rows: slice, tile: Tensor, multiplied: Tensor) -> None:
+        """``multiplied`` is the tile in the dtype of the products."""
         if self.input is not None:
-            self.input[rows] = self.layer.times_weight(tile)
+            self.input[rows] = self.layer.times_weight(multiplied)
         if self.bias is not None:
-            self.bias += tile.sum(0)
+            self.bias += tile.sum(0, dtype=self.bias.dtype)
         if self.weight is not None and not self.in_place:
-            _add_product(tile.t(), self.layer.input[rows].to(tile.dtype), self.weight, int(rows.start > 0))
+            _add_product(multiplied.t(), self.layer.input[rows].to(multiplied.dtype), self.weight, int(rows.start > 0))
 
     def add_from_logits(
-        self, rows: slice, tile: Tensor, target: Tensor, whole: Part, grads: WholeCotangents, backend: Backend, weight: Tensor | None
+        self, rows: slice, tile: Tensor, target: Tensor, merged: Part, grads: WeightedCotangents, backend: Backend, weight: Tensor | None
     ) -> None:
         """The same from the logits in ``tile`` and the arguments of :func:`.parts.gradient_of`."""
-        self.add(rows, gradient_of(tile, target, weight, whole, grads, backend, tile))
+        self.add(rows, gradient_of(tile, target, weight, merged, grads, backend, tile))
 
     def finish(self) -> Gradients:
         if self.in_place and self.weight is not None:
@@ -160,39 +170,33 @@ class HalfLayerGradients(LayerGradients):
 
     def add(self, rows: slice, tile: Tensor) -> None:
         """As for a layer in float32, with ``tile`` rounded to half precision for the products."""
-        gradient = self.gradient[: len(tile)].copy_(tile)
-        if self.input is not None:
-            self.input[rows] = self.layer.times_weight(gradient) * self.factor
-        if self.bias is not None:
-            self.bias += tile.sum(0)
-        if self.weight is not None:
-            _add_product(gradient.t(), self.layer.input[rows], self.weight, int(rows.start > 0))
+        self._add(rows, tile, self.gradient[: len(tile)].copy_(tile))
 
     def add_from_logits(
-        self, rows: slice, tile: Tensor, target: Tensor, whole: Part, grads: WholeCotangents, backend: Backend, weight: Tensor | None
+        self, rows: slice, tile: Tensor, target: Tensor, merged: Part, grads: WeightedCotangents, backend: Backend, weight: Tensor | None
     ) -> None:
         """The gradient of the logits is in half precision and O(1). It leaves out ``g_a / K``, which all classes of a row share."""
-        g_l, g_e, g_a, _, _ = (torch.zeros_like(whole.max) if grad is None else grad for grad in grads.stats.folded())
-        dense = torch.where(whole.num_classes == 0, 0.0, g_a / whole.num_classes.clamp(min=1))
+        g_l, g_e, g_a, _, _ = (torch.zeros_like(merged.max) if grad is None else grad for grad in grads.stats.folded())
+        dense = torch.where(merged.num_classes == 0, 0.0, g_a / merged.num_classes.clamp(min=1))
         sparse = grads._replace(stats=Cotangents(log_odds=g_l + g_a, neg_entropy=g_e))
-        gradient = gradient_of(tile, target, weight, whole, sparse, backend, self.gradient[: len(tile)])
-        on_target = torch.where(whole.num_classes == 0, 0.0, g_l) - dense
+        gradient = gradient_of(tile, target, weight, merged, sparse, backend, self.gradient[: len(tile)])
+        on_target = torch.where(merged.num_classes == 0, 0.0, g_l) - dense
         here = (target >= 0).unsqueeze(-1)
         at = target.clamp(min=0).unsqueeze(-1)
         if gradient.shape[1]:
             gradient.scatter_(1, at, torch.where(here, on_target.unsqueeze(-1).to(gradient.dtype), gradient.gather(1, at)))
-        x = self.layer.input[rows]
+        self._add(rows, gradient, gradient)
         if self.input is not None:
-            product = self.layer.times_weight(gradient).addr_(dense, self.sum_weight[0])
-            self.input[rows] = product * self.factor
+            self.input[rows].addr_(dense, self.sum_weight[0])
         if self.bias is not None:
-            self.bias += gradient.sum(0, dtype=self.bias.dtype)
             self.dense += dense.sum()
         if self.weight is not None:
-            _add_product(gradient.t(), x, self.weight, int(rows.start > 0))
-            torch.addmv(self.dense_input, x.t().to(dense.dtype), dense, out=self.dense_input)  # autocast would round @
+            x = self.layer.input[rows].t().to(dense.dtype)
+            torch.addmv(self.dense_input, x, dense, out=self.dense_input)  # autocast would round @
 
     def finish(self) -> Gradients:
+        if self.input is not None:
+            self.input.mul_(self.factor)
         if self.weight is not None:
             self.weight.addr_(self.kept, self.dense_input).mul_(self.factor)
         if self.bias is not None:

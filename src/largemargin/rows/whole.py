@@ -13,40 +13,24 @@ logits and a few numbers a row.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _checks, _torch
-from ..backends import ladder, reference
-from ..backends.protocol import Backend, TwoPasses, WholeLoss
+from ..backends import ladder
+from ..backends.protocol import TwoPasses, WholeLoss
 from ..loss import LossOptions
 from . import all_classes, dense
 
 Gradients = tuple[Tensor | None, Tensor | None]  # of the logits and the target
 
 
-def kernels(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Backend:
-    """The backend whose kernels of the whole loss take these logits and this target; else the reference, which has none."""
-    probabilities = target.is_floating_point()
-    if not torch.compiler.is_compiling():
-        if input.numel() == 0:
-            return reference
-        found = ladder.pick(input, options.backend)
-        if found is reference:
-            return reference
-        fits = _torch.is_plain(target) and (weight is None or (_torch.is_plain(weight) and not weight.requires_grad))
-        if fits and not (probabilities and _torch.is_zero_tensor(target)):
-            return found
-    if probabilities:
-        ladder.refuse_probabilities(options.backend)
-    return reference
-
-
 def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, donate: bool = False) -> Tensor:
     """The loss of logits (C,), (N, C) or (N, C, d1, ...) and class indices or probabilities, by a kernel or by the statistics."""
-    found = kernels(input, target, weight, options)
+    found = ladder.pick_for_loss(input, target, weight, options.backend)
     differentiated = torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)
     if found.two_passes is not None:
         if not differentiated:
@@ -141,16 +125,24 @@ def _scales(gradient: Tensor, factor: float | Tensor) -> bool:
 
 
 def _reference_gradients(ctx: Any, upstream: Tensor) -> Gradients:
-    *saved, weight = ctx.saved_tensors[:3]
-    needed = ctx.needs_input_grad[:2]
+    input, target, weight = ctx.saved_tensors[:3]
+    options = ctx.options._replace(backend="reference")
+    of_input, of_target = gradients_by_autograd(
+        lambda input, target: _by_statistics(input, target, weight, options), (input, target), ctx.needs_input_grad, upstream
+    )
+    return of_input, of_target
+
+
+def gradients_by_autograd(
+    loss: Callable[..., Tensor], tensors: Sequence[Tensor | None], needed: Sequence[bool], upstream: Tensor
+) -> list[Tensor | None]:
+    """The gradients of ``loss(*tensors)``, which can be differentiated and batched."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        input, target = (_alias(tensor) if need else tensor for tensor, need in zip(saved, needed, strict=True))
-        loss = _by_statistics(input, target, weight, ctx.options._replace(backend="reference"))
-        wanted = [tensor for tensor, need in zip((input, target), needed, strict=True) if need]
-        found = iter(torch.autograd.grad(loss, wanted, upstream, create_graph=create_graph))
-    of_input, of_target = (next(found) if need else None for need in needed)
-    return of_input, of_target
+        aliases = [_alias(tensor) if need and tensor is not None else tensor for tensor, need in zip(tensors, needed, strict=False)]
+        wanted = [alias for alias, need in zip(aliases, needed, strict=False) if need and alias is not None]
+        found = iter(torch.autograd.grad(loss(*aliases), wanted, upstream, create_graph=create_graph))
+    return [next(found) if need else None for _, need in zip(tensors, needed, strict=False)]
 
 
 def _alias(tensor: Tensor) -> Tensor:
