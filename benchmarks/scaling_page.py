@@ -19,7 +19,6 @@ ROWS_A_RANK, WIDTH = 64, 512
 CLASSES = (10**7, 10**8, 10**9)
 RANKS = (8, 64, 512, 4096)
 LARGE_TILE = 2**30
-PARTS = ("products", "loss", "classes", "data", "AdamW")
 BLOCK = re.compile(r"(<!-- (\w+), by benchmarks/scaling_page.py -->\n).*?(\n<!-- end -->)", re.DOTALL)
 
 
@@ -98,32 +97,31 @@ def exchange_seconds(parts: dict[str, float]) -> float:
     return parts["classes"] + parts["data"]
 
 
-def steps_row(classes: int, ranks: int) -> list[str]:
+def steps_rows(classes: int, ranks: int) -> list[list[str]]:
+    """The line of a size and a cluster, if any mesh holds it."""
     problems = cost_model.meshes(ROWS_A_RANK, WIDTH, classes, ranks)
     best = cost_model.best(problems, H100, H100_BYTES)
     larger = cost_model.best(cost_model.meshes(ROWS_A_RANK, WIDTH, classes, ranks, tile=LARGE_TILE), H100, H100_BYTES)
-    cells = [f"{classes:,}", f"{ranks:,}"]
     if best is None or larger is None:
-        least = min(map(cost_model.held_in_training, problems))
-        return [*cells, "does not fit", f"{least / 1e9:,.0f}", *["–"] * 6]
-    parts, of_larger, of_all = (cost_model.seconds_in_training(problem, H100) for problem in (best, larger, problems[-1]))
+        return []
+    parts = cost_model.seconds_in_training(best, H100)
     return [
-        *cells,
-        f"{best.class_ranks:,} × {best.data_ranks:,}",
-        f"{cost_model.held_in_training(best) / 1e9:.3g}",
-        f"{cost_model.sent(best) / 1e9:.2g}",
-        " / ".join(milliseconds(parts[name]) for name in PARTS),
-        milliseconds(sum(parts.values())),
-        longest_part(best),
-        f"{milliseconds(sum(of_all.values()))}, {exchange_seconds(of_all) / sum(of_all.values()):.0%}",
-        milliseconds(sum(of_larger.values())),
+        [
+            f"{classes:,}",
+            f"{ranks:,}",
+            f"{best.class_ranks:,}×{best.data_ranks:,}",
+            f"{cost_model.held_in_training(best) / 1e9:.3g}",
+            milliseconds(sum(parts.values())),
+            longest_part(best),
+            f"{exchange_seconds(parts) / sum(parts.values()):.0%}",
+            milliseconds(sum(cost_model.seconds_in_training(larger, H100).values())),
+        ]
     ]
 
 
 def best_meshes() -> str:
-    head = ["classes", "GPUs", "best mesh", "GB held", "GB sent", " / ".join(PARTS) + ", ms", "step, ms", "longest part"]
-    head += ["classes over all GPUs: ms, share of exchange", "tiles of 2³⁰: ms"]
-    return table(head, [steps_row(classes, ranks) for classes in CLASSES for ranks in RANKS])
+    head = ["classes", "GPUs", "best mesh", "GB held", "step, ms", "longest part", "exchange", "tiles of 2³⁰, ms"]
+    return table(head, [row for classes in CLASSES for ranks in RANKS for row in steps_rows(classes, ranks)])
 
 
 def page(text: str) -> str:

@@ -14,7 +14,7 @@ from largemargin.lab.paper_lines import lines_of, moments, number_text
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / "results").is_dir(), reason="the source distribution has no records")
-PAGE = ROOT / "docs" / "reproduce.md"
+PAGE = ROOT / "docs" / "measured.md"
 FULL_SIZE = ROOT / "results" / "cifar100"
 NAMES = {
     ("softmax", None): "softmax",
