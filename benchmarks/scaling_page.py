@@ -30,12 +30,12 @@ def record() -> dict[str, Any]:
 def measured(found: dict[str, Any]) -> str:
     lines = found["MiB a process"]
     rows = [
-        [f"{classes:,}", *(f"{values[i]:g} MiB" for values in lines.values())]
+        [f"{classes:,}", *(f"{values[i]:,.0f}" for values in lines.values())]
         for i, classes in enumerate(found["classes"])
         if i in (0, 3, 5, 7)
     ]
     rows_width = "{} rows of width {}".format(*found["rows, width"])
-    return f"{table(['classes', *lines], rows)}\n\n{rows_width}, float32; {words_of_machine(found)}."
+    return f"{table(['MiB for classes', *lines], rows)}\n\n{rows_width}, float32; {words_of_machine(found)}."
 
 
 def check_of_seconds(found: dict[str, Any]) -> str:
@@ -47,12 +47,12 @@ def check_of_seconds(found: dict[str, Any]) -> str:
     for ranks, seconds in timed["seconds a step"].items():
         for classes, measured in zip(timed["classes"], seconds, strict=True):
             predicted = sum(cost_model.seconds(Problem(num_rows, width, classes, int(ranks)), here).values())
-            rows.append([ranks, f"{classes:,}", f"{measured:.2f} s", f"{predicted:.2f} s"])
+            rows.append([f"{ranks}×{classes:,}", f"{measured:.2f}", f"{predicted:.2f}"])
     said = (
         f"One thread: {here.flop / 1e9:.3g} GFLOP/s in products, {here.memory / 1e9:.3g} GB/s in the loss of a tile, "
         f"{here.inside / 1e9:.3g} GB/s between two processes."
     )
-    return f"{said}\n\n{table(['ranks', 'classes', 'step, measured', 'step, from the three rates'], rows)}"
+    return f"{said}\n\n{table(['ranks×classes', 'step, measured, s', 'step, from the three rates, s'], rows)}"
 
 
 def most_classes(ranks: int, fused: bool, split: bool) -> int:
