@@ -136,7 +136,9 @@ def write(name: str, record: dict[str, object], path: Path | None = None) -> Pat
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+    """A table of Markdown."""
+    first, *others = (f"| {' | '.join(cells)} |" for cells in [head, *rows])
+    return "\n".join([first, "|---" * len(head) + "|", *others])
 
 
 def words_of_machine(record: dict[str, Any]) -> str:

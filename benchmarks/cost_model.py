@@ -2,7 +2,7 @@
 
 A step is the forward and backward pass of a linear classifier and its loss. Counts follow from the algorithms, and tests compare them with
 what real ranks hold and send. Seconds are counts over three measured or assumed rates: of FLOP, of memory, of links. Nothing overlaps.
-The formulas are explained in docs/scaling.md.
+docs/scaling.md explains the model in words.
 """
 
 import math

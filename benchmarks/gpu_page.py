@@ -18,11 +18,10 @@ def section(records: Records) -> str:
         "## GPU",
         ""
         if records
-        else "Nothing has been measured on a GPU yet: `make gpu` does it. The Triton kernels of the whole loss have run only in Triton's\n"
-        "interpreter, on a CPU.",
-        "`make gpu` runs the tests and benchmarks on a GPU, in 8 minutes and with the Python at hand, and keeps their records in\n"
-        "`results/gpu/`; `python benchmarks/gpu_all.py --help` says what it needs. The goals:",
-        table(["", "found", "goal", ""], rows),
+        else "Nothing has been measured on a GPU yet. The Triton kernels of the whole loss have run only in Triton's interpreter.",
+        "`make gpu` runs the tests and benchmarks on a GPU, in 8 minutes, and keeps their records in `results/gpu/`.\n"
+        "`python benchmarks/gpu_all.py --help` says what it needs.",
+        table(["", "found", "goal", ""], rows) if records else "",
     ]
     details = {"kernels": kernels, "linear": linear, "training": training}
     for name, page in details.items():

@@ -19,7 +19,6 @@ ROWS_A_RANK, WIDTH = 64, 512
 CLASSES = (10**7, 10**8, 10**9)
 RANKS = (8, 64, 512, 4096)
 LARGE_TILE = 2**30
-PARTS = ("products", "loss", "classes", "data", "AdamW")
 BLOCK = re.compile(r"(<!-- (\w+), by benchmarks/scaling_page.py -->\n).*?(\n<!-- end -->)", re.DOTALL)
 
 
@@ -31,29 +30,30 @@ def record() -> dict[str, Any]:
 def measured(found: dict[str, Any]) -> str:
     lines = found["MiB a process"]
     rows = [
-        [f"{classes:,}", *(f"{values[i]:g} MiB" for values in lines.values())]
+        [f"{classes:,}", *(f"{values[i]:,.0f}" for values in lines.values())]
         for i, classes in enumerate(found["classes"])
         if i in (0, 3, 5, 7)
     ]
     rows_width = "{} rows of width {}".format(*found["rows, width"])
-    return f"{table(['classes', *lines], rows)}\n\n{rows_width}, float32; {words_of_machine(found)}."
+    return f"{table(['MiB for classes', *lines], rows)}\n\n{rows_width}, float32; {words_of_machine(found)}."
 
 
 def check_of_seconds(found: dict[str, Any]) -> str:
-    """The rates of the machine that measured, and its steps beside what the model makes of these rates."""
+    """The rates of the machine that measured, and how far the model is from its steps."""
     timed, (num_rows, width) = found["one thread a process"], found["rows, width"]
     rates = timed["a second"]
     here = Cluster(rates["FLOP"], rates["memory, bytes"], rates["link, bytes"], rates["link, bytes"])
-    rows = []
-    for ranks, seconds in timed["seconds a step"].items():
-        for classes, measured in zip(timed["classes"], seconds, strict=True):
-            predicted = sum(cost_model.seconds(Problem(num_rows, width, classes, int(ranks)), here).values())
-            rows.append([ranks, f"{classes:,}", f"{measured:.2f} s", f"{predicted:.2f} s"])
-    said = (
-        f"One thread: {here.flop / 1e9:.3g} GFLOP/s in products, {here.memory / 1e9:.3g} GB/s in the loss of a tile, "
-        f"{here.inside / 1e9:.3g} GB/s between two processes."
+    ratios = [
+        sum(cost_model.seconds(Problem(num_rows, width, classes, int(ranks)), here).values()) / measured
+        for ranks, seconds in timed["seconds a step"].items()
+        for classes, measured in zip(timed["classes"], seconds, strict=True)
+    ]
+    return (
+        f"One thread reaches {here.flop / 1e9:.3g} GFLOP/s in products, {here.memory / 1e9:.3g} GB/s in the loss of a tile, and "
+        f"{here.inside / 1e9:.3g} GB/s between two processes.\n"
+        f"From these rates the model predicts {len(ratios)} steps of one and two ranks. "
+        f"It gives {min(ratios):.2f} to {max(ratios):.2f} times their measured time."
     )
-    return f"{said}\n\n{table(['ranks', 'classes', 'step, measured', 'step, from the three rates'], rows)}"
 
 
 def most_classes(ranks: int, fused: bool, split: bool) -> int:
@@ -86,7 +86,7 @@ def longest_part(problem: Problem) -> str:
     parts = cost_model.seconds_in_training(problem, H100)
     by_memory = cost_model.moved_by_products(problem) / H100.memory > cost_model.flop(problem) / H100.flop
     named = {
-        f"products, by {'memory' if by_memory else 'FLOP'}": parts["products"],
+        "memory" if by_memory else "FLOP": parts["products"],
         "loss": parts["loss"],
         "exchange": exchange_seconds(parts),
         "AdamW": parts["AdamW"],
@@ -98,32 +98,30 @@ def exchange_seconds(parts: dict[str, float]) -> float:
     return parts["classes"] + parts["data"]
 
 
-def steps_row(classes: int, ranks: int) -> list[str]:
+def steps_rows(classes: int, ranks: int) -> list[list[str]]:
+    """The line of a size and a cluster, if any mesh holds it."""
     problems = cost_model.meshes(ROWS_A_RANK, WIDTH, classes, ranks)
     best = cost_model.best(problems, H100, H100_BYTES)
     larger = cost_model.best(cost_model.meshes(ROWS_A_RANK, WIDTH, classes, ranks, tile=LARGE_TILE), H100, H100_BYTES)
-    cells = [f"{classes:,}", f"{ranks:,}"]
     if best is None or larger is None:
-        least = min(map(cost_model.held_in_training, problems))
-        return [*cells, "does not fit", f"{least / 1e9:,.0f}", *["–"] * 6]
-    parts, of_larger, of_all = (cost_model.seconds_in_training(problem, H100) for problem in (best, larger, problems[-1]))
+        return []
+    parts = cost_model.seconds_in_training(best, H100)
     return [
-        *cells,
-        f"{best.class_ranks:,} × {best.data_ranks:,}",
-        f"{cost_model.held_in_training(best) / 1e9:.3g}",
-        f"{cost_model.sent(best) / 1e9:.2g}",
-        " / ".join(milliseconds(parts[name]) for name in PARTS),
-        milliseconds(sum(parts.values())),
-        longest_part(best),
-        f"{milliseconds(sum(of_all.values()))}, {exchange_seconds(of_all) / sum(of_all.values()):.0%}",
-        milliseconds(sum(of_larger.values())),
+        [
+            f"{classes:,}",
+            f"{ranks:,}",
+            f"{best.class_ranks:,}×{best.data_ranks:,}",
+            milliseconds(sum(parts.values())),
+            longest_part(best),
+            f"{exchange_seconds(parts) / sum(parts.values()):.0%}",
+            milliseconds(sum(cost_model.seconds_in_training(larger, H100).values())),
+        ]
     ]
 
 
 def best_meshes() -> str:
-    head = ["classes", "GPUs", "best mesh", "GB held", "GB sent", " / ".join(PARTS) + ", ms", "step, ms", "longest part"]
-    head += ["classes over all GPUs: ms, share of exchange", "tiles of 2³⁰: ms"]
-    return table(head, [steps_row(classes, ranks) for classes in CLASSES for ranks in RANKS])
+    head = ["classes", "GPUs", "best mesh", "step, ms", "longest part", "exchange", "tiles of 2³⁰, ms"]
+    return table(head, [row for classes in CLASSES for ranks in RANKS for row in steps_rows(classes, ranks)])
 
 
 def page(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -19,6 +20,7 @@ pytest.importorskip("material")
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 LOADS = {"script": "src", "img": "src", "link": "href", "iframe": "src", "source": "src", "image": "href", "use": "href"}
 
 
@@ -126,3 +128,38 @@ def test_the_search_has_every_page(site):
     index = (site / "search" / "search_index.js").read_text()  # read by a script tag, so that it works from file:// too
     for word in ("L-Softmax", "fuse_large_margin_loss", "weights_only"):
         assert word in index
+
+
+def test_the_menu_has_five_groups_and_every_page(site, pages):
+    text = (site / "index.html").read_text()
+    assert len(re.findall(r'<li class="md-tabs__item', text)) == 5
+    home = {(site / urlsplit(link).path).resolve() for link in pages[site / "index.html"].links if not urlsplit(link).scheme}
+    assert {path for path in pages if path.name != "404.html"} <= home
+
+
+def test_pages_have_a_dark_palette_and_code_can_be_copied(site):
+    text = (site / "index.html").read_text()
+    assert {"default", "slate"} == set(re.findall(r'data-md-color-scheme="(\w+)" data-md-color-primary', text.partition("<form")[2]))
+    assert '"content.code.copy"' in text
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian's package chromium), which is not installed")
+def test_no_page_is_wider_than_a_phone(site, tmp_path):
+    # one page has all others in frames of the width of a phone, and writes down those that are wider
+    names = sorted(path.name for path in site.glob("*.html") if path.name != "404.html")
+    frames = "".join(f'<iframe src="{name}" width="390" height="844"></iframe>' for name in names)
+    probe = """<script>addEventListener("load", () => {
+      const frames = [...document.querySelectorAll("iframe")];
+      const wide = frames.filter(frame => frame.contentDocument.documentElement.scrollWidth > 390);
+      document.body.dataset.probe = [frames.length, ...wide.map(frame => frame.getAttribute("src"))].join();
+    });</script>"""
+    page = site / "phone_probe.html"
+    page.write_text(f"<!doctype html><title>probe</title><body>{frames}{probe}</body>")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--allow-file-access-from-files"]
+    command += ["--disable-background-networking", f"--user-data-dir={tmp_path}", "--dump-dom", page.as_uri()]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    finally:
+        page.unlink()
+    found = re.search(r'data-probe="([^"]*)"', done.stdout)
+    assert found and found[1] == str(len(names)), done.stdout[-300:] + done.stderr[-300:]
