@@ -84,7 +84,7 @@ def local_rows(input: Any, target: Tensor, weight: Tensor | None) -> LocalRows:
             placements.append(Replicate())
         elif placement.dim % input.dim() != class_dim:
             placements.append(Sharded(placement.dim % input.dim()))
-        elif over is None and class_dim == placement.dim % input.dim():
+        elif over is None:
             over = mesh_dim
             placements.append(Sharded(class_dim))
         else:  # the classes are split twice: undo the second split
@@ -118,16 +118,10 @@ def local_rows(input: Any, target: Tensor, weight: Tensor | None) -> LocalRows:
         if is_sum:
             parts = [Partial() if type(p) is Sharded else Replicate() for p in of_rows]
             return DTensor.from_local(result, mesh, parts, run_check=False).redistribute(placements=[Replicate()] * mesh.ndim)
-        shape, stride = _shape_without(input, class_dim)
-        return DTensor.from_local(result, mesh, of_rows, run_check=False, shape=shape, stride=stride)
+        like = torch.empty([size for dim, size in enumerate(input.shape) if dim != class_dim], device="meta")
+        return DTensor.from_local(result, mesh, of_rows, run_check=False, shape=like.shape, stride=like.stride())
 
     return LocalRows(logits, target, weight, shard, to_dtensor)
-
-
-def _shape_without(input: Tensor, class_dim: int) -> tuple[torch.Size, tuple[int, ...]]:
-    shape = [size for dim, size in enumerate(input.shape) if dim != class_dim]
-    like = torch.empty(shape, device="meta")
-    return like.shape, like.stride()
 
 
 def check_no_probabilities(input: Tensor, target: Tensor) -> None:
