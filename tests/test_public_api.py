@@ -110,3 +110,11 @@ def test_the_changelog_begins_with_this_version():
         assert newest == "Unreleased"
     else:
         assert re.fullmatch(rf"{re.escape(largemargin.__version__)} - \d{{4}}-\d\d-\d\d", newest)
+
+
+def test_a_loss_is_found_where_pickles_of_earlier_versions_name_it():
+    import largemargin.losses
+
+    assert largemargin.losses.LargeMarginCrossEntropyLoss is largemargin.LargeMarginCrossEntropyLoss
+    with pytest.raises(AttributeError, match=r"largemargin\.losses.*no_such_loss"):
+        largemargin.losses.no_such_loss  # noqa: B018
