@@ -113,14 +113,13 @@ def steps_rows(classes: int, ranks: int) -> list[list[str]]:
             f"{best.class_ranks:,}×{best.data_ranks:,}",
             milliseconds(sum(parts.values())),
             longest_part(best),
-            f"{exchange_seconds(parts) / sum(parts.values()):.0%}",
             milliseconds(sum(cost_model.seconds_in_training(larger, H100).values())),
         ]
     ]
 
 
 def best_meshes() -> str:
-    head = ["classes", "GPUs", "best mesh", "step, ms", "longest part", "exchange", "tiles of 2³⁰, ms"]
+    head = ["classes", "GPUs", "best mesh", "step, ms", "longest part", "tiles of 2³⁰, ms"]
     return table(head, [row for classes in CLASSES for ranks in RANKS for row in steps_rows(classes, ranks)])
 
 
