@@ -86,6 +86,8 @@ MAKERS: dict[str, Maker] = {
     "large_margin_cross_entropy": of_logits(largemargin.large_margin_cross_entropy),
     "soft targets": lambda device: (largemargin.large_margin_cross_entropy, (logits(device), torch.rand(N, C, device=device))),
     "row losses": row_losses,
+    "two_way_multilabel": lambda device: (largemargin.two_way_multilabel, (logits(device), torch.ones(N, C, device=device).tril())),
+    "TwoWayMultilabelLoss": lambda device: (largemargin.TwoWayMultilabelLoss(), (logits(device), torch.ones(N, C, device=device).tril())),
     "linear_large_margin_cross_entropy": lambda device: (
         largemargin.linear_large_margin_cross_entropy,
         (features(device), classes(device), target(device)),
@@ -104,6 +106,8 @@ MAKERS: dict[str, Maker] = {
     "CosineLinear": head(heads.CosineLinear),
     "CosineLinear arcface": head(heads.CosineLinear, kind="arcface"),
     "CosineLinear insightface": head(heads.CosineLinear, kind="arcface_insightface"),
+    "CosineLinear sphereface": head(heads.CosineLinear, kind="sphereface", subcenters=2, schedule=schedules.AnnealedLambda.mnist),
+    "TVMFLinear": head(heads.TVMFLinear),
     "GaussianMixtureHead": head(heads.GaussianMixtureHead),
     "GaussianMixtureHead diagonal": head(heads.GaussianMixtureHead, covariance="diagonal", alpha=schedules.SteppedAlpha),
     "GaussianMixtureHead likelihood": head(heads.GaussianMixtureHead, likelihood=True),

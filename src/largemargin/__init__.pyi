@@ -33,6 +33,8 @@ from .losses.long_tail import LDAMLoss as LDAMLoss
 from .losses.long_tail import LogitAdjustedLoss as LogitAdjustedLoss
 from .losses.long_tail import ldam as ldam
 from .losses.long_tail import logit_adjusted as logit_adjusted
+from .losses.multilabel import TwoWayMultilabelLoss as TwoWayMultilabelLoss
+from .losses.multilabel import two_way_multilabel as two_way_multilabel
 from .losses.noise_robust import GeneralizedCrossEntropyLoss as GeneralizedCrossEntropyLoss
 from .losses.noise_robust import NormalizedReverseCrossEntropyLoss as NormalizedReverseCrossEntropyLoss
 from .losses.noise_robust import SymmetricCrossEntropyLoss as SymmetricCrossEntropyLoss

@@ -287,6 +287,24 @@ def check_class_counts(class_counts: object, input: Tensor) -> Tensor:
     return counts
 
 
+def check_multi_hot(input: object, target: object) -> None:
+    """Check logits (N, C) and a target of the same shape."""
+    check_tensor("input", input)
+    check_tensor("target", target)
+    assert isinstance(input, Tensor) and isinstance(target, Tensor)
+    if input.dim() != 2 or input.dtype not in FLOATING:
+        raise ValueError(f"input must be floating logits of shape (N, C), got {describe(input)}; move other dimensions into N")
+    if target.shape != input.shape or target.dtype.is_complex:
+        raise ValueError(
+            f"target must have the shape of input, {tuple(input.shape)}, and be above 0 where a sample has a class, got "
+            f"{describe(target)}; torch.nn.functional.one_hot converts class indices"
+        )
+    for name, value in (("input", input), ("target", target)):
+        if is_dtensor(value):
+            raise TypeError(f"{name} is a DTensor, but a class is compared over all samples; pass {name}.full_tensor()")
+    check_same_device("target", target, input)
+
+
 def check_linear(
     input: object, linear_weight: object, linear_bias: object, num_classes: object, whose: str = "", sharded: bool = False
 ) -> None:

@@ -9,6 +9,7 @@ from .gaussian_mixture import GaussianMixtureHead
 from .lsoftmax import LSoftmaxLinear
 from .noisy import NoisySoftmaxLinear
 from .super_symmetric import SuperSymmetricLinear, super_symmetry_penalty
+from .t_vmf import TVMFLinear
 
 __all__ = [
     "CenterLoss",
@@ -17,5 +18,6 @@ __all__ = [
     "LSoftmaxLinear",
     "NoisySoftmaxLinear",
     "SuperSymmetricLinear",
+    "TVMFLinear",
     "super_symmetry_penalty",
 ]
