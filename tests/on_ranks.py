@@ -1008,6 +1008,15 @@ def arcface() -> torch.nn.Module:
     return heads.CosineLinear(6, 4, margin=0.3, kind="arcface", dtype=torch.float64)
 
 
+def sphereface() -> torch.nn.Module:
+    schedule = AnnealedLambda.for_steps(10)
+    return heads.CosineLinear(6, 4, kind="sphereface", margin=2, subcenters=2, schedule=schedule, dtype=torch.float64)
+
+
+def t_vmf() -> torch.nn.Module:
+    return heads.TVMFLinear(6, 4, kappa=4.0, dtype=torch.float64)
+
+
 def center() -> torch.nn.Module:
     return heads.CenterLoss(6, 4, as_parameter=True, dtype=torch.float64)
 

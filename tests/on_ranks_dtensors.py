@@ -1,6 +1,7 @@
 """What the ranks of the tests of DTensors do: each function runs in a process of its own, on every rank of ``group``."""
 
 import copy
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import cast
@@ -31,6 +32,7 @@ from largemargin.heads.super_symmetric import super_symmetry_penalty
 from largemargin.lab._torchvision import import_torchvision
 from measure import assert_within, same_bits
 from on_ranks import Rows
+from row_losses import OTHERS
 
 HINGES: dict[str, Callable[..., Tensor]] = {
     "hard_margin": hard_margin_softplus,
@@ -78,6 +80,20 @@ def hinge_equals_whole(
     if expected.isfinite().all():
         assert_within(cast(DTensor, logits.grad).full_tensor(), leaf.grad, 16, 4)
     return loss.full_tensor().detach()
+
+
+def row_losses_equal_whole(group: dist.ProcessGroup, mesh_shape: tuple[int, ...], places: tuple[str, ...]) -> None:
+    """Every other loss of class indices, with the regulariser, the options of its case, and each reduction."""
+    for case, reduction in zip(OTHERS, itertools.cycle(("none", "sum", "mean"))):
+        rows = tied(9)
+        options = {**case.options, **case.of_classes(9), "lam": 0.3, "reduction": reduction}
+        logits, leaf = placed(rows, mesh_shape, places).requires_grad_(), rows.logits.clone().requires_grad_()
+        loss, expected = (case.function(f, rows.target, rows.weight, **options) for f in (logits, leaf))
+        whole = cast(DTensor, loss).full_tensor()
+        assert_within(whole, expected.detach(), 64 + expected.detach().abs().nan_to_num(posinf=0.0), 8)
+        whole[whole.isfinite()].sum().backward()
+        expected[expected.isfinite()].sum().backward()
+        assert_within(cast(DTensor, logits.grad).full_tensor(), leaf.grad, 64, 8)
 
 
 def statistics_equal_whole(group: dist.ProcessGroup, mesh_shape: tuple[int, ...], places: tuple[str, ...], num_classes: int) -> Tensor:

@@ -3,6 +3,7 @@
 import ast
 import ctypes
 import inspect
+import math
 import re
 import sys
 import tomllib
@@ -156,19 +157,22 @@ def worked_examples() -> list[str]:
 def test_the_loss_of_the_contributing_page_is_a_loss(rng):
     names: dict[str, Any] = {}
     exec(worked_examples()[0], names)
-    function, module = names["generalized_cross_entropy"], names["GeneralizedCrossEntropyLoss"]
-    assert list(inspect.signature(function).parameters) == ["input", "target", "weight", "q", "ignore_index", "reduction"]
-    assert "ignore_index: " in function.__doc__ and repr(module(q=0.5)) == (
-        "GeneralizedCrossEntropyLoss(q=0.5, ignore_index=-100, reduction='mean')"
-    )
+    function, module = names["huberized_cross_entropy"], names["HuberizedCrossEntropyLoss"]
+    assert list(inspect.signature(function).parameters) == ["input", "target", "weight", "tau", "lam", "ignore_index", "reduction"]
+    assert "ignore_index: " in function.__doc__ and "lam: " in function.__doc__
+    assert repr(module(tau=5.0)) == "HuberizedCrossEntropyLoss(tau=5.0, lam=0.0, ignore_index=-100, reduction='mean')"
     input, target, weight = torch.randn(6, 5, generator=rng), torch.tensor([0, 1, 4, -100, 2, 2]), torch.rand(5, generator=rng)
     kept, p = target >= 0, input.double().softmax(-1)
-    losses = (1 - p[kept, target[kept]] ** 0.5) / 0.5
+    p = p[kept, target[kept]]
+    assert (p > 1 / 10).any() and (p < 1 / 10).any()
+    losses = torch.where(p > 1 / 10, -p.log(), 1 + math.log(10) - 10 * p)
     expected = (losses * weight[target[kept]]).sum() / weight[target[kept]].sum()
-    assert_within(module(weight, q=0.5)(input, target), expected, 1.0, 8)
-    with pytest.raises(ValueError, match="q must be above 0"):
-        function(input, target, q=0.0)
-    with pytest.raises(TypeError, match=r"generalized_cross_entropy\(\) got an unexpected keyword argument 'gamma'"):
+    assert_within(module(weight)(input, target), expected, 4.0, 8)
+    regularised = function(input, target, lam=0.3, reduction="none") - function(input, target, reduction="none")
+    assert_within(regularised, 0.3 * largemargin.divergence(largemargin.row_stats(input.double(), target)), 4.0, 8)
+    with pytest.raises(ValueError, match="tau must be finite and at least 1"):
+        function(input, target, tau=0.0)
+    with pytest.raises(TypeError, match=r"huberized_cross_entropy\(\) got an unexpected keyword argument 'gamma'"):
         function(input, target, gamma=1.0)
 
 

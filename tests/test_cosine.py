@@ -1,4 +1,4 @@
-"""Cosine logits and the margins of CosFace and ArcFace, against the angles themselves."""
+"""Cosine logits and the margins of CosFace, ArcFace and SphereFace, against the angles themselves."""
 
 import copy
 import math
@@ -15,17 +15,18 @@ from largemargin import (
     multiclass_hinge,
 )
 from largemargin.heads.cosine import CosineLinear
+from largemargin.schedules import AnnealedLambda
 from measure import assert_within, compiles, same_bits
 
-KINDS = ("cosface", "arcface", "arcface_insightface")
-MARGINS = {"cosface": 0.35, "arcface": 0.5, "arcface_insightface": 0.5}
+MARGINS = {"cosface": 0.35, "arcface": 0.5, "arcface_insightface": 0.5, "sphereface": 4}
+KINDS = tuple(MARGINS)
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def make(kind: str, rng: torch.Generator, device: torch.device, dtype: torch.dtype = torch.float64, **options) -> CosineLinear:
     head = CosineLinear(6, 5, kind=kind, **{"scale": 16.0, "margin": MARGINS[kind], "dtype": dtype, **options}).to(device)
     with torch.no_grad():
-        head.weight.copy_(torch.randn(5, 6, generator=rng))
+        head.weight.copy_(torch.randn(head.weight.shape, generator=rng))
     return head
 
 
@@ -40,6 +41,10 @@ def angle(x: list[float], w: list[float]) -> float:
 
 def expected_logit(kind: str, theta: float, is_target: bool, scale: float = 16.0) -> float:
     margin = MARGINS[kind] if is_target else 0.0
+    if kind == "sphereface":
+        m = MARGINS[kind] if is_target else 1
+        k = int(m * theta / math.pi)
+        return scale * ((-1) ** k * math.cos(m * theta) - 2 * k)
     if kind == "cosface":
         return scale * (math.cos(theta) - margin)
     if kind == "arcface" and theta > math.pi - margin:
@@ -78,11 +83,12 @@ def test_lengths_do_not_matter_and_rotations_do_not_either(kind, rng, device):
     head = make(kind, rng, device)
     x, y = rows(rng, device)
     logits = head(x, y)
-    assert_within(head(x * torch.rand(8, 1, generator=rng).to(device), y), logits, 16.0, 8)
+    scale = 16.0 * (MARGINS[kind] ** 2 if kind == "sphereface" else 1)  # the slope of cos(m theta) by the cosine
+    assert_within(head(x * torch.rand(8, 1, generator=rng).to(device), y), logits, scale, 8)
     rotation = torch.linalg.qr(torch.randn(6, 6, generator=rng, dtype=torch.float64).to(device)).Q
     with torch.no_grad():
         head.weight.copy_(head.weight @ rotation * 3)
-    assert_within(head(x @ rotation, y), logits, 16.0, 8)
+    assert_within(head(x @ rotation, y), logits, scale, 8)
 
 
 @each_kind
@@ -117,10 +123,49 @@ def test_cosface_is_the_hard_bias_of_the_fused_loss(options, rng, device):
             assert_within(got, expected, 64.0, 4)
 
 
+# sub-centers
+
+
+@each_kind
+def test_a_class_is_as_near_as_its_nearest_subcenter(kind, rng, device):
+    head, single = make(kind, rng, device, subcenters=3), make(kind, rng, device)
+    x, y = rows(rng, device)
+    centers = head.weight.detach().reshape(5, 3, 6)
+    nearest = F.cosine_similarity(x[:, None, None], centers, dim=-1).argmax(-1)  # (rows, classes)
+    for i in range(8):
+        results = []
+        for module, weight in ((head, head.weight), (single, single.weight)):
+            with torch.no_grad():
+                single.weight.copy_(centers[torch.arange(5, device=device), nearest[i]])
+            logits = module(x[i : i + 1], y[i : i + 1])
+            (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y[i : i + 1].clamp(min=0)), weight)
+            results.append((logits.detach(), gradient))
+        (logits, gradient), (expected, of_nearest) = results
+        assert_within(logits, expected, 64.0, 4)
+        is_nearest = F.one_hot(nearest[i], 3).bool().flatten()
+        assert_within(gradient[is_nearest], of_nearest, 64.0, 4)
+        assert not gradient[~is_nearest].any()
+    assert head.weight.shape == (15, 6) and "subcenters=3" in repr(head)
+
+
+def test_the_schedule_of_sphereface_leads_from_the_plain_logit_to_the_margin(rng, device):
+    head = make("sphereface", rng, device, schedule=AnnealedLambda(base=1.0, gamma=1.0, power=1.0, lambda_min=0.0)).to(device)
+    whole, (x, y) = make("sphereface", rng, device), rows(rng, device)
+    with torch.no_grad():
+        whole.weight.copy_(head.weight)
+    plain, margin = head(x), whole(x, y)
+    for step in (1, 2, 3):
+        lam = 1 / (1 + step)
+        assert_within(head(x, y), ((lam * plain + margin) / (1 + lam)).detach(), 256.0, 4)
+    assert int(head.schedule.step) == 3 and "schedule.step" in head.state_dict()
+    head.reset_parameters()
+    assert int(head.schedule.step) == 0
+
+
 # gradients
 
 
-@pytest.mark.parametrize("kind", ["cosface", "arcface"])
+@pytest.mark.parametrize("kind", ["cosface", "arcface", "sphereface"])
 def test_gradcheck(kind, rng, device):
     head = make(kind, rng, device)
     x, y = rows(rng, device)
@@ -171,7 +216,7 @@ def test_arcface_falls_with_the_angle_without_a_step(device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @each_kind
 def test_gradients_are_finite_on_the_axis_and_at_zero(kind, dtype, device):
-    head = CosineLinear(3, 4, scale=64.0, margin=0.5, kind=kind, dtype=dtype).to(device)
+    head = CosineLinear(3, 4, scale=64.0, margin=2 if kind == "sphereface" else 0.5, kind=kind, dtype=dtype).to(device)
     with torch.no_grad():
         head.weight.copy_(torch.tensor([[0.1, 0.2, 0.3], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 5.0, 0.0]], device=device))
     # along the target, against it, zero features, a zero class
@@ -278,7 +323,12 @@ def test_equals_pytorch_metric_learning(kind, rng, device):
     [
         (ValueError, {"scale": 0.0}, "scale must be above 0, got 0.0; the papers use 30 or 64"),
         (ValueError, {"margin": -0.1}, "margin must be finite and at least 0"),
-        (ValueError, {"kind": "sphereface"}, "kind must be one of 'cosface'"),
+        (ValueError, {"kind": "normface"}, "kind must be one of 'cosface'"),
+        (ValueError, {"kind": "sphereface", "margin": 1.5}, "margin of kind='sphereface' must be an integer.* got 1.5; the paper uses 4"),
+        (ValueError, {"kind": "sphereface", "margin": 0}, "margin must be finite and at least 1"),
+        (ValueError, {"subcenters": 0}, "subcenters must be at least 1"),
+        (ValueError, {"schedule": AnnealedLambda.for_steps(10)}, "schedule anneals .*'sphereface', but kind is 'cosface'"),
+        (TypeError, {"kind": "sphereface", "schedule": 0.5}, "schedule must be None, or a Schedule"),
         (ValueError, {"kind": "arcface", "margin": 28.6}, "radians"),
         (ValueError, {"num_classes": 0}, "num_classes must be at least 1"),
         (TypeError, {"in_features": 2.5}, "in_features must be an int"),
@@ -292,7 +342,7 @@ def test_wrong_options(error, options, words):
 @each_kind
 def test_the_margin_is_that_of_the_paper_unless_it_is_given(kind, device):
     assert CosineLinear(6, 5, kind=kind).margin == MARGINS[kind]
-    head = CosineLinear(6, 5, kind=kind, margin=0.0).to(device)
+    head = CosineLinear(6, 5, kind=kind, margin=1 if kind == "sphereface" else 0.0).to(device)
     features, target = torch.randn(4, 6).to(device), torch.arange(4, device=device)
     assert same_bits(head(features, target), head(features)) and head.hard_bias == 0
 
@@ -302,6 +352,8 @@ def test_wrong_calls(rng):
     x, y = rows(rng, CPU)
     with pytest.raises(ValueError, match="hard_bias is the margin of kind='cosface'"):
         _ = head.hard_bias
+    with pytest.raises(ValueError, match=r"weights\(\) needs subcenters=1, got 3"):
+        make("arcface", rng, CPU, subcenters=3).weights()
     with pytest.raises(ValueError, match=r"target must be int64 class indices of shape \(8,\)"):
         head(x, y[:4])
     with pytest.raises(ValueError, match=r"target.long\(\)"):

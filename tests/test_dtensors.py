@@ -22,6 +22,11 @@ def test_hinges_equal_those_of_the_full_tensor(ranks, name, mesh, places):
 
 
 @each_layout
+def test_other_row_losses_equal_those_of_the_full_tensor(ranks, mesh, places):
+    ranks.assert_on(4, on_ranks_dtensors.row_losses_equal_whole, mesh, places)
+
+
+@each_layout
 def test_statistics_equal_those_of_the_full_tensor(ranks, mesh, places):
     for num_classes in (9, 3):
         ranks.assert_on(4, on_ranks_dtensors.statistics_equal_whole, mesh, places, num_classes)

@@ -10,16 +10,22 @@ import on_ranks
 from largemargin import (
     HardMarginSoftplusLoss,
     LargeMarginCrossEntropyLoss,
-    crammer_singer_hinge,
-    hard_margin_softplus,
     heads,
     large_margin_cross_entropy,
-    multiclass_hinge,
     schedules,
 )
 from measure import compiles
+from row_losses import ROW_LOSSES
 
-HEADS = [on_ranks.lsoftmax, on_ranks.gaussian_mixture, on_ranks.super_symmetric, on_ranks.cosface, on_ranks.arcface]
+HEADS = [
+    on_ranks.lsoftmax,
+    on_ranks.gaussian_mixture,
+    on_ranks.super_symmetric,
+    on_ranks.cosface,
+    on_ranks.arcface,
+    on_ranks.sphereface,
+    on_ranks.t_vmf,
+]
 MODULES = [value for value in map(heads.__dict__.get, heads.__all__) if inspect.isclass(value)]
 each_head = pytest.mark.parametrize("make", HEADS, ids=lambda make: make.__name__)
 
@@ -36,16 +42,16 @@ def test_the_classes_of_a_cosine_head_can_be_split(ranks):
 
 
 @each_head
-@pytest.mark.parametrize("loss", [large_margin_cross_entropy, multiclass_hinge, crammer_singer_hinge, hard_margin_softplus])
-def test_every_loss_takes_the_logits_of_every_head(make, loss, rng, device):
+def test_every_loss_takes_the_logits_of_every_head(make, rng, device):
     head = make().to(device)
     features = torch.randn(2, 4, 6, generator=rng, dtype=torch.float64).to(device).requires_grad_()
     target = torch.tensor([[0, 1, 2, 3], [3, -100, 1, 0]], device=device)
-    logits = head(features, target)
-    value = loss(logits.movedim(-1, 1), target)
-    value.backward()
-    assert logits.shape == (2, 4, 4) and value.isfinite() and features.grad.isfinite().all()
-    assert (features.grad[1, 1] == 0).all()  # the ignored row
+    for loss in (large_margin_cross_entropy, *(case.loss for case in ROW_LOSSES)):
+        logits = head(features, target)
+        value = loss(logits.movedim(-1, 1), target)
+        (gradient,) = torch.autograd.grad(value, features)
+        assert logits.shape == (2, 4, 4) and value.isfinite() and gradient.isfinite().all()
+        assert (gradient[1, 1] == 0).all()  # the ignored row
 
 
 @each_head
@@ -76,6 +82,7 @@ NUMPYS = {
     "LargeMarginCrossEntropyLoss": lambda x: LargeMarginCrossEntropyLoss(lam=x, hard_bias=x, label_smoothing=x),
     "HardMarginSoftplusLoss": lambda x: HardMarginSoftplusLoss(margin=x),
     "CosineLinear": lambda x: heads.CosineLinear(6, 4, scale=x, margin=x),
+    "TVMFLinear": lambda x: heads.TVMFLinear(6, 4, kappa=x, scale=x),
     "GaussianMixtureHead": lambda x: heads.GaussianMixtureHead(6, 4, alpha=x, likelihood_weight=x),
     "NoisySoftmaxLinear": lambda x: heads.NoisySoftmaxLinear(6, 4, alpha_squared=x),
     "CenterLoss": lambda x: heads.CenterLoss(6, 4, alpha=x),
@@ -101,7 +108,13 @@ def test_public_names_are_there():
 
 @pytest.mark.parametrize(
     "head",
-    [heads.SuperSymmetricLinear(4, 3), heads.CosineLinear(4, 3, margin=0.0), heads.NoisySoftmaxLinear(4, 3, alpha_squared=0.0)],
+    [
+        heads.SuperSymmetricLinear(4, 3),
+        heads.TVMFLinear(4, 3),
+        heads.CosineLinear(4, 3, margin=0.0),
+        heads.CosineLinear(4, 3, kind="sphereface", margin=1),
+        heads.NoisySoftmaxLinear(4, 3, alpha_squared=0.0),
+    ],
     ids=str,
 )
 def test_a_head_without_a_margin_never_reads_the_target(head):
@@ -114,7 +127,9 @@ def test_a_head_without_a_margin_never_reads_the_target(head):
     ("head", "name", "value"),
     [
         (heads.CosineLinear(4, 3), "kind", "ArcFace"),
+        (heads.CosineLinear(4, 3, kind="sphereface"), "margin", 1.5),
         (heads.LSoftmaxLinear(4, 3), "angular_multiplier", 0),
+        (heads.TVMFLinear(4, 3), "kappa", -1.0),
         (heads.NoisySoftmaxLinear(4, 3), "alpha_squared", -1.0),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import largemargin
 from largemargin import heads, metrics, schedules
+from row_losses import ROW_LOSSES
 
 Maker = Callable[[torch.device], tuple[Callable[..., Any], tuple[Any, ...]]]
 N, D, C = 4, 8, 5
@@ -61,6 +62,14 @@ def divergence(device: torch.device) -> tuple[Callable[..., Any], tuple[Any, ...
     return lambda *given: largemargin.divergence(largemargin.row_stats(*given)), (logits(device), target(device))
 
 
+def row_losses(device: torch.device) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    def functions_and_modules(*given: Tensor) -> list[Tensor]:
+        modules = (case.module(**case.of_classes(C)).to(device) for case in ROW_LOSSES)
+        return [*(case.loss(*given) for case in ROW_LOSSES), *(module(*given) for module in modules)]
+
+    return functions_and_modules, (logits(device), target(device))
+
+
 def margin_metrics(device: torch.device) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     measured = metrics.MarginMetrics(device=device)
 
@@ -76,9 +85,9 @@ MAKERS: dict[str, Maker] = {
     "divergence": divergence,
     "large_margin_cross_entropy": of_logits(largemargin.large_margin_cross_entropy),
     "soft targets": lambda device: (largemargin.large_margin_cross_entropy, (logits(device), torch.rand(N, C, device=device))),
-    "multiclass_hinge": of_logits(largemargin.multiclass_hinge),
-    "crammer_singer_hinge": of_logits(largemargin.crammer_singer_hinge),
-    "hard_margin_softplus": of_logits(largemargin.hard_margin_softplus),
+    "row losses": row_losses,
+    "two_way_multilabel": lambda device: (largemargin.two_way_multilabel, (logits(device), torch.ones(N, C, device=device).tril())),
+    "TwoWayMultilabelLoss": lambda device: (largemargin.TwoWayMultilabelLoss(), (logits(device), torch.ones(N, C, device=device).tril())),
     "linear_large_margin_cross_entropy": lambda device: (
         largemargin.linear_large_margin_cross_entropy,
         (features(device), classes(device), target(device)),
@@ -91,15 +100,14 @@ MAKERS: dict[str, Maker] = {
     "LargeMarginCrossEntropyLoss": of_logits(largemargin.LargeMarginCrossEntropyLoss(label_smoothing=0.1)),
     "OpaqueLargeMarginLoss": of_logits(largemargin.OpaqueLargeMarginLoss()),
     "LargeMarginInSoftmaxLoss": of_logits(largemargin.LargeMarginInSoftmaxLoss()),
-    "MulticlassHingeLoss": of_logits(largemargin.MulticlassHingeLoss()),
-    "CrammerSingerHingeLoss": of_logits(largemargin.CrammerSingerHingeLoss()),
-    "HardMarginSoftplusLoss": of_logits(largemargin.HardMarginSoftplusLoss()),
     "LinearLargeMarginCrossEntropyLoss": fused,
     "CenterLoss": head(heads.CenterLoss),
     "CenterLoss as a parameter": head(heads.CenterLoss, as_parameter=True),
     "CosineLinear": head(heads.CosineLinear),
     "CosineLinear arcface": head(heads.CosineLinear, kind="arcface"),
     "CosineLinear insightface": head(heads.CosineLinear, kind="arcface_insightface"),
+    "CosineLinear sphereface": head(heads.CosineLinear, kind="sphereface", subcenters=2, schedule=schedules.AnnealedLambda.mnist),
+    "TVMFLinear": head(heads.TVMFLinear),
     "GaussianMixtureHead": head(heads.GaussianMixtureHead),
     "GaussianMixtureHead diagonal": head(heads.GaussianMixtureHead, covariance="diagonal", alpha=schedules.SteppedAlpha),
     "GaussianMixtureHead likelihood": head(heads.GaussianMixtureHead, likelihood=True),
@@ -150,9 +158,10 @@ def called(name: str, device: torch.device) -> list[Tensor]:
 
 
 def test_the_table_has_every_public_loss_head_and_metric():
+    of_rows = {name for case in ROW_LOSSES for name in (case.name, case.module.__name__)}
     ours = {*largemargin.__all__, *heads.__all__, *(cls.__name__ for cls in schedules.Schedule.__subclasses__())}
     ours |= {f"metrics.{name}" for name, value in vars(metrics).items() if inspect.getmodule(value) is metrics and name[0] != "_"}
-    assert ours - MAKERS.keys() == ELSEWHERE.keys()
+    assert ours - MAKERS.keys() - of_rows == ELSEWHERE.keys()
 
 
 @each_name

@@ -280,6 +280,42 @@ def check_weight(weight: object, input: Tensor, of_classes: int | None = None) -
     check_same_device("weight", weight, input)
 
 
+def check_class_counts(class_counts: object, input: Tensor) -> Tensor:
+    """The counts, as a plain tensor. Their values are checked where that is free."""
+    check_tensor("class_counts", class_counts)
+    assert isinstance(class_counts, Tensor)
+    counts: Tensor = class_counts.full_tensor() if is_dtensor(input) and is_dtensor(class_counts) else class_counts
+    check_plain("class_counts", counts)
+    expected = (num_classes(input),)
+    if tuple(counts.shape) != expected or counts.dtype not in (*FLOATING, torch.int64):
+        raise ValueError(
+            f"class_counts must be the number of training samples of each of the {expected[0]} classes, floating or int64 of shape "
+            f"{expected}, got {describe(counts)}; torch.bincount(labels, minlength={expected[0]}) counts them"
+        )
+    check_same_device("class_counts", counts, input)
+    if can_look_at(counts) and not bool((counts > 0).all()):
+        raise ValueError(f"class_counts must be above 0, but holds {float(counts.min()):g}; leave a class without samples out of input")
+    return counts
+
+
+def check_multi_hot(input: object, target: object) -> None:
+    """Check logits (N, C) and a target of the same shape."""
+    check_tensor("input", input)
+    check_tensor("target", target)
+    assert isinstance(input, Tensor) and isinstance(target, Tensor)
+    if input.dim() != 2 or input.dtype not in FLOATING:
+        raise ValueError(f"input must be floating logits of shape (N, C), got {describe(input)}; move other dimensions into N")
+    if target.shape != input.shape or target.dtype.is_complex:
+        raise ValueError(
+            f"target must have the shape of input, {tuple(input.shape)}, and be above 0 where a sample has a class, got "
+            f"{describe(target)}; torch.nn.functional.one_hot converts class indices"
+        )
+    for name, value in (("input", input), ("target", target)):
+        if is_dtensor(value):
+            raise TypeError(f"{name} is a DTensor, but a class is compared over all samples; pass {name}.full_tensor()")
+    check_same_device("target", target, input)
+
+
 def check_linear(
     input: object, linear_weight: object, linear_bias: object, num_classes: object, whose: str = "", sharded: bool = False
 ) -> None:

@@ -77,6 +77,11 @@ def softplus(x: Tensor) -> Tensor:
     return F.softplus(x, threshold=40)
 
 
+def error_probability(log_odds: Tensor) -> Tensor:
+    """1 - p of a row, with all digits."""
+    return torch.exp(-softplus(log_odds))  # not sigmoid(-l), which is 0 in float32 from 89 nats on: its e^l overflows
+
+
 @no_script
 def divergence(stats: RowStats, kind: Divergence = "symmetric") -> Tensor:
     r"""How far the non-target logits are from uniform: the paper's regulariser, differentiable.

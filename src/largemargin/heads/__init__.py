@@ -10,5 +10,6 @@ from .lsoftmax import LSoftmaxLinear as LSoftmaxLinear
 from .noisy import NoisySoftmaxLinear as NoisySoftmaxLinear
 from .super_symmetric import SuperSymmetricLinear as SuperSymmetricLinear
 from .super_symmetric import super_symmetry_penalty as super_symmetry_penalty
+from .t_vmf import TVMFLinear as TVMFLinear
 
 __all__ = [name for name, value in tuple(globals().items()) if getattr(value, "__module__", "").startswith(__name__)]

@@ -6,16 +6,17 @@ CONTRIBUTING.md shows how to write such a loss from beginning to end.
 import functools
 import inspect
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypedDict, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypedDict, cast, get_args
 
 from torch import Tensor, nn
 
 from .. import _checks
 from .._reduce import REDUCTIONS, Reduction, reduce_rows
-from .._shared import Documented, completed, takes
+from .._shared import Documented, takes
 from ..functional import large_margin_cross_entropy
-from ..rows import dense, dtensors
-from ..rowstats import RowStats
+from ..loss import divergence
+from ..rows import collectives, dense, dtensors
+from ..rowstats import RowStats, accumulation_dtype
 from ..tracing import as_one_call, refuse_script
 
 
@@ -26,11 +27,18 @@ class RowOptions(TypedDict, total=False):
     reduction: Reduction
 
 
-def _prototype(input: Tensor, target: Tensor, weight: Tensor | None = None) -> None:
+class RegularizedOptions(RowOptions, total=False):
+    """The options of a loss to which ``lam`` adds the paper's regulariser."""
+
+    lam: float
+
+
+def _prototype(input: Tensor, target: Tensor, weight: Tensor | None = None, *, lam: float = 0.0) -> None:
     """The arguments of every loss of class indices.
 
     Args:
         input, target, weight: as in :func:`large_margin_cross_entropy`; no probabilities.
+        lam: at least 0; adds the paper's regulariser, ``lam`` times the symmetric divergence (8) of the row, as eq. (11) does.
 
     Returns:
         A scalar, or with ``reduction="none"`` the loss of each row.
@@ -44,11 +52,11 @@ def _prototype(input: Tensor, target: Tensor, weight: Tensor | None = None) -> N
 def row_loss(function: Documented) -> Documented:
     """Make a public loss from ``function(input, target, weight=None, *, ..., **options: Unpack[RowOptions])``.
 
-    Its docstring needs only its own arguments, an example and the source.
+    With ``RegularizedOptions`` it has ``lam`` too. Its docstring needs only its own arguments, an example and the source.
     """
-    if function.__doc__ and _prototype.__doc__:
-        function.__doc__ = completed(function.__doc__, _prototype.__doc__, inspect.signature(function).parameters)
-    shown = takes(large_margin_cross_entropy, RowOptions.__annotations__)(function)
+    (kind,) = (p.annotation for p in inspect.signature(function).parameters.values() if p.kind is p.VAR_KEYWORD)
+    shared = get_args(kind)[0].__annotations__
+    shown = takes(large_margin_cross_entropy, shared)(takes(_prototype, shared)(function))
     known = inspect.signature(shown).parameters
 
     @functools.wraps(shown)
@@ -66,27 +74,50 @@ class LossRows(NamedTuple):
     weight: Tensor | None
     ignore_index: int
     reduction: Reduction
+    lam: float
     local: dtensors.LocalRows | None  # of a DTensor
 
     @classmethod
     def of(
-        cls, input: Tensor, target: Tensor, weight: Tensor | None, *, ignore_index: int = -100, reduction: Reduction = "mean"
+        cls,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        *,
+        lam: float = 0.0,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
     ) -> "LossRows":
+        _checks.check_number("lam", lam, low=0)
         _checks.check_word("reduction", reduction, REDUCTIONS)
         _checks.check_indices_of(input, target, ignore_index)
         _checks.check_weight(weight, input)
         if not _checks.is_dtensor(input):
             _checks.check_plain("target", target)
             _checks.check_plain("weight", weight)
-            return cls(dense.Rows.of(input, target, ignore_index), weight, ignore_index, reduction, None)
+            return cls(dense.Rows.of(input, target, ignore_index), weight, ignore_index, reduction, lam, None)
         local = dtensors.local_rows(input, target, weight)
-        return cls(local.rows(ignore_index), local.weight, ignore_index, reduction, local)
+        return cls(local.rows(ignore_index), local.weight, ignore_index, reduction, lam, local)
+
+    @property
+    def shard(self) -> collectives.Shard | None:
+        return None if self.local is None else self.local.shard
+
+    @property
+    def logits(self) -> Tensor:
+        """The logits (..., C) of the classes that are here, in at least float32."""
+        return self.rows.logits.to(accumulation_dtype(self.rows.logits.dtype))
+
+    def with_logits(self, logits: Tensor) -> "LossRows":
+        return self._replace(rows=self.rows._replace(logits=logits))
 
     def stats(self) -> RowStats:
         return dense.stats(self.rows, None) if self.local is None else self.local.stats(self.rows, None)
 
-    def reduce(self, losses: Tensor) -> Tensor:
-        """The weighted and reduced loss, from the loss of each row."""
+    def reduce(self, losses: Tensor, stats: RowStats | None = None) -> Tensor:
+        """The weighted and reduced loss, from the loss of each row. With ``lam`` it needs the statistics for the regulariser."""
+        if self.lam > 0 and stats is not None:
+            losses = losses + self.lam * divergence(stats)
         index = self.rows.labels.class_index
         if self.local is None:
             return reduce_rows(losses, index, self.weight, self.reduction)
@@ -105,7 +136,7 @@ class LossModule(nn.Module):
         return {name: getattr(self, name) for name in self._names}
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
+        return ", ".join(f"{name}={value!r}" for name, value in self._options().items() if not isinstance(value, Tensor))
 
     if TYPE_CHECKING:
 
@@ -117,7 +148,8 @@ class LossModule(nn.Module):
 class RowLoss(LossModule):
     """A loss of class indices as a module, with the options of its function as attributes.
 
-    It is not an ``nn.CrossEntropyLoss``, because a softmax of its input does not give probabilities.
+    An option is a number. One without a default is a tensor with an entry for each class, and becomes a buffer, as ``weight`` does.
+    The module is not an ``nn.CrossEntropyLoss``, because a softmax of its input does not give probabilities.
     """
 
     ignore_index: int
@@ -139,6 +171,12 @@ class RowLoss(LossModule):
         options = self._names | options
         _checks.check_is_weight(weight, next(iter(options)))
         for name, value in options.items():
+            if self._names[name] is inspect.Parameter.empty:
+                if value is inspect.Parameter.empty:
+                    raise TypeError(f"{type(self).__name__}() needs {name}, a tensor with an entry for each class; pass {name}=...")
+                _checks.check_tensor(name, value)
+                self.register_buffer(name, value)
+                continue
             if name == "reduction":
                 _checks.check_word(name, value, REDUCTIONS)
             elif name == "ignore_index":

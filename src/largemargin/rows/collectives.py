@@ -31,9 +31,13 @@ class Shard(NamedTuple):
         here = (index >= 0) & (index < self.size)
         return torch.where(class_index == IGNORED, IGNORED, torch.where(here, index, ELSEWHERE))
 
+    def part(self, per_class: Tensor) -> Tensor:
+        """The entries of this rank's classes among those of all classes (C,)."""
+        return per_class[self.start : self.start + self.size]
+
     def own(self, weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """The part of the class weights for this rank, in the accumulation dtype of ``dtype``."""
-        return None if weight is None else weight[self.start : self.start + self.size].to(accumulation_dtype(dtype))
+        return None if weight is None else self.part(weight).to(accumulation_dtype(dtype))
 
 
 def check_group(group: object) -> None:
