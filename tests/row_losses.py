@@ -35,7 +35,7 @@ class Case(NamedTuple):
 
     def of_classes(self, num_classes: int) -> dict[str, Tensor]:
         """The options with an entry for each class."""
-        counts = torch.tensor([10.0, *(1000.0 // (1 + 3 * c) for c in range(1, num_classes))], dtype=torch.float64)[:num_classes]
+        counts = torch.tensor([10.0, *(max(1000.0 // (1 + 3 * c), 1.0) for c in range(1, num_classes))], dtype=torch.float64)[:num_classes]
         return {"class_counts": counts} if "class_counts" in self.takes else {}
 
     def defaults(self) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from largemargin import (
     row_stats,
 )
 from largemargin.schedules import GradualWeight
+from row_losses import OTHERS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
@@ -200,6 +201,18 @@ def test_script_of_a_function_is_refused_and_told_of_export(function):
 
 
 # torch.export
+
+
+def test_every_other_row_loss_is_exported_with_its_gradient():
+    for case in OTHERS:
+        counts = {name: value.float() for name, value in case.of_classes(CLASSES).items()}
+        torch.manual_seed(0)
+        whole = Model(case.module(**counts, **case.options, lam=0.3))
+        rows = torch.export.Dim("rows", min=3, max=64)
+        program = torch.export.export(whole, batch(6), dynamic_shapes=({0: rows}, {0: rows}))
+        assert operators(program.graph) <= {"aten", "<built-in function getitem>"}
+        for num_rows in (6, 4):
+            assert_same(program.module(), whole, num_rows)
 
 
 @each_criterion

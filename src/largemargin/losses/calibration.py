@@ -124,7 +124,7 @@ def margin_label_smoothing(
     rows = LossRows.of(input, target, weight, **options)
     rows = rows.with_logits(rows.logits)  # two terms read them: the wider dtype adds their gradients before rounding
     stats = rows.stats()
-    return rows.reduce(softplus(-stats.log_odds) + alpha * _mean_excess(rows, margin), stats)
+    return rows.reduce(softplus(-stats.log_odds) + alpha * _excess(rows, margin) / _num_classes(stats), stats)
 
 
 class MarginLabelSmoothingLoss(RowLoss, function=margin_label_smoothing):
@@ -140,45 +140,44 @@ def _entropy(stats: RowStats) -> Tensor:
     return torch.sigmoid(l) * softplus(-l) + error_probability(l) * (softplus(l) - stats.neg_entropy)
 
 
+def _num_classes(stats: RowStats) -> Tensor:
+    """The classes of the row, of which a masked target is none; 1 in a row without a class."""
+    return (stats.num_nontargets + (stats.log_odds != -torch.inf).to(stats.num_nontargets.dtype)).clamp(min=1)
+
+
 def _largest_above_mean(stats: RowStats) -> Tensor:
-    """``max f - mean f`` over the classes of the row; a masked target is not one of them, and a target alone is 0 above itself."""
-    above_others = (stats.log_odds + stats.rho).masked_fill(stats.log_odds.isinf(), 0.0)  # f_y - max_N f
-    num_classes = stats.num_nontargets + (stats.log_odds != -torch.inf).to(above_others.dtype)
+    """``max f - mean f`` over the classes of the row."""
+    above_others = (stats.log_odds + stats.rho).masked_fill(stats.log_odds.isinf(), 0.0)  # f_y - max_N f; a target alone, or masked, is 0
     total = above_others + stats.num_nontargets * (stats.mean_log_q + stats.rho)
-    return above_others.relu() - total / num_classes.clamp(min=1)
+    return above_others.relu() - total / _num_classes(stats)
 
 
-def _mean_excess(rows: LossRows, margin: float) -> Tensor:
-    """The mean over the classes of the row of ``max(0, max f - f_c - margin)``."""
+def _excess(rows: LossRows, margin: float) -> Tensor:
+    """The sum over the classes of the row of ``max(0, max f - f_c - margin)``."""
     if rows.shard is not None:
-        excess: Tensor = _MeanExcessOfShard.apply(rows.logits, margin, rows.shard.group)
+        excess: Tensor = _ExcessOfShard.apply(rows.logits, margin, rows.shard.group)
         return excess
-    # not amax, whose gradient is NaN in an ignored row with NaN
-    largest = rows.logits.gather(-1, rows.logits.detach().argmax(-1, keepdim=True))
-    present = rows.logits != -torch.inf
-    return torch.where(present, (largest - rows.logits - margin).relu(), 0.0).sum(-1) / present.sum(-1).clamp(min=1)
+    logits = rows.logits
+    largest = logits.gather(-1, logits.detach().argmax(-1, keepdim=True))  # not amax, whose gradient is NaN in an ignored row with NaN
+    return (largest - logits - margin).relu().masked_fill(logits == -torch.inf, 0.0).sum(-1)
 
 
-class _MeanExcessOfShard(torch.autograd.Function):
+class _ExcessOfShard(torch.autograd.Function):
     """The same for logits (..., C) of some classes, at least one."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, margin: float, group: "ProcessGroup") -> Tensor:
         at, found = logits.argmax(-1, keepdim=True), collectives.all_gather(logits.amax(-1), group)
-        present = logits != -torch.inf
-        excess = torch.where(present, (found.amax(0).unsqueeze(-1) - logits - margin).relu(), 0.0)
+        excess = (found.amax(0).unsqueeze(-1) - logits - margin).relu().masked_fill(logits == -torch.inf, 0.0)
         exceeds = excess > 0
-        sums = torch.stack([values.sum(-1).to(logits.dtype) for values in (excess, exceeds, present)])
-        total, num_exceeds, count = collectives.all_gather(sums, group).sum(0)
-        count = count.clamp(min=1)
+        sums: Tensor = collectives.all_gather(torch.stack([excess.sum(-1), exceeds.sum(-1).to(logits.dtype)]), group).sum(0)
         is_here = found.argmax(0) == dist.get_rank(group)  # the first rank that has the maximum
-        ctx.save_for_backward(exceeds, at, torch.where(is_here, num_exceeds, 0.0), count)
-        mean: Tensor = total / count
-        return mean
+        ctx.save_for_backward(exceeds, at, torch.where(is_here, sums[1], 0.0))
+        return sums[0]
 
     @staticmethod
     @once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        exceeds, at, pulls_on_largest, count = ctx.saved_tensors
-        share = (upstream / count).unsqueeze(-1)
-        return (-share * exceeds).scatter_add(-1, at, share * pulls_on_largest.unsqueeze(-1)), None, None
+        exceeds, at, pulls_on_largest = ctx.saved_tensors
+        gradient = -upstream.unsqueeze(-1) * exceeds
+        return gradient.scatter_add(-1, at, (upstream * pulls_on_largest).unsqueeze(-1)), None, None
