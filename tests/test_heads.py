@@ -95,6 +95,7 @@ NUMPYS = {
 @pytest.mark.parametrize("make", NUMPYS.values(), ids=NUMPYS)
 @compiles
 def test_modules_made_with_numbers_of_numpy_compile(make, rng, device):
+    torch._dynamo.reset()  # all share one wrapper, of which torch keeps only so many compilations
     module = make(np.float64(0.25)).to(device).eval()
     batch = torch.randn(3, 6, generator=rng).to(device), torch.tensor([0, 3, 1], device=device)
     inputs = () if isinstance(module, schedules.Schedule) else batch
