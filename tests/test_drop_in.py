@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import largemargin
+from combinations import every
 from largemargin import LargeMarginCrossEntropyLoss, OpaqueLargeMarginLoss, large_margin_cross_entropy
 from largemargin.heads import CosineLinear
 from measure import same_bits
@@ -30,9 +31,7 @@ def problem() -> tuple[Tensor, Tensor]:
 # the form of the loss that is no subclass
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), {"lam": 5.0, "ignore_index": 0, "label_smoothing": 0.2, "reduction": "sum", "hard_bias": 1.0}.items()
-)
+@every("name, value", {"lam": 5.0, "ignore_index": 0, "label_smoothing": 0.2, "reduction": "sum", "hard_bias": 1.0}.items())
 def test_the_opaque_loss_follows_its_attributes(name, value):
     logits, target = problem()
     opaque, ours = OpaqueLargeMarginLoss(), LargeMarginCrossEntropyLoss()
@@ -42,8 +41,8 @@ def test_the_opaque_loss_follows_its_attributes(name, value):
     assert same_bits(opaque(logits, target), ours(logits, target))
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("probabilities", [False, True])
+@every("options", OPTIONS)
+@every("probabilities", [False, True])
 def test_the_opaque_loss_is_the_same_loss_of_another_type(options, probabilities):
     logits, target = problem()
     if probabilities:
@@ -101,8 +100,8 @@ def call_with_weight(taker: Callable[..., object], weight: object) -> object:
     return taker(logits, *linear, target, weight=weight, **group)
 
 
-@pytest.mark.parametrize("weight", WEIGHTS, ids=lambda weight: type(weight).__name__)
-@pytest.mark.parametrize("taker", TAKERS, ids=lambda taker: taker.__name__)
+@every("weight", WEIGHTS)
+@every("taker", TAKERS)
 def test_weights_that_are_no_tensor_are_refused_with_the_fix(taker, weight):
     with pytest.raises(TypeError, match=r"^weight must be .*torch\.as_tensor\(weight\)$"):
         call_with_weight(taker, weight)
@@ -130,8 +129,8 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("factor", [1.0, 3.0])
-@pytest.mark.parametrize(("options", "dtype"), CASES, ids=str)
+@every("factor", [1.0, 3.0])
+@every("options, dtype", CASES)
 def test_writing_into_the_logits_gives_the_gradient_of_before_or_raises(options, dtype, factor):
     leaf, target = problem()
     leaf = leaf.detach().to(dtype).requires_grad_()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import oracle
 import strategies
+from combinations import every
 from largemargin import large_margin_cross_entropy, linear_large_margin_cross_entropy
 from measure import INF, assert_within, loss_scale, same_bits
 from properties import assume, given, st
@@ -142,8 +143,8 @@ def test_gradient_equals_eq_12(lam, row, device):
 
 
 # sharp case 1
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("lead", LEADS)
+@every("divergence", DIVERGENCES)
+@every("lead", LEADS)
 def test_case_1_tails(lead, divergence, rng, device):
     others = torch.randn(9, generator=rng).to(device)
     input = torch.cat([(others.max() + lead)[None], others])
@@ -163,7 +164,7 @@ def test_case_1_tails(lead, divergence, rng, device):
     assert with_margin.isfinite().all()
 
 
-@pytest.mark.parametrize("lag", LEADS)
+@every("lag", LEADS)
 def test_a_target_far_behind(lag, rng, device):
     others = torch.randn(9, generator=rng).to(device)
     input = torch.cat([(others.max() - lag)[None], others])
@@ -173,7 +174,7 @@ def test_a_target_far_behind(lag, rng, device):
 
 
 # sharp case 2
-@pytest.mark.parametrize("offset", [0.0, 1e2, 1e4, 1e5])
+@every("offset", [0.0, 1e2, 1e4, 1e5])
 def test_case_2_offsets(offset, rng, device):
     input, target = problem(rng, device, classes=50)
     input = input + offset  # rounds the logits; the truth is that of the rounded ones
@@ -187,9 +188,9 @@ def test_case_2_offsets(offset, rng, device):
 
 
 # sharp case 4; the statistics' own tests have the rest
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@every("smoothing", [0.0, 0.1, 1.0])
+@every("weighted", [False, True])
+@every("divergence", DIVERGENCES)
 def test_case_4_masked_classes_are_deleted(divergence, weighted, smoothing, rng, device):
     input, target = problem(rng, device, dtype=torch.float64)
     keep = [0, 2, 3, 6, 9]
@@ -205,8 +206,8 @@ def test_case_4_masked_classes_are_deleted(divergence, weighted, smoothing, rng,
     assert not gradient[:, [1, 4, 5, 7, 8]].any()
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("weighted", [False, True])
+@every("smoothing", [0.0, 0.1, 1.0])
+@every("weighted", [False, True])
 def test_case_4_masked_target_has_infinite_loss(weighted, smoothing, device):
     # its regulariser, and the other rows, are unaffected
     input = torch.tensor([[-INF, 1.0, 3.0], [0.0, 1.0, 3.0]], device=device)
@@ -225,10 +226,10 @@ def test_case_4_masked_target_has_infinite_loss(weighted, smoothing, device):
         assert_within(gradient[0, 1:], (1 - smoothing) * w[0] * q + smoothing / 2 * (w[1:].sum() * q - w[1:]), 2.0, 2)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("row", [[INF, 1.0, 0.0], [0.0, INF, 0.0], [math.nan, 1.0, 0.0], [0.0, math.nan, 0.0], [-INF, -INF, -INF]])
-@pytest.mark.parametrize("lam", [0.0, 0.3])
+@every("smoothing", [0.0, 0.1])
+@every("weighted", [False, True])
+@every("row", [[INF, 1.0, 0.0], [0.0, INF, 0.0], [math.nan, 1.0, 0.0], [0.0, math.nan, 0.0], [-INF, -INF, -INF]])
+@every("lam", [0.0, 0.3])
 def test_case_4_infinities_and_nan_in_a_kept_row_give_nan(lam, row, weighted, smoothing, device):
     weight = torch.tensor([1.0, 2.0, 3.0], device=device) if weighted else None
     losses = large_margin_cross_entropy(
@@ -243,11 +244,11 @@ def test_case_4_infinities_and_nan_in_a_kept_row_give_nan(lam, row, weighted, sm
 
 
 # sharp cases 4 and 5
-@pytest.mark.parametrize("garbage", [math.nan, INF, -INF, 3e38])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("ignore_index", [-100, 0, 255])
-@pytest.mark.parametrize("classes", [4, 256])
+@every("garbage", [math.nan, INF, -INF, 3e38])
+@every("smoothing", [0.0, 0.1])
+@every("weighted", [False, True])
+@every("ignore_index", [-100, 0, 255])
+@every("classes", [4, 256])
 def test_case_5_ignored_rows_are_left_out_of_everything(classes, ignore_index, weighted, smoothing, garbage, rng, device):
     input, _ = problem(rng, device, classes=classes, dtype=torch.float64)
     target = torch.tensor([1, 2, 3, 1, 2, 3, 1, 2], device=device)
@@ -267,7 +268,7 @@ def test_case_5_ignored_rows_are_left_out_of_everything(classes, ignore_index, w
 
 
 # sharp case 6
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@every("divergence", DIVERGENCES)
 def test_case_6_two_classes_have_no_regulariser(divergence, rng, device):
     input, target = problem(rng, device, classes=2, scale=10.0)
     for (loss, gradient), (plain, plain_gradient) in [
@@ -291,9 +292,9 @@ def test_case_6_no_rows_and_nothing_kept(kind, rng, device):
             assert gradient.shape == input.shape and not gradient.any()
 
 
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"label_smoothing": 1.0}, {"hard_bias": 3.0}, {"lam": 0.0}])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("row", [[2.0], [2.0, -INF], [2.0, -INF, -INF]])
+@every("options", [{}, {"label_smoothing": 0.1}, {"label_smoothing": 1.0}, {"hard_bias": 3.0}, {"lam": 0.0}])
+@every("weighted", [False, True])
+@every("row", [[2.0], [2.0, -INF], [2.0, -INF, -INF]])
 def test_case_6_no_nontarget_left(row, weighted, options, device):
     weight = torch.rand(len(row)).to(device) if weighted else None
     loss, gradient = loss_and_gradient(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import oracle
 import strategies
+from combinations import every
 from largemargin import crammer_singer_hinge, hard_margin_softplus, multiclass_hinge, row_stats
 from measure import INF, RowScale, assert_within, same_bits
 from properties import given, st
@@ -83,8 +84,8 @@ def test_mean_divides_by_the_summed_weights_where_torch_divides_by_the_rows(rng,
     assert_within(multiclass_hinge(input, target, weight), theirs / weight[target].sum(), 16.0, 1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("hinge", SPARSE, ids=lambda hinge: hinge.__name__)
+@every("dtype", DTYPES)
+@every("hinge", SPARSE)
 def test_sparse_hinges_move_only_the_target_and_the_largest_other(hinge, dtype, rng, device):
     input, target = (torch.randn(64, 20, generator=rng).to(device) * 3).to(dtype), torch.randint(20, (64,), generator=rng).to(device)
     _, gradient = loss_and_gradient(hinge, input, target, reduction="sum")
@@ -112,7 +113,7 @@ def test_gradcheck(hinge, rng, device):
     assert torch.autograd.gradcheck(lambda f: hinge(f, target, reduction="none"), input.requires_grad_())
 
 
-@pytest.mark.parametrize("positions", [(4,), (2, 3)])
+@every("positions", [(4,), (2, 3)])
 @each_hinge
 def test_k_dimensions_equal_the_flattened_rows(hinge, positions, rng, device):
     input, target = torch.randn(3, 5, *positions, generator=rng).to(device), torch.randint(5, (3, *positions), generator=rng).to(device)
@@ -137,7 +138,7 @@ def test_masked_classes_are_deleted(hinge, rng, device):
     assert not gradient[:, [1, 4]].any()
 
 
-@pytest.mark.parametrize("garbage", [math.nan, INF, -INF, 3e38])
+@every("garbage", [math.nan, INF, -INF, 3e38])
 @each_hinge
 def test_ignored_rows_never_leak(hinge, garbage, rng, device):
     input, target = torch.randn(3, 5, generator=rng).to(device), torch.tensor([0, -100, 2], device=device)
@@ -147,7 +148,7 @@ def test_ignored_rows_never_leak(hinge, garbage, rng, device):
     assert not gradient[1].any() and gradient.isfinite().all() and gradient[[0, 2]].any()
 
 
-@pytest.mark.parametrize("row", [[INF, 1.0, 0.0], [0.0, INF, 0.0], [math.nan, 1.0, 0.0], [0.0, math.nan, 0.0], [-INF, -INF, -INF]])
+@every("row", [[INF, 1.0, 0.0], [0.0, INF, 0.0], [math.nan, 1.0, 0.0], [0.0, math.nan, 0.0], [-INF, -INF, -INF]])
 @each_hinge
 def test_infinities_and_nan_in_a_kept_row_give_nan(hinge, row, device):
     losses = hinge(torch.tensor([row, [2.0, 1.5, 0.0]], device=device), torch.tensor([0, 0], device=device), reduction="none")
@@ -164,7 +165,7 @@ def test_masked_target_has_infinite_loss(hinge, device):
     assert_within(gradient.sum(), 0.0, 1.0, 1)
 
 
-@pytest.mark.parametrize("row", [[2.0], [2.0, -INF]])
+@every("row", [[2.0], [2.0, -INF]])
 @each_hinge
 def test_no_nontarget_left(hinge, row, device):
     loss, gradient = loss_and_gradient(hinge, torch.tensor([row], device=device), torch.tensor([0], device=device))
@@ -180,7 +181,7 @@ def test_everything_ignored(hinge, rng, device):
             assert check(loss).all() and not gradient.any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@every("dtype", [torch.float16, torch.bfloat16])
 @each_hinge
 def test_half_precision_is_computed_in_float32(hinge, dtype, rng, device):
     input, target = (torch.randn(8, 5, generator=rng).to(device) * 5).to(dtype), torch.randint(5, (8,), generator=rng).to(device)

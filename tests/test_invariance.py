@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from combinations import every
 from largemargin import large_margin_cross_entropy
 from largemargin._reduce import row_weights
 from measure import assert_within, same_bits
@@ -23,7 +24,7 @@ def problem(
 
 
 # sharp cases 7 and 8
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"lam": 0.0, "hard_bias": 1.0}])
+@every("options", [{}, {"label_smoothing": 0.1}, {"lam": 0.0, "hard_bias": 1.0}])
 def test_case_7_upstream_gradients_of_each_row(options, rng, device):
     input, target = problem(rng, device, dtype=torch.float64)
     input.requires_grad_()
@@ -66,9 +67,9 @@ def test_case_9_two_backward_passes_through_one_graph(kind, rng, device):
 
 
 # sharp case 10
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@every("weighted", [False, True])
+@every("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@every("kind", ["indices", "probabilities"])
 def test_case_10_inputs_are_never_modified(kind, dtype, weighted, rng, device):
     leaf = torch.randn(6, 5, generator=rng).to(device, dtype).requires_grad_()
     logits = leaf * 1  # not a leaf: an in-place change would go unnoticed by autograd's own check
@@ -102,8 +103,8 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@every("layout", LAYOUTS)
+@every("kind", ["indices", "probabilities"])
 def test_case_13_strided_logits(kind, layout, rng, device):
     input, target = problem(rng, device)
     if kind == "probabilities":
@@ -165,10 +166,10 @@ def test_case_13_uint8_targets_count_as_often(weight, device):
 
 
 # sharp case 14
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-@pytest.mark.parametrize("kind", ["indices", "probabilities"])
-@pytest.mark.parametrize("positions", [(4,), (2, 3), (2, 1, 2)])
+@every("weighted", [False, True])
+@every("reduction", ["none", "sum", "mean"])
+@every("kind", ["indices", "probabilities"])
+@every("positions", [(4,), (2, 3), (2, 1, 2)])
 def test_case_14_k_dimensions_equal_the_flattened_rows(positions, kind, reduction, weighted, rng, device):
     input = torch.randn(3, 5, *positions, generator=rng).to(device)
     shape = (3, *positions) if kind == "indices" else input.shape

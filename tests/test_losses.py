@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import largemargin
+from combinations import every
 from largemargin import (
     CrammerSingerHingeLoss,
     HardMarginSoftplusLoss,
@@ -120,8 +121,8 @@ def test_to_moves_the_weight(module, batch, device):
     assert loss.to("meta").weight.device.type == "meta"
 
 
-@pytest.mark.parametrize(
-    ("module", "options"),
+@every(
+    "module, options",
     [
         *((module, option) for module, _, options in TWINS for option in options),
         (LargeMarginInSoftmaxLoss, {}),
@@ -167,8 +168,8 @@ def test_training_and_evaluation_are_one_loss(module, batch):
     assert same_bits(loss.train()(*batch), loss.eval()(*batch))
 
 
-@pytest.mark.parametrize(
-    ("module", "options", "error"),
+@every(
+    "module, options, error",
     [
         (LargeMarginCrossEntropyLoss, {"lam": -1.0}, ValueError),
         (LargeMarginCrossEntropyLoss, {"lam": math.nan}, ValueError),
@@ -189,7 +190,6 @@ def test_training_and_evaluation_are_one_loss(module, batch):
         *((module, {"ignore_index": 1.5}, TypeError) for module in MODULES),
         *((module, {"weight": [1.0, 2.0]}, TypeError) for module in MODULES),
     ],
-    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_bad_arguments_raise_at_construction(module, options, error):
     with pytest.raises(error, match=f"^{next(iter(options))} must"):
@@ -205,9 +205,9 @@ def test_unknown_arguments_raise(module):
 # the author's names
 
 
-@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0, 1000.0])
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-@pytest.mark.parametrize("deg_logit", [None, False, True, 0.0, 0.5])
+@every("scale", [0.1, 1.0, 10.0, 1000.0])
+@every("reduction", ["none", "sum", "mean"])
+@every("deg_logit", [None, False, True, 0.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_authors_loss_has_the_authors_values(dtype, deg_logit, reduction, scale, rng, device):
     input = (torch.randn(32, 100, generator=rng, dtype=torch.float64).to(device) * scale).to(dtype)

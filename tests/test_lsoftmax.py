@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from combinations import every
 from largemargin import LargeMarginCrossEntropyLoss, MulticlassHingeLoss
 from largemargin.heads.lsoftmax import LSoftmaxLinear, psi
 from largemargin.schedules import AnnealedLambda
@@ -85,7 +86,7 @@ def test_psi_is_continuous_at_the_borders_of_its_pieces(m, device):
 # the logits
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@every("dtype", [torch.float32, torch.float64])
 @each_m
 def test_logits_are_the_definition(m, dtype, rng, device):
     x, w, target = problem(rng, device, dtype, rows=64)
@@ -123,7 +124,7 @@ def test_only_the_targets_logit_is_edited_and_only_downwards(rng, device):
     assert not lead[~at_target].any() and (lead[at_target] >= -1e-6).all() and (lead[at_target] > 0.1).any()
 
 
-@pytest.mark.parametrize("shape", [(), (4,), (2, 3), (2, 1, 3), (0,)])
+@every("shape", [(), (4,), (2, 3), (2, 1, 3), (0,)])
 def test_any_leading_dimensions(shape, rng, device):
     w = torch.randn(7, 5, generator=rng).to(device)
     x, target = torch.randn(*shape, 5, generator=rng).to(device), torch.randint(7, shape, generator=rng).to(device)
@@ -180,8 +181,8 @@ def test_gradient(m, rng, device):
     assert torch.autograd.gradgradcheck(logits, leaves)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("sign", [1, -1])
+@every("dtype", [torch.float32, torch.float64])
+@every("sign", [1, -1])
 @each_m
 def test_gradient_where_the_angle_is_0_or_pi(m, sign, dtype, rng, device):
     """There psi has the slope m^2 in the cosine, which is stationary: the whole gradient is psi |x| times the other direction."""
@@ -194,9 +195,9 @@ def test_gradient_where_the_angle_is_0_or_pi(m, sign, dtype, rng, device):
     assert_within(gradient, sign * value * w.double(), (m**2 * w.double().norm(dim=1, keepdim=True)), 8)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-12, 1e12])
-@pytest.mark.parametrize("zero", ["features", "weights", "both"])
+@every("dtype", [torch.float32, torch.float64])
+@every("size", [0.0, 1e-30, 1e-12, 1e12])
+@every("zero", ["features", "weights", "both"])
 def test_gradients_are_finite_without_an_angle_and_at_any_length(zero, size, dtype, rng, device):
     x, w, target = problem(rng, device, dtype)
     x, w = (x if zero == "weights" else size * x).requires_grad_(), w if zero == "features" else size * w
@@ -291,8 +292,8 @@ def test_it_learns(rng, device):
 # mistakes
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "words"),
+@every(
+    "options, error, words",
     [
         ({"in_features": 0}, ValueError, "in_features must be at least 1, got 0"),
         ({"num_classes": 2.0}, TypeError, "num_classes must be an int"),
@@ -305,8 +306,8 @@ def test_mistaken_options_name_the_argument(options, error, words):
         LSoftmaxLinear(**{"in_features": 5, "num_classes": 7, **options})
 
 
-@pytest.mark.parametrize(
-    ("features", "target", "error", "words"),
+@every(
+    "features, target, error, words",
     [
         ([1.0], None, TypeError, "features must be a torch.Tensor"),
         (torch.zeros(3, 4), None, ValueError, r"features must be floating of shape \(\.\.\., in_features=5\), got float32 of shape"),

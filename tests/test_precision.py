@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import oracle
+from combinations import every
 from largemargin import large_margin_cross_entropy
 from measure import assert_within, loss_scale, same_bits
 
@@ -30,7 +31,7 @@ def loss_and_gradient(function, input: Tensor, target: Tensor, **options) -> tup
 
 
 # sharp case 3
-@pytest.mark.parametrize("scale", [1e-2, 1.0, 5.0, 50.0, 2e4])
+@every("scale", [1e-2, 1.0, 5.0, 50.0, 2e4])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_case_3_half_precision_is_no_worse_than_eager_float32(dtype, scale, rng, device):
     input = (torch.randn(32, 100, generator=rng).to(device) * scale).clamp(-6e4, 6e4).to(dtype)
@@ -73,8 +74,8 @@ def test_the_largest_float16_logits(sign, device):
 
 
 # sharp case 15
-@pytest.mark.parametrize("confidence", [0.9, 0.99, 0.999, 0.99999])
-@pytest.mark.parametrize("dtype", HALVES)
+@every("confidence", [0.9, 0.99, 0.999, 0.99999])
+@every("dtype", HALVES)
 def test_case_15_target_gradient_of_a_confident_row(dtype, confidence, rng, device):
     others = torch.randn(50, generator=rng).to(device).double()
     lead = math.log(confidence / (1 - confidence)) + others.logsumexp(0)
@@ -85,8 +86,8 @@ def test_case_15_target_gradient_of_a_confident_row(dtype, confidence, rng, devi
 
 
 # sharp case 25
-@pytest.mark.parametrize("kind", ["indices", "probabilities"])
-@pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@every("kind", ["indices", "probabilities"])
+@every("input_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_case_25_cpu_autocast_changes_nothing(input_dtype, kind, rng, device):
     input = (torch.randn(8, 20, generator=rng).to(device) * 5).to(input_dtype)
     target = torch.randint(20, (8,), generator=rng).to(device) if kind == "indices" else torch.rand(8, 20, generator=rng).to(device)
@@ -114,8 +115,8 @@ def test_case_25_logits_of_a_layer_under_autocast(rng, device):
     assert layer.weight.grad.isfinite().all() and layer.weight.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind", ["indices", "probabilities"])
-@pytest.mark.parametrize("divergence", ["symmetric", "kl_qu", "kl_uq"])
+@every("kind", ["indices", "probabilities"])
+@every("divergence", ["symmetric", "kl_qu", "kl_uq"])
 def test_a_loss_scaler_does_not_meet_a_mask_of_the_lowest_number(divergence, kind, device):
     # masking by finfo.min is common, and 65536 the first factor of a loss scaler: q_c is 0 there, and 0 * overflow is NaN
     lowest = torch.finfo(torch.float32).min
