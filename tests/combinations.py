@@ -32,19 +32,23 @@ def _closed(case: dict[int, int], columns: list[tuple[int, ...]], open_: set[Any
     return sum((chosen, tuple(case[i] for i in chosen)) in open_ for chosen in columns if all(i in case for i in chosen))
 
 
-def every(names: str, values: Iterable[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+Values = Iterable[Any] | Callable[[dict[str, Any]], Iterable[Any]]
+
+
+def every(names: str, values: Values) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """As ``pytest.mark.parametrize``, but all values are one test, which names the value that failed: for cheap cases.
 
-    The ``rng`` of the test begins anew for each value. A value that is skipped leaves the others.
+    The values may be a function of the fixtures. The ``rng`` of the test begins anew for each value. A value that is skipped
+    leaves the others.
     """
-    arguments, values = [name.strip() for name in names.split(",")], list(values)
-    assert values, f"no values of {names}"
+    arguments = [name.strip() for name in names.split(",")]
 
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(test)
         def over_all(**fixtures: Any) -> None:
-            skipped = []
-            for value in values:
+            cases, skipped = list(values(fixtures) if inspect.isfunction(values) else values), []
+            assert cases, f"no values of {names}"
+            for value in cases:
                 given = dict(zip(arguments, value if len(arguments) > 1 else (value,), strict=True))
                 if isinstance(rng := fixtures.get("rng"), torch.Generator):
                     rng.manual_seed(0)
@@ -55,7 +59,7 @@ def every(names: str, values: Iterable[Any]) -> Callable[[Callable[..., None]], 
                 except BaseException as error:
                     error.add_note(f"with {', '.join(f'{name}={_shown(value)}' for name, value in given.items())}")
                     raise
-            if len(skipped) == len(values):
+            if len(skipped) == len(cases):
                 raise skipped[0]
 
         signature = inspect.signature(test)

@@ -34,7 +34,7 @@ def index_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def upstreams(loss: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
-    """Gradients that reach a loss in practice: of either sign, zero, and expanded, with stride 0 (sharp cases 7 and 8)."""
+    """Gradients that reach a loss in practice: of either sign, zero, and expanded, with stride 0."""
     drawn = torch.randn(loss.shape, generator=rng, dtype=torch.float64).to(loss)
     return {
         "random": drawn,
@@ -152,7 +152,7 @@ def test_everything_ignored(shape, weighted, smoothing, rng, device):
 @every("reduction", REDUCTIONS)
 @every("smoothing", [0.0, 0.1])
 def test_a_class_of_weight_zero_is_not_an_ignored_row(smoothing, reduction, rng, device):
-    # sharp case 16: its row counts 0 in the denominator, but keeps its smoothing term
+    # its row counts 0 in the denominator, but keeps its smoothing term
     input = torch.randn(3, 4, generator=rng).to(device)
     target = torch.tensor([0, 1, 1], device=device)
     weight = torch.tensor([0.0, 1.0, 2.0, 0.5], device=device)

@@ -12,15 +12,12 @@ from largemargin import (
     LargeMarginCrossEntropyLoss,
     LinearLargeMarginCrossEntropyLoss,
     MulticlassHingeLoss,
-    crammer_singer_hinge,
-    hard_margin_softplus,
     large_margin_cross_entropy,
-    multiclass_hinge,
 )
 from measure import call_or_error
+from registry import HINGES
 
 Call = dict[str, object]
-HINGES = (multiclass_hinge, crammer_singer_hinge, hard_margin_softplus)
 
 # correct calls, each to be spoilt by one mistake
 CALLS: dict[str, Callable[[], Call]] = {
@@ -198,14 +195,14 @@ def test_messages_say_what_came_and_what_to_do():
         large_margin_cross_entropy(torch.randn(3, 4), torch.tensor([0, 0, 0]), torch.ones(3))
 
 
-@every("hinge", HINGES)
+@every("hinge", [hinge.function for hinge in HINGES])
 @every("name", [name for name in CALLS if "probabilities" in name])
 def test_hinges_refuse_probabilities(name, hinge):
     with pytest.raises(RuntimeError, match="target"):
         hinge(**CALLS[name]())
 
 
-@every("hinge", HINGES)
+@every("hinge", [hinge.function for hinge in HINGES])
 @pytest.mark.parametrize("mistake", [name for name in MISTAKES if "label_smoothing" not in name])
 @every("name", [name for name in CALLS if "probabilities" not in name])
 def test_hinges_raise_as_cross_entropy_does(name, mistake, hinge):
@@ -219,14 +216,14 @@ def test_hinges_raise_as_cross_entropy_does(name, mistake, hinge):
     assert argument in str(got)
 
 
-@every("hinge", HINGES)
+@every("hinge", [hinge.function for hinge in HINGES])
 @every("margin", [math.nan, math.inf, "1", None, torch.tensor(1.0)])
 def test_hinges_check_their_margin(margin, hinge):
     with pytest.raises(ValueError if isinstance(margin, float) else TypeError, match="margin"):
         hinge(**CALLS["(N, C)"](), margin=margin)
 
 
-@every("hinge", HINGES)
+@every("hinge", [hinge.function for hinge in HINGES])
 @every("option", ["label_smoothing", "lam", "divergence", "hard_bias"])
 def test_hinges_have_no_such_option(option, hinge):
     with pytest.raises(TypeError, match=option):

@@ -7,25 +7,27 @@ import pytest
 import torch
 
 import on_ranks
+from combinations import every
 from largemargin import (
     HardMarginSoftplusLoss,
     LargeMarginCrossEntropyLoss,
-    crammer_singer_hinge,
-    hard_margin_softplus,
     heads,
-    large_margin_cross_entropy,
-    multiclass_hinge,
     schedules,
 )
 from measure import compiles
+from registry import HEADS, LOSSES
 
-HEADS = [on_ranks.lsoftmax, on_ranks.gaussian_mixture, on_ranks.super_symmetric, on_ranks.cosface, on_ranks.arcface]
+MAKERS = [on_ranks.lsoftmax, on_ranks.gaussian_mixture, on_ranks.super_symmetric, on_ranks.cosface, on_ranks.arcface]
 MODULES = [value for value in map(heads.__dict__.get, heads.__all__) if inspect.isclass(value)]
-each_head = pytest.mark.parametrize("make", HEADS, ids=lambda make: make.__name__)
+each_head = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
+
+
+def test_the_registry_has_every_head():
+    assert {type(make(6, 4)) for make in HEADS.values()} == set(MODULES)
 
 
 @pytest.mark.xdist_group("ranks")
-@pytest.mark.parametrize("make", [*HEADS, on_ranks.center], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [*MAKERS, on_ranks.center], ids=lambda make: make.__name__)
 def test_distributed_data_parallel_has_the_gradients_of_all_rows(ranks, make):
     ranks.assert_on(2, on_ranks.head_under_ddp, make)
 
@@ -36,7 +38,7 @@ def test_the_classes_of_a_cosine_head_can_be_split(ranks):
 
 
 @each_head
-@pytest.mark.parametrize("loss", [large_margin_cross_entropy, multiclass_hinge, crammer_singer_hinge, hard_margin_softplus])
+@every("loss", [loss.function for loss in LOSSES])
 def test_every_loss_takes_the_logits_of_every_head(make, loss, rng, device):
     head = make().to(device)
     features = torch.randn(2, 4, 6, generator=rng, dtype=torch.float64).to(device).requires_grad_()

@@ -5,30 +5,24 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import oracle
 import strategies
 from combinations import every
 from largemargin import crammer_singer_hinge, hard_margin_softplus, multiclass_hinge, row_stats
 from measure import INF, RowScale, assert_within, same_bits
+from problems import value_and_gradient
 from properties import given, st
+from registry import DTYPES
 
 # loss -> the paper's equation
-HINGES = {
+EQUATIONS = {
     multiclass_hinge: oracle.multiclass_hinge,
     crammer_singer_hinge: oracle.crammer_singer,
     hard_margin_softplus: oracle.hard_margin_softplus,
 }
 SPARSE = (crammer_singer_hinge, hard_margin_softplus)
-DTYPES = (torch.float32, torch.float64)
-each_hinge = pytest.mark.parametrize("hinge", HINGES, ids=lambda hinge: hinge.__name__)
-
-
-def loss_and_gradient(hinge, input: Tensor, target: Tensor, *args: Tensor | None, **options) -> tuple[Tensor, Tensor]:
-    leaf = input.clone().requires_grad_()
-    loss = hinge(leaf, target, *args, **options)
-    return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
+each_hinge = pytest.mark.parametrize("hinge", EQUATIONS, ids=lambda hinge: hinge.__name__)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -37,7 +31,7 @@ def loss_and_gradient(hinge, input: Tensor, target: Tensor, *args: Tensor | None
 def test_loss_equals_the_paper(hinge, dtype, row, margin, device):
     loss = hinge(torch.tensor(row.logits, dtype=dtype, device=device), torch.tensor(row.target, device=device), margin=margin)
     scale = RowScale(*row)
-    truth = float(HINGES[hinge](row.logits, row.target, margin))
+    truth = float(EQUATIONS[hinge](row.logits, row.target, margin))
     if hinge is hard_margin_softplus:
         natural = min(truth, 1.0) * (scale.log_odds + abs(margin)) + truth
     else:
@@ -52,7 +46,7 @@ def test_weight_ignored_rows_and_reduction(hinge, data, batch, device):
     kept = [y != batch.ignore_index for y in batch.targets]
     w = [(weight[y] if weight else 1.0) if keep else 0.0 for y, keep in zip(batch.targets, kept, strict=True)]
     rows = zip(batch.logits, batch.targets, w, kept, strict=True)
-    truth = [float(HINGES[hinge](f, y)) * weight_y if keep else 0.0 for f, y, weight_y, keep in rows]
+    truth = [float(EQUATIONS[hinge](f, y)) * weight_y if keep else 0.0 for f, y, weight_y, keep in rows]
     reach = max(
         (RowScale(f, y).log_odds + RowScale(f, y).depth for f, y, keep in zip(batch.logits, batch.targets, kept, strict=True) if keep),
         default=0,
@@ -88,7 +82,7 @@ def test_mean_divides_by_the_summed_weights_where_torch_divides_by_the_rows(rng,
 @every("hinge", SPARSE)
 def test_sparse_hinges_move_only_the_target_and_the_largest_other(hinge, dtype, rng, device):
     input, target = (torch.randn(64, 20, generator=rng).to(device) * 3).to(dtype), torch.randint(20, (64,), generator=rng).to(device)
-    _, gradient = loss_and_gradient(hinge, input, target, reduction="sum")
+    _, gradient = value_and_gradient(hinge, input, target, reduction="sum")
     others = input.scatter(1, target[:, None], -INF)
     touched = F.one_hot(target, 20).bool() | F.one_hot(others.argmax(1), 20).bool()
     assert not gradient[~touched].any()
@@ -100,7 +94,7 @@ def test_sparse_hinges_move_only_the_target_and_the_largest_other(hinge, dtype, 
 
 def test_dense_hinge_moves_every_violating_class(rng, device):
     input, target = torch.randn(64, 20, generator=rng, dtype=torch.float64).to(device), torch.randint(20, (64,), generator=rng).to(device)
-    _, gradient = loss_and_gradient(multiclass_hinge, input, target, reduction="sum")
+    _, gradient = value_and_gradient(multiclass_hinge, input, target, reduction="sum")
     is_target = F.one_hot(target, 20).bool()
     violates = ((input - input.gather(1, target[:, None]) + 1 > 0) & ~is_target).double()
     expected = torch.where(is_target, -violates.sum(1, keepdim=True) / 19, violates / 19)
@@ -119,8 +113,8 @@ def test_k_dimensions_equal_the_flattened_rows(hinge, positions, rng, device):
     input, target = torch.randn(3, 5, *positions, generator=rng).to(device), torch.randint(5, (3, *positions), generator=rng).to(device)
     target[0, 0] = -100
     for reduction in ("none", "sum", "mean"):
-        loss, gradient = loss_and_gradient(hinge, input, target, reduction=reduction)
-        flat, flat_gradient = loss_and_gradient(hinge, input.movedim(1, -1).reshape(-1, 5), target.flatten(), reduction=reduction)
+        loss, gradient = value_and_gradient(hinge, input, target, reduction=reduction)
+        flat, flat_gradient = value_and_gradient(hinge, input.movedim(1, -1).reshape(-1, 5), target.flatten(), reduction=reduction)
         assert_within(loss.flatten(), flat.flatten(), 32.0, 1)
         assert_within(gradient.movedim(1, -1).reshape(-1, 5), flat_gradient, 2.0, 1)
 
@@ -131,8 +125,8 @@ def test_masked_classes_are_deleted(hinge, rng, device):
     keep = [0, 2, 3, 5]
     target, position = torch.tensor(keep, device=device)[target], target
     input[:, [1, 4]] = -INF
-    loss, gradient = loss_and_gradient(hinge, input, target)
-    expected, expected_gradient = loss_and_gradient(hinge, input[:, keep], position)
+    loss, gradient = value_and_gradient(hinge, input, target)
+    expected, expected_gradient = value_and_gradient(hinge, input[:, keep], position)
     assert_within(loss, expected, 8.0, 1)
     assert_within(gradient[:, keep], expected_gradient, 2.0, 1)
     assert not gradient[:, [1, 4]].any()
@@ -143,7 +137,7 @@ def test_masked_classes_are_deleted(hinge, rng, device):
 def test_ignored_rows_never_leak(hinge, garbage, rng, device):
     input, target = torch.randn(3, 5, generator=rng).to(device), torch.tensor([0, -100, 2], device=device)
     input[1] = garbage
-    loss, gradient = loss_and_gradient(hinge, input, target)
+    loss, gradient = value_and_gradient(hinge, input, target)
     assert_within(loss, hinge(input[[0, 2]], target[[0, 2]]).double(), 8.0, 1)
     assert not gradient[1].any() and gradient.isfinite().all() and gradient[[0, 2]].any()
 
@@ -157,7 +151,7 @@ def test_infinities_and_nan_in_a_kept_row_give_nan(hinge, row, device):
 
 @each_hinge
 def test_masked_target_has_infinite_loss(hinge, device):
-    losses, gradient = loss_and_gradient(
+    losses, gradient = value_and_gradient(
         hinge, torch.tensor([[-INF, 1.0, 0.0]], device=device), torch.tensor([0], device=device), reduction="none"
     )
     assert losses[0] == INF
@@ -168,7 +162,7 @@ def test_masked_target_has_infinite_loss(hinge, device):
 @every("row", [[2.0], [2.0, -INF]])
 @each_hinge
 def test_no_nontarget_left(hinge, row, device):
-    loss, gradient = loss_and_gradient(hinge, torch.tensor([row], device=device), torch.tensor([0], device=device))
+    loss, gradient = value_and_gradient(hinge, torch.tensor([row], device=device), torch.tensor([0], device=device))
     assert loss == 0 and not gradient.any()
 
 
@@ -177,7 +171,7 @@ def test_everything_ignored(hinge, rng, device):
     for rows in (0, 3):
         input, target = torch.randn(rows, 4, generator=rng).to(device), torch.full((rows,), -100, device=device)
         for reduction, check in {"mean": torch.isnan, "sum": torch.logical_not, "none": torch.logical_not}.items():
-            loss, gradient = loss_and_gradient(hinge, input, target, reduction=reduction)
+            loss, gradient = value_and_gradient(hinge, input, target, reduction=reduction)
             assert check(loss).all() and not gradient.any()
 
 
@@ -185,8 +179,8 @@ def test_everything_ignored(hinge, rng, device):
 @each_hinge
 def test_half_precision_is_computed_in_float32(hinge, dtype, rng, device):
     input, target = (torch.randn(8, 5, generator=rng).to(device) * 5).to(dtype), torch.randint(5, (8,), generator=rng).to(device)
-    loss, gradient = loss_and_gradient(hinge, input, target)
-    full, full_gradient = loss_and_gradient(hinge, input.float(), target)
+    loss, gradient = value_and_gradient(hinge, input, target)
+    full, full_gradient = value_and_gradient(hinge, input.float(), target)
     assert same_bits(loss, full) and same_bits(gradient, full_gradient.to(dtype))
 
 
@@ -195,7 +189,7 @@ def test_common_offsets_cost_no_digits(hinge, rng, device):
     # multiples of 1/8: the shifted logits are exact
     input, target = torch.randint(-64, 65, (16, 8), generator=rng).to(device) / 8, torch.randint(8, (16,), generator=rng).to(device)
     for offset in (2.0**10, -(2.0**17)):
-        for got, expected in zip(loss_and_gradient(hinge, input + offset, target), loss_and_gradient(hinge, input, target), strict=True):
+        for got, expected in zip(value_and_gradient(hinge, input + offset, target), value_and_gradient(hinge, input, target), strict=True):
             assert same_bits(got, expected)
 
 

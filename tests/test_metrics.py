@@ -21,6 +21,7 @@ from largemargin.lab._torchvision import import_torchvision
 from largemargin.metrics import MarginMetrics
 from measure import INF, RowScale, assert_within, same_bits
 from properties import given, st
+from registry import DTYPES
 
 
 def margin_by_definition(f, y):
@@ -51,7 +52,6 @@ PER_ROW = {
 COUNTS = {"accuracy": metrics.accuracy, "top2_error": lambda input, target, **options: metrics.topk_error(input, target, 2, **options)}
 CALIBRATION = {"ece": metrics.ece, "adaptive_ece": metrics.adaptive_ece}
 FUNCTIONS: dict[str, Any] = {name: function for name, (function, *_) in PER_ROW.items()} | COUNTS | CALIBRATION
-DTYPES = (torch.float32, torch.float64)
 
 
 def tensors(batch: strategies.Batch, device: torch.device, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import pytest
 import torch.nn.functional as F
 
 import largemargin
+from combinations import every
 
 TREE = ast.parse(Path(largemargin.__file__).with_suffix(".pyi").read_text())
 FUNCTIONS = [name for name in largemargin.__all__ if inspect.isfunction(getattr(largemargin, name))]
@@ -27,7 +28,7 @@ def test_listed_names_are_the_typed_names():
     assert set(largemargin.__all__) == set(names_under_type_checking())
 
 
-@pytest.mark.parametrize("name", largemargin.__all__)
+@every("name", largemargin.__all__)
 def test_listed_names_exist_where_the_type_checker_finds_them(name):
     value = getattr(largemargin, name)
     home = sys.modules[f"largemargin.{names_under_type_checking()[name]}"]
@@ -44,7 +45,7 @@ def test_unknown_names_raise():
         _ = largemargin.no_such_name  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", largemargin.__all__)
+@every("name", largemargin.__all__)
 def test_public_names_have_a_docstring(name):
     value = getattr(largemargin, name)
     assert value.__doc__ and value.__doc__.strip()
@@ -52,7 +53,7 @@ def test_public_names_have_a_docstring(name):
     assert value.__doc__ not in inherited
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@every("name", FUNCTIONS)
 def test_docstrings_of_functions_have_every_section(name):
     doc = inspect.getdoc(getattr(largemargin, name))
     positions = [doc.find(f"\n{section}:") for section in ("Args", "Returns", "Raises", "Example", "Source")]
@@ -62,7 +63,7 @@ def test_docstrings_of_functions_have_every_section(name):
         assert re.search(rf"^    ([\w, ]*, )?{parameter}(, [\w, ]*)?:", arguments, re.MULTILINE), f"{parameter} is not described"
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@every("name", FUNCTIONS)
 def test_signatures_of_functions_are_typed(name):
     signature = inspect.signature(getattr(largemargin, name))
     assert signature.return_annotation is not inspect.Signature.empty

@@ -4,24 +4,15 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 import oracle
 import strategies
 from combinations import every
 from largemargin import large_margin_cross_entropy
 from measure import INF, assert_within, loss_scale
+from problems import loss_and_gradient
 from properties import given, st
-
-DIVERGENCES = ("symmetric", "kl_qu", "kl_uq")
-DTYPES = (torch.float32, torch.float64)
-LEADS = (12, 16, 20, 50, 87, 103, 110)
-
-
-def loss_and_gradient(input: Tensor, target: Tensor, *args: Tensor | None, **options) -> tuple[Tensor, Tensor]:
-    leaf = input.clone().requires_grad_()
-    loss = large_margin_cross_entropy(leaf, target, *args, **options)
-    return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
+from registry import DIVERGENCES, DTYPES
 
 
 def soft_scale(f: list[float], t: list[float], weight: list[float] | None = None, *, label_smoothing: float = 0.0, **options) -> float:
@@ -81,7 +72,7 @@ def test_gradient_equals_the_derivative_of_the_expectation(dtype, row, data, dev
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @every("offset", [0.0, 1e4, 1e5])
-@every("lead", LEADS)
+@every("lead", strategies.LEADS)
 def test_leads_and_offsets_in_float32(lead, offset, divergence, rng, device):
     # the plain downdate of the sum of exponentials is 25% wrong at 16 nats and NaN from 18
     others = torch.randn(6, generator=rng).to(device)
@@ -96,7 +87,7 @@ def test_leads_and_offsets_in_float32(lead, offset, divergence, rng, device):
     assert (gradient.double() - torch.tensor(expected, dtype=torch.float64, device=device)).abs().max() <= 3e-7
 
 
-@every("lead", LEADS)
+@every("lead", strategies.LEADS)
 def test_tails_of_a_one_hot_target(lead, rng, device):
     others = torch.randn(6, generator=rng).to(device)
     input = torch.cat([(others.max() + lead)[None], others])
