@@ -435,9 +435,10 @@ def test_not_a_number_in_gives_not_a_number_out(row, device):
     assert all(field[1].isfinite() for field in stats)  # and only there
 
 
-@pytest.mark.parametrize("single", [INF, -INF, math.nan])
-def test_a_target_alone_in_its_row_must_be_finite(single, device):
-    assert row_stats(torch.tensor([single], device=device), torch.tensor(0, device=device)).log_odds.isnan()
+@pytest.mark.parametrize("dtype", DTYPES)
+@every("single", [INF, -INF, math.nan])
+def test_a_target_alone_in_its_row_must_be_finite(single, dtype, device):
+    assert row_stats(torch.tensor([single], dtype=dtype, device=device), torch.tensor(0, device=device)).log_odds.isnan()
 
 
 def test_masked_target_has_log_odds_minus_infinity_and_the_same_divergence(device):
