@@ -66,7 +66,7 @@ def bounds(group: dist.ProcessGroup, sizes: tuple[int, ...]) -> slice:
     return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
 
 
-def loss_and_gradient(function: Callable[..., Tensor], leaf: Tensor, upstream: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+def loss_with_upstream(function: Callable[..., Tensor], leaf: Tensor, upstream: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     leaf = leaf.detach().clone().requires_grad_()
     loss = function(leaf, **options)
     loss.backward(upstream if loss.dim() else upstream.flatten()[0].to(loss.dtype))
@@ -85,8 +85,8 @@ def equals_whole(group: dist.ProcessGroup, sizes: tuple[int, ...], inner: tuple[
     def split(logits: Tensor) -> Tensor:
         return sharded_large_margin_cross_entropy(logits, rows.target, group=group, **options)
 
-    expected, gradient = loss_and_gradient(whole, rows.logits, rows.upstream)
-    loss, mine = loss_and_gradient(split, rows.logits[:, classes], rows.upstream)
+    expected, gradient = loss_with_upstream(whole, rows.logits, rows.upstream)
+    loss, mine = loss_with_upstream(split, rows.logits[:, classes], rows.upstream)
     assert_within(loss, expected, 16 + expected.abs(), 4)
     assert mine.shape == rows.logits[:, classes].shape
     assert_within(mine, gradient[:, classes], 16, 4)
@@ -119,8 +119,8 @@ def soft_equals_whole(
     def split(logits: Tensor) -> Tensor:
         return sharded_large_margin_cross_entropy(logits, rows.target[:, classes], group=group, **options)
 
-    expected, gradient = loss_and_gradient(whole, rows.logits, rows.upstream)
-    loss, mine = loss_and_gradient(split, rows.logits[:, classes], rows.upstream)
+    expected, gradient = loss_with_upstream(whole, rows.logits, rows.upstream)
+    loss, mine = loss_with_upstream(split, rows.logits[:, classes], rows.upstream)
     assert_within(loss, expected, 16 + lead + expected.abs(), 4)
     assert_within(mine, gradient[:, classes], 16 + lead, 4)
     return loss.cpu()
@@ -162,8 +162,8 @@ def soft_by_kernels(group: dist.ProcessGroup, sizes: tuple[int, ...], dtype: tor
     exact = rows.logits.to(dtype).double()
     whole = lambda logits: large_margin_cross_entropy(logits, rows.target, backend="reference")  # noqa: E731
     split = lambda logits: sharded_large_margin_cross_entropy(logits, rows.target[:, classes].float(), group=group)  # noqa: E731
-    expected, gradient = loss_and_gradient(whole, exact, rows.upstream)
-    loss, mine = loss_and_gradient(split, exact[:, classes].to(dtype), rows.upstream.float())
+    expected, gradient = loss_with_upstream(whole, exact, rows.upstream)
+    loss, mine = loss_with_upstream(split, exact[:, classes].to(dtype), rows.upstream.float())
     assert loss.dtype == torch.float32 and mine.dtype == dtype
     assert_within(loss, expected, 16 + expected.abs(), 4)
     once = torch.finfo(dtype).eps if dtype != torch.float32 else 0
@@ -213,8 +213,8 @@ def by_kernels(group: dist.ProcessGroup, sizes: tuple[int, ...], inner: tuple[in
     def split(logits: Tensor) -> Tensor:
         return sharded_large_margin_cross_entropy(logits, rows.target, group=group, **options)
 
-    expected, gradient = loss_and_gradient(whole, rows.logits.double(), rows.upstream)
-    loss, mine = loss_and_gradient(split, rows.logits[:, classes], rows.upstream.float())
+    expected, gradient = loss_with_upstream(whole, rows.logits.double(), rows.upstream)
+    loss, mine = loss_with_upstream(split, rows.logits[:, classes], rows.upstream.float())
     assert loss.dtype == torch.float32 and mine.dtype == dtype
     assert_within(loss, expected, 16 + expected.abs(), 4)
     assert_within(
@@ -248,7 +248,7 @@ def equals_whole_as_dtensor(
     loss = large_margin_cross_entropy(computed, rows.target, weight, **options)
     assert isinstance(loss, DTensor)
     (loss * distribute_tensor(rows.upstream, mesh, loss.placements) if loss.dim() else loss * rows.upstream.flatten()[0]).sum().backward()
-    expected, gradient = loss_and_gradient(whole, rows.logits, rows.upstream)
+    expected, gradient = loss_with_upstream(whole, rows.logits, rows.upstream)
     assert_within(loss.full_tensor(), expected, 16 + expected.abs(), 4)
     gradients: Any = logits.grad
     assert_within(gradients.full_tensor(), gradient, 16, 4)

@@ -16,35 +16,25 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from devices import CPU
 from largemargin import (
     ClassParallelLinear,
-    crammer_singer_hinge,
-    hard_margin_softplus,
     heads,
     large_margin_cross_entropy,
     linear_large_margin_cross_entropy,
     metrics,
-    multiclass_hinge,
     row_stats,
     sharded_large_margin_cross_entropy,
     sharded_linear_large_margin_cross_entropy,
 )
-from largemargin.heads.cosine import MARGINS
 from largemargin.heads.super_symmetric import super_symmetry_penalty
 from largemargin.lab._torchvision import import_torchvision
 from measure import assert_within, same_bits
 from on_ranks import Rows
+from registry import HEADS, HINGES
 from row_losses import OTHERS
 
-HINGES: dict[str, Callable[..., Tensor]] = {
-    "hard_margin": hard_margin_softplus,
-    "crammer_singer": crammer_singer_hinge,
-    "multiclass": multiclass_hinge,
-}
-HEADS: list[Callable[[], nn.Module]] = [
-    partial(heads.LSoftmaxLinear, 5, 10, dtype=torch.float64),
-    *(partial(heads.CosineLinear, 5, 10, kind=kind, dtype=torch.float64) for kind in MARGINS),
-    *(partial(heads.GaussianMixtureHead, 5, 10, covariance=kind, dtype=torch.float64) for kind in ("identity", "diagonal")),
-    partial(heads.CenterLoss, 5, 10, as_parameter=True, dtype=torch.float64),
-]
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {hinge.function.__name__: hinge.function for hinge in HINGES}
+# those that can be split by classes or by rows
+SPLIT = ("lsoftmax", "cosface", "arcface", "arcface_insightface", "mixture", "mixture_diagonal", "center")
+MAKERS: list[Callable[[], nn.Module]] = [partial(HEADS[name], 5, 10, dtype=torch.float64) for name in SPLIT]
 PLACES = {"rows": Shard(0), "classes": Shard(1), "inner": Shard(-1), "": Replicate()}
 
 
@@ -65,7 +55,7 @@ def tied(num_classes: int) -> Rows:
 def hinge_equals_whole(
     group: dist.ProcessGroup, name: str, mesh_shape: tuple[int, ...], places: tuple[str, ...], num_classes: int, options: dict
 ) -> Tensor:
-    function, rows = HINGES[name], tied(num_classes)
+    function, rows = FUNCTIONS[name], tied(num_classes)
     weight = rows.weight if options.pop("weighted", False) else None
     logits = placed(rows, mesh_shape, places).requires_grad_()
     loss = function(logits, rows.target, weight, **options)
@@ -150,7 +140,7 @@ def logits_of_a_class_parallel_layer_go_everywhere(group: dist.ProcessGroup) -> 
     features, target = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64), torch.arange(7)
     logits = cast(DTensor, head(features))
     whole = logits.full_tensor().detach()
-    for function in HINGES.values():
+    for function in FUNCTIONS.values():
         assert_within(cast(DTensor, function(logits, target)).full_tensor(), function(whole, target), 16, 4)
     assert_within(cast(DTensor, row_stats(logits, target).rho).full_tensor(), row_stats(whole, target).rho, 16, 4)
     for measure in MEASURES.values():
@@ -173,7 +163,7 @@ def a_plain_input_wants_a_plain_target(group: dist.ProcessGroup) -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(group),))
     logits, target = torch.randn(7, 9), distribute_tensor(torch.arange(7), mesh, [Replicate()])
     probabilities = distribute_tensor(torch.full((7, 9), 1 / 9), mesh, [Replicate()])
-    functions: tuple[Callable[..., object], ...] = (*HINGES.values(), row_stats, large_margin_cross_entropy)
+    functions: tuple[Callable[..., object], ...] = (*FUNCTIONS.values(), row_stats, large_margin_cross_entropy)
     for function in functions:
         with pytest.raises(TypeError, match=r"^target is a DTensor.*target\.full_tensor\(\)"):
             function(logits, target)
@@ -195,7 +185,7 @@ def what_meets_a_plain_tensor_is_plain(group: dist.ProcessGroup) -> None:
     linear, sharded = linear_large_margin_cross_entropy, sharded_linear_large_margin_cross_entropy
     calls: dict[str, list[Callable[[], object]]] = {
         "weight": [
-            *(partial(function, features, target, factors) for function in (*HINGES.values(), large_margin_cross_entropy)),
+            *(partial(function, features, target, factors) for function in (*FUNCTIONS.values(), large_margin_cross_entropy)),
             lambda: linear(features, classifier, target, weight=factors),
             lambda: sharded_large_margin_cross_entropy(features, target, group=group, weight=factors),
             lambda: sharded(features, classifier, target, group=group, weight=factors),
@@ -219,7 +209,7 @@ def heads_equal_whole(group: dist.ProcessGroup, mesh_shape: tuple[int, ...], of_
     generator = torch.Generator().manual_seed(0)
     features, target = torch.randn(7, 5, generator=generator, dtype=torch.float64), torch.tensor([0, 8, 3, -100, 3, 4, 7])
     classes, rows = ([PLACES[place] for place in places] for places in (of_classes, of_rows))
-    for make in HEADS:
+    for make in MAKERS:
         torch.manual_seed(0)  # the same head on every rank
         whole = make()
         head = copy.deepcopy(whole)

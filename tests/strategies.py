@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from properties import st
+from registry import DIVERGENCES
 
 SCALES = (1e-4, 1e-2, 1.0, 5.0, 30.0, 1e3, 1e4)
 OFFSETS = (0.0, 0.0, 10.0, -1e2, 1e4, -1e5, 1e5)
@@ -83,7 +84,7 @@ def weights(num_classes: int) -> st.SearchStrategy[list[float] | None]:
 
 
 lams = st.sampled_from([0.0, 0.3, 1.0, 9.0])
-divergences = st.sampled_from(["symmetric", "kl_qu", "kl_uq"])
+divergences = st.sampled_from(DIVERGENCES)
 hard_biases = st.sampled_from([0.0, 1.0, -3.0])
 smoothings = st.sampled_from([0.0, 0.1, 1.0])
 reductions = st.sampled_from(["none", "sum", "mean"])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from combinations import every
 from largemargin import LinearLargeMarginCrossEntropyLoss, linear_large_margin_cross_entropy
 from largemargin.heads.gaussian_mixture import GaussianMixtureHead
 from largemargin.heads.super_symmetric import SuperSymmetricLinear, super_symmetry_penalty
@@ -190,7 +191,7 @@ def compiled_by(backend: str) -> Callable[..., list[Tensor]]:
     return path
 
 
-PATHS = [
+EAGER = [
     eager,
     backward_inside,
     backward_alone_inside,
@@ -202,9 +203,9 @@ PATHS = [
     per_sample,
     ensemble,
     subclass,
-    pytest.param(compiled_by("aot_eager"), id="aot_eager"),
-    pytest.param(compiled_by("inductor"), id="inductor", marks=pytest.mark.slow),
 ]
+# each compiles three times: make test has one of each kind
+QUICK = ("linear", "linear_weighted", "mixture_diagonal", "likelihood", "penalty", "learned_frame")
 
 
 @pytest.fixture(autouse=True)
@@ -221,9 +222,8 @@ def error(got: list[Tensor], truth: list[Tensor]) -> float:
     )
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("name", PRODUCTS)
-def test_products_and_their_derivatives_are_float32_under_autocast(name, path):
+def assert_float32(name: str, path: Callable[..., list[Tensor]]) -> None:
+    """A product and its derivatives on a path, under autocast."""
     half = (torch.bfloat16, torch.float16)[list(PRODUCTS).index(name) % 2]  # every path sees both
     if name == "linear_module" and path is subclass:
         pytest.skip("a weight of another class is computed from the logits of its layer, in the precision of that")
@@ -236,7 +236,31 @@ def test_products_and_their_derivatives_are_float32_under_autocast(name, path):
     assert [tensor.dtype for tensor in got] == [tensor.dtype for tensor in without]
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", EAGER)
+@every("name", PRODUCTS)
+def test_products_and_their_derivatives_are_float32_under_autocast(name, path):
+    assert_float32(name, path)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in PRODUCTS])
+def test_compiled_products_and_their_gradients_are_float32_under_autocast(name):
+    assert_float32(name, compiled_by("aot_eager"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_compiled_by_inductor_are_float32_under_autocast(name):
+    assert_float32(name, compiled_by("inductor"))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *EAGER,
+        pytest.param(compiled_by("aot_eager"), id="aot_eager"),
+        pytest.param(compiled_by("inductor"), id="inductor", marks=pytest.mark.slow),
+    ],
+)
 def test_logits_beyond_half_precision_survive_autocast(path):
     features, classifier = (300 * tensor for tensor in leaves(0, FEATURES, CLASSIFIER))
     for got in path(linear_loss, [features, classifier], lambda: torch.autocast("cpu", dtype=torch.float16)):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from combinations import every
 from devices import CPU
 from largemargin import (
     LargeMarginCrossEntropyLoss,
@@ -186,8 +187,8 @@ def test_insightface_has_the_value_of_arcface_and_the_gradient_of_the_plain_cosi
         assert_within(got, plain, 16.0, 4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("theta", [1e-3, 1e-6, math.pi - 0.5 - 1e-3, math.pi - 0.5 + 1e-3, math.pi - 1e-3])
+@every("dtype", [torch.float32, torch.float64])
+@every("theta", [1e-3, 1e-6, math.pi - 0.5 - 1e-3, math.pi - 0.5 + 1e-3, math.pi - 1e-3])
 def test_arcface_is_right_at_small_and_large_angles(theta, dtype, device):
     # one class along the first axis, the feature at an angle: the gradient is along the circle, the derivative by the angle
     head = CosineLinear(2, 1, scale=1.0, margin=0.5, kind="arcface", dtype=torch.float64).to(device)
@@ -213,7 +214,7 @@ def test_arcface_falls_with_the_angle_without_a_step(device):
     assert (steps < 0).all() and (steps > -math.pi / 2000 * 1.001).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@every("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @each_kind
 def test_gradients_are_finite_on_the_axis_and_at_zero(kind, dtype, device):
     head = CosineLinear(3, 4, scale=64.0, margin=2 if kind == "sphereface" else 0.5, kind=kind, dtype=dtype).to(device)
@@ -241,7 +242,7 @@ def test_ignored_rows_are_plain_and_get_no_gradient(kind, rng, device):
 # use
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@every("dtype", [torch.float16, torch.bfloat16])
 @each_kind
 def test_autocast(kind, dtype, rng, device):
     head = make(kind, rng, device, torch.float32, scale=64.0)
@@ -318,8 +319,8 @@ def test_equals_pytorch_metric_learning(kind, rng, device):
         assert_within(got, expected, 16.0, 64)
 
 
-@pytest.mark.parametrize(
-    ("error", "options", "words"),
+@every(
+    "error, options, words",
     [
         (ValueError, {"scale": 0.0}, "scale must be above 0, got 0.0; the papers use 30 or 64"),
         (ValueError, {"margin": -0.1}, "margin must be finite and at least 0"),

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from combinations import every
 from largemargin import large_margin_cross_entropy
 from measure import INF, assert_within, compiles
 
@@ -33,7 +34,7 @@ def index_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def upstreams(loss: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
-    """Gradients that reach a loss in practice: of either sign, zero, and expanded, with stride 0 (sharp cases 7 and 8)."""
+    """Gradients that reach a loss in practice: of either sign, zero, and expanded, with stride 0."""
     drawn = torch.randn(loss.shape, generator=rng, dtype=torch.float64).to(loss)
     return {
         "random": drawn,
@@ -69,7 +70,7 @@ def assert_equals_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@every("shape", SHAPES.values())
 def test_class_indices(shape, dtype, rng, device):
     classes = num_classes(shape)
     input = torch.randn(shape, generator=rng, dtype=torch.float64).to(device, dtype) * 3
@@ -88,7 +89,7 @@ def test_class_indices(shape, dtype, rng, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@every("shape", SHAPES.values())
 def test_class_probabilities(shape, dtype, rng, device):
     classes = num_classes(shape)
     input = torch.randn(shape, generator=rng, dtype=torch.float64).to(device, dtype) * 3
@@ -122,8 +123,8 @@ def test_ignore_index_255_with_256_classes(ignore_index, rng, device):
         assert_within(got, truth, 16.0, 2)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("label", [2, -100])
+@every("reduction", REDUCTIONS)
+@every("label", [2, -100])
 def test_one_label_in_a_vector_for_one_row_without_a_batch(label, reduction, rng, device):
     input, target = torch.randn(3, generator=rng).to(device), torch.tensor([label], device=device)
     got, truth = plain(input, target, reduction=reduction), F.cross_entropy(input, target, reduction=reduction)
@@ -131,9 +132,9 @@ def test_one_label_in_a_vector_for_one_row_without_a_batch(label, reduction, rng
     assert_within(got, truth, 4.0, 2)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("shape", [(3, 4), (3, 4, 2), (4,), (3, 0)])
+@every("smoothing", [0.0, 0.1])
+@every("weighted", [False, True])
+@every("shape", [(3, 4), (3, 4, 2), (4,), (3, 0)])
 def test_everything_ignored(shape, weighted, smoothing, rng, device):
     input = torch.randn(shape, generator=rng).to(device).requires_grad_()
     target = torch.full(index_shape(shape), -100, device=device)
@@ -148,10 +149,10 @@ def test_everything_ignored(shape, weighted, smoothing, rng, device):
         assert not gradient.any()
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@every("reduction", REDUCTIONS)
+@every("smoothing", [0.0, 0.1])
 def test_a_class_of_weight_zero_is_not_an_ignored_row(smoothing, reduction, rng, device):
-    # sharp case 16: its row counts 0 in the denominator, but keeps its smoothing term
+    # its row counts 0 in the denominator, but keeps its smoothing term
     input = torch.randn(3, 4, generator=rng).to(device)
     target = torch.tensor([0, 1, 1], device=device)
     weight = torch.tensor([0.0, 1.0, 2.0, 0.5], device=device)
@@ -208,9 +209,9 @@ def test_a_masked_class_with_probability_zero_gives_a_finite_number(device):
     assert torch.autograd.grad(loss, input)[0][0, 1] == 0
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("garbage", [math.nan, INF, -INF])
+@every("smoothing", [0.0, 0.1])
+@every("weighted", [False, True])
+@every("garbage", [math.nan, INF, -INF])
 def test_ignored_rows_never_leak(garbage, weighted, smoothing, device):
     input = torch.tensor([[1.0, 2.0, 0.0], [garbage] * 3], requires_grad=True, device=device)
     target, weight = torch.tensor([0, -100], device=device), torch.tensor([1.0, 2.0, 3.0], device=device) if weighted else None
@@ -222,9 +223,9 @@ def test_ignored_rows_never_leak(garbage, weighted, smoothing, device):
     assert torch.autograd.grad(loss, input)[0][1].tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("input_dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("weight_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@every("input_dtype", [torch.float32, torch.float64, torch.bfloat16])
+@every("weight_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@every("kind", ["indices", "probabilities"])
 def test_weight_may_have_any_floating_dtype(kind, weight_dtype, input_dtype, rng, device):
     input = torch.randn(3, 4, generator=rng).to(device, input_dtype)
     weight = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=weight_dtype, device=device)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import largemargin
+from combinations import every
 from largemargin.lab import cli
 from largemargin.lab._torchvision import import_torchvision
 from row_losses import OTHERS
@@ -94,7 +95,7 @@ def test_the_readme_mentions_the_commands_that_exist():
         assert set(re.findall(r"\bmake ([a-z-]+)\b(?=[`) ]| *#)", page.read_text())) <= targets, page
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@every("page", PAGES)
 def test_links_to_files_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#]+)", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)):
         assert (page.parent / link).exists(), link

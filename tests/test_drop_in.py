@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import largemargin
+from combinations import every
 from largemargin import LargeMarginCrossEntropyLoss, OpaqueLargeMarginLoss, large_margin_cross_entropy
 from largemargin.heads import CosineLinear
 from measure import same_bits
@@ -23,18 +24,16 @@ OPTIONS = [
 ]
 
 
-def problem() -> tuple[Tensor, Tensor]:
+def small_problem() -> tuple[Tensor, Tensor]:
     return torch.randn(8, 5, generator=torch.Generator().manual_seed(0), requires_grad=True), torch.arange(8) % 5
 
 
 # the form of the loss that is no subclass
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), {"lam": 5.0, "ignore_index": 0, "label_smoothing": 0.2, "reduction": "sum", "hard_bias": 1.0}.items()
-)
+@every("name, value", {"lam": 5.0, "ignore_index": 0, "label_smoothing": 0.2, "reduction": "sum", "hard_bias": 1.0}.items())
 def test_the_opaque_loss_follows_its_attributes(name, value):
-    logits, target = problem()
+    logits, target = small_problem()
     opaque, ours = OpaqueLargeMarginLoss(), LargeMarginCrossEntropyLoss()
     assert getattr(opaque, name) == getattr(ours, name)
     for loss in (opaque, ours):
@@ -42,10 +41,10 @@ def test_the_opaque_loss_follows_its_attributes(name, value):
     assert same_bits(opaque(logits, target), ours(logits, target))
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("probabilities", [False, True])
+@every("options", OPTIONS)
+@every("probabilities", [False, True])
 def test_the_opaque_loss_is_the_same_loss_of_another_type(options, probabilities):
-    logits, target = problem()
+    logits, target = small_problem()
     if probabilities:
         if options.get("ignore_index", -1) >= 0:
             pytest.skip("ignore_index needs class indices")
@@ -96,7 +95,7 @@ def call_with_weight(taker: Callable[..., object], weight: object) -> object:
     if isinstance(taker, type):
         sizes = (5, 5) if taker is largemargin.LinearLargeMarginCrossEntropyLoss else ()
         return taker(*sizes, weight=weight, **counts)
-    logits, target = problem()
+    logits, target = small_problem()
     linear = (torch.ones(5, 5),) if "linear" in taker.__name__ else ()
     group = {"group": None} if "sharded" in taker.__name__ else {}
     return taker(logits, *linear, target, weight=weight, **group, **counts)
@@ -131,10 +130,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("factor", [1.0, 3.0])
-@pytest.mark.parametrize(("options", "dtype"), CASES, ids=str)
+@every("factor", [1.0, 3.0])
+@every("options, dtype", CASES)
 def test_writing_into_the_logits_gives_the_gradient_of_before_or_raises(options, dtype, factor):
-    leaf, target = problem()
+    leaf, target = small_problem()
     leaf = leaf.detach().to(dtype).requires_grad_()
     (expected,) = torch.autograd.grad(factor * large_margin_cross_entropy(leaf * 1, target, **options).sum(), leaf)
     logits = leaf * 1

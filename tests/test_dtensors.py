@@ -15,7 +15,7 @@ each_layout = pytest.mark.parametrize(("mesh", "places"), LAYOUTS, ids=str)
 
 
 @each_layout
-@pytest.mark.parametrize("name", on_ranks_dtensors.HINGES)
+@pytest.mark.parametrize("name", on_ranks_dtensors.FUNCTIONS)
 def test_hinges_equal_those_of_the_full_tensor(ranks, name, mesh, places):
     for num_classes, reduction, options in itertools.product((9, 3), ("none", "sum", "mean"), ({}, {"weighted": True, "margin": 0.5})):
         ranks.assert_on(4, on_ranks_dtensors.hinge_equals_whole, name, mesh, places, num_classes, {**options, "reduction": reduction})

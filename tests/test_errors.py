@@ -7,19 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from combinations import every
 from largemargin import (
     LargeMarginCrossEntropyLoss,
     LinearLargeMarginCrossEntropyLoss,
     MulticlassHingeLoss,
-    crammer_singer_hinge,
-    hard_margin_softplus,
     large_margin_cross_entropy,
-    multiclass_hinge,
 )
 from measure import call_or_error
+from registry import HINGES
 
 Call = dict[str, object]
-HINGES = (multiclass_hinge, crammer_singer_hinge, hard_margin_softplus)
 
 # correct calls, each to be spoilt by one mistake
 CALLS: dict[str, Callable[[], Call]] = {
@@ -85,7 +83,7 @@ def torchs_answer(call: Call) -> object:
     return call_or_error(F.cross_entropy, **call)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@every("name", CALLS)
 def test_the_correct_calls_are_correct(name):
     call = CALLS[name]()
     assert isinstance(large_margin_cross_entropy(**call), torch.Tensor)
@@ -93,7 +91,7 @@ def test_the_correct_calls_are_correct(name):
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-@pytest.mark.parametrize("name", CALLS)
+@every("name", CALLS)
 def test_one_mistake_raises_as_torch_does(name, mistake):
     argument, spoil = MISTAKES[mistake]
     call = spoil(CALLS[name]())
@@ -107,7 +105,7 @@ def test_one_mistake_raises_as_torch_does(name, mistake):
 
 
 @pytest.mark.parametrize("first", MISTAKES)
-@pytest.mark.parametrize("name", CALLS)
+@every("name", CALLS)
 def test_two_mistakes_raise_for_one_of_them(name, first):
     # torch checks in another order, so its type may be that of the other mistake
     for second in MISTAKES:
@@ -132,7 +130,7 @@ def test_what_torch_refuses_by_accident_is_accepted():
     )
 
 
-@pytest.mark.parametrize("name", ["(N, C)", "(N, C) probabilities"])
+@every("name", ["(N, C)", "(N, C) probabilities"])
 def test_input_without_dimensions(name):
     call = {**CALLS[name](), "input": torch.tensor(1.0)}
     expected, got = torchs_answer(call), call_or_error(large_margin_cross_entropy, **call)
@@ -140,8 +138,8 @@ def test_input_without_dimensions(name):
     assert "input" in str(got)
 
 
-@pytest.mark.parametrize(
-    ("name", "weight"),
+@every(
+    "name, weight",
     [("(N, C, d)", torch.ones(1, 4)), ("(N, C, d)", torch.ones(2, 2)), ("(N, C) probabilities", torch.ones(4, dtype=torch.int64))],
 )
 def test_weights_torch_takes_by_accident_are_refused(name, weight):
@@ -181,7 +179,7 @@ def test_weights_torch_takes_by_accident_are_refused(name, weight):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["(N, C)", "(N, C) probabilities"])
+@every("name", ["(N, C)", "(N, C) probabilities"])
 def test_bad_options_raise(name, options, error):
     got = call_or_error(large_margin_cross_entropy, **CALLS[name](), **options)
     assert type(got) is error, repr(got)
@@ -197,16 +195,16 @@ def test_messages_say_what_came_and_what_to_do():
         large_margin_cross_entropy(torch.randn(3, 4), torch.tensor([0, 0, 0]), torch.ones(3))
 
 
-@pytest.mark.parametrize("hinge", HINGES)
-@pytest.mark.parametrize("name", [name for name in CALLS if "probabilities" in name])
+@every("hinge", [hinge.function for hinge in HINGES])
+@every("name", [name for name in CALLS if "probabilities" in name])
 def test_hinges_refuse_probabilities(name, hinge):
     with pytest.raises(RuntimeError, match="target"):
         hinge(**CALLS[name]())
 
 
-@pytest.mark.parametrize("hinge", HINGES)
+@every("hinge", [hinge.function for hinge in HINGES])
 @pytest.mark.parametrize("mistake", [name for name in MISTAKES if "label_smoothing" not in name])
-@pytest.mark.parametrize("name", [name for name in CALLS if "probabilities" not in name])
+@every("name", [name for name in CALLS if "probabilities" not in name])
 def test_hinges_raise_as_cross_entropy_does(name, mistake, hinge):
     argument, spoil = MISTAKES[mistake]
     call = spoil(CALLS[name]())
@@ -218,15 +216,15 @@ def test_hinges_raise_as_cross_entropy_does(name, mistake, hinge):
     assert argument in str(got)
 
 
-@pytest.mark.parametrize("hinge", HINGES)
-@pytest.mark.parametrize("margin", [math.nan, math.inf, "1", None, torch.tensor(1.0)], ids=str)
+@every("hinge", [hinge.function for hinge in HINGES])
+@every("margin", [math.nan, math.inf, "1", None, torch.tensor(1.0)])
 def test_hinges_check_their_margin(margin, hinge):
     with pytest.raises(ValueError if isinstance(margin, float) else TypeError, match="margin"):
         hinge(**CALLS["(N, C)"](), margin=margin)
 
 
-@pytest.mark.parametrize("hinge", HINGES)
-@pytest.mark.parametrize("option", ["label_smoothing", "lam", "divergence", "hard_bias"])
+@every("hinge", [hinge.function for hinge in HINGES])
+@every("option", ["label_smoothing", "lam", "divergence", "hard_bias"])
 def test_hinges_have_no_such_option(option, hinge):
     with pytest.raises(TypeError, match=option):
         hinge(**CALLS["(N, C)"](), **{option: 0.1})

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import largemargin
+from combinations import every
 from largemargin import (
     CrammerSingerHingeLoss,
     HardMarginSoftplusLoss,
@@ -30,6 +32,7 @@ from largemargin import (
     row_stats,
 )
 from largemargin.schedules import GradualWeight
+from registry import HEADS
 from row_losses import OTHERS
 
 pytestmark = [
@@ -85,6 +88,11 @@ CRITERIA: dict[str, nn.Module] = {
     "row_stats": OfFunction(statistics),
 }
 each_criterion = pytest.mark.parametrize("name", CRITERIA)
+
+
+def slow_but(*quick: str) -> list[Any]:
+    """All criteria; ``make test`` has those without which a way through the tracer would be left out."""
+    return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in CRITERIA]
 
 
 class Model(nn.Module):
@@ -187,14 +195,14 @@ def test_a_trace_of_probabilities_computes_for_other_batches(tmp_path):
         assert_same(torch.jit.load(tmp_path / "traced.pt"), model("weighted"), rows, probabilities=True)
 
 
-@pytest.mark.parametrize("name", [name for name, criterion in CRITERIA.items() if not isinstance(criterion, OfFunction)])
+@every("name", [name for name, criterion in CRITERIA.items() if not isinstance(criterion, OfFunction)])
 def test_script_of_a_criterion_is_refused_and_told_of_export(name):
     for scripted in (CRITERIA[name], model(name)):
         with pytest.raises(NotImplementedError, match=r"torch\.jit\.script.*torch\.export"):
             torch.jit.script(scripted)
 
 
-@pytest.mark.parametrize("function", [*FUNCTIONS, *METRICS, heads.super_symmetry_penalty], ids=lambda function: function.__name__)
+@every("function", [*FUNCTIONS, *METRICS, heads.super_symmetry_penalty])
 def test_script_of_a_function_is_refused_and_told_of_export(function):
     with pytest.raises(NotImplementedError, match=r"torch\.jit\.script.*torch\.export"):
         torch.jit.script(function)
@@ -215,17 +223,26 @@ def test_every_other_row_loss_is_exported_with_its_gradient():
             assert_same(program.module(), whole, num_rows)
 
 
-@each_criterion
-@pytest.mark.parametrize("strict", [False, True])
-def test_exported_programs_hold_operations_of_aten_only(name, strict, tmp_path):
+def assert_of_aten_only(name: str, strict: bool, path: Path) -> None:
+    """As the program of a loss that was exported, saved and loaded."""
     rows = torch.export.Dim("rows", min=3, max=64)
     program = torch.export.export(model(name), batch(6), dynamic_shapes=({0: rows}, {0: rows}), strict=strict)
     assert operators(program.graph) <= {"aten", "<built-in function getitem>"}
-    torch.export.save(program, tmp_path / "program.pt2")
-    loaded = torch.export.load(tmp_path / "program.pt2")
+    torch.export.save(program, path)
+    loaded = torch.export.load(path)
     for num_rows in (6, 4):
         assert_same(loaded.module(), model(name), num_rows)
     assert operators(program.run_decompositions().graph) <= {"aten"}
+
+
+@each_criterion
+def test_exported_programs_hold_operations_of_aten_only(name, tmp_path):
+    assert_of_aten_only(name, False, tmp_path / "program.pt2")
+
+
+@pytest.mark.parametrize("name", slow_but("large_margin", "hinge", "linear", "function", "function_linear", "row_stats"))
+def test_programs_of_strict_export_hold_operations_of_aten_only(name, tmp_path):
+    assert_of_aten_only(name, True, tmp_path / "program.pt2")
 
 
 @pytest.mark.parametrize("name", ["large_margin", "weighted"])
@@ -282,7 +299,11 @@ MODULES = sorted(
 )
 
 
-@pytest.mark.parametrize("name", [*MODULES, "backends.cpu", "backends.ladder", "backends.compiled", "heads.center"])
+EACH = [*MODULES, "backends.cpu", "backends.ladder", "backends.compiled", "heads.center"]
+QUICK = ("_operators", "rowstats", "plain_layer", "losses", "metrics", "backends.cpu")  # each is a process that imports torch
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in EACH])
 def test_every_module_can_be_the_first_to_import_torch(name):
     code = f"import largemargin.{name}, sys, torch\nprint(torch.ops.largemargin.row_stats.default)"
     assert in_a_new_process(code) == "largemargin.row_stats.default"
@@ -296,7 +317,7 @@ def test_a_machine_without_torch_can_still_import_the_package():
 # ONNX
 
 
-@each_criterion
+@pytest.mark.parametrize("name", slow_but("large_margin", "weighted", "hinge", "crammer_singer", "linear", "row_stats"))
 def test_onnx_programs_compute_the_same(name, tmp_path):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
@@ -312,15 +333,6 @@ def test_onnx_programs_compute_the_same(name, tmp_path):
 
 # heads
 
-HEADS: dict[str, Callable[[], nn.Module]] = {
-    "cosface": lambda: heads.CosineLinear(WIDTH, CLASSES),
-    "arcface": lambda: heads.CosineLinear(WIDTH, CLASSES, kind="arcface"),
-    "lsoftmax": lambda: heads.LSoftmaxLinear(WIDTH, CLASSES, 2),
-    "mixture": lambda: heads.GaussianMixtureHead(WIDTH, CLASSES, covariance="diagonal"),
-    "super_symmetric": lambda: heads.SuperSymmetricLinear(WIDTH, CLASSES),
-    "noisy": lambda: heads.NoisySoftmaxLinear(WIDTH, CLASSES, alpha_squared=0.0),
-    "center": lambda: heads.CenterLoss(WIDTH, CLASSES, as_parameter=True),
-}
 each_head = pytest.mark.parametrize("name", HEADS)
 
 
@@ -338,7 +350,7 @@ class WithHead(nn.Module):
 
 def with_head(name: str) -> WithHead:
     torch.manual_seed(0)
-    return WithHead(HEADS[name]())
+    return WithHead(HEADS[name](WIDTH, CLASSES))
 
 
 @each_head
@@ -366,7 +378,7 @@ def test_script_of_a_schedule_is_refused_and_told_of_export():
 
 def test_a_head_alone_is_no_model_to_trace():
     with pytest.raises(TypeError, match="trace a module that calls it"):
-        torch.fx.symbolic_trace(HEADS["lsoftmax"]())
+        torch.fx.symbolic_trace(HEADS["lsoftmax"](WIDTH, CLASSES))
 
 
 def test_fx_records_the_fused_loss_of_a_layer_that_does_more():

@@ -5,17 +5,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import oracle
 import strategies
+from combinations import every
 from largemargin import large_margin_cross_entropy, linear_large_margin_cross_entropy
 from measure import INF, assert_within, loss_scale, same_bits
+from problems import loss_and_gradient, problem
 from properties import assume, given, st
-
-DIVERGENCES = ("symmetric", "kl_qu", "kl_uq")
-DTYPES = (torch.float32, torch.float64)
-LEADS = (12, 16, 20, 50, 87, 103, 110)
+from registry import DIVERGENCES, DTYPES
 
 # name -> (the paper's equation, the options that make the loss it)
 EQUATIONS = {
@@ -31,19 +29,6 @@ EQUATIONS = {
 }
 
 
-def loss_and_gradient(input: Tensor, target: Tensor, *args: Tensor | None, **options) -> tuple[Tensor, Tensor]:
-    leaf = input.clone().requires_grad_()
-    loss = large_margin_cross_entropy(leaf, target, *args, **options)
-    return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
-
-
-def problem(
-    rng: torch.Generator, device: torch.device, rows: int = 8, classes: int = 10, scale: float = 3.0, dtype=torch.float32
-) -> tuple[Tensor, Tensor]:
-    input = torch.randn(rows, classes, generator=rng, dtype=torch.float64).to(device, dtype) * scale
-    return input, torch.randint(classes, (rows,), generator=rng).to(device)
-
-
 # the paper
 
 
@@ -52,7 +37,7 @@ def problem(
 @given(row=strategies.rows())
 def test_each_equation_of_the_paper(equation, dtype, row, device):
     paper, options = EQUATIONS[equation]
-    # the equations need a non-target: test_case_6_no_nontarget_left
+    # the equations need a non-target: test_no_nontarget_left
     assume(any(value != -INF for c, value in enumerate(row.logits) if c != row.target))
     loss = large_margin_cross_entropy(
         torch.tensor(row.logits, dtype=dtype, device=device), torch.tensor(row.target, device=device), **options
@@ -141,10 +126,9 @@ def test_gradient_equals_eq_12(lam, row, device):
         assert_within(gradient, truth, (1 + lam) * (2 + math.log(len(truth))), 3)
 
 
-# sharp case 1
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("lead", LEADS)
-def test_case_1_tails(lead, divergence, rng, device):
+@every("divergence", DIVERGENCES)
+@every("lead", strategies.LEADS)
+def test_confident_rows_keep_their_digits(lead, divergence, rng, device):
     others = torch.randn(9, generator=rng).to(device)
     input = torch.cat([(others.max() + lead)[None], others])
     row = (input.tolist(), 0)
@@ -163,7 +147,7 @@ def test_case_1_tails(lead, divergence, rng, device):
     assert with_margin.isfinite().all()
 
 
-@pytest.mark.parametrize("lag", LEADS)
+@every("lag", strategies.LEADS)
 def test_a_target_far_behind(lag, rng, device):
     others = torch.randn(9, generator=rng).to(device)
     input = torch.cat([(others.max() - lag)[None], others])
@@ -172,9 +156,8 @@ def test_a_target_far_behind(lag, rng, device):
     assert gradient[0].item() == pytest.approx(-1, rel=1e-5) and gradient[0] >= -1
 
 
-# sharp case 2
-@pytest.mark.parametrize("offset", [0.0, 1e2, 1e4, 1e5])
-def test_case_2_offsets(offset, rng, device):
+@every("offset", [0.0, 1e2, 1e4, 1e5])
+def test_a_common_offset_costs_no_digits(offset, rng, device):
     input, target = problem(rng, device, classes=50)
     input = input + offset  # rounds the logits; the truth is that of the rounded ones
     loss, gradient = loss_and_gradient(input, target, reduction="none")
@@ -186,11 +169,11 @@ def test_case_2_offsets(offset, rng, device):
     assert ((gradient - gradient_truth).abs() <= 1e-6 * gradient_truth.abs().amax(1, keepdim=True)).all()
 
 
-# sharp case 4; the statistics' own tests have the rest
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_case_4_masked_classes_are_deleted(divergence, weighted, smoothing, rng, device):
+# the statistics' own tests have the rest
+@every("smoothing", [0.0, 0.1, 1.0])
+@every("weighted", [False, True])
+@every("divergence", DIVERGENCES)
+def test_masked_classes_are_deleted(divergence, weighted, smoothing, rng, device):
     input, target = problem(rng, device, dtype=torch.float64)
     keep = [0, 2, 3, 6, 9]
     target = torch.tensor(keep, device=device)[target % 5]
@@ -205,9 +188,9 @@ def test_case_4_masked_classes_are_deleted(divergence, weighted, smoothing, rng,
     assert not gradient[:, [1, 4, 5, 7, 8]].any()
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_case_4_masked_target_has_infinite_loss(weighted, smoothing, device):
+@every("smoothing", [0.0, 0.1, 1.0])
+@every("weighted", [False, True])
+def test_masked_target_has_infinite_loss(weighted, smoothing, device):
     # its regulariser, and the other rows, are unaffected
     input = torch.tensor([[-INF, 1.0, 3.0], [0.0, 1.0, 3.0]], device=device)
     weight = torch.tensor([1.0, 2.0, 3.0], device=device) if weighted else None
@@ -225,11 +208,11 @@ def test_case_4_masked_target_has_infinite_loss(weighted, smoothing, device):
         assert_within(gradient[0, 1:], (1 - smoothing) * w[0] * q + smoothing / 2 * (w[1:].sum() * q - w[1:]), 2.0, 2)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("row", [[INF, 1.0, 0.0], [0.0, INF, 0.0], [math.nan, 1.0, 0.0], [0.0, math.nan, 0.0], [-INF, -INF, -INF]])
-@pytest.mark.parametrize("lam", [0.0, 0.3])
-def test_case_4_infinities_and_nan_in_a_kept_row_give_nan(lam, row, weighted, smoothing, device):
+@every("smoothing", [0.0, 0.1])
+@every("weighted", [False, True])
+@every("row", [[INF, 1.0, 0.0], [0.0, INF, 0.0], [math.nan, 1.0, 0.0], [0.0, math.nan, 0.0], [-INF, -INF, -INF]])
+@every("lam", [0.0, 0.3])
+def test_infinities_and_nan_in_a_kept_row_give_nan(lam, row, weighted, smoothing, device):
     weight = torch.tensor([1.0, 2.0, 3.0], device=device) if weighted else None
     losses = large_margin_cross_entropy(
         torch.tensor([row, [1.0, 2.0, 3.0]], device=device),
@@ -242,13 +225,12 @@ def test_case_4_infinities_and_nan_in_a_kept_row_give_nan(lam, row, weighted, sm
     assert losses.isnan().tolist() == [True, False]
 
 
-# sharp cases 4 and 5
-@pytest.mark.parametrize("garbage", [math.nan, INF, -INF, 3e38])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("ignore_index", [-100, 0, 255])
-@pytest.mark.parametrize("classes", [4, 256])
-def test_case_5_ignored_rows_are_left_out_of_everything(classes, ignore_index, weighted, smoothing, garbage, rng, device):
+@every("garbage", [math.nan, INF, -INF, 3e38])
+@every("smoothing", [0.0, 0.1])
+@every("weighted", [False, True])
+@every("ignore_index", [-100, 0, 255])
+@every("classes", [4, 256])
+def test_ignored_rows_are_left_out_of_everything(classes, ignore_index, weighted, smoothing, garbage, rng, device):
     input, _ = problem(rng, device, classes=classes, dtype=torch.float64)
     target = torch.tensor([1, 2, 3, 1, 2, 3, 1, 2], device=device)
     ignored = torch.tensor([False, True, False, False, True, False, False, True], device=device)
@@ -266,9 +248,8 @@ def test_case_5_ignored_rows_are_left_out_of_everything(classes, ignore_index, w
     assert not rows[ignored].any() and (rows[~ignored] > 0).all()
 
 
-# sharp case 6
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_case_6_two_classes_have_no_regulariser(divergence, rng, device):
+@every("divergence", DIVERGENCES)
+def test_two_classes_have_no_regulariser(divergence, rng, device):
     input, target = problem(rng, device, classes=2, scale=10.0)
     for (loss, gradient), (plain, plain_gradient) in [
         (loss_and_gradient(input, target, lam=9.0, divergence=divergence), loss_and_gradient(input, target, lam=0.0)),
@@ -281,7 +262,7 @@ def test_case_6_two_classes_have_no_regulariser(divergence, rng, device):
 
 
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
-def test_case_6_no_rows_and_nothing_kept(kind, rng, device):
+def test_no_rows_and_nothing_kept(kind, rng, device):
     for rows in (0, 3) if kind == "indices" else (0,):
         input = torch.randn(rows, 4, generator=rng).to(device)
         target = torch.full((rows,), -100, device=device) if kind == "indices" else torch.rand(rows, 4, generator=rng).to(device)
@@ -291,10 +272,10 @@ def test_case_6_no_rows_and_nothing_kept(kind, rng, device):
             assert gradient.shape == input.shape and not gradient.any()
 
 
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"label_smoothing": 1.0}, {"hard_bias": 3.0}, {"lam": 0.0}])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("row", [[2.0], [2.0, -INF], [2.0, -INF, -INF]])
-def test_case_6_no_nontarget_left(row, weighted, options, device):
+@every("options", [{}, {"label_smoothing": 0.1}, {"label_smoothing": 1.0}, {"hard_bias": 3.0}, {"lam": 0.0}])
+@every("weighted", [False, True])
+@every("row", [[2.0], [2.0, -INF], [2.0, -INF, -INF]])
+def test_no_nontarget_left(row, weighted, options, device):
     weight = torch.rand(len(row)).to(device) if weighted else None
     loss, gradient = loss_and_gradient(
         torch.tensor([row], device=device), torch.tensor([0], device=device), weight, reduction="sum", **options
@@ -302,9 +283,8 @@ def test_case_6_no_nontarget_left(row, weighted, options, device):
     assert loss == 0 and not gradient.any()
 
 
-# sharp case 16
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_case_16_weights_scale_both_terms_and_their_sum_is_the_denominator(divergence, rng, device):
+def test_weights_scale_both_terms_and_their_sum_is_the_denominator(divergence, rng, device):
     input, target = problem(rng, device, classes=4, dtype=torch.float64)
     target[2] = -100
     weight = torch.tensor([0.0, 0.5, 1.0, 4.0], dtype=torch.float64, device=device)
@@ -315,9 +295,8 @@ def test_case_16_weights_scale_both_terms_and_their_sum_is_the_denominator(diver
         assert_within(loss_and_gradient(input, target, weight, reduction=reduction, **options)[0], expected, 100.0, 1)
 
 
-# sharp case 17
 @pytest.mark.parametrize("gap", [0.0, 1e3])
-def test_case_17_smoothing_with_weight_ignored_rows_and_margin(gap, rng, device):
+def test_smoothing_with_weight_ignored_rows_and_margin(gap, rng, device):
     input, target = problem(rng, device, rows=6, classes=5)
     input[0, 1] += gap  # log p_c of the others is -1000: no log(0) on the way
     target[:3] = torch.tensor([0, 1, -100], device=device)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from combinations import every
 from largemargin import LargeMarginCrossEntropyLoss, MulticlassHingeLoss
 from largemargin.heads.gaussian_mixture import MIN_VARIANCE, GaussianMixtureHead
 from largemargin.schedules import SteppedAlpha
@@ -41,7 +42,7 @@ class Truth:
         return sum(terms) / max(len(terms), 1)
 
 
-def problem(rng, device: torch.device, covariance="identity", dtype=torch.float64, rows=16, classes=7, width=5, **options):
+def mixture(rng, device: torch.device, covariance="identity", dtype=torch.float64, rows=16, classes=7, width=5, **options):
     head = GaussianMixtureHead(width, classes, covariance=covariance, dtype=dtype, **options).to(device)
     with torch.no_grad():
         for parameter in head.parameters():
@@ -53,11 +54,11 @@ def problem(rng, device: torch.device, covariance="identity", dtype=torch.float6
 # logits and likelihood
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("scaled", [False, True])
+@every("dtype", [torch.float32, torch.float64])
+@every("scaled", [False, True])
 @each_covariance
 def test_logits_and_likelihood_are_the_definition(covariance, scaled, dtype, rng, device):
-    head, x, target = problem(rng, device, covariance, dtype, 64, width=9, alpha=0.25, likelihood_weight=0.5, scale_by_dimension=scaled)
+    head, x, target = mixture(rng, device, covariance, dtype, 64, width=9, alpha=0.25, likelihood_weight=0.5, scale_by_dimension=scaled)
     target[::5] = -100
     truth = Truth(head, x)
     assert_within(head(x).detach(), truth.logits(), truth.scale, 4)
@@ -67,12 +68,12 @@ def test_logits_and_likelihood_are_the_definition(covariance, scaled, dtype, rng
 
 @each_covariance
 def test_without_a_margin_training_is_the_mixture_itself(covariance, rng, device):
-    head, x, target = problem(rng, device, covariance, torch.float32, alpha=0.0)
+    head, x, target = mixture(rng, device, covariance, torch.float32, alpha=0.0)
     assert same_bits(head(x, target), head(x))
 
 
 def test_the_posterior_is_bayes_rule_for_gaussians(rng, device):
-    head, x, _ = problem(rng, device, "diagonal")
+    head, x, _ = mixture(rng, device, "diagonal")
     variances = head.log_variances.detach().exp() + MIN_VARIANCE
     normals = [torch.distributions.Normal(*moments) for moments in zip(head.means, variances.sqrt(), strict=True)]
     densities = torch.stack([normal.log_prob(x).sum(-1) for normal in normals], dim=1)
@@ -81,18 +82,18 @@ def test_the_posterior_is_bayes_rule_for_gaussians(rng, device):
 
 
 def test_a_new_diagonal_head_has_variances_of_1(rng, device):
-    head, x, _ = problem(rng, device, "identity", torch.float32)
+    head, x, _ = mixture(rng, device, "identity", torch.float32)
     diagonal = GaussianMixtureHead(5, 7, covariance="diagonal").to(device)
     with torch.no_grad():
         diagonal.means.copy_(head.means)
     assert_within(diagonal(x).detach(), head(x).detach().double(), Truth(head, x).scale, 8)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("offset", [1e2, 1e4])
+@every("dtype", [torch.float32, torch.float64])
+@every("offset", [1e2, 1e4])
 @each_covariance
 def test_a_common_offset_of_features_and_means_costs_only_its_own_rounding(covariance, offset, dtype, rng, device):
-    head, x, _ = problem(rng, device, covariance, dtype)
+    head, x, _ = mixture(rng, device, covariance, dtype)
     with torch.no_grad():
         head.means.add_(offset)
     x = x + offset
@@ -108,7 +109,7 @@ def test_a_common_offset_of_features_and_means_costs_only_its_own_rounding(covar
 
 @pytest.mark.parametrize("distance", [1e2, 1e4, 1e6])
 def test_features_far_from_all_means_lose_no_more_than_the_rounding_of_their_distance(distance, rng, device):
-    head, x, target = problem(rng, device, "identity", torch.float32)
+    head, x, target = mixture(rng, device, "identity", torch.float32)
     x = distance * F.normalize(x, dim=1)
     truth = Truth(head, x)
     assert_within(head(x, target).detach(), truth.logits(target, 0.1), truth.distance + 1, 4)
@@ -117,7 +118,7 @@ def test_features_far_from_all_means_lose_no_more_than_the_rounding_of_their_dis
 
 
 def test_the_distance_to_the_own_mean_is_exact_where_features_sit_on_it(rng, device):
-    head, _, target = problem(rng, device, "identity", torch.float32)
+    head, _, target = mixture(rng, device, "identity", torch.float32)
     with torch.no_grad():
         head.means.mul_(1e3)
     x = head.means.detach()[target] * (1 + 2e-6)  # a few roundings from it, thousands from the center
@@ -126,14 +127,14 @@ def test_the_distance_to_the_own_mean_is_exact_where_features_sit_on_it(rng, dev
 
 @each_covariance
 def test_no_target_and_eval_mode_give_plain_logits(covariance, rng, device):
-    head, x, target = problem(rng, device, covariance, torch.float32, alpha=SteppedAlpha(every=1))
+    head, x, target = mixture(rng, device, covariance, torch.float32, alpha=SteppedAlpha(every=1))
     plain = head(x)
     assert same_bits(head.eval()(x, target), plain) and same_bits(head(x), plain)
     assert head.alpha.step == 0
 
 
 def test_rows_without_a_class_are_plain_and_leave_the_likelihood_alone(rng, device):
-    head, x, target = problem(rng, device, "diagonal", torch.float32)
+    head, x, target = mixture(rng, device, "diagonal", torch.float32)
     target[::3], target[1] = -100, -1
     assert same_bits(head(x, target)[target < 0], head(x)[target < 0])
     expected = head.likelihood(x[target >= 0], target[target >= 0])
@@ -147,10 +148,10 @@ def test_rows_without_a_class_are_plain_and_leave_the_likelihood_alone(rng, devi
     assert nothing == 0 and not torch.autograd.grad(nothing, head.means)[0].any()
 
 
-@pytest.mark.parametrize("shape", [(), (4,), (2, 3), (2, 1, 3), (0,)])
+@every("shape", [(), (4,), (2, 3), (2, 1, 3), (0,)])
 @each_covariance
 def test_any_leading_dimensions(covariance, shape, rng, device):
-    head, _, _ = problem(rng, device, covariance, torch.float32)
+    head, _, _ = mixture(rng, device, covariance, torch.float32)
     x, target = torch.randn(*shape, 5, generator=rng).to(device), torch.randint(7, shape, generator=rng).to(device)
     got, flat = head(x, target), head(x.reshape(-1, 5), target.reshape(-1))
     assert got.shape == (*shape, 7)
@@ -161,7 +162,7 @@ def test_any_leading_dimensions(covariance, shape, rng, device):
 
 
 def test_no_tensor_of_rows_by_classes_by_features(rng, device):
-    head, x, target = problem(rng, device, "diagonal", torch.float32, rows=64, classes=32, width=48)
+    head, x, target = mixture(rng, device, "diagonal", torch.float32, rows=64, classes=32, width=48)
     largest = 0
 
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
@@ -202,7 +203,7 @@ def test_thousands_of_features_saturate_the_softmax_unless_scaled(means, rng, de
 
 
 def test_alpha_follows_its_schedule_and_a_resumed_head_goes_on_identically(rng, device, tmp_path):
-    head, x, target = problem(rng, device, "diagonal", alpha=SteppedAlpha(every=2))
+    head, x, target = mixture(rng, device, "diagonal", alpha=SteppedAlpha(every=2))
     truth = Truth(head, x)
     for alpha in (0.1, 0.1, 0.2):
         head(x)  # without a target nothing is counted
@@ -231,7 +232,7 @@ def test_param_groups_double_the_learning_rate_of_the_means():
 @pytest.mark.parametrize("scaled", [False, True])
 @each_covariance
 def test_gradient(covariance, scaled, rng, device):
-    head, x, target = problem(rng, device, covariance, rows=6, classes=4, width=3, scale_by_dimension=scaled)
+    head, x, target = mixture(rng, device, covariance, rows=6, classes=4, width=3, scale_by_dimension=scaled)
     target[2] = -100
     names = [name for name, _ in head.named_parameters()]
 
@@ -253,7 +254,7 @@ def test_gradient(covariance, scaled, rng, device):
 
 @pytest.mark.parametrize("log_variance", [-1e4, -100.0, 0.0, 100.0, 1e4])
 def test_variances_never_run_to_0(log_variance, rng, device):
-    head, x, target = problem(rng, device, "diagonal", torch.float32)
+    head, x, target = mixture(rng, device, "diagonal", torch.float32)
     with torch.no_grad():
         head.log_variances.fill_(log_variance)
     loss = F.cross_entropy(head(x, target), target) + head.likelihood(x, target)
@@ -277,7 +278,7 @@ def test_gradients_are_finite_at_zero(covariance, device):
 
 @pytest.mark.parametrize("criterion", [torch.nn.CrossEntropyLoss(), LargeMarginCrossEntropyLoss(), MulticlassHingeLoss()])
 def test_every_loss_takes_its_logits(criterion, rng, device):
-    head, x, target = problem(rng, device, "diagonal", torch.float32)
+    head, x, target = mixture(rng, device, "diagonal", torch.float32)
     target[2] = -100
     (criterion(head(x, target), target) + head.likelihood(x, target)).backward()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in head.parameters())
@@ -286,7 +287,7 @@ def test_every_loss_takes_its_logits(criterion, rng, device):
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @each_covariance
 def test_autocast_changes_nothing(covariance, half, rng, device):
-    head, x, target = problem(rng, device, covariance, torch.float32)
+    head, x, target = mixture(rng, device, covariance, torch.float32)
     expected = head(x, target), head.likelihood(x, target)
     with torch.autocast(device.type, dtype=half):
         got = head(x, target), head.likelihood(x, target)
@@ -296,7 +297,7 @@ def test_autocast_changes_nothing(covariance, half, rng, device):
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @each_covariance
 def test_half_precision_is_computed_in_float32(covariance, half, rng, device):
-    head, x, target = problem(rng, device, covariance, half)
+    head, x, target = mixture(rng, device, covariance, half)
     got, truth = head(x, target), Truth(head, x)
     assert got.dtype == torch.float32
     assert_within(got.detach(), truth.logits(target, 0.1), truth.scale, 4)
@@ -309,7 +310,7 @@ def test_half_precision_is_computed_in_float32(covariance, half, rng, device):
 @each_covariance
 def test_compiled_code_computes_the_same(covariance, alpha, rng, device):
     torch._dynamo.reset()
-    head, x, target = problem(rng, device, covariance, torch.float32, alpha=copy.deepcopy(alpha))
+    head, x, target = mixture(rng, device, covariance, torch.float32, alpha=copy.deepcopy(alpha))
     twin = copy.deepcopy(head)
 
     def loss(head):
@@ -342,8 +343,8 @@ def test_it_learns(rng, device):
 # mistakes
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "words"),
+@every(
+    "options, error, words",
     [
         ({"in_features": 0}, ValueError, "in_features must be at least 1, got 0"),
         ({"num_classes": 2.0}, TypeError, "num_classes must be an int"),

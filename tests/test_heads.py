@@ -15,9 +15,10 @@ from largemargin import (
     schedules,
 )
 from measure import compiles
+from registry import HEADS
 from row_losses import ROW_LOSSES
 
-HEADS = [
+MAKERS = [
     on_ranks.lsoftmax,
     on_ranks.gaussian_mixture,
     on_ranks.super_symmetric,
@@ -27,11 +28,15 @@ HEADS = [
     on_ranks.t_vmf,
 ]
 MODULES = [value for value in map(heads.__dict__.get, heads.__all__) if inspect.isclass(value)]
-each_head = pytest.mark.parametrize("make", HEADS, ids=lambda make: make.__name__)
+each_head = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
+
+
+def test_the_registry_has_every_head():
+    assert {type(make(6, 4)) for make in HEADS.values()} == set(MODULES)
 
 
 @pytest.mark.xdist_group("ranks")
-@pytest.mark.parametrize("make", [*HEADS, on_ranks.center], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [*MAKERS, on_ranks.center], ids=lambda make: make.__name__)
 def test_distributed_data_parallel_has_the_gradients_of_all_rows(ranks, make):
     ranks.assert_on(2, on_ranks.head_under_ddp, make)
 

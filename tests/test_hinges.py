@@ -5,29 +5,24 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import oracle
 import strategies
+from combinations import every
 from largemargin import crammer_singer_hinge, hard_margin_softplus, multiclass_hinge, row_stats
 from measure import INF, RowScale, assert_within
+from problems import value_and_gradient
 from properties import given, st
+from registry import DTYPES
 
 # loss -> the paper's equation
-HINGES = {
+EQUATIONS = {
     multiclass_hinge: oracle.multiclass_hinge,
     crammer_singer_hinge: oracle.crammer_singer,
     hard_margin_softplus: oracle.hard_margin_softplus,
 }
 SPARSE = (crammer_singer_hinge, hard_margin_softplus)
-DTYPES = (torch.float32, torch.float64)
-each_hinge = pytest.mark.parametrize("hinge", HINGES, ids=lambda hinge: hinge.__name__)
-
-
-def loss_and_gradient(hinge, input: Tensor, target: Tensor, *args: Tensor | None, **options) -> tuple[Tensor, Tensor]:
-    leaf = input.clone().requires_grad_()
-    loss = hinge(leaf, target, *args, **options)
-    return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
+each_hinge = pytest.mark.parametrize("hinge", EQUATIONS, ids=lambda hinge: hinge.__name__)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -36,7 +31,7 @@ def loss_and_gradient(hinge, input: Tensor, target: Tensor, *args: Tensor | None
 def test_loss_equals_the_paper(hinge, dtype, row, margin, device):
     loss = hinge(torch.tensor(row.logits, dtype=dtype, device=device), torch.tensor(row.target, device=device), margin=margin)
     scale = RowScale(*row)
-    truth = float(HINGES[hinge](row.logits, row.target, margin))
+    truth = float(EQUATIONS[hinge](row.logits, row.target, margin))
     if hinge is hard_margin_softplus:
         natural = min(truth, 1.0) * (scale.log_odds + abs(margin)) + truth
     else:
@@ -51,7 +46,7 @@ def test_weight_ignored_rows_and_reduction(hinge, data, batch, device):
     kept = [y != batch.ignore_index for y in batch.targets]
     w = [(weight[y] if weight else 1.0) if keep else 0.0 for y, keep in zip(batch.targets, kept, strict=True)]
     rows = zip(batch.logits, batch.targets, w, kept, strict=True)
-    truth = [float(HINGES[hinge](f, y)) * weight_y if keep else 0.0 for f, y, weight_y, keep in rows]
+    truth = [float(EQUATIONS[hinge](f, y)) * weight_y if keep else 0.0 for f, y, weight_y, keep in rows]
     reach = max(
         (RowScale(f, y).log_odds + RowScale(f, y).depth for f, y, keep in zip(batch.logits, batch.targets, kept, strict=True) if keep),
         default=0,
@@ -83,11 +78,11 @@ def test_mean_divides_by_the_summed_weights_where_torch_divides_by_the_rows(rng,
     assert_within(multiclass_hinge(input, target, weight), theirs / weight[target].sum(), 16.0, 1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("hinge", SPARSE, ids=lambda hinge: hinge.__name__)
+@every("dtype", DTYPES)
+@every("hinge", SPARSE)
 def test_sparse_hinges_move_only_the_target_and_the_largest_other(hinge, dtype, rng, device):
     input, target = (torch.randn(64, 20, generator=rng).to(device) * 3).to(dtype), torch.randint(20, (64,), generator=rng).to(device)
-    _, gradient = loss_and_gradient(hinge, input, target, reduction="sum")
+    _, gradient = value_and_gradient(hinge, input, target, reduction="sum")
     others = input.scatter(1, target[:, None], -INF)
     touched = F.one_hot(target, 20).bool() | F.one_hot(others.argmax(1), 20).bool()
     assert not gradient[~touched].any()
@@ -99,7 +94,7 @@ def test_sparse_hinges_move_only_the_target_and_the_largest_other(hinge, dtype, 
 
 def test_dense_hinge_moves_every_violating_class(rng, device):
     input, target = torch.randn(64, 20, generator=rng, dtype=torch.float64).to(device), torch.randint(20, (64,), generator=rng).to(device)
-    _, gradient = loss_and_gradient(multiclass_hinge, input, target, reduction="sum")
+    _, gradient = value_and_gradient(multiclass_hinge, input, target, reduction="sum")
     is_target = F.one_hot(target, 20).bool()
     violates = ((input - input.gather(1, target[:, None]) + 1 > 0) & ~is_target).double()
     expected = torch.where(is_target, -violates.sum(1, keepdim=True) / 19, violates / 19)

@@ -4,27 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from combinations import every
 from largemargin import large_margin_cross_entropy
 from largemargin._reduce import row_weights
 from measure import assert_within, same_bits
+from problems import loss_and_gradient, problem
 
 
-def loss_and_gradient(input: Tensor, target: Tensor, *args: Tensor | None, **options) -> tuple[Tensor, Tensor]:
-    leaf = input.clone().requires_grad_()
-    loss = large_margin_cross_entropy(leaf, target, *args, **options)
-    return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
-
-
-def problem(
-    rng: torch.Generator, device: torch.device, rows: int = 8, classes: int = 10, scale: float = 3.0, dtype=torch.float32
-) -> tuple[Tensor, Tensor]:
-    input = torch.randn(rows, classes, generator=rng, dtype=torch.float64).to(device, dtype) * scale
-    return input, torch.randint(classes, (rows,), generator=rng).to(device)
-
-
-# sharp cases 7 and 8
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"lam": 0.0, "hard_bias": 1.0}])
-def test_case_7_upstream_gradients_of_each_row(options, rng, device):
+@every("options", [{}, {"label_smoothing": 0.1}, {"lam": 0.0, "hard_bias": 1.0}])
+def test_upstream_gradients_of_each_row(options, rng, device):
     input, target = problem(rng, device, dtype=torch.float64)
     input.requires_grad_()
     losses = large_margin_cross_entropy(input, target, reduction="none", **options)
@@ -35,7 +23,7 @@ def test_case_7_upstream_gradients_of_each_row(options, rng, device):
         assert_within(gradient, upstream[:, None] * rows, upstream.abs().max() + 1, 2)
 
 
-def test_case_8_scaled_and_expanded_upstream_gradients(rng, device):
+def test_scaled_and_expanded_upstream_gradients(rng, device):
     input, target = problem(rng, device)
     input.requires_grad_()
     losses = large_margin_cross_entropy(input, target, reduction="none")
@@ -46,9 +34,8 @@ def test_case_8_scaled_and_expanded_upstream_gradients(rng, device):
         assert same_bits(expanded, plain * factor) and same_bits(scaled, plain * factor)
 
 
-# sharp case 9
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
-def test_case_9_two_backward_passes_through_one_graph(kind, rng, device):
+def test_two_backward_passes_through_one_graph(kind, rng, device):
     input, target = problem(rng, device)
     if kind == "probabilities":
         target = torch.rand(input.shape, generator=rng).to(device)
@@ -65,11 +52,10 @@ def test_case_9_two_backward_passes_through_one_graph(kind, rng, device):
         assert same_bits(torch.autograd.grad(loss, fresh, upstream)[0], got)
 
 
-# sharp case 10
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["indices", "probabilities"])
-def test_case_10_inputs_are_never_modified(kind, dtype, weighted, rng, device):
+@every("weighted", [False, True])
+@every("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@every("kind", ["indices", "probabilities"])
+def test_inputs_are_never_modified(kind, dtype, weighted, rng, device):
     leaf = torch.randn(6, 5, generator=rng).to(device, dtype).requires_grad_()
     logits = leaf * 1  # not a leaf: an in-place change would go unnoticed by autograd's own check
     target = torch.tensor([0, 1, -100, 3, 4, 0], device=device) if kind == "indices" else torch.rand(6, 5, generator=rng).to(device, dtype)
@@ -83,7 +69,7 @@ def test_case_10_inputs_are_never_modified(kind, dtype, weighted, rng, device):
         assert torch.equal(tensor.detach(), copy) and tensor._version == version
 
 
-def test_case_10_changing_the_input_before_backward_is_noticed(rng, device):
+def test_changing_the_input_before_backward_is_noticed(rng, device):
     input, target = problem(rng, device)
     logits = input.requires_grad_() * 1
     loss = large_margin_cross_entropy(logits, target, reduction="none").sum()  # whose gradient is not yet computed
@@ -92,7 +78,6 @@ def test_case_10_changing_the_input_before_backward_is_noticed(rng, device):
         loss.backward()
 
 
-# sharp case 13
 LAYOUTS = {
     "transposed": lambda x: x.mT.contiguous().mT,
     "every second class": lambda x: torch.stack([x, x + 1], -1).flatten(-2)[..., ::2],
@@ -102,9 +87,9 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ["indices", "probabilities"])
-def test_case_13_strided_logits(kind, layout, rng, device):
+@every("layout", LAYOUTS)
+@every("kind", ["indices", "probabilities"])
+def test_strided_logits(kind, layout, rng, device):
     input, target = problem(rng, device)
     if kind == "probabilities":
         target = LAYOUTS[layout](torch.rand(input.shape, generator=rng).to(device))
@@ -115,7 +100,7 @@ def test_case_13_strided_logits(kind, layout, rng, device):
 
 
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
-def test_case_13_expanded_logits(kind, rng, device):
+def test_expanded_logits(kind, rng, device):
     row, target = torch.randn(1, 10, generator=rng).to(device), torch.randint(10, (8,), generator=rng).to(device)
     if kind == "probabilities":
         target = torch.rand(1, 10, generator=rng).to(device).expand(8, 10)
@@ -127,7 +112,7 @@ def test_case_13_expanded_logits(kind, rng, device):
 
 
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
-def test_case_13_channels_last(kind, rng, device):
+def test_channels_last(kind, rng, device):
     input = torch.randn(2, 5, 3, 4, generator=rng).to(device)
     target = torch.randint(5, (2, 3, 4), generator=rng) if kind == "indices" else torch.rand(2, 5, 3, 4, generator=rng)
     target = target.to(device)
@@ -138,7 +123,7 @@ def test_case_13_channels_last(kind, rng, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
-def test_case_13_strided_and_narrow_targets(dtype, rng, device):
+def test_strided_and_narrow_targets(dtype, rng, device):
     input, target = problem(rng, device)
     loss = large_margin_cross_entropy(input, target)
     narrow = target.to(dtype)
@@ -149,7 +134,7 @@ def test_case_13_strided_and_narrow_targets(dtype, rng, device):
 
 
 @pytest.mark.parametrize("void", [255, 3])
-def test_case_13_uint8_targets_with_a_void_label(void, rng, device):
+def test_uint8_targets_with_a_void_label(void, rng, device):
     input = torch.randn(2, 5, 3, 4, generator=rng).to(device)
     target = torch.randint(5, (2, 3, 4), generator=rng).to(device)
     target[0, 0] = void
@@ -158,18 +143,17 @@ def test_case_13_uint8_targets_with_a_void_label(void, rng, device):
 
 
 @pytest.mark.parametrize("weight", [None, torch.arange(200.0)], ids=["alone", "weighted"])
-def test_case_13_uint8_targets_count_as_often(weight, device):
+def test_uint8_targets_count_as_often(weight, device):
     target = torch.tensor([3, 156, 7, 199], device=device)  # in uint8 156 is -100
     weight = None if weight is None else weight.to(device)
     assert same_bits(row_weights(target.to(torch.uint8), weight, -100), row_weights(target, weight, -100))
 
 
-# sharp case 14
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-@pytest.mark.parametrize("kind", ["indices", "probabilities"])
-@pytest.mark.parametrize("positions", [(4,), (2, 3), (2, 1, 2)])
-def test_case_14_k_dimensions_equal_the_flattened_rows(positions, kind, reduction, weighted, rng, device):
+@every("weighted", [False, True])
+@every("reduction", ["none", "sum", "mean"])
+@every("kind", ["indices", "probabilities"])
+@every("positions", [(4,), (2, 3), (2, 1, 2)])
+def test_k_dimensions_equal_the_flattened_rows(positions, kind, reduction, weighted, rng, device):
     input = torch.randn(3, 5, *positions, generator=rng).to(device)
     shape = (3, *positions) if kind == "indices" else input.shape
     target = torch.randint(5, shape, generator=rng).to(device) if kind == "indices" else torch.rand(shape, generator=rng).to(device)
@@ -189,7 +173,7 @@ def test_case_14_k_dimensions_equal_the_flattened_rows(positions, kind, reductio
 
 
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
-def test_case_14_one_row_without_a_batch_dimension(kind, rng, device):
+def test_one_row_without_a_batch_dimension(kind, rng, device):
     input = torch.randn(5, generator=rng).to(device)
     target = torch.tensor(3, device=device) if kind == "indices" else torch.rand(5, generator=rng).to(device)
     for reduction in ("none", "sum", "mean"):
@@ -199,9 +183,8 @@ def test_case_14_one_row_without_a_batch_dimension(kind, rng, device):
         assert same_bits(gradient, batch_gradient[0])
 
 
-# sharp case 24
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
-def test_case_24_a_row_does_not_depend_on_its_batch(kind, rng, device):
+def test_a_row_does_not_depend_on_its_batch(kind, rng, device):
     input, target = problem(rng, device, rows=64, classes=37)
     if kind == "probabilities":
         target = torch.rand(input.shape, generator=rng).to(device)
@@ -219,7 +202,7 @@ def test_case_24_a_row_does_not_depend_on_its_batch(kind, rng, device):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_case_25_micro_batches_with_one_normaliser_equal_the_whole_batch(weighted, rng, device):
+def test_micro_batches_with_one_normaliser_equal_the_whole_batch(weighted, rng, device):
     input, target = problem(rng, device, rows=12, dtype=torch.float64)
     target[[1, 5, 6]] = -100
     weight = torch.rand(10, generator=rng, dtype=torch.float64).to(device) + 0.5 if weighted else None
@@ -235,10 +218,10 @@ def test_case_25_micro_batches_with_one_normaliser_equal_the_whole_batch(weighte
     assert_within(leaf.grad, expected_gradient, 1.0, 2)
 
 
-# sharp case 19: without a look at the values nothing has to wait for an accelerator; meta tensors have none to look at
+# without a look at the values nothing has to wait for an accelerator; meta tensors have none to look at
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
-def test_case_19_off_the_cpu_no_value_is_looked_at(kind, weighted):
+def test_off_the_cpu_no_value_is_looked_at(kind, weighted):
     input = torch.empty(3, 5, 2, device="meta", requires_grad=True)
     target = torch.empty(3, 2, dtype=torch.int64, device="meta") if kind == "indices" else torch.empty(3, 5, 2, device="meta")
     weight = torch.empty(5, device="meta") if weighted else None

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from combinations import every
 from largemargin.lab import cli, compare
 from largemargin.lab.commands.options import BY_DATA
 from largemargin.lab.data.degrade import check_shares, choose_rows
@@ -198,17 +199,17 @@ SCHEDULING = {"milestones": (1,), "step_factor": 0.5, "final_factor": 0.5}
 AUGMENTING = {"crop_padding": 2, "flip": True, "crop_fill": "reflect"}
 
 
-@pytest.mark.parametrize("name", SCHEDULING)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@every("name", SCHEDULING)
+@every("schedule", SCHEDULES)
 def test_a_field_that_changes_no_learning_rate_is_said_to_change_nothing(schedule, name):
     given = Recipe("softmax", 0, epochs=3, schedule=schedule, milestones=(2,))
     changed = dataclasses.replace(given, **{name: SCHEDULING[name]})
     assert bool(unread(changed, [name])) == (learning_rates(changed) == learning_rates(given))
 
 
-@pytest.mark.parametrize("name", AUGMENTING)
-@pytest.mark.parametrize("crop_padding", [0, 1])
-@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+@every("name", AUGMENTING)
+@every("crop_padding", [0, 1])
+@every("augmentation", AUGMENTATIONS)
 def test_a_field_that_changes_no_augmentation_is_said_to_change_nothing(augmentation, crop_padding, name):
     given = Recipe("softmax", 0, augmentation=augmentation, crop_padding=crop_padding)
     changed = dataclasses.replace(given, **{name: AUGMENTING[name]})

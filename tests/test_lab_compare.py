@@ -19,6 +19,7 @@ from PIL import Image
 from rich.console import Console
 from scipy import stats
 
+from combinations import every
 from largemargin.lab import cli, compare, queue
 from largemargin.lab.commands.options import given_fields
 from largemargin.lab.errors import LabError
@@ -470,7 +471,7 @@ def test_each_run_keeps_its_weights_and_events_where_that_is_asked(tmp_path):
     assert "mobilenet" in text
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@every("loss", LOSSES)
 def test_rho_is_no_margin_of_a_cosine(loss):
     label = Recipe(loss, 0, **LOSSES[loss]).loss_label
     assert ("m=" in label) == (loss in ("lsoftmax", "cosface", "arcface")) and not ("s=" in label and "ρ" in label)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from combinations import every
 from largemargin.lab import cli, compare, report
 from largemargin.lab.diverged import NOT_FINITE, ONE_CLASS, why_diverged
 from largemargin.lab.evaluate import evaluate
@@ -40,8 +41,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("split", ["test", "validation"])
-@pytest.mark.parametrize("case", CASES)
+@every("split", ["test", "validation"])
+@every("case", CASES)
 def test_what_is_not_finite_or_constant_diverged(case, split):
     changes, reason = CASES[case]
     assert why_diverged(record("softmax", 0, split=split, **changes)) == reason

@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from rich.console import Console
 
+from combinations import every
 from largemargin.lab import cli, data
 from largemargin.lab.data.decode import read_image
 from largemargin.lab.data.feeds import EVALUATED_AT_ONCE, evaluated_at_once
@@ -46,8 +47,8 @@ def notes_of(folder, streamed=False):
 # what a viewer shows
 
 
-@pytest.mark.parametrize("orientation", range(10))
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@every("orientation", range(10))
+@every("suffix", ["jpg", "png", "webp", "tif"])
 def test_the_exif_orientation_is_respected(orientation, suffix, tmp_path):
     image = noise(0, (60, 40))
     exif = Image.Exif()
@@ -100,7 +101,7 @@ def test_half_transparent_pixels_are_half_white(tmp_path):
     np.testing.assert_allclose(pixel, 255 + (np.array([0, 100, 200]) - 255) * 128 / 255, atol=1)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK"])
+@every("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK"])
 def test_opaque_images_keep_their_pixels(mode, tmp_path):
     image = noise(0).convert(mode)
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
@@ -314,8 +315,8 @@ def test_decoding_is_shown(terminal):
 # memory
 
 
-@pytest.mark.parametrize("batch_size", [1, 8, 128, 500, 4000])
-@pytest.mark.parametrize("image_size", [8, 28, 32, 33, 64, 96, 224, 1024])
+@every("batch_size", [1, 8, 128, 500, 4000])
+@every("image_size", [8, 28, 32, 33, 64, 96, 224, 1024])
 def test_evaluation_holds_no_more_than_a_batch_of_large_images(image_size, batch_size):
     size = evaluated_at_once(Recipe("softmax", 0, batch_size=batch_size), image_size)
     assert 1 <= size <= EVALUATED_AT_ONCE

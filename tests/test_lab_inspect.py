@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 import largemargin.lab.inspect as inspect_module
+from combinations import every
 from largemargin.lab import cli
 
 CLASSES = 4
@@ -191,7 +192,7 @@ def assert_refused(capsys, path, said):
     assert captured.err.startswith(f"largemargin: {path}") and said in captured.err
 
 
-@pytest.mark.parametrize("kind", BAD_ARRAYS)
+@every("kind", BAD_ARRAYS)
 def test_bad_arrays_get_one_line(kind, tmp_path, capsys):
     arrays, said = BAD_ARRAYS[kind]
     np.savez(tmp_path / "bad.npz", **arrays)
@@ -202,8 +203,8 @@ def test_float16_logits_are_checked_too(tmp_path, capsys):
     assert_refused(capsys, write_npz(tmp_path / "a.npz", with_value(LOGITS, math.inf).astype("float16"), LABELS), "row 1 has inf")
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
+@every(
+    "content, said",
     [
         ("", "is empty; its first line must name the columns"),
         ("a,b,c\n1,2,3\n", "must have one column label, has 0 (its first line is: a, b, c)"),
@@ -249,7 +250,7 @@ def test_files_that_are_no_archive_get_one_line(tmp_path, capsys):
     assert_refused(capsys, bad, "is not an .npz archive")
 
 
-@pytest.mark.parametrize("position", range(0, 400, 7))
+@every("position", range(0, 400, 7))
 def test_a_damaged_byte_never_gives_a_traceback(position, tmp_path, capsys):
     path = write_npz(tmp_path / "a.npz", *rows(6))
     content = bytearray(path.read_bytes())

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from combinations import every
 from largemargin.lab import cli
 
 NAMES = ["cat", "dog", "emu", "fox", "gnu", "hen", "ibis", "jay", "kiwi", "lynx", "mole", "newt"]
@@ -93,7 +94,7 @@ BESIDE = {  # other classes, and what is no class beside them
 }
 
 
-@pytest.mark.parametrize("kind", [*NO_CLASSES, *BESIDE])
+@every("kind", [*NO_CLASSES, *BESIDE])
 def test_a_column_that_is_no_class_is_refused(kind, tmp_path, capsys):
     classes, column, said = BESIDE[kind] if kind in BESIDE else (table(), *NO_CLASSES[kind])
     for columns in ({**column, **classes}, {**classes, **column}):
@@ -113,7 +114,7 @@ def test_constant_and_masked_classes_are_classes(tmp_path, capsys):
     assert found["classes"] == 15 and found["overall"]["error"] == pytest.approx((logits.argmax(1) != LABELS).mean())
 
 
-@pytest.mark.parametrize("name", ["confidence", "Entropy", "score", "id", "conf", "pred"])
+@every("name", ["confidence", "Entropy", "score", "id", "conf", "pred"])
 def test_a_name_that_is_hardly_that_of_a_class_is_warned_of(name, tmp_path, capsys):
     path = write(tmp_path / "a.csv", {**table(), name: LOGITS[:, 0] ** 2})
     (warning,) = summary(capsys, path)["warnings"]
@@ -131,8 +132,8 @@ SORTED_AS_TEXT = sorted(range(12), key=str)  # 0, 1, 10, 11, 2, ...
 REVERSED = list(range(12))[::-1]
 
 
-@pytest.mark.parametrize(
-    ("form", "first"),
+@every(
+    "form, first",
     [
         *itertools.product(["{}", "{}.0", "logit_{}", "class {}", "c{}", "{:03}"], [0, 1]),
         *itertools.product(["logits[{}]", "p({})", "{}_logit", "class{}_score", "resnet50_{}", "resnet50_{}.0"], [0, 1]),

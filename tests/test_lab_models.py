@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from combinations import every
 from largemargin.lab import recipe as recipes
 from largemargin.lab._torchvision import import_torchvision
 from largemargin.lab.errors import LabError
@@ -220,8 +221,8 @@ def test_check_image():
             check_image("timm:vit_tiny_patch16_224", size)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
+@every(
+    "settings, message",
     [
         ({"network": "leyer13"}, "did you mean layer13"),
         ({"network": "timm:resnet5"}, "close to it: .*resnet50"),
@@ -286,9 +287,7 @@ def test_weights_of_the_plain_model(tmp_path, name):
     assert torch.equal(other.classifier.weight, seeded(name, seed=1, num_classes=5).classifier.weight)
 
 
-@pytest.mark.parametrize(
-    "wrap", ["state_dict", "model", "network", "module.", "_orig_mod.", "module._orig_mod.", "counters", "no classifier"]
-)
+@every("wrap", ["state_dict", "model", "network", "module.", "_orig_mod.", "module._orig_mod.", "counters", "no classifier"])
 def test_accepted_forms(tmp_path, wrap):
     saved = state(seeded("small"))
     form: dict[str, Any]

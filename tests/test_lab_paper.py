@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from combinations import every
 from largemargin.lab import paper
 from largemargin.lab.errors import LabError
 from largemargin.lab.paper import Number, cells
@@ -68,7 +69,7 @@ def test_the_printed_numbers_are_there(table):
         assert found[at] == Number(mean, std), at
 
 
-@pytest.mark.parametrize(("table", "count"), COUNTS.items())
+@every("table, count", COUNTS.items())
 def test_no_cell_is_missing_or_twice(table, count):
     assert len({(cell.row, cell.column) for cell in cells(table)}) == len(cells(table)) == count
 
@@ -117,7 +118,7 @@ def test_names_are_unique_and_plain():
     assert {"table2/softmax", "table2/lsr-0.01", "table1/d-u-q/0.1", "table3b/ours-1/0.5"} <= set(names)
 
 
-@pytest.mark.parametrize("target", paper.TARGETS)
+@every("target", paper.TARGETS)
 def test_every_cell_is_a_recipe_of_its_own(target):
     recipes = [recipe for cell in cells(target) for recipe in cell.recipes((0, 1, 2), data_digest=cell.settings["data"])]
     assert len({recipe.id for recipe in recipes}) == len(recipes)
@@ -126,7 +127,7 @@ def test_every_cell_is_a_recipe_of_its_own(target):
         assert all(getattr(recipe, name) is not None for name in LOSSES[recipe.loss])
 
 
-@pytest.mark.parametrize("table", TABLES)
+@every("table", TABLES)
 def test_cells_of_a_table_differ_from_their_baseline_in_the_loss_alone(table):
     fields = {"loss", "divergence", *(name for settings in LOSSES.values() for name in settings)}
     baselines = {cell.column: cell for cell in cells(table) if cell.baseline}
@@ -215,7 +216,7 @@ def test_what_is_fixed_has_the_last_word():
     assert (recipe.seed, recipe.epochs, recipe.device) == (7, 2, "cuda")
 
 
-@pytest.mark.parametrize("table", TABLES)
+@every("table", TABLES)
 def test_every_cell_says_what_it_assumes(table):
     for cell in cells(table):
         said = paper.assumptions(cell)

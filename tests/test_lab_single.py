@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from combinations import every
 from largemargin.lab import cli
 from largemargin.lab.executors.locks import Lock
 from largemargin.lab.files import UNFINISHED
@@ -57,7 +58,7 @@ def test_a_folder_of_another_run_is_refused(finished, arguments, said, capsys):
     assert before == sorted((path.name, path.read_bytes()) for path in finished.iterdir())
 
 
-@pytest.mark.parametrize("setting", OF_SOME_LOSSES)
+@every("setting", OF_SOME_LOSSES)
 def test_a_setting_of_another_loss_is_refused(setting, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     having = [loss for loss in LOSSES if has_setting(loss, setting)]
@@ -69,8 +70,8 @@ def test_a_setting_of_another_loss_is_refused(setting, capsys, tmp_path, monkeyp
     assert having and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
+@every(
+    "arguments, said",
     [
         (["--loss", "softmx"], "softmx"),
         (["--network", "layer14"], "layer13"),

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from combinations import every
 from largemargin import row_stats
 from largemargin.lab import data, models, train
 from largemargin.lab.cuda_graph import CudaGraph
@@ -115,7 +116,7 @@ def autocast_on_meta(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # torch knows none for this device
 
 
-@pytest.mark.parametrize("network", ["small", "layer13_mean_teacher"])
+@every("network", ["small", "layer13_mean_teacher"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_step_reads_nothing_from_the_device_and_copies_nothing_to_it(loss, network, autocast_on_meta):
     _, step = made(recipe(loss, network=network, clip_norm=1.0, channels_last=True), META)

@@ -18,6 +18,7 @@ from PIL import Image
 from rich.cells import cell_len
 from rich.table import Table
 
+from combinations import every
 from largemargin.lab import cli, progress, queue, records
 from largemargin.lab.errors import LabError, RunFailed
 from largemargin.lab.recipe import Recipe
@@ -39,13 +40,13 @@ ESCAPES = {
 }
 
 
-@pytest.mark.parametrize("name", ESCAPES)
+@every("name", ESCAPES)
 def test_what_a_terminal_obeys_is_shown(name):
     assert not set(printable(ESCAPES[name])) & set("\x1b\x9b\x07\r\b\u202e\u2028\udcff")
     assert printable(ESCAPES[name]).isprintable()
 
 
-@pytest.mark.parametrize("text", ["cat", "λ=0.3", "données", "猫", "हिन्दी", "a\u200cb", "a b", "100 %\u00a0"])
+@every("text", ["cat", "λ=0.3", "données", "猫", "हिन्दी", "a\u200cb", "a b", "100 %\u00a0"])
 def test_what_is_text_stays(text):
     assert printable(text) == text
 
@@ -54,8 +55,8 @@ def screen():
     return Screen(file=io.StringIO(), width=80, color_system=None)
 
 
-@pytest.mark.parametrize("name", ESCAPES)
-@pytest.mark.parametrize("how", ["print", "plain", "table", "title"])
+@every("name", ESCAPES)
+@every("how", ["print", "plain", "table", "title"])
 def test_the_screen_shows_them_wherever_they_stand(name, how):
     console = screen()
     if how == "table":
@@ -216,19 +217,19 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("kind", BROKEN)
+@every("kind", BROKEN)
 def test_a_record_of_another_form_is_named(kind, tmp_path):
     recipe = Recipe("softmax", 0)
-    (tmp_path / recipe.id).mkdir()
+    (tmp_path / recipe.id).mkdir(exist_ok=True)
     (tmp_path / recipe.id / "result.json").write_text(json.dumps(whole_record() | BROKEN[kind]))
     with pytest.raises(LabError, match=r"result\.json is not the record of its run"):
         queue.result_of(recipe, tmp_path)
 
 
-@pytest.mark.parametrize("text", ["[]", "3", "null", '"x"', "[" * 100_000, "\xff"])
+@every("text", ["[]", "3", "null", '"x"', "[" * 100_000, "\xff"])
 def test_a_record_that_is_none_is_named(text, tmp_path):
     recipe = Recipe("softmax", 0)
-    (tmp_path / recipe.id).mkdir()
+    (tmp_path / recipe.id).mkdir(exist_ok=True)
     (tmp_path / recipe.id / "result.json").write_text(text, encoding="latin-1")
     with pytest.raises(LabError, match=r"result\.json is not the record of its run"):
         queue.result_of(recipe, tmp_path)

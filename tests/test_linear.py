@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from combinations import every
 from devices import CPU, device_of
 from largemargin import LinearLargeMarginCrossEntropyLoss, large_margin_cross_entropy, linear_large_margin_cross_entropy
 from largemargin.backends import ladder, reference
@@ -47,7 +48,7 @@ def plain(leaves: list[Tensor], target: Tensor, **options: Any) -> Tensor:
     return large_margin_cross_entropy(F.linear(*leaves), target, **options, backend="reference")
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@every("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_linear_and_loss(shape, reduction, tile, rng, device):
     problem = Problem(shape, rng, device)
@@ -69,8 +70,8 @@ def test_equals_linear_and_loss(shape, reduction, tile, rng, device):
             assert_within(got, expected, 64 + expected.abs(), 2)
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+@every("reduction", ["none", "sum", "mean"])
+@every("shape", SHAPES[:3])
 def test_float32_by_the_kernels_is_within_roundings_of_float64(shape, reduction, tile, rng, device):
     problem = Problem(shape, rng, device, torch.float32)
     got, exact = problem.leaves(), [leaf.detach().double().requires_grad_() for leaf in problem.leaves()]
@@ -81,9 +82,7 @@ def test_float32_by_the_kernels_is_within_roundings_of_float64(shape, reduction,
         assert_within(found, expected, 16 + expected.abs(), 4)
 
 
-@pytest.mark.parametrize(
-    "dtypes", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float16)], ids=str
-)
+@every("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float16)])
 def test_half_precision_is_multiplied_and_accumulated_in_float32(dtypes, tile, rng):
     # on the CPU: a GPU multiplies in half precision, which has tests of its own below
     problem = Problem((33, 3, 50), rng, CPU, torch.float32)
@@ -111,11 +110,8 @@ def test_autocast_changes_nothing(tile, rng, device):
         assert same_bits(linear_large_margin_cross_entropy(features, problem.linear_weight, problem.target), expected)
 
 
-# sharp cases 7, 8, 9
-
-
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_case_9_every_pass_is_the_gradient_of_its_own_upstream(reduction, tile, rng, device):
+def test_every_pass_is_the_gradient_of_its_own_upstream(reduction, tile, rng, device):
     problem = Problem((7, 9, 40), rng, device)
     leaves = problem.leaves()
     loss = fused(leaves, problem.target, reduction=reduction).sum()
@@ -148,7 +144,7 @@ def test_gradient_accumulation_adds_up(tile, rng, device):
         assert_within(leaf.grad, gradient, 16.0, 2)
 
 
-def test_case_22_higher_derivatives_and_batched_gradients(tile, rng, device):
+def test_higher_derivatives_and_batched_gradients(tile, rng, device):
     problem = Problem((4, 3, 6), rng, device)
     leaves = problem.leaves()
     assert torch.autograd.gradgradcheck(lambda *p: fused(list(p), problem.target), leaves)
@@ -173,7 +169,7 @@ def test_hooks_run_once(tile, rng, device):
 # shapes and odd classifiers
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 2, 2, 5), (5,)], ids=str)
+@every("shape", [(2, 3, 5), (2, 2, 2, 5), (5,)])
 def test_leading_dimensions_are_those_of_the_target(shape, tile, rng, device):
     input, linear_weight = torch.randn(shape, generator=rng).to(device), torch.randn(9, 5, generator=rng).to(device)
     target = torch.randint(9, shape[:-1], generator=rng).to(device)
@@ -204,8 +200,8 @@ def with_logits(leaves: list[Tensor], target: Tensor, **options: Any) -> Tensor:
     return large_margin_cross_entropy(logits, target, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", [(7, 5, 13), (5, 9, 40)], ids=str)
+@every("dtype", [torch.float32, torch.float64])
+@every("shape", [(7, 5, 13), (5, 9, 40)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_probabilities_and_positions_equal_the_loss_of_the_logits(kind, shape, dtype, tile, rng, device):
     leaves, target = of_kind(kind, shape, rng)
@@ -292,8 +288,8 @@ def test_a_class_with_a_bias_of_minus_infinity_is_not_in_the_row(tile, rng, devi
     assert_within(loss, plain([leaves[0], leaves[1][:12], leaves[2][:12]], target).detach(), 8.0, 2)
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-@pytest.mark.parametrize("rows", [0, 4])
+@every("reduction", ["none", "sum", "mean"])
+@every("rows", [0, 4])
 def test_no_rows_or_all_ignored(rows, reduction, tile, device):
     leaves = [torch.ones(shape, requires_grad=True, device=device) for shape in ((rows, 3), (5, 3), (5,))]
     loss = fused(leaves, torch.full((rows,), -100, device=device), reduction=reduction)
@@ -301,11 +297,11 @@ def test_no_rows_or_all_ignored(rows, reduction, tile, device):
     assert all((gradient == 0).all() for gradient in torch.autograd.grad(loss.sum(), leaves))
 
 
-# what is frozen costs nothing: sharp case 23; on the CPU, as the products of a GPU take a workspace besides
+# what is frozen costs nothing; on the CPU, as the products of a GPU take a workspace besides
 
 
 @pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True), (False, False)], ids=str)
-def test_case_23_memory_is_that_of_the_gradients_that_are_wanted_and_a_tile(needed, monkeypatch, rng):
+def test_memory_is_that_of_the_gradients_that_are_wanted_and_a_tile(needed, monkeypatch, rng):
     monkeypatch.setattr(tiles, "TILE", 20_000)
     input, linear_weight = torch.randn(400, 16, generator=rng), torch.randn(4000, 16, generator=rng)
     target = torch.randint(4000, (400,), generator=rng)
@@ -475,7 +471,7 @@ def assert_half_products(dtype, backend, reduction, rng, device) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore:overflow:RuntimeWarning")
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@every("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize(("backend", "tile"), [(None, 100), ("triton", 2**20), ("reference", 100)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_products_cost_the_rounding_of_their_factors(dtype, backend, tile, reduction, half_products, monkeypatch, rng):
@@ -484,7 +480,7 @@ def test_half_products_cost_the_rounding_of_their_factors(dtype, backend, tile, 
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@every("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("tile", [2**20, 100])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_products_of_a_gpu(dtype, tile, reduction, monkeypatch, rng):
@@ -521,8 +517,8 @@ def test_what_all_classes_share_survives_float16(half_products, rng, device):
         assert (found.double() / 65536 - true).norm() < 5e-4 * true.norm()
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-@pytest.mark.parametrize("rows", [0, 4])
+@every("reduction", ["none", "sum", "mean"])
+@every("rows", [0, 4])
 def test_half_products_of_no_rows_or_ignored_ones_give_zero(rows, reduction, half_products, device):
     leaves = [torch.ones(n, 3, device=device).bfloat16().requires_grad_() for n in (rows, 5)]
     target = torch.full((rows,), -100, device=device)

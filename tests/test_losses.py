@@ -10,36 +10,21 @@ import torch
 from torch import Tensor, nn
 
 import largemargin
+from combinations import every
 from largemargin import (
-    CrammerSingerHingeLoss,
-    HardMarginSoftplusLoss,
     LargeMarginCrossEntropyLoss,
     LargeMarginInSoftmaxLoss,
     LinearLargeMarginCrossEntropyLoss,
-    MulticlassHingeLoss,
-    crammer_singer_hinge,
-    hard_margin_softplus,
     large_margin_cross_entropy,
-    multiclass_hinge,
 )
 from measure import assert_within, same_bits
+from registry import HINGES, LARGE_MARGIN, LOSSES
 
-SOFTMAX_OPTIONS = [
-    {},
-    {"lam": 1.0, "divergence": "kl_uq", "hard_bias": 1.0, "label_smoothing": 0.1, "ignore_index": 2, "reduction": "sum"},
-    {"divergence": "kl_qu", "reduction": "none", "backend": "reference"},
-]
-HINGE_OPTIONS = [{}, {"margin": 2.0, "ignore_index": 2, "reduction": "none"}, {"reduction": "sum"}]
-# module, its function, options of both
-TWINS = [
-    (LargeMarginCrossEntropyLoss, large_margin_cross_entropy, SOFTMAX_OPTIONS),
-    (MulticlassHingeLoss, multiclass_hinge, HINGE_OPTIONS),
-    (CrammerSingerHingeLoss, crammer_singer_hinge, HINGE_OPTIONS),
-    (HardMarginSoftplusLoss, hard_margin_softplus, HINGE_OPTIONS),
-]
-MODULES = [*(module for module, _, _ in TWINS), LargeMarginInSoftmaxLoss]
+MODULES = [*(loss.module for loss in LOSSES), LargeMarginInSoftmaxLoss]
 each_module = pytest.mark.parametrize("module", MODULES)
-each_twin = pytest.mark.parametrize(("module", "function", "options"), [(m, f, o) for m, f, options in TWINS for o in options])
+each_twin = pytest.mark.parametrize(
+    ("module", "function", "settings"), [(loss.module, loss.function, settings) for loss in LOSSES for settings in loss.settings]
+)
 
 
 @pytest.fixture
@@ -61,10 +46,10 @@ def of_the_author(input: Tensor, target: Tensor, reg_lambda: float, deg_logit: f
 
 @each_twin
 @pytest.mark.parametrize("weighted", [False, True])
-def test_module_equals_its_function(module, function, options, weighted, batch, device):
+def test_module_equals_its_function(module, function, settings, weighted, batch, device):
     weight = torch.rand(5).to(device) if weighted else None
     leaves = [batch[0].clone().requires_grad_() for _ in range(2)]
-    losses = [module(weight, **options)(leaves[0], batch[1]), function(leaves[1], batch[1], weight, **options)]
+    losses = [module(weight, **settings)(leaves[0], batch[1]), function(leaves[1], batch[1], weight, **settings)]
     assert same_bits(losses[0].detach(), losses[1].detach())
     gradients = [torch.autograd.grad(loss.sum(), leaf)[0] for loss, leaf in zip(losses, leaves, strict=True)]
     assert same_bits(*gradients)
@@ -75,7 +60,7 @@ def test_module_takes_probabilities(batch, rng, device):
     assert same_bits(LargeMarginCrossEntropyLoss()(input, target), large_margin_cross_entropy(input, target))
 
 
-@pytest.mark.parametrize(("module", "function"), [(module, function) for module, function, _ in TWINS])
+@pytest.mark.parametrize(("module", "function"), [(loss.module, loss.function) for loss in LOSSES])
 def test_module_takes_the_arguments_of_its_function(module, function):
     of_module = inspect.signature(module).parameters
     of_function = dict(list(inspect.signature(function).parameters.items())[2:])  # without input and target
@@ -120,10 +105,10 @@ def test_to_moves_the_weight(module, batch, device):
     assert loss.to("meta").weight.device.type == "meta"
 
 
-@pytest.mark.parametrize(
-    ("module", "options"),
+@every(
+    "module, options",
     [
-        *((module, option) for module, _, options in TWINS for option in options),
+        *((loss.module, settings) for loss in LOSSES for settings in loss.settings),
         (LargeMarginInSoftmaxLoss, {}),
         (LargeMarginInSoftmaxLoss, {"reg_lambda": 0.5, "deg_logit": True, "ignore_index": 2, "reduction": "none"}),
     ],
@@ -143,13 +128,9 @@ def linear(**options) -> LinearLargeMarginCrossEntropyLoss:
 @pytest.mark.parametrize(
     ("make", "settings"),
     [
-        *((make, SOFTMAX_OPTIONS[i]) for make in (LargeMarginCrossEntropyLoss, linear) for i in (1, 2)),
+        *((make, settings) for make in (LargeMarginCrossEntropyLoss, linear) for settings in LARGE_MARGIN.settings[1:]),
         (LargeMarginInSoftmaxLoss, {"reg_lambda": 0.5, "deg_logit": True, "ignore_index": 2, "reduction": "sum"}),
-        *(
-            (module, option)
-            for module in (MulticlassHingeLoss, CrammerSingerHingeLoss, HardMarginSoftplusLoss)
-            for option in HINGE_OPTIONS[1:]
-        ),
+        *((hinge.module, settings) for hinge in HINGES for settings in hinge.settings[1:]),
     ],
 )
 def test_a_setting_changed_later_is_that_of_a_new_module(make, settings, batch, device):
@@ -167,8 +148,8 @@ def test_training_and_evaluation_are_one_loss(module, batch):
     assert same_bits(loss.train()(*batch), loss.eval()(*batch))
 
 
-@pytest.mark.parametrize(
-    ("module", "options", "error"),
+@every(
+    "module, options, error",
     [
         (LargeMarginCrossEntropyLoss, {"lam": -1.0}, ValueError),
         (LargeMarginCrossEntropyLoss, {"lam": math.nan}, ValueError),
@@ -182,14 +163,13 @@ def test_training_and_evaluation_are_one_loss(module, batch):
         (LargeMarginInSoftmaxLoss, {"reg_lambda": None}, TypeError),
         (LargeMarginInSoftmaxLoss, {"deg_logit": math.inf}, ValueError),
         (LargeMarginInSoftmaxLoss, {"deg_logit": "1"}, TypeError),
-        *((module, {"margin": math.nan}, ValueError) for module in (MulticlassHingeLoss, CrammerSingerHingeLoss, HardMarginSoftplusLoss)),
-        *((module, {"margin": "1"}, TypeError) for module in (MulticlassHingeLoss, CrammerSingerHingeLoss, HardMarginSoftplusLoss)),
+        *((hinge.module, {"margin": math.nan}, ValueError) for hinge in HINGES),
+        *((hinge.module, {"margin": "1"}, TypeError) for hinge in HINGES),
         *((module, {"reduction": "foo"}, ValueError) for module in MODULES),
         *((module, {"reduction": None}, ValueError) for module in MODULES),
         *((module, {"ignore_index": 1.5}, TypeError) for module in MODULES),
         *((module, {"weight": [1.0, 2.0]}, TypeError) for module in MODULES),
     ],
-    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_bad_arguments_raise_at_construction(module, options, error):
     with pytest.raises(error, match=f"^{next(iter(options))} must"):
@@ -205,9 +185,9 @@ def test_unknown_arguments_raise(module):
 # the author's names
 
 
-@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0, 1000.0])
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-@pytest.mark.parametrize("deg_logit", [None, False, True, 0.0, 0.5])
+@every("scale", [0.1, 1.0, 10.0, 1000.0])
+@every("reduction", ["none", "sum", "mean"])
+@every("deg_logit", [None, False, True, 0.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_authors_loss_has_the_authors_values(dtype, deg_logit, reduction, scale, rng, device):
     input = (torch.randn(32, 100, generator=rng, dtype=torch.float64).to(device) * scale).to(dtype)

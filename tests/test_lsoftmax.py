@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from combinations import every
 from largemargin import LargeMarginCrossEntropyLoss, MulticlassHingeLoss
 from largemargin.heads.lsoftmax import LSoftmaxLinear, psi
 from largemargin.schedules import AnnealedLambda
@@ -45,7 +46,7 @@ def head_of(weight: torch.Tensor, m: int, **options) -> LSoftmaxLinear:
     return head
 
 
-def problem(rng, device: torch.device, dtype=torch.float64, rows=16, classes=7, width=5):
+def layer_problem(rng, device: torch.device, dtype=torch.float64, rows=16, classes=7, width=5):
     x, w = (torch.randn(size, width, generator=rng, dtype=torch.float64).to(device, dtype) for size in (rows, classes))
     return x, w, torch.randint(classes, (rows,), generator=rng).to(device)
 
@@ -85,22 +86,22 @@ def test_psi_is_continuous_at_the_borders_of_its_pieces(m, device):
 # the logits
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@every("dtype", [torch.float32, torch.float64])
 @each_m
 def test_logits_are_the_definition(m, dtype, rng, device):
-    x, w, target = problem(rng, device, dtype, rows=64)
+    x, w, target = layer_problem(rng, device, dtype, rows=64)
     scale = x.double().norm(dim=1, keepdim=True) * w.double().norm(dim=1) * m**2
     assert_within(head_of(w, m)(x, target).detach(), oracle_logits(x, w, target, m), scale, 4)
 
 
 def test_a_multiplier_of_1_is_the_plain_layer(rng, device):
-    x, w, target = problem(rng, device, torch.float32)
+    x, w, target = layer_problem(rng, device, torch.float32)
     assert same_bits(head_of(w, 1)(x, target), F.linear(x, w))
 
 
 @each_m
 def test_no_target_and_eval_mode_give_the_plain_layer(m, rng, device):
-    x, w, target = problem(rng, device, torch.float32)
+    x, w, target = layer_problem(rng, device, torch.float32)
     head, plain = head_of(w, m, schedule=AnnealedLambda.for_steps(9)), F.linear(x, w)
     assert same_bits(head(x), plain)
     assert same_bits(head.eval()(x, target), plain) and same_bits(head(x), plain)
@@ -108,7 +109,7 @@ def test_no_target_and_eval_mode_give_the_plain_layer(m, rng, device):
 
 
 def test_rows_without_a_class_are_plain(rng, device):
-    x, w, target = problem(rng, device, torch.float32)
+    x, w, target = layer_problem(rng, device, torch.float32)
     target[::3], target[1] = -100, -1
     got = head_of(w, 4)(x, target)
     assert same_bits(got[target < 0], F.linear(x, w)[target < 0])
@@ -117,13 +118,13 @@ def test_rows_without_a_class_are_plain(rng, device):
 
 
 def test_only_the_targets_logit_is_edited_and_only_downwards(rng, device):
-    x, w, target = problem(rng, device, torch.float32, rows=64)
+    x, w, target = layer_problem(rng, device, torch.float32, rows=64)
     lead = F.linear(x, w) - head_of(w, 3)(x, target)
     at_target = F.one_hot(target, len(w)).bool()
     assert not lead[~at_target].any() and (lead[at_target] >= -1e-6).all() and (lead[at_target] > 0.1).any()
 
 
-@pytest.mark.parametrize("shape", [(), (4,), (2, 3), (2, 1, 3), (0,)])
+@every("shape", [(), (4,), (2, 3), (2, 1, 3), (0,)])
 def test_any_leading_dimensions(shape, rng, device):
     w = torch.randn(7, 5, generator=rng).to(device)
     x, target = torch.randn(*shape, 5, generator=rng).to(device), torch.randint(7, shape, generator=rng).to(device)
@@ -137,7 +138,7 @@ def test_any_leading_dimensions(shape, rng, device):
 
 @pytest.mark.parametrize("m", [2, 4])
 def test_the_schedule_weighs_plain_against_margin(m, rng, device):
-    x, w, target = problem(rng, device)
+    x, w, target = layer_problem(rng, device)
     head = head_of(w, m, schedule=AnnealedLambda(1000, 0.12, 1, 5))
     for step in range(1, 5):
         expected = oracle_logits(x, w, target, m, 1000 / (1 + 0.12 * step))
@@ -147,7 +148,7 @@ def test_the_schedule_weighs_plain_against_margin(m, rng, device):
 
 
 def test_a_resumed_head_goes_on_identically(rng, device, tmp_path):
-    x, w, target = problem(rng, device, torch.float32)
+    x, w, target = layer_problem(rng, device, torch.float32)
     head = head_of(w, 3, schedule=AnnealedLambda.for_steps(10))
     for _ in range(4):
         head(x, target)
@@ -165,7 +166,7 @@ def test_a_resumed_head_goes_on_identically(rng, device, tmp_path):
 
 @each_m
 def test_gradient(m, rng, device):
-    x, w, target = problem(rng, device, rows=8)
+    x, w, target = layer_problem(rng, device, rows=8)
     cos = F.cosine_similarity(x, w[target])
     kinks = torch.cos(torch.arange(1, m, device=device).double() * math.pi / m)
     assert m == 1 or (cos[:, None] - kinks).abs().min() > 1e-4
@@ -180,8 +181,8 @@ def test_gradient(m, rng, device):
     assert torch.autograd.gradgradcheck(logits, leaves)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("sign", [1, -1])
+@every("dtype", [torch.float32, torch.float64])
+@every("sign", [1, -1])
 @each_m
 def test_gradient_where_the_angle_is_0_or_pi(m, sign, dtype, rng, device):
     """There psi has the slope m^2 in the cosine, which is stationary: the whole gradient is psi |x| times the other direction."""
@@ -194,11 +195,11 @@ def test_gradient_where_the_angle_is_0_or_pi(m, sign, dtype, rng, device):
     assert_within(gradient, sign * value * w.double(), (m**2 * w.double().norm(dim=1, keepdim=True)), 8)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-12, 1e12])
-@pytest.mark.parametrize("zero", ["features", "weights", "both"])
+@every("dtype", [torch.float32, torch.float64])
+@every("size", [0.0, 1e-30, 1e-12, 1e12])
+@every("zero", ["features", "weights", "both"])
 def test_gradients_are_finite_without_an_angle_and_at_any_length(zero, size, dtype, rng, device):
-    x, w, target = problem(rng, device, dtype)
+    x, w, target = layer_problem(rng, device, dtype)
     x, w = (x if zero == "weights" else size * x).requires_grad_(), w if zero == "features" else size * w
     head = head_of(w, 4)
     gradients = torch.autograd.grad(head(x, target).sum(), (x, head.weight))
@@ -210,7 +211,7 @@ def test_gradients_are_finite_without_an_angle_and_at_any_length(zero, size, dty
 
 @pytest.mark.parametrize("criterion", [torch.nn.CrossEntropyLoss(), LargeMarginCrossEntropyLoss(), MulticlassHingeLoss()])
 def test_every_loss_takes_its_logits(criterion, rng, device):
-    x, w, target = problem(rng, device, torch.float32)
+    x, w, target = layer_problem(rng, device, torch.float32)
     target[2] = -100
     head = head_of(w, 2)
     criterion(head(x, target), target).backward()
@@ -219,7 +220,7 @@ def test_every_loss_takes_its_logits(criterion, rng, device):
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_autocast_computes_the_margin_in_float32(half, rng, device):
-    x, w, target = problem(rng, device, torch.float32, rows=32)
+    x, w, target = layer_problem(rng, device, torch.float32, rows=32)
     head = head_of(w, 4)
     with torch.autocast(device.type, dtype=half):
         plain, edited = head(x), head(x, target)
@@ -232,7 +233,7 @@ def test_autocast_computes_the_margin_in_float32(half, rng, device):
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_a_head_of_half_precision(half, rng, device):
-    x, w, target = problem(rng, device, half)
+    x, w, target = layer_problem(rng, device, half)
     got = head_of(w, 3)(x, target)
     assert got.dtype == half
     scale = x.double().norm(dim=1, keepdim=True) * w.double().norm(dim=1) * 6
@@ -243,7 +244,7 @@ def test_a_head_of_half_precision(half, rng, device):
 @pytest.mark.parametrize("schedule", [None, AnnealedLambda.for_steps(10)])
 def test_compiled_code_computes_the_same(schedule, rng, device):
     torch._dynamo.reset()
-    x, w, target = problem(rng, device, torch.float32)
+    x, w, target = layer_problem(rng, device, torch.float32)
     head = head_of(w, 4, schedule=copy.deepcopy(schedule))
     twin = copy.deepcopy(head)
     compiled = torch.compile(head, backend="aot_eager", fullgraph=True)
@@ -256,7 +257,7 @@ def test_compiled_code_computes_the_same(schedule, rng, device):
 
 
 def test_vmap_over_models(rng, device):
-    x, w, target = problem(rng, device, torch.float32)
+    x, w, target = layer_problem(rng, device, torch.float32)
     head, weights = head_of(w, 2), torch.stack([w, 2 * w])
     got = torch.vmap(lambda w: torch.func.functional_call(head, {"weight": w}, (x, target)))(weights)
     assert_within(got[1].detach(), 2 * got[0].detach().double(), 64.0, 2)
@@ -265,7 +266,7 @@ def test_vmap_over_models(rng, device):
 @pytest.mark.parametrize("m", [1, 2, 3, 4])
 def test_cross_check_with_pytorch_metric_learning(m, rng, device):
     losses = pytest.importorskip("pytorch_metric_learning.losses")
-    x, w, target = problem(rng, device)
+    x, w, target = layer_problem(rng, device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of numpy, which scipy's binomials of tensors give
         theirs = losses.LargeMarginSoftmaxLoss(7, 5, margin=m, scale=1).to(device)
@@ -291,8 +292,8 @@ def test_it_learns(rng, device):
 # mistakes
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "words"),
+@every(
+    "options, error, words",
     [
         ({"in_features": 0}, ValueError, "in_features must be at least 1, got 0"),
         ({"num_classes": 2.0}, TypeError, "num_classes must be an int"),
@@ -305,8 +306,8 @@ def test_mistaken_options_name_the_argument(options, error, words):
         LSoftmaxLinear(**{"in_features": 5, "num_classes": 7, **options})
 
 
-@pytest.mark.parametrize(
-    ("features", "target", "error", "words"),
+@every(
+    "features, target, error, words",
     [
         ([1.0], None, TypeError, "features must be a torch.Tensor"),
         (torch.zeros(3, 4), None, ValueError, r"features must be floating of shape \(\.\.\., in_features=5\), got float32 of shape"),

@@ -15,11 +15,13 @@ from torch import Tensor
 import metrics_on_ranks
 import oracle
 import strategies
+from combinations import every
 from largemargin import metrics
 from largemargin.lab._torchvision import import_torchvision
 from largemargin.metrics import MarginMetrics
 from measure import INF, RowScale, assert_within, same_bits
 from properties import given, st
+from registry import DTYPES
 
 
 def margin_by_definition(f, y):
@@ -50,7 +52,6 @@ PER_ROW = {
 COUNTS = {"accuracy": metrics.accuracy, "top2_error": lambda input, target, **options: metrics.topk_error(input, target, 2, **options)}
 CALIBRATION = {"ece": metrics.ece, "adaptive_ece": metrics.adaptive_ece}
 FUNCTIONS: dict[str, Any] = {name: function for name, (function, *_) in PER_ROW.items()} | COUNTS | CALIBRATION
-DTYPES = (torch.float32, torch.float64)
 
 
 def tensors(batch: strategies.Batch, device: torch.device, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -194,7 +195,7 @@ def test_one_bin_is_the_mean_gap_of_both(rng, device):
         assert function(logits, target, num_bins=1).item() == pytest.approx(gap, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@every("name", FUNCTIONS)
 def test_k_dimensions_equal_the_flattened_rows(name, rng, device):
     input, target = torch.randn(3, 5, 2, 4, generator=rng).to(device), torch.randint(5, (3, 2, 4), generator=rng).to(device)
     target[0, 0] = -100
@@ -206,8 +207,8 @@ def test_k_dimensions_equal_the_flattened_rows(name, rng, device):
     assert_within(one_row, FUNCTIONS[name](input[:1, :, 1, 1], target[:1, 1, 1]), 8.0, 4, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", FUNCTIONS)
+@every("dtype", [torch.float16, torch.bfloat16])
+@every("name", FUNCTIONS)
 def test_half_precision_is_computed_in_float32(name, dtype, rng, device):
     input, target = (torch.randn(40, 5, generator=rng).to(device) * 5).to(dtype), torch.randint(5, (40,), generator=rng).to(device)
     # 40 nats at most; within roundings of float32, and not of the input's
@@ -223,15 +224,15 @@ def test_means_are_summed_in_float64(device):
     assert metrics.margin(input, torch.zeros(200_000, dtype=torch.long, device=device)).item() == pytest.approx(exact, rel=1e-12)
 
 
-@pytest.mark.parametrize("garbage", [math.nan, INF, -INF])
-@pytest.mark.parametrize("name", FUNCTIONS)
+@every("garbage", [math.nan, INF, -INF])
+@every("name", FUNCTIONS)
 def test_ignored_rows_never_leak(name, garbage, rng, device):
     input, target = torch.randn(3, 5, generator=rng).to(device), torch.tensor([0, -100, 2], device=device)
     input[1] = garbage
     assert same_bits(FUNCTIONS[name](input, target), FUNCTIONS[name](input[[0, 2]], target[[0, 2]]))
 
 
-@pytest.mark.parametrize("row", [[INF, 1.0, 0.0], [0.0, INF, 0.0], [math.nan, 1.0, 0.0], [0.0, math.nan, 0.0], [-INF, -INF, -INF]])
+@every("row", [[INF, 1.0, 0.0], [0.0, INF, 0.0], [math.nan, 1.0, 0.0], [0.0, math.nan, 0.0], [-INF, -INF, -INF]])
 def test_rows_without_statistics_are_nan_and_wrong(row, device):
     input, target = torch.tensor([row, [2.0, 1.5, 0.0]], device=device), torch.tensor([0, 0], device=device)
     for name, (function, *_) in PER_ROW.items():
@@ -255,13 +256,13 @@ def test_the_stream_counts_rows_without_statistics_and_leaves_them_out(rng, devi
         assert figures[name] == pytest.approx(expected[name], rel=1e-12), name
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@every("name", FUNCTIONS)
 def test_no_rows_is_nan(name, device):
     assert FUNCTIONS[name](torch.zeros(0, 4, device=device), torch.zeros(0, dtype=torch.long, device=device)).isnan()
     assert FUNCTIONS[name](torch.zeros(2, 4, device=device), torch.full((2,), -100, device=device)).isnan()
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@every("name", FUNCTIONS)
 def test_nothing_is_recorded_for_a_gradient(name, rng, device):
     input = torch.randn(4, 3, generator=rng).to(device).requires_grad_()
     before = input.detach().clone()
@@ -427,7 +428,7 @@ def test_the_ideal_form_is_that_of_the_paper_and_has_distance_0(rng, device):
             assert metrics.super_symmetry(same) < 1e-13
 
 
-@pytest.mark.parametrize("shape", [(2, 1), (2, 5), (3, 2), (10, 4), (10, 9), (10, 10), (5, 40)])
+@every("shape", [(2, 1), (2, 5), (3, 2), (10, 4), (10, 9), (10, 10), (5, 40)])
 def test_super_symmetry_is_the_distance_to_the_nearest_form(shape, rng, device):
     weight = torch.randn(shape, generator=rng).to(device)
     distance = metrics.super_symmetry(weight)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from combinations import every
 from largemargin import metrics
 from largemargin.lab._torchvision import import_torchvision
 from largemargin.metrics import MarginMetrics
@@ -65,7 +66,7 @@ def figures(metric) -> dict[str, float]:
     return {name: float(value) for name, value in metric.compute().items()}
 
 
-@pytest.mark.parametrize("cast", CASTS)
+@every("cast", CASTS)
 @pytest.mark.parametrize("kind", METRICS)
 def test_a_cast_of_the_module_changes_no_figure(kind, cast, rng):
     plain, module = METRICS[kind](top_k=2), holding(METRICS[kind](top_k=2))
@@ -78,7 +79,7 @@ def test_a_cast_of_the_module_changes_no_figure(kind, cast, rng):
     assert figures(plain)["rows"] == 6400
 
 
-@pytest.mark.parametrize("cast", [*CASTS, *SET_DTYPE])
+@every("cast", [*CASTS, *SET_DTYPE])
 def test_the_sums_stay_float64_through_reset_copy_and_pickle(cast, rng):
     metric = {**CASTS, **SET_DTYPE}[cast](torchmetric())
     logits, target = batches(rng)[0]

@@ -15,6 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import plain_on_ranks
+from combinations import every
 from largemargin import LinearLargeMarginCrossEntropyLoss, large_margin_cross_entropy, plain_layer
 from largemargin.lab._torchvision import import_torchvision
 from largemargin.losses import large_margin
@@ -301,7 +302,7 @@ def fused(monkeypatch) -> list:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@every("reduction", ["mean", "none"])
 @pytest.mark.parametrize("what", OTHER)
 def test_the_loss_is_that_of_the_logits_of_a_layer_that_does_more(what, reduction, rng, fused):
     change, word = OTHER[what]

@@ -6,6 +6,7 @@ import mpmath
 import pytest
 import torch
 
+from combinations import every
 from largemargin.schedules import AnnealedLambda, GradualWeight, Schedule, SteppedAlpha
 from measure import compiles
 
@@ -26,8 +27,8 @@ def value_at(schedule: Schedule, step: int) -> float:
 # the authors' numbers
 
 
-@pytest.mark.parametrize(
-    ("preset", "values"),
+@every(
+    "preset, values",
     [
         (AnnealedLambda.mnist, {1000: 421, 5000: 16.2, 10_000: 0.406, 12_000: 0.103, 18_000: 0.0023}),
         (AnnealedLambda.cifar10, {1000: 410, 5000: 13.7, 10_000: 0.273, 12_000: 0.0625, 18_000: 0.00098}),
@@ -44,17 +45,17 @@ def test_sphereface_stays_at_5():
     assert value_at(AnnealedLambda.sphereface(), 10**6) == 5
 
 
-@pytest.mark.parametrize("step", [1, 2, 100, 12_345, 10**7])
-@pytest.mark.parametrize("options", [(1000, 2.5e-5, 35, 0.0), (1000, 0.12, 1, 5.0), (7, 3.0, 0.5, 0.1), (0, 1.0, 1, 2.0), (3, 0, 9, 0)])
+@every("step", [1, 2, 100, 12_345, 10**7])
+@every("options", [(1000, 2.5e-5, 35, 0.0), (1000, 0.12, 1, 5.0), (7, 3.0, 0.5, 0.1), (0, 1.0, 1, 2.0), (3, 0, 9, 0)])
 def test_lambda_is_its_formula(options, step):
     base, gamma, power, lambda_min = map(mpmath.mpf, options)
     truth = max(lambda_min, base * (1 + gamma * step) ** -power)
     assert value_at(AnnealedLambda(*options), step) == pytest.approx(float(truth), rel=1e-12)
 
 
-@pytest.mark.parametrize("power", [1, 35, 45])
-@pytest.mark.parametrize("base", [1000, 1, 0.001])
-@pytest.mark.parametrize("num_steps", [1, 10, 30_000, 10**7])
+@every("power", [1, 35, 45])
+@every("base", [1000, 1, 0.001])
+@every("num_steps", [1, 10, 30_000, 10**7])
 def test_lambda_is_gone_at_the_end_of_the_run_and_no_sooner(num_steps, base, power):
     schedule = AnnealedLambda.for_steps(num_steps, base=base, power=power)
     assert min(base, 1e-2) * (1 - 1e-6) <= value_at(schedule, num_steps) <= 1e-2
@@ -126,8 +127,8 @@ def test_compiled_code_counts_without_compiling_again(make):
     assert schedule.step == 11
 
 
-@pytest.mark.parametrize(
-    ("make", "error", "words"),
+@every(
+    "make, error, words",
     [
         (lambda: AnnealedLambda(-1, 1, 1), ValueError, "base must be finite and at least 0, got -1"),
         (lambda: AnnealedLambda(1, "1", 1), TypeError, "gamma must be a Python number"),

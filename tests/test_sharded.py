@@ -15,6 +15,7 @@ from largemargin import large_margin_cross_entropy, sharded_large_margin_cross_e
 from largemargin.rows import collectives
 from measure import assert_within, same_bits
 from ranks import Ranks
+from registry import DIVERGENCES
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -46,7 +47,7 @@ def test_equals_the_whole_logits_of_images(ranks):
 
 SOFT = {
     "reduction": ("none", "sum", "mean"),
-    "divergence": ("symmetric", "kl_qu", "kl_uq"),
+    "divergence": DIVERGENCES,
     "lam": (0.0, 0.3),
     "hard_bias": (0.0, 1.0),
     "label_smoothing": (0.0, 0.2, 1.0),
@@ -271,7 +272,7 @@ def test_two_gathers_and_one_reduction_for_probabilities(ranks):
     ranks.assert_on(2, on_ranks.traffic_of_probabilities)
 
 
-def test_case_23_a_rank_holds_its_gradients_and_a_tile(ranks):
+def test_a_rank_holds_its_gradients_and_a_tile(ranks):
     ranks.assert_on(2, on_ranks.memory)
     ranks.assert_on(2, on_ranks.memory_of_probabilities)
 

@@ -4,23 +4,15 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 import oracle
 import strategies
+from combinations import every
 from largemargin import large_margin_cross_entropy
 from measure import INF, assert_within, loss_scale
+from problems import loss_and_gradient
 from properties import given, st
-
-DIVERGENCES = ("symmetric", "kl_qu", "kl_uq")
-DTYPES = (torch.float32, torch.float64)
-LEADS = (12, 16, 20, 50, 87, 103, 110)
-
-
-def loss_and_gradient(input: Tensor, target: Tensor, *args: Tensor | None, **options) -> tuple[Tensor, Tensor]:
-    leaf = input.clone().requires_grad_()
-    loss = large_margin_cross_entropy(leaf, target, *args, **options)
-    return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
+from registry import DIVERGENCES, DTYPES
 
 
 def soft_scale(f: list[float], t: list[float], weight: list[float] | None = None, *, label_smoothing: float = 0.0, **options) -> float:
@@ -79,8 +71,8 @@ def test_gradient_equals_the_derivative_of_the_expectation(dtype, row, data, dev
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("offset", [0.0, 1e4, 1e5])
-@pytest.mark.parametrize("lead", LEADS)
+@every("offset", [0.0, 1e4, 1e5])
+@every("lead", strategies.LEADS)
 def test_leads_and_offsets_in_float32(lead, offset, divergence, rng, device):
     # the plain downdate of the sum of exponentials is 25% wrong at 16 nats and NaN from 18
     others = torch.randn(6, generator=rng).to(device)
@@ -95,7 +87,7 @@ def test_leads_and_offsets_in_float32(lead, offset, divergence, rng, device):
     assert (gradient.double() - torch.tensor(expected, dtype=torch.float64, device=device)).abs().max() <= 3e-7
 
 
-@pytest.mark.parametrize("lead", LEADS)
+@every("lead", strategies.LEADS)
 def test_tails_of_a_one_hot_target(lead, rng, device):
     others = torch.randn(6, generator=rng).to(device)
     input = torch.cat([(others.max() + lead)[None], others])
@@ -107,9 +99,9 @@ def test_tails_of_a_one_hot_target(lead, rng, device):
     assert abs(gradient[0].item() - target_truth) <= 1.2e-7 * (1 + lead) * truth + quantum
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@every("weighted", [False, True])
+@every("divergence", DIVERGENCES)
+@every("reduction", ["none", "sum", "mean"])
 def test_one_hot_probabilities_equal_class_indices(reduction, divergence, weighted, rng, device):
     if reduction == "mean" and weighted:
         weighted = False  # indices divide by the summed weights, probabilities by the number of rows: as torch
@@ -148,8 +140,8 @@ def test_the_gradient_of_the_target_is_the_loss_of_each_class(rng, device):
     assert_within(gradient, each, 16.0, 2)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@every("smoothing", [0.0, 0.1])
+@every("divergence", DIVERGENCES)
 def test_masked_classes_without_a_share_are_deleted(divergence, smoothing, rng, device):
     input = torch.randn(8, 6, generator=rng, dtype=torch.float64).to(device)
     target = torch.rand(8, 6, generator=rng, dtype=torch.float64).to(device)
@@ -163,8 +155,8 @@ def test_masked_classes_without_a_share_are_deleted(divergence, smoothing, rng, 
     assert not gradient[:, [1, 4]].any()
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("lam", [0.0, 0.3])
+@every("smoothing", [0.0, 0.1, 1.0])
+@every("lam", [0.0, 0.3])
 def test_a_masked_class_with_a_share_has_infinite_loss(lam, smoothing, device):
     input = torch.tensor([[-INF, 1.0, 0.0], [2.0, 1.0, 0.0]], device=device)
     target = torch.tensor([[0.1, 0.9, 0.0], [0.1, 0.9, 0.0]], device=device)
@@ -173,9 +165,9 @@ def test_a_masked_class_with_a_share_has_infinite_loss(lam, smoothing, device):
     assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("lam", [0.0, 0.3])
-@pytest.mark.parametrize("target", [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.2, 0.3, 0.5]])
-@pytest.mark.parametrize("row", [[INF, 1.0, 0.0], [0.0, INF, 0.0], [math.nan, 1.0, 0.0], [0.0, 1.0, math.nan], [-INF, -INF, -INF]])
+@every("lam", [0.0, 0.3])
+@every("target", [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.2, 0.3, 0.5]])
+@every("row", [[INF, 1.0, 0.0], [0.0, INF, 0.0], [math.nan, 1.0, 0.0], [0.0, 1.0, math.nan], [-INF, -INF, -INF]])
 def test_infinities_and_nan_give_nan(row, target, lam, device):
     losses = large_margin_cross_entropy(
         torch.tensor([row, [0.0, 1.0, 2.0]], device=device), torch.tensor([target, target], device=device), lam=lam, reduction="none"

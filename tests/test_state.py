@@ -21,6 +21,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, set_checkpoint_early_stop
 
+from combinations import every
 from largemargin import LargeMarginCrossEntropyLoss, _state
 from largemargin.heads import CenterLoss, GaussianMixtureHead, LSoftmaxLinear
 from largemargin.schedules import AnnealedLambda, GradualWeight, Schedule, SteppedAlpha
@@ -67,7 +68,7 @@ each_loss = pytest.mark.parametrize("name", MAKERS)
 some_slow = pytest.mark.parametrize(
     "name", [name if name in ("center", "gradual") else pytest.param(name, marks=pytest.mark.slow) for name in MAKERS]
 )
-both_ways = pytest.mark.parametrize("use_reentrant", [True, False])
+both_ways = every("use_reentrant", [True, False])
 
 
 def made(name: str) -> Loss:
@@ -202,9 +203,7 @@ def samples(name: str) -> tuple[Loss, Tensor, Tensor]:
 
 
 @each_loss
-@pytest.mark.parametrize(
-    "transform", [lambda f: vmap(grad(f)), lambda f: vmap(f, randomness="different"), grad], ids=["vmap(grad)", "vmap", "grad"]
-)
+@every("transform", [lambda f: vmap(grad(f)), lambda f: vmap(f, randomness="different"), grad])
 def test_transforms_of_a_training_module_are_right_or_refused_at_once(name, transform):
     loss, features, target = samples(name)
     before = state(loss)
@@ -281,9 +280,13 @@ def assert_compiled_is_eager(name: str, backend: Callable | str) -> None:
         assert [buffer.data_ptr() for buffer in loss.buffers()] == pointers
 
 
+# the schedules of these are in others, too
+PARTS = ("gaussian_mixture", "annealed")
+
+
 @compiles
 @partitions
-@each_loss
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in PARTS else []) for name in MAKERS])
 def test_three_partitioned_steps_have_the_gradients_of_eager_ones(name):
     assert_compiled_is_eager(name, partitioner)
 
@@ -396,7 +399,7 @@ def test_a_checkpointed_loss_has_the_gradients_and_the_state_of_a_plain_one(name
 
 
 @each_loss
-@pytest.mark.parametrize("implementation", CheckpointImpl)
+@every("implementation", CheckpointImpl)
 def test_a_wrapped_loss_has_the_gradients_and_the_state_of_a_plain_one(name, implementation):
     loss, expected = made(name), made(name)
     wrapped = checkpoint_wrapper(loss, checkpoint_impl=implementation)
@@ -405,7 +408,7 @@ def test_a_wrapped_loss_has_the_gradients_and_the_state_of_a_plain_one(name, imp
 
 @nests
 @each_loss
-@pytest.mark.parametrize("inner", [True, False])
+@every("inner", [True, False])
 @both_ways
 def test_nested_checkpoints(name, use_reentrant, inner):
     loss, expected = made(name), made(name)
@@ -449,7 +452,7 @@ def test_a_graph_that_is_kept_is_recomputed_again(name, use_reentrant):
 
 @each_loss
 @both_ways
-@pytest.mark.parametrize("order", [(0, 1), (1, 0), (0,)], ids=str)
+@every("order", [(0, 1), (1, 0), (0,)])
 def test_of_several_passes_that_wait_only_the_last_is_recomputed(name, use_reentrant, order):
     """The last is right, an earlier one refused: never a wrong gradient."""
     loss, expected = made(name), made(name)
@@ -470,7 +473,7 @@ def test_of_several_passes_that_wait_only_the_last_is_recomputed(name, use_reent
 
 @each_loss
 @both_ways
-@pytest.mark.parametrize("between", ["no_grad", "inference_mode", "grad"])
+@every("between", ["no_grad", "inference_mode", "grad"])
 def test_a_pass_without_backward_in_between_is_noticed(name, use_reentrant, between):
     loss, (features, target) = made(name), batches(1)[0]
     result = checkpointed(loss, use_reentrant)(features.clone().requires_grad_(), target)
@@ -526,7 +529,7 @@ def test_two_calls_in_one_checkpoint_are_refused(name, use_reentrant):
 
 @each_loss
 @both_ways
-@pytest.mark.parametrize("which", ["forward", "backward"])
+@every("which", ["forward", "backward"])
 def test_passes_in_a_thread_of_their_own(name, use_reentrant, which):
     loss, expected, (features, target) = made(name), made(name), batches(1)[0]
     leaf = features.clone().requires_grad_()
@@ -565,7 +568,7 @@ def test_compiled_autograd_refuses_what_it_cannot_tell_apart():
 
 
 @each_loss
-@pytest.mark.parametrize("early_stop", [True, False])
+@every("early_stop", [True, False])
 def test_options_of_checkpoints(name, early_stop):
     loss, expected = made(name), made(name)
 
@@ -642,14 +645,13 @@ def test_nothing_is_remembered_of_a_module_that_is_gone():
     assert gone() is None and len(_state._last) == size - 1
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize(
+@every("use_reentrant", [False, True])
+@every(
     "head",
     [
         LSoftmaxLinear(4, 3, schedule=AnnealedLambda(10.0, 0.1, 1.0)),
         GaussianMixtureHead(4, 3, alpha=SteppedAlpha()),
     ],
-    ids=lambda head: type(head).__name__,
 )
 def test_a_scheduled_head_is_not_recomputed_in_another_mode(head, use_reentrant):
     features, target = torch.randn(5, 4, requires_grad=True), torch.tensor([0, 1, 2, 0, 1])
@@ -660,10 +662,9 @@ def test_a_scheduled_head_is_not_recomputed_in_another_mode(head, use_reentrant)
         loss.backward()
 
 
-@pytest.mark.parametrize(
+@every(
     "renew",
     [Schedule.reset, lambda schedule: schedule.load_state_dict(AnnealedLambda(10.0, 1.0, 1.0).state_dict())],
-    ids=["reset", "loaded"],
 )
 def test_a_schedule_with_another_state_cannot_recompute_what_it_said_before(renew):
     schedule, x = AnnealedLambda(10.0, 1.0, 1.0), torch.ones((), requires_grad=True)

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from combinations import every
 from devices import CPU
 from largemargin import LargeMarginCrossEntropyLoss, divergence, linear_large_margin_cross_entropy, metrics, multiclass_hinge, row_stats
 from largemargin.heads.super_symmetric import SuperSymmetricLinear, super_symmetry_penalty
 from measure import assert_within, compiles, same_bits
+from registry import DIVERGENCES
 
 SIZES = ((10, 128), (10, 9), (100, 128), (2, 1), (3, 2))  # classes, width
 FRAMES = ("fixed", "learned")
@@ -35,8 +37,8 @@ def ideal(num_classes: int, v: float) -> Tensor:
     return torch.full((num_classes, num_classes), -v / (num_classes - 1), dtype=torch.float64).fill_diagonal_(v)
 
 
-@pytest.mark.parametrize("v", [1.0, 7.5])
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@every("v", [1.0, 7.5])
+@every("size", SIZES)
 @each_frame
 def test_gram_matrix_has_the_form_of_the_paper(frame, size, v, device):
     head = make(device, *size, frame=frame, scale=v)
@@ -87,7 +89,7 @@ def test_features_along_a_class_have_uniform_other_logits(frame, device):
     logits = head(3 * head.weight)
     truth = torch.where(torch.eye(5, dtype=torch.bool, device=device), 6.0, -6.0 / 4)
     assert_within(logits, truth.double(), 6.0, 8)
-    for kind in ("symmetric", "kl_qu", "kl_uq"):
+    for kind in DIVERGENCES:
         assert_within(divergence(row_stats(logits, y), kind), 0.0, 10.0, 8)
 
 

@@ -12,6 +12,7 @@ from devices import CPU
 from largemargin import LinearLargeMarginCrossEntropyLoss, large_margin_cross_entropy, linear_large_margin_cross_entropy
 from largemargin.rows import tiles
 from measure import assert_within, compiles, peak_bytes, same_bits
+from registry import DIVERGENCES
 
 
 @pytest.fixture(params=(2**20, 200), ids=("one tile", "a row a tile"))
@@ -77,7 +78,7 @@ def assert_same_loss_and_gradients(lesson: Lesson, mine: Lesson, **options: Any)
 
 OPTIONS = {
     "reduction": ("none", "sum", "mean"),
-    "divergence": ("symmetric", "kl_qu", "kl_uq"),
+    "divergence": DIVERGENCES,
     "lam": (0.0, 0.3),
     "hard_bias": (0.0, 1.0),
     "label_smoothing": (0.0, 0.1),

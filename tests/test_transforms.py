@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
+from combinations import every
 from largemargin import (
     LargeMarginCrossEntropyLoss,
     crammer_singer_hinge,
@@ -17,11 +18,11 @@ from largemargin import (
     row_stats,
 )
 from measure import INF, assert_within, compiles, same_bits
+from registry import DIVERGENCES
 
 # torch's own forward-mode formulas and inductor are scripted, which torch deprecates; warnings are errors here
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 
-DIVERGENCES = ("symmetric", "kl_qu", "kl_uq")
 KINDS = ("indices", "probabilities")
 each_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -53,7 +54,7 @@ class Problem:
 
 @each_divergence
 @each_kind
-@pytest.mark.parametrize("reduction", ["none", "mean"])
+@every("reduction", ["none", "mean"])
 def test_first_derivatives(reduction, kind, divergence, rng, device):
     problem = Problem(kind, rng, device, divergence)
     assert gradcheck(
@@ -65,10 +66,9 @@ def test_first_derivatives(reduction, kind, divergence, rng, device):
     )
 
 
-# sharp case 22
 @each_divergence
 @each_kind
-def test_case_22_second_derivatives(kind, divergence, rng, device):
+def test_second_derivatives(kind, divergence, rng, device):
     problem = Problem(kind, rng, device, divergence, rows=2)
     for smoothing in (0.0, 0.1):
         assert gradgradcheck(
@@ -79,7 +79,7 @@ def test_case_22_second_derivatives(kind, divergence, rng, device):
         )
 
 
-def test_case_22_derivatives_of_the_statistics(rng, device):
+def test_derivatives_of_the_statistics(rng, device):
     input = torch.randn(3, 5, generator=rng, dtype=torch.float64).to(device).requires_grad_()
     target = torch.tensor([0, -100, 4], device=device)
 
@@ -91,8 +91,8 @@ def test_case_22_derivatives_of_the_statistics(rng, device):
 
 
 @each_divergence
-@pytest.mark.parametrize("bias", [0.0, 1.5])
-def test_case_22_hessian_vector_product_has_its_closed_form(bias, divergence, rng, device):
+@every("bias", [0.0, 1.5])
+def test_hessian_vector_product_has_its_closed_form(bias, divergence, rng, device):
     input, target = torch.randn(6, 7, generator=rng, dtype=torch.float64).to(device) * 3, torch.tensor([0, 1, 2, 3, 4, 5], device=device)
     input[0, 0] += 30.0  # where the form with p (v - p.v) has lost the row
     v, lam = torch.randn(6, 7, generator=rng, dtype=torch.float64).to(device), 0.3
@@ -119,7 +119,7 @@ def test_case_22_hessian_vector_product_has_its_closed_form(bias, divergence, rn
 
 
 @each_kind
-def test_case_22_functorch_agrees_with_autograd(kind, rng, device):
+def test_functorch_agrees_with_autograd(kind, rng, device):
     problem = Problem(kind, rng, device)
     input = problem.input.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(problem.losses(input), input)
@@ -134,10 +134,10 @@ def test_case_22_functorch_agrees_with_autograd(kind, rng, device):
     assert jacobian.any()
 
 
-@pytest.mark.parametrize("outer", [torch.func.jacrev, torch.func.jacfwd])
-@pytest.mark.parametrize("inner", [torch.func.jacrev, torch.func.jacfwd])
+@every("outer", [torch.func.jacrev, torch.func.jacfwd])
+@every("inner", [torch.func.jacrev, torch.func.jacfwd])
 @each_kind
-def test_case_22_hessians_in_every_order(kind, inner, outer, rng, device):
+def test_hessians_in_every_order(kind, inner, outer, rng, device):
     problem = Problem(kind, rng, device)
     hessian = torch.autograd.functional.hessian(problem.losses, problem.input)
     assert hessian.any()
@@ -145,7 +145,7 @@ def test_case_22_hessians_in_every_order(kind, inner, outer, rng, device):
 
 
 @each_kind
-def test_case_22_gradients_of_each_row_by_vmap(kind, rng, device):
+def test_gradients_of_each_row_by_vmap(kind, rng, device):
     problem = Problem(kind, rng, device)
 
     def one(f: Tensor, y: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def test_case_22_gradients_of_each_row_by_vmap(kind, rng, device):
     assert_within(losses, problem.losses(problem.input, reduction="none"), 32.0, 2)
 
 
-def test_case_22_forward_mode_by_hand(rng, device):
+def test_forward_mode_by_hand(rng, device):
     problem, v = Problem("indices", rng, device), torch.randn(4, 5, generator=rng, dtype=torch.float64).to(device)
     leaf = problem.input.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(problem.losses(leaf), leaf)
@@ -236,12 +236,11 @@ def assert_compiled_equals_eager(run, input: Tensor, *targets: Tensor, backend: 
             assert not gradients[1][target == -100].any()
 
 
-# sharp case 19
 @compiles
 @each_kind
 @pytest.mark.parametrize("dynamic", [True, None])
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "weight": torch.tensor([1.0, 2.0, 0.5, 1.5, 1.0]), "hard_bias": 1.0}])
-def test_case_19_compiled_with_a_changing_number_of_rows(options, dynamic, kind, rng, device):
+def test_compiled_with_a_changing_number_of_rows(options, dynamic, kind, rng, device):
     options = {name: value.to(device) if name == "weight" else value for name, value in options.items()}
     input = torch.randn(8, 5, generator=rng).to(device) * 3
     if kind == "indices":
@@ -258,14 +257,14 @@ def test_case_19_compiled_with_a_changing_number_of_rows(options, dynamic, kind,
 
 @compiles
 @pytest.mark.parametrize("function", [multiclass_hinge, crammer_singer_hinge, hard_margin_softplus], ids=lambda f: f.__name__)
-def test_case_19_compiled_hinges(function, rng, device):
+def test_compiled_hinges(function, rng, device):
     input, target = torch.randn(8, 5, generator=rng).to(device) * 3, torch.tensor([0, 1, -100, 3, 4, 0, -100, 2], device=device)
     assert_compiled_equals_eager(lambda f, y: function(f, y), input, target, backend="aot_eager", units=1)
 
 
 @compiles
 @each_divergence
-def test_case_19_compiled_k_dimensions_without_gradient(divergence, rng, device):
+def test_compiled_k_dimensions_without_gradient(divergence, rng, device):
     torch._dynamo.reset()
     input, target = torch.randn(2, 5, 3, generator=rng).to(device), torch.tensor([[0, 1, -100], [3, 4, 0]], device=device)
     compiled = torch.compile(large_margin_cross_entropy, fullgraph=True, backend="aot_eager")
@@ -276,7 +275,7 @@ def test_case_19_compiled_k_dimensions_without_gradient(divergence, rng, device)
 
 
 @compiles
-def test_case_19_compiled_layer_and_loss(rng, device):
+def test_compiled_layer_and_loss(rng, device):
     torch._dynamo.reset()
     layer = torch.nn.Linear(4, 5).to(device)
     features = torch.randn(8, 4, generator=rng).to(device)
@@ -293,7 +292,7 @@ def test_case_19_compiled_layer_and_loss(rng, device):
 @pytest.mark.slow  # the inductor builds C++ kernels
 @compiles
 @each_kind
-def test_case_19_inductor(kind, rng, device):
+def test_inductor(kind, rng, device):
     input = torch.randn(8, 5, generator=rng).to(device) * 3
     target = torch.tensor([0, 1, -100, 3, 4, 0, -100, 2]) if kind == "indices" else torch.rand(8, 5, generator=rng)
     target = target.to(device)
