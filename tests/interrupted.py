@@ -19,9 +19,11 @@ from unittest import mock
 
 import torch
 
-from largemargin.lab import checkpoint, data, files, train
+from largemargin.lab import files
+from largemargin.lab.data import images
 from largemargin.lab.errors import LabError
-from largemargin.lab.recipe import LOSSES, Recipe
+from largemargin.lab.run import checkpoint, train
+from largemargin.lab.run.recipe import LOSSES, Recipe
 
 RECIPE = Recipe(
     loss="center_large_margin",
@@ -38,7 +40,7 @@ STOPPED_AT = ("step", "evaluation", "step", "before the replacement", "step", "m
 
 
 def digits():
-    whole = data.digits()
+    whole = images.digits()
     return dataclasses.replace(
         whole,
         train_images=whole.train_images[:200],

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from largemargin.lab import data, train
-from largemargin.lab.recipe import LOSSES, Recipe
+from largemargin.lab.data.images import digits
+from largemargin.lab.run import train
+from largemargin.lab.run.recipe import LOSSES, Recipe
 
 
 class Plain(nn.Module):
@@ -42,7 +43,7 @@ def stop_at(count):
 
 
 def main(folder, batch_size, loss="large_margin", network="plain", step=0):
-    whole = data.digits()
+    whole = digits()
     parts = {name: getattr(whole, name)[:200] for name in ("train_images", "train_labels", "test_images", "test_labels")}
     world = int(os.environ["WORLD_SIZE"])
     if network == "plain":

@@ -8,13 +8,16 @@ import sys
 import pytest
 import torch
 
-from largemargin.lab import cli, compare
-from largemargin.lab.commands.options import BY_DATA
-from largemargin.lab.data.degrade import check_shares, choose_rows
-from largemargin.lab.data.streams import training_transform
+from largemargin.lab import cli
+from largemargin.lab.arguments.options import BY_DATA
+from largemargin.lab.arguments.parsers import COMMANDS, build_parser
+from largemargin.lab.comparison.choose import choose, ties
+from largemargin.lab.data import suited_to
 from largemargin.lab.errors import LabError
-from largemargin.lab.recipe import AUGMENTATIONS, LOSSES, SCHEDULES, Recipe, suited_to, unread
-from largemargin.lab.train import learning_rates
+from largemargin.lab.run.recipe import AUGMENTATIONS, LOSSES, SCHEDULES, Recipe, unread
+from largemargin.lab.run.rows import check_shares, choose_rows
+from largemargin.lab.run.streams import training_transform
+from largemargin.lab.run.train import learning_rates
 
 SHORT = ["--epochs", "1", "--device", "cpu"]
 TWO = ["compare", *SHORT, "--losses", "softmax", "--seeds", "0", "1", "--train-fraction", "0.1"]
@@ -31,10 +34,10 @@ def options_of(parser, command=""):
             yield command, action
 
 
-OPTIONS = list(options_of(cli.build_parser()))
+OPTIONS = list(options_of(build_parser()))
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_has_help(command):
     bare = [action.dest for name, action in OPTIONS if name == command and action.help in (None, "", argparse.SUPPRESS)]
     assert not bare
@@ -133,7 +136,7 @@ def records(errors):
     ],
 )
 def test_ties_in_the_choice_are_said(errors, said):
-    found = compare.ties(compare.choose(records(errors)))
+    found = ties(choose(records(errors)))
     assert [sentence.partition(":")[0] for sentence in found] == said
     assert all("the smallest was taken" in sentence for sentence in found)
 

@@ -7,11 +7,16 @@ import math
 import pytest
 import torch
 
-from largemargin.lab import cli, compare, report
-from largemargin.lab.diverged import NOT_FINITE, ONE_CLASS, why_diverged
-from largemargin.lab.evaluate import evaluate
-from largemargin.lab.paper_lines import Line
-from largemargin.lab.recipe import LOSSES, Recipe
+from largemargin.lab import cli
+from largemargin.lab.comparison.choose import choice_cells, choose
+from largemargin.lab.comparison.figures import overview
+from largemargin.lab.comparison.page import headline
+from largemargin.lab.comparison.table import cells, summarise
+from largemargin.lab.paper.lines import Line
+from largemargin.lab.results import NOT_FINITE, ONE_CLASS, why_diverged
+from largemargin.lab.run.evaluate import evaluate
+from largemargin.lab.run.recipe import LOSSES, Recipe
+from largemargin.lab.stats import Difference
 
 FINITE = {"error": 10.0, "nll": 0.4, "ece": 2.0, "margin": 3.0, "rho": 0.5, "predicted_classes": 10, "target_classes": 10}
 
@@ -71,54 +76,54 @@ def records_with_one_diverged(loss):
 @pytest.mark.parametrize("loss", ["softmax", "large_margin"])
 def test_a_diverged_seed_is_in_no_mean_and_no_pair(loss):
     records = records_with_one_diverged(loss)
-    rows = {row.loss: row for row in compare.summarise(records)}
-    without = {row.loss: row for row in compare.summarise([r for r in records if not why_diverged(r)])}
+    rows = {row.loss: row for row in summarise(records)}
+    without = {row.loss: row for row in summarise([r for r in records if not why_diverged(r)])}
     assert (rows[loss].n, rows[loss].diverged) == (4, 1)
     for name in ("error", "error_std", "margin", "rho", "ece", "nll", "difference"):
         assert getattr(rows[loss], name) == getattr(without[loss], name)
     assert rows["large_margin"].difference == without["large_margin"].difference
-    assert compare.cells(rows[loss])[1].endswith("(1 diverged)")
+    assert cells(rows[loss])[1].endswith("(1 diverged)")
 
 
 def test_a_loss_with_a_diverged_run_is_not_called_better():
     records = records_with_one_diverged("large_margin")
-    row = compare.summarise(records)[1]
+    row = summarise(records)[1]
     assert row.difference.verdict == "better" and row.verdict == "inconclusive"
-    assert "better" not in compare.cells(row) and "better" not in " ".join(report.headline([row]))
-    assert compare.summarise(records_with_one_diverged("softmax"))[1].verdict == "better"
+    assert "better" not in cells(row) and "better" not in " ".join(headline([row]))
+    assert summarise(records_with_one_diverged("softmax"))[1].verdict == "better"
 
 
 def test_a_loss_with_a_diverged_run_can_be_worse():
     records = [record("softmax", seed, 10.0 + seed**2 / 10) for seed in range(4)]
     records += [record("large_margin", seed, 30.0 + seed) for seed in range(3)] + [record("large_margin", 3, **NAN)]
-    assert compare.summarise(records)[1].verdict == "worse"
+    assert summarise(records)[1].verdict == "worse"
 
 
 def test_the_verdict_of_the_reproduction_follows_the_same_rule():
-    difference = compare.Difference(-2.0, -3.0, -1.0)
+    difference = Difference(-2.0, -3.0, -1.0)
     values = dict(entry=None, errors={0: 1.0}, best={}, baseline=None, pairs={}, difference=difference, command="", full_size=True)
     assert Line(**values, diverged=0).verdict == "better" and Line(**values, diverged=1).verdict == "inconclusive"
 
 
 def test_where_all_diverged_no_number_is_shown():
-    row = compare.summarise([record("softmax", seed, **NAN) for seed in (0, 1)])[0]
-    assert compare.cells(row)[1] == "diverged" and "100" not in " ".join(compare.cells(row)[1:])
-    assert "nan" not in " ".join(compare.cells(row))
-    assert "diverged" in report.overview([row])
+    row = summarise([record("softmax", seed, **NAN) for seed in (0, 1)])[0]
+    assert cells(row)[1] == "diverged" and "100" not in " ".join(cells(row)[1:])
+    assert "nan" not in " ".join(cells(row))
+    assert "diverged" in overview([row])
 
 
 def test_a_lambda_that_diverges_is_not_chosen():
     records = [record("large_margin", seed, 9.0, lam=0.1, split="validation") for seed in (0, 1)]
     records += [record("large_margin", 0, 1.0, lam=1.0, split="validation")]
     records += [record("large_margin", 1, lam=1.0, split="validation", **NAN)]
-    (choice,) = compare.choose(records)
-    assert choice.lam == 0.1 and [line[3] for line in compare.choice_cells([choice])][1] == "1.00 (1 diverged)"
+    (choice,) = choose(records)
+    assert choice.lam == 0.1 and [line[3] for line in choice_cells([choice])][1] == "1.00 (1 diverged)"
 
 
 def test_a_choice_of_diverged_runs_alone_is_still_told():
     records = [record("large_margin", 0, lam=lam, split="validation", **NAN) for lam in (0.1, 1.0)]
-    (choice,) = compare.choose(records)
-    assert choice.lam == 0.1 and {line[3] for line in compare.choice_cells([choice])} == {"diverged"}
+    (choice,) = choose(records)
+    assert choice.lam == 0.1 and {line[3] for line in choice_cells([choice])} == {"diverged"}
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-import largemargin.lab.inspect as inspect_module
+import largemargin.lab.logits.summary as inspect_module
 from largemargin.lab import cli
 
 CLASSES = 4

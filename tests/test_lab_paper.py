@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from largemargin.lab import paper
 from largemargin.lab.errors import LabError
-from largemargin.lab.paper import Number, cells
-from largemargin.lab.recipe import LOSSES, NETWORKS, Recipe
+from largemargin.lab.models import NAMES as NETWORKS
+from largemargin.lab.paper import cells as paper
+from largemargin.lab.paper.cells import Number, cells
+from largemargin.lab.run.recipe import LOSSES, Recipe
 
 # typed from the paper: (row, column) and what stands there
 PRINTED = {
@@ -166,7 +167,7 @@ def test_table_1_has_its_three_divergences():
 
 
 def test_the_cifar_recipe_is_that_of_section_4():
-    train = pytest.importorskip("largemargin.lab.train")
+    train = pytest.importorskip("largemargin.lab.run.train")
     for table in ("table1", "table2", "table3", "fig3", "sec3", "study"):
         for cell in cells(table):
             recipe = cell.recipes((0,))[0]
@@ -182,7 +183,7 @@ def test_the_cifar_recipe_is_that_of_section_4():
 
 
 def test_the_imagenet_recipe_is_that_of_the_port():
-    train = pytest.importorskip("largemargin.lab.train")
+    train = pytest.importorskip("largemargin.lab.run.train")
     large = [cell for cell in cells("table4") if cell.settings["data"] in paper.LARGE_DATA]
     assert len(large) == 24
     for cell in large:

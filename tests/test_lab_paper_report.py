@@ -15,10 +15,13 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 from scipy import stats
 
-from largemargin.lab import paper, paper_figures, paper_lines, paper_report
-from largemargin.lab.paper_figures import movement
-from largemargin.lab.paper_lines import Line, lines_of
-from largemargin.lab.paper_report import write
+from largemargin.lab.paper import cells as paper
+from largemargin.lab.paper import figures as paper_figures
+from largemargin.lab.paper import lines as paper_lines
+from largemargin.lab.paper import page as paper_report
+from largemargin.lab.paper.figures import movement
+from largemargin.lab.paper.lines import Line, lines_of
+from largemargin.lab.paper.page import write
 from properties import given, st
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

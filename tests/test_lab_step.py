@@ -10,14 +10,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from largemargin import row_stats
-from largemargin.lab import data, models, train
-from largemargin.lab.cuda_graph import CudaGraph
-from largemargin.lab.data import Batch, crops, feeds
-from largemargin.lab.data.feeds import InMemory
-from largemargin.lab.methods import Method, parameter_groups
-from largemargin.lab.recipe import LOSSES, Recipe
-from largemargin.lab.seeds import seeded
-from largemargin.lab.step import EagerStep, GraphedStep, replaced_buffers
+from largemargin.lab import models
+from largemargin.lab.data import crops
+from largemargin.lab.data.images import ImageSet
+from largemargin.lab.run import feeds, train
+from largemargin.lab.run.cuda_graph import CudaGraph
+from largemargin.lab.run.feeds import Batch, InMemory
+from largemargin.lab.run.method import Method, parameter_groups
+from largemargin.lab.run.recipe import LOSSES, Recipe
+from largemargin.lab.run.seeds import seeded
+from largemargin.lab.run.step import EagerStep, GraphedStep, replaced_buffers
 from largemargin.lab.stopping import Told
 from measure import waiting_refused
 
@@ -33,7 +35,7 @@ def image_set(num_train=72, size=8):
     g = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (num_train + 20, 1, size, size), generator=g, dtype=torch.uint8)
     labels = torch.arange(num_train + 20) % 10
-    return data.ImageSet(images[:num_train], labels[:num_train], images[num_train:], labels[num_train:], tuple("abcdefghij"))
+    return ImageSet(images[:num_train], labels[:num_train], images[num_train:], labels[num_train:], tuple("abcdefghij"))
 
 
 def random_batches(num, size, device=CPU, pixels=8):

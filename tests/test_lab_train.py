@@ -18,13 +18,15 @@ from accelerate.state import PartialState
 
 import largemargin
 from largemargin.heads import CosineLinear
-from largemargin.lab import data, evaluate, methods, models, train
-from largemargin.lab.data import feeds
+from largemargin.lab import models
+from largemargin.lab.data.images import digits
 from largemargin.lab.errors import LabError
 from largemargin.lab.files import write_json
-from largemargin.lab.recipe import LOSSES, PLACES, Recipe
+from largemargin.lab.run import evaluate, feeds, train
+from largemargin.lab.run import method as methods
+from largemargin.lab.run.recipe import LOSSES, PLACES, Recipe
 
-DIGITS = data.digits()
+DIGITS = digits()
 SMALL = dataclasses.replace(
     DIGITS,
     train_images=DIGITS.train_images[:200],

@@ -18,10 +18,14 @@ from PIL import Image
 from rich.cells import cell_len
 from rich.table import Table
 
-from largemargin.lab import cli, progress, queue, records
+from largemargin.lab import cli
+from largemargin.lab import results as records
+from largemargin.lab.commands import progress
+from largemargin.lab.commands.screen import READER_GONE, Screen
 from largemargin.lab.errors import LabError, RunFailed
-from largemargin.lab.recipe import Recipe
-from largemargin.lab.screen import READER_GONE, Screen
+from largemargin.lab.queue.runs import run_all
+from largemargin.lab.results import result_of
+from largemargin.lab.run.recipe import Recipe
 from largemargin.lab.stopping import by_interrupt
 from largemargin.lab.words import counted, printable, short
 
@@ -222,7 +226,7 @@ def test_a_record_of_another_form_is_named(kind, tmp_path):
     (tmp_path / recipe.id).mkdir()
     (tmp_path / recipe.id / "result.json").write_text(json.dumps(whole_record() | BROKEN[kind]))
     with pytest.raises(LabError, match=r"result\.json is not the record of its run"):
-        queue.result_of(recipe, tmp_path)
+        result_of(recipe, tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "null", '"x"', "[" * 100_000, "\xff"])
@@ -231,7 +235,7 @@ def test_a_record_that_is_none_is_named(text, tmp_path):
     (tmp_path / recipe.id).mkdir()
     (tmp_path / recipe.id / "result.json").write_text(text, encoding="latin-1")
     with pytest.raises(LabError, match=r"result\.json is not the record of its run"):
-        queue.result_of(recipe, tmp_path)
+        result_of(recipe, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -367,7 +371,7 @@ def test_a_reader_that_has_gone_is_no_failed_run():
 
 def test_a_failed_run_is_no_usage_error(tmp_path, capsys, monkeypatch):
     command = ["compare", "--losses", "softmax", "--seeds", "0", "--epochs", "1", "--device", "cpu"]
-    monkeypatch.setattr(progress, "run_all", lambda *arguments, **options: queue.run_all(*arguments, **options, work="lab_work:nosuch"))
+    monkeypatch.setattr(progress, "run_all", lambda *arguments, **options: run_all(*arguments, **options, work="lab_work:nosuch"))
     assert cli.main([*command, "--out", str(tmp_path / "failed")]) == 1
     assert "could not be done" in capsys.readouterr().err
 
@@ -375,9 +379,9 @@ def test_a_failed_run_is_no_usage_error(tmp_path, capsys, monkeypatch):
 def test_failed_is_told_from_refused(tmp_path):
     recipes = [Recipe("softmax", seed, epochs=1) for seed in (0, 1)]
     with pytest.raises(RunFailed):
-        queue.run_all(recipes, tmp_path / "a", 1, lambda *_: None, work="lab_work:fails")
+        run_all(recipes, tmp_path / "a", 1, lambda *_: None, work="lab_work:fails")
     with pytest.raises(LabError) as caught:
-        queue.run_all(recipes, tmp_path / "b", 1, lambda *_: None, work="lab_work:refuses")
+        run_all(recipes, tmp_path / "b", 1, lambda *_: None, work="lab_work:refuses")
     assert not isinstance(caught.value, RunFailed)
 
 

@@ -10,33 +10,20 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .. import __version__
 from . import NEEDED, SPARED
 from .errors import LabError, RunFailed, how_to_install
 from .stopping import INTERRUPTED, by_interrupt, interrupts_end_at_once
 from .words import printable
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser, Namespace
+    from jsonargparse import Namespace
 
-COMMANDS = ("compare", "train", "reproduce", "report", "data", "inspect", "doctor")  # modules of .commands
 LISTS = "; what takes several values is a list there, seeds: [0] say"
-
-
-def build_parser() -> "ArgumentParser":
-    from .commands.options import new_parser
-
-    top = new_parser("Large-margin softmax cross-entropy: compare losses on data of your own.", prog="largemargin", version=__version__)
-    commands = top.add_subcommands(dest="command", metavar="COMMAND")
-    for name in COMMANDS:
-        module = importlib.import_module(f".commands.{name}", __package__)
-        commands.add_subcommand(name, module.parser(), help=module.HELP)
-    return top
 
 
 def run(arguments: "Namespace") -> None:
     with interrupts_end_at_once():
-        from .screen import Screen, spell_out
+        from .commands.screen import Screen, spell_out
 
         command = importlib.import_module(f".commands.{arguments.command}", __package__)
     spell_out()
@@ -75,7 +62,8 @@ def answer(argv: Sequence[str] | None) -> int:
             return 2
         from jsonargparse import ArgumentError
 
-        from .commands.options import reworded
+        from .arguments.options import reworded
+        from .arguments.parsers import build_parser
 
         parser = build_parser()
     try:

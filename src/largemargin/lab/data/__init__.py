@@ -1,70 +1,79 @@
-"""Data sets, the seeded ways to make them harder, and what the training loop is fed of them."""
+"""The data sets, each an entry of :data:`SETS`. Nothing heavy is imported until one is read."""
 
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+from ..errors import LabError
 
-from ..recipe import Recipe
-from ..words import counted
-from .archives import ARCHIVED, archived
-from .decode import OnImage
-from .degrade import Rows, check_shares, choose_rows, load_rows, pollute_labels, samples_used, save_rows, subsample
-from .feeds import Batch, Feed, InMemory
-from .folders import STREAMED, FileSet, image_folder, streamed_folder, streamed_set
-from .images import ImageSet, channel_moments, digits
-from .streams import Streamed
-
-__all__ = [
-    "NAMED",
-    "Batch",
-    "Feed",
-    "FileSet",
-    "ImageSet",
-    "InMemory",
-    "Rows",
-    "Streamed",
-    "channel_moments",
-    "check_shares",
-    "choose_rows",
-    "digits",
-    "feed_of",
-    "image_folder",
-    "load",
-    "load_rows",
-    "pollute_labels",
-    "save_rows",
-    "sizes",
-    "subsample",
-]
-
-NAMED = ("digits", *ARCHIVED, *STREAMED)  # what --data can be beside a folder
+if TYPE_CHECKING:
+    from .folders import FileSet
+    from .images import ImageSet
 
 
-def load(data: str, data_root: str, image_size: int, streamed: bool = False, on_image: OnImage = lambda *_: None) -> ImageSet | FileSet:
-    """The data set called ``data``, one of :data:`NAMED` or the path of an image folder, which ``streamed`` leaves in its files.
+@dataclass(frozen=True)
+class DataSet:
+    """What is known of a data set before it is read."""
+
+    read: str  # "file:function" of this room, called with the name of the set and the data root
+    training: int  # images
+    test: int
+    classes: int
+    pixels: int
+    folder: str = ""  # under the data root, as published; none: a package ships it
+    suited: Mapping[str, Any] = field(default_factory=dict)  # the fields of a recipe for which its usual values are not the defaults
+    archived: bool = False  # published as archives, which `largemargin data fetch` gets
+    streamed: bool = False  # too large for memory: its owners give it out under their terms, and its images stay in their files
+
+
+CIFAR = {"epochs": 50, "crop_padding": 4, "flip": True}  # Sec. 4.1
+LARGE = {"epochs": 120, "batch_size": 256, "schedule": "steps", "milestones": (30, 60, 90), "augmentation": "inception", "image_size": 224}
+SETS = {
+    "digits": DataSet("images:digits", 1_198, 599, 10, 8),
+    "cifar10": DataSet("archives:archived", 50_000, 10_000, 10, 32, "cifar-10-batches-py", CIFAR, archived=True),
+    "cifar100": DataSet("archives:archived", 50_000, 10_000, 100, 32, "cifar-100-python", CIFAR, archived=True),
+    # not mirrored: a mirrored digit is another
+    "svhn": DataSet("archives:archived", 73_257, 26_032, 10, 32, "svhn", {"epochs": 50}, archived=True),
+    "imagenet": DataSet("folders:streamed_set", 1_281_167, 50_000, 1000, 224, "imagenet", LARGE, streamed=True),
+    "places365": DataSet("folders:streamed_set", 1_803_460, 36_500, 365, 224, "places365", LARGE, streamed=True),
+}
+ARCHIVED = tuple(name for name, known in SETS.items() if known.archived)
+STREAMED = tuple(name for name, known in SETS.items() if known.streamed)
+
+
+def load(
+    data: str, data_root: str, image_size: int, streamed: bool = False, on_image: Callable[[int, int], object] = lambda *_: None
+) -> "ImageSet | FileSet":
+    """The data set called ``data``, one of :data:`SETS` or the path of an image folder, which ``streamed`` leaves in its files.
 
     ``on_image`` hears how many images of how many are decoded.
     """
-    if data == "digits":
-        return digits()
-    if data in ARCHIVED:
-        return archived(data, Path(data_root).expanduser())
-    if data in STREAMED:
-        return streamed_set(data, Path(data_root).expanduser())
-    folder = Path(data).expanduser()
-    return streamed_folder(folder) if streamed else image_folder(folder, image_size, on_image)
+    found: ImageSet | FileSet
+    if data in SETS:
+        found = _reader(SETS[data].read)(data, Path(data_root).expanduser())
+    elif streamed:
+        found = _reader("folders:streamed_folder")(Path(data).expanduser())
+    else:
+        found = _reader("folders:image_folder")(Path(data).expanduser(), image_size, on_image)
+    return found
 
 
-def sizes(recipe: Recipe, images: ImageSet | FileSet) -> str:
-    """How many images a run has, in words."""
-    whole = len(images.train_labels)
-    used = samples_used(whole, recipe.train_fraction)
-    training = str(whole) if used == whole else f"{used} of {whole}"
-    return f"{recipe.data}: {training} training and {counted(len(images.test_labels), 'test image')} of {len(images.classes)} classes"
+def _reader(name: str) -> Any:
+    file, _, function = name.partition(":")
+    return getattr(importlib.import_module(f".{file}", __package__), function)
 
 
-def feed_of(recipe: Recipe, data: ImageSet | FileSet, device: torch.device, rank: int = 0, world: int = 1) -> Feed:
-    """The feed of a run, for process ``rank`` of ``world``."""
-    if isinstance(data, FileSet):
-        return Streamed(recipe, data, device, rank, world)
-    return InMemory(recipe, data, device, rank, world)
+def suited_to(data: str, image_size: int | None = None) -> dict[str, Any]:
+    """The fields of a recipe in which a data set asks for other than the defaults; ``image_size`` is of images in files."""
+    if data in SETS:
+        return dict(SETS[data].suited) | ({"image_size": image_size} if SETS[data].streamed and image_size else {})
+    pixels = image_size or 32
+    return {"epochs": 50, "image_size": pixels, "crop_padding": pixels // 8, "flip": True}
+
+
+def check_image_size(data: str, image_size: int | None) -> None:
+    """Raises LabError for one that would change nothing."""
+    if data in SETS and not SETS[data].streamed and image_size is not None:
+        raise LabError(f"image_size {image_size} does not apply to {data}: its images are used as they are; leave it out")

@@ -11,7 +11,6 @@ from .._torchvision import import_torchvision
 from ..errors import LabError
 from .images import ImageSet
 
-ARCHIVED = ("cifar10", "cifar100", "svhn")
 SIDE = 32  # pixels
 
 
@@ -35,6 +34,14 @@ def archives_of(data: str) -> tuple[Archive, ...]:
     members = [*cls.train_list, *cls.test_list, (cls.meta["filename"], cls.meta["md5"])]
     named = tuple((f"{cls.base_folder}/{name}", md5) for name, md5 in members)
     return (Archive(cls.filename, cls.url, cls.tgz_md5, named, is_tar=True),)
+
+
+def archives_by_hand(name: str) -> list[tuple[str, str]]:
+    """The archives of a set that is given out under terms of use, and their md5."""
+    datasets = import_torchvision().datasets
+    if name == "imagenet":
+        return [datasets.imagenet.ARCHIVE_META[part] for part in ("train", "val")]
+    return [datasets.Places365._IMAGES_META[part, True] for part in ("train-standard", "val")]
 
 
 def state_of(archive: Archive, root: Path) -> dict[str, str]:

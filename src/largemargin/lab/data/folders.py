@@ -22,7 +22,6 @@ from .decode import OnImage, broken_files, decode
 from .images import SPLIT_SEED, ImageSet, spread
 
 SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation"}
-STREAMED = ("imagenet", "places365")  # folders of these names under --data-root, too large for memory
 
 Labelled = list[tuple[str, int]]  # names of files under a folder, with their labels
 

@@ -1,0 +1,97 @@
+"""What a comparison is made of: every loss with every seed at every share of label noise.
+
+This module is read by the command line before anything heavy is imported, so it needs the standard library alone.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..data import SETS, suited_to
+from ..run.recipe import LOSSES, OF_SOME_LOSSES, Recipe, has_setting
+
+Chosen = Mapping[tuple[str, float], float]  # the lam of a loss at a share of label noise
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared: every loss with every seed at every share of label noise."""
+
+    data: str = "digits"
+    data_root: str = "data"
+    data_digest: str = ""
+    image_size: int | None = None  # of an image folder; None: what suits it
+    network: str = "small"
+    losses: tuple[str, ...] = ("softmax", "label_smoothing", "large_margin")
+    lam: tuple[float, ...] = (0.3,)  # of several one is chosen for each loss and share of noise, on a part of the training set
+    validation_fraction: float = 0.2  # that part; nothing is held out where there is one lam
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    epochs: int | None = None  # None: what suits the data
+    label_noise: tuple[float, ...] = (0.0,)
+    train_fraction: float = 1.0
+    device: str = "cpu"
+    overrides: dict[str, Any] = field(default_factory=dict)  # other fields of the recipes; of a loss only where it has them
+
+    @property
+    def is_folder(self) -> bool:
+        return self.data not in SETS
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> "Comparison":
+        """What ``vars`` gave, also after a passage through JSON."""
+        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+        if isinstance(values.get("lam"), float | int):  # as it was before there could be several
+            values["lam"] = (values["lam"],)
+        return cls(**values)
+
+    @property
+    def choosing(self) -> tuple[str, ...]:
+        """The losses whose lam has to be chosen."""
+        return tuple(loss for loss in self.losses if "lam" in LOSSES[loss]) if len(self.lam) > 1 else ()
+
+    @property
+    def num_runs(self) -> int:
+        """Runs that measure themselves on the test set, when all are done."""
+        return len(self.losses) * len(self.seeds) * len(self.label_noise)
+
+    def validating_recipes(self) -> list[Recipe]:
+        """The runs by which lam is chosen: each measures itself on a part of its training set and never sees the test set."""
+        return [
+            self._recipe(loss, seed, noise, lam=lam, validation_fraction=self.validation_fraction)
+            for seed in self.seeds
+            for noise in self.label_noise
+            for loss in self.choosing
+            for lam in self.lam
+        ]
+
+    def recipes(self, chosen: Chosen | None = None) -> list[Recipe]:
+        """The runs compared, seed by seed, so that pairs are finished together; without those whose lam is not chosen yet."""
+        runs = []
+        for seed, noise, loss in itertools.product(self.seeds, self.label_noise, self.losses):
+            recipe = self._recipe(loss, seed, noise, lam=self.lam[0])
+            if self.choosing:  # the test set is read once
+                recipe = dataclasses.replace(recipe, evaluate_every=recipe.epochs)
+            if loss in self.choosing:
+                if (loss, noise) not in (chosen or {}):
+                    continue
+                recipe = dataclasses.replace(recipe, lam=(chosen or {})[loss, noise])
+            runs.append(recipe)
+        return runs
+
+    @property
+    def example(self) -> Recipe:
+        """One of its recipes, for what they share."""
+        return self._recipe(self.losses[0], self.seeds[0], self.label_noise[0], lam=self.lam[0])
+
+    def _recipe(self, loss: str, seed: int, noise: float, *, lam: float, **more: Any) -> Recipe:
+        values: dict[str, Any] = {"data": self.data, "data_root": self.data_root, "data_digest": self.data_digest, "network": self.network}
+        values |= {"label_noise": noise, "train_fraction": self.train_fraction, "device": self.device}
+        values |= suited_to(self.data, self.image_size) | LOSSES[loss]
+        if self.epochs is not None:
+            values["epochs"] = self.epochs
+        if "lam" in LOSSES[loss]:
+            values["lam"] = lam
+        values |= {name: value for name, value in self.overrides.items() if name not in OF_SOME_LOSSES or has_setting(loss, name)}
+        return Recipe(loss=loss, seed=seed, **values | more)
