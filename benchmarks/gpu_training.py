@@ -25,9 +25,9 @@ from training_cpu import RECIPE as FLOAT32
 
 from largemargin.lab.models import build
 from largemargin.lab.run.feeds import InMemory
+from largemargin.lab.run.machine import start as accelerator_of
 from largemargin.lab.run.recipe import Recipe
-from largemargin.lab.run.train import Run
-from largemargin.lab.run.train import start as accelerator_of
+from largemargin.lab.run.trainer import Run
 from largemargin.lab.stopping import Told
 
 PATIENCE = 60.0  # seconds that a process waits for the others

@@ -20,8 +20,9 @@ from largemargin.lab._torchvision import import_torchvision
 from largemargin.lab.data.images import ImageSet
 from largemargin.lab.models import build
 from largemargin.lab.run.feeds import InMemory
+from largemargin.lab.run.machine import start
 from largemargin.lab.run.recipe import Recipe
-from largemargin.lab.run.train import Run, start
+from largemargin.lab.run.trainer import Run
 from largemargin.lab.stopping import Told
 
 BATCH, MEAN, STD = 128, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)

@@ -22,8 +22,9 @@ import torch
 from largemargin.lab import files
 from largemargin.lab.data import images
 from largemargin.lab.errors import LabError
-from largemargin.lab.run import checkpoint, train
-from largemargin.lab.run.recipe import LOSSES, Recipe
+from largemargin.lab.run import checkpoint, train, trainer
+from largemargin.lab.run.methods import LOSSES
+from largemargin.lab.run.recipe import Recipe
 
 RECIPE = Recipe(
     loss="center_large_margin",
@@ -125,7 +126,7 @@ def main(how, folder, seed=0):
     happened: list[Any] = []
 
     def go(where, every=0.0):
-        train.CHECKPOINT_SECONDS = every  # seconds; 0 is after every step
+        trainer.CHECKPOINT_SECONDS = every  # seconds; 0 is after every step
         train.train(RECIPE, images, folder / where, keep_checkpoint=True)
 
     def ending(place, count, sent, every=0.0):

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from largemargin.lab.data.images import digits
-from largemargin.lab.run import train
-from largemargin.lab.run.recipe import LOSSES, Recipe
+from largemargin.lab.run import train, trainer
+from largemargin.lab.run.methods import LOSSES
+from largemargin.lab.run.recipe import Recipe
 
 
 class Plain(nn.Module):
@@ -52,7 +53,7 @@ def main(folder, batch_size, loss="large_margin", network="plain", step=0):
     if step and int(os.environ["RANK"]) == world - 1:
         stop_at(step)
     recipe = Recipe(seed=0, epochs=4, batch_size=batch_size, crop_padding=1, processes=world, loss=loss, **LOSSES[loss])
-    train.CHECKPOINT_SECONDS = 0.0
+    trainer.CHECKPOINT_SECONDS = 0.0
     train.train(recipe, dataclasses.replace(whole, **parts), folder, keep_checkpoint=True)
 
 

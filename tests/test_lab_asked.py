@@ -12,12 +12,17 @@ from largemargin.lab import cli
 from largemargin.lab.arguments.options import BY_DATA
 from largemargin.lab.arguments.parsers import COMMANDS, build_parser
 from largemargin.lab.comparison.choose import choose, ties
+from largemargin.lab.comparison.plan import Comparison
 from largemargin.lab.data import suited_to
 from largemargin.lab.errors import LabError
-from largemargin.lab.run.recipe import AUGMENTATIONS, LOSSES, SCHEDULES, Recipe, unread
+from largemargin.lab.options import options_of as options_of_a_class
+from largemargin.lab.results import RunRecord
+from largemargin.lab.run.evaluate import Evaluation
+from largemargin.lab.run.methods import LOSSES
+from largemargin.lab.run.optimizer import learning_rates
+from largemargin.lab.run.recipe import AUGMENTATIONS, SCHEDULES, Recipe, unread
 from largemargin.lab.run.rows import check_shares, choose_rows
 from largemargin.lab.run.streams import training_transform
-from largemargin.lab.run.train import learning_rates
 
 SHORT = ["--epochs", "1", "--device", "cpu"]
 TWO = ["compare", *SHORT, "--losses", "softmax", "--seeds", "0", "1", "--train-fraction", "0.1"]
@@ -45,13 +50,27 @@ def test_every_option_has_help(command):
 
 
 def test_every_field_of_a_recipe_has_help():
-    assert not [field.name for field in dataclasses.fields(Recipe) if not field.metadata.get("help")]
+    assert options_of_a_class(Recipe).keys() == {field.name for field in dataclasses.fields(Recipe)}
+    assert all(option.help for cls in (Recipe, Comparison) for option in options_of_a_class(cls).values())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_what_most_people_set_and_help_all_the_rest(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    shown = {}
+    for level in ("--help", "--help-all"):
+        with pytest.raises(SystemExit, match="0"):
+            cli.main([command, level])
+        shown[level] = capsys.readouterr().out
+    assert len(shown["--help"].splitlines()) <= 75
+    dests = {action.option_strings[-1] for name, action in OPTIONS if name == command and action.option_strings}
+    assert all(dest in shown["--help-all"] for dest in dests)
 
 
 def test_the_printed_help_says_something_of_every_option():
-    done = subprocess.run([sys.executable, "-m", "largemargin.lab.cli", "train", "--help"], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-m", "largemargin.lab.cli", "train", "--help-all"], capture_output=True, text=True, timeout=100)
     text = " ".join(done.stdout.split())
-    for words in ("--epochs VALUE passes over the training set", "--device VALUE cpu, cuda", "--schedule VALUE how the learning rate"):
+    for words in ("--epochs N passes over the training set", "--device VALUE cpu, cuda", "--schedule VALUE how the learning rate"):
         assert words in text
 
 
@@ -116,11 +135,9 @@ def test_train_says_that_its_weights_are_gone(finished, capsys):
 
 def records(errors):
     return [
-        {
-            "recipe": Recipe("large_margin", seed, **LOSSES["large_margin"] | {"lam": lam}).to_dict(),
-            "test": None,
-            "validation": {"error": error, "nll": 1.0},
-        }
+        RunRecord(
+            Recipe("large_margin", seed, **LOSSES["large_margin"] | {"lam": lam}), validation=Evaluation(error, 1.0, 0, 0, 0, [], 2, 2)
+        )
         for lam, of_seeds in errors.items()
         for seed, error in enumerate(of_seeds)
     ]

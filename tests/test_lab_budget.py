@@ -21,7 +21,8 @@ from largemargin.lab.queue.budget import Budget, Cost, cost_key, finish, pair_ke
 from largemargin.lab.queue.plan import Plan
 from largemargin.lab.queue.runs import run_all
 from largemargin.lab.run import environment
-from largemargin.lab.run.recipe import LOSSES, Recipe
+from largemargin.lab.run.methods import LOSSES
+from largemargin.lab.run.recipe import Recipe
 
 THREE = ("softmax", "label_smoothing", "large_margin")
 ONE_EPOCH = [Recipe(loss=loss, seed=seed, epochs=1, **LOSSES[loss]) for seed in range(4) for loss in THREE]
@@ -199,7 +200,7 @@ class Charged(Budget):
 def test_a_queue_does_what_fits_and_says_what_is_left(tmp_path):
     given = Charged(1, measure=lambda *_: Cost(0.0, 14.0))  # 14 s a run: three of them in a minute, not six
     records = run_all(ONE_EPOCH, tmp_path, 1, lambda *_: None, work="lab_work:finish", budget=given)
-    assert [record["recipe"]["seed"] for record in records] == [0, 0, 0]
+    assert [record.recipe.seed for record in records] == [0, 0, 0]
     console = Console(record=True, width=200)
     say_what_is_left(ONE_EPOCH, tmp_path, given, console)
     said = console.export_text()

@@ -14,7 +14,9 @@ from largemargin.lab.comparison.choose import choose, chosen_of
 from largemargin.lab.comparison.folder import finished_records, reopen
 from largemargin.lab.comparison.plan import Comparison
 from largemargin.lab.data.images import ImageSet
-from largemargin.lab.run.recipe import LOSSES, Recipe
+from largemargin.lab.results import RunRecord
+from largemargin.lab.run.methods import LOSSES
+from largemargin.lab.run.recipe import Recipe
 
 COMMAND = ["compare", "--losses", "softmax", "large_margin", "--lam", "0.1", "1", "--seeds", "0", "1"]
 COMMAND += ["--epochs", "2", "--label-noise", "0", "0.3", "--train-fraction", "0.3", "--device", "cpu"]  # runs are repeated bit for bit
@@ -22,7 +24,7 @@ COMMAND += ["--epochs", "2", "--label-noise", "0", "0.3", "--train-fraction", "0
 
 def record(loss, seed, lam, error, noise=0.0):
     recipe = Recipe(loss=loss, seed=seed, label_noise=noise, **LOSSES[loss] | {"lam": lam}).to_dict()
-    return {"recipe": recipe, "test": None, "validation": {"error": error}}
+    return RunRecord.from_dict({"recipe": recipe, "test": None, "validation": {"error": error}, "environment": {}})
 
 
 def records_of(out):
@@ -101,8 +103,7 @@ def test_the_runs_compared_have_the_chosen_lam(finished):
     chosen = chosen_of(choose(validating))
     assert len(chosen) == 2 and len(compared) == 8
     for record in compared:
-        recipe = record["recipe"]
-        assert recipe["lam"] == chosen.get((recipe["loss"], recipe["label_noise"]))
+        assert record.recipe.lam == chosen.get((record.recipe.loss, record.recipe.label_noise))
 
 
 def test_the_test_labels_have_no_part_in_the_choice(finished, tmp_path, monkeypatch):
@@ -115,11 +116,11 @@ def test_the_test_labels_have_no_part_in_the_choice(finished, tmp_path, monkeypa
     validating, _ = finished_records(reopen(finished), finished)
     again = []
     for record in validating:
-        recipe = dataclasses.replace(Recipe(**record["recipe"]), data_digest=other.digest())
+        recipe = dataclasses.replace(record.recipe, data_digest=other.digest())
         if recipe.seed == 0:
-            again.append(train(recipe, other, tmp_path / recipe.id))
-            assert again[-1]["validation"] == record["validation"] and again[-1]["epochs"] == record["epochs"]
-    of_seed = [record for record in validating if record["recipe"]["seed"] == 0]
+            again.append(RunRecord.from_dict(train(recipe, other, tmp_path / recipe.id)))
+            assert again[-1].validation == record.validation and again[-1].epochs == record.epochs
+    of_seed = [record for record in validating if record.recipe.seed == 0]
     assert len(again) == 4 and chosen_of(choose(again)) == chosen_of(choose(of_seed))
 
 

@@ -27,17 +27,18 @@ from largemargin.lab.comparison.plan import Comparison
 from largemargin.lab.comparison.table import cells, print_tables, summarise
 from largemargin.lab.errors import LabError
 from largemargin.lab.queue.runs import run_all
-from largemargin.lab.results import result_of
-from largemargin.lab.run.recipe import LOSSES, SYMBOLS, Recipe
+from largemargin.lab.results import RunRecord, result_of
+from largemargin.lab.run.methods import LOSSES, SYMBOLS
+from largemargin.lab.run.recipe import Recipe
 from largemargin.lab.stats import Difference, paired_difference
 
 LARGEMARGIN = [sys.executable, "-W", "error", "-m", "largemargin.lab.cli"]
 
 
-def record(loss, seed, error, noise=0.0, margin=1.0):
-    test = {"error": error, "margin": margin, "rho": 0.5, "ece": 2.0, "nll": 0.1, "margin_histogram": [0] * 160}
+def record(loss, seed, error, noise=0.0, margin=1.0, nll=0.1):
+    test = {"error": error, "margin": margin, "rho": 0.5, "ece": 2.0, "nll": nll, "margin_histogram": [0] * 160}
     recipe = Recipe(loss=loss, seed=seed, label_noise=noise, **LOSSES[loss]).to_dict()
-    return {"recipe": recipe, "test": test, "seconds": 1.0}
+    return RunRecord.from_dict({"recipe": recipe, "test": test, "seconds": 1.0, "environment": {}})
 
 
 def test_the_interval_is_that_of_the_paired_t_test():
@@ -83,8 +84,7 @@ def test_one_seed_has_no_interval_and_a_missing_baseline_no_difference():
 
 
 def test_a_diverged_run_is_counted_and_does_not_break_the_table():
-    broken = record("softmax", 0, 90.0)
-    broken["test"]["margin"] = broken["test"]["nll"] = None
+    broken = record("softmax", 0, 90.0, margin=None, nll=None)
     assert cells(summarise([broken, record("softmax", 1, 10.0)])[0])[1] == "10.00 (1 diverged)"
 
 

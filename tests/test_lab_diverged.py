@@ -13,9 +13,10 @@ from largemargin.lab.comparison.figures import overview
 from largemargin.lab.comparison.page import headline
 from largemargin.lab.comparison.table import cells, summarise
 from largemargin.lab.paper.lines import Line
-from largemargin.lab.results import NOT_FINITE, ONE_CLASS, why_diverged
+from largemargin.lab.results import NOT_FINITE, ONE_CLASS, RunRecord
 from largemargin.lab.run.evaluate import evaluate
-from largemargin.lab.run.recipe import LOSSES, Recipe
+from largemargin.lab.run.methods import LOSSES
+from largemargin.lab.run.recipe import Recipe
 from largemargin.lab.stats import Difference
 
 FINITE = {"error": 10.0, "nll": 0.4, "ece": 2.0, "margin": 3.0, "rho": 0.5, "predicted_classes": 10, "target_classes": 10}
@@ -25,7 +26,8 @@ def record(loss, seed, error=10.0, lam=None, split="test", train_loss=1.0, **cha
     recipe = Recipe(loss=loss, seed=seed, **LOSSES[loss] | ({} if lam is None else {"lam": lam})).to_dict()
     of_split = {**FINITE, "error": error, **changes}
     epochs = [{"epoch": 1, "train_loss": train_loss, f"{split}_error": error}]
-    return {"recipe": recipe, "test": None, "validation": None, split: of_split, "epochs": epochs, "seconds": 1.0, "classes": list("abc")}
+    values = {"recipe": recipe, "test": None, "validation": None, split: of_split, "epochs": epochs, "seconds": 1.0, "classes": list("abc")}
+    return RunRecord.from_dict(values | {"environment": {}})
 
 
 NAN = {"error": 100.0, "nll": None, "margin": None, "ece": None}
@@ -49,14 +51,13 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_not_finite_or_constant_diverged(case, split):
     changes, reason = CASES[case]
-    assert why_diverged(record("softmax", 0, split=split, **changes)) == reason
+    assert record("softmax", 0, split=split, **changes).why_diverged == reason
 
 
 def test_a_record_that_does_not_count_its_predictions_is_judged_by_its_numbers():
-    old = record("softmax", 0)
-    for name in ("predicted_classes", "target_classes"):
-        del old["test"][name]
-    assert why_diverged(old) == ""
+    test = {name: value for name, value in FINITE.items() if not name.endswith("classes")}
+    old = RunRecord.from_dict({"recipe": Recipe("softmax", 0).to_dict(), "test": test, "environment": {}})
+    assert old.why_diverged == ""
 
 
 def test_predictions_are_counted():
@@ -69,7 +70,7 @@ def test_predictions_are_counted():
 def records_with_one_diverged(loss):
     sound = [record("softmax", seed, 20.0 + seed) for seed in range(4)]
     sound += [record("large_margin", seed, 10.0 + seed + seed**2 / 10) for seed in range(4)]
-    place = next(i for i, r in enumerate(sound) if r["recipe"]["loss"] == loss and r["recipe"]["seed"] == 3)
+    place = next(i for i, r in enumerate(sound) if r.recipe.loss == loss and r.recipe.seed == 3)
     return [record(loss, 3, **NAN) if i == place else r for i, r in enumerate(sound)]
 
 
@@ -77,7 +78,7 @@ def records_with_one_diverged(loss):
 def test_a_diverged_seed_is_in_no_mean_and_no_pair(loss):
     records = records_with_one_diverged(loss)
     rows = {row.loss: row for row in summarise(records)}
-    without = {row.loss: row for row in summarise([r for r in records if not why_diverged(r)])}
+    without = {row.loss: row for row in summarise([r for r in records if not r.why_diverged])}
     assert (rows[loss].n, rows[loss].diverged) == (4, 1)
     for name in ("error", "error_std", "margin", "rho", "ece", "nll", "difference"):
         assert getattr(rows[loss], name) == getattr(without[loss], name)

@@ -136,7 +136,8 @@ def test_top_is_how_many_rows_are_listed(tmp_path, capsys):
 @pytest.mark.parametrize("width", [40, 60, 140])
 def test_no_figure_is_lost_on_a_narrow_terminal(width, tmp_path):
     output = io.StringIO()
-    inspect_module.inspect(write_npz(tmp_path / "a.npz", *rows()), 3, False, Console(width=width, file=output))
+    summary = inspect_module.summarise(write_npz(tmp_path / "a.npz", *rows()), 3)
+    inspect_module.print_summary(summary, Console(width=width, file=output))
     assert "…" not in output.getvalue()
 
 

@@ -22,6 +22,7 @@ from largemargin.lab.paper import page as paper_report
 from largemargin.lab.paper.figures import movement
 from largemargin.lab.paper.lines import Line, lines_of
 from largemargin.lab.paper.page import write
+from largemargin.lab.results import RunRecord
 from properties import given, st
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -43,7 +44,7 @@ def record(recipe, error, *, diverged=False, train_error=5.0, share=1.0, symmetr
         }
         for i, rho in enumerate(RHO.get(recipe.loss, RHO["label_smoothing"]))
     ]
-    return {
+    values = {
         "recipe": recipe.to_dict(),
         "classes": [str(i) for i in range(100)],
         "environment": {
@@ -59,6 +60,7 @@ def record(recipe, error, *, diverged=False, train_error=5.0, share=1.0, symmetr
         "validation": None,
         "epochs": epochs,
     }
+    return RunRecord.from_dict(values)
 
 
 def cells(target):
@@ -75,7 +77,7 @@ def entries_of(cells, scale, errors, **fixed):
             record(recipe, 99.0, diverged=True) if error == "x" else record(recipe, error)
             for recipe, error in zip(recipes, errors.get(cell.row, ()), strict=False)
         ]
-        result.append(paper.Entry(cell, recipes, records))
+        result.append(paper_lines.Entry(cell, recipes, records))
     return result
 
 
@@ -245,7 +247,7 @@ def test_fig_3_is_judged_by_its_curves(out, reduced):
     assert re.search(r"large margin λ=0.3: ρ̂ falls and then rises .*lowest 1\.50 nats in epoch 3.* this agrees with", text)
     assert "2% of log(C − 1) = 0.092" in text
     curves = {"softmax": [record(entry.recipes[0], 28.0) for entry in reduced[:1]]}
-    for row in curves["softmax"][0]["epochs"]:
+    for row in curves["softmax"][0].epochs:
         row["train_rho"] = row["epoch"] / 5
     _, sentences = paper_figures.rho_drawing(curves)
     assert "rises" in sentences[0] and "does not agree" in sentences[0]

@@ -71,10 +71,10 @@ if __name__ == "__main__":
 
 def test_runs_are_done_once_in_order_with_their_options(tmp_path):
     records, heard = run(tmp_path, "finish", [*RECIPES, RECIPES[0]], jobs=2, tensorboard=True)
-    assert [record["recipe"]["seed"] for record in records] == [0, 1, 2, 0]
+    assert [record.recipe.seed for record in records] == [0, 1, 2, 0]
     assert sorted(heard) == [(seed, epoch) for seed in range(3) for epoch in (1, 2)]
-    assert all(record["options"] == {"tensorboard": True} and record["num_train"] > 1000 for record in records)
-    assert len({record["environment"]["process"] for record in records}) <= 2
+    assert all(record.environment["options"] == {"tensorboard": True} and record.num_train > 1000 for record in records)
+    assert len({record.environment["process"] for record in records}) <= 2
     again, heard = run(tmp_path, "nosuch")
     assert again == records[:3] and not heard
     for recipe in RECIPES:  # neither lock nor log nor error stays

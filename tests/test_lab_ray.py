@@ -42,9 +42,9 @@ def test_both_nodes_work_and_what_fails_once_is_done_again(cluster, tmp_path):
     records = run_all(
         RECIPES, runs, 2, lambda recipe, _: heard.append(recipe.seed), "ray", work="lab_work:on_node", attempts=str(attempts), shared=True
     )
-    assert [record["test"]["error"] for record in records] == [0, 1, 2, 3]
+    assert [record.test.error for record in records] == [0, 1, 2, 3]
     assert sorted(heard) == [0, 1, 2, 3]
-    assert len({record["environment"]["node"] for record in records}) == 2
+    assert len({record.environment["node"] for record in records}) == 2
     assert len((attempts / RECIPES[0].id).read_text().splitlines()) == 2
     assert "the first time" in (runs / RECIPES[0].id / "log.txt").read_text()
     assert sorted(path.name for path in runs.iterdir()) == sorted(recipe.id for recipe in RECIPES)  # no token
@@ -64,7 +64,7 @@ def test_nodes_without_the_folder_send_their_files(cluster, tmp_path, monkeypatc
     records = run_all(RECIPES[:2], runs, 1, lambda *_: None, "ray", work="lab_work:on_node", attempts=str(attempts), shared=False)
     for recipe, record in zip(RECIPES, records, strict=False):
         folder = runs / recipe.id
-        assert not record["environment"]["folder"].startswith(str(tmp_path))
+        assert not record.environment["folder"].startswith(str(tmp_path))
         assert (folder / "metrics.csv").read_text() == "epoch\n1\n"
         assert not (folder / "error.txt").exists() and not (folder / "lock").exists()
     assert "the first time" in (runs / RECIPES[0].id / "log.txt").read_text()

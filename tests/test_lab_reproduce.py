@@ -214,10 +214,8 @@ def test_a_small_reproduction_is_done_once_and_shared_between_targets(tmp_path, 
     assert [entry.cell.name for entry in entries] == ["table2/softmax", "table2/ours-0.3"]
     assert scale.name == "full"
     for entry in entries:
-        assert [record["recipe"]["seed"] for record in entry.records] == [0, 1]
-        assert [recipe.to_dict() for recipe in entry.recipes] == [
-            {**record["recipe"], "milestones": tuple(record["recipe"]["milestones"])} for record in entry.records
-        ]
+        assert [record.recipe.seed for record in entry.records] == [0, 1]
+        assert list(entry.recipes) == [record.recipe for record in entry.records]
     assert "differs from the recipe of the cells: network small" in capsys.readouterr().out
 
     assert reopen(out) == (entries, scale, line)

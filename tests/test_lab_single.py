@@ -7,7 +7,7 @@ import pytest
 from largemargin.lab import cli
 from largemargin.lab.files import UNFINISHED
 from largemargin.lab.queue.locks import Lock
-from largemargin.lab.run.recipe import LOSSES, OF_SOME_LOSSES, has_setting
+from largemargin.lab.run.methods import LOSSES, OF_SOME_LOSSES, has_setting
 from largemargin.lab.stopping import Stopped
 
 pytest.importorskip("jsonargparse", reason="needs jsonargparse, which is not installed, for the command line")

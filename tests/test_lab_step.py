@@ -13,11 +13,14 @@ from largemargin import row_stats
 from largemargin.lab import models
 from largemargin.lab.data import crops
 from largemargin.lab.data.images import ImageSet
-from largemargin.lab.run import feeds, train
+from largemargin.lab.run import feeds, train, trainer
 from largemargin.lab.run.cuda_graph import CudaGraph
 from largemargin.lab.run.feeds import Batch, InMemory
+from largemargin.lab.run.machine import start
 from largemargin.lab.run.method import Method, parameter_groups
-from largemargin.lab.run.recipe import LOSSES, Recipe
+from largemargin.lab.run.methods import LOSSES
+from largemargin.lab.run.optimizer import learning_rates
+from largemargin.lab.run.recipe import Recipe
 from largemargin.lab.run.seeds import seeded
 from largemargin.lab.run.step import EagerStep, GraphedStep, replaced_buffers
 from largemargin.lab.stopping import Told
@@ -261,7 +264,7 @@ def plain_run(recipe, images):
     rows = []
     for epoch in range(recipe.epochs):
         for group in optimizer.param_groups:
-            group["lr"] = train.learning_rates(recipe)[epoch] * group["factor"]
+            group["lr"] = learning_rates(recipe)[epoch] * group["factor"]
         method.train()
         totals, shares = [0.0] * 4, []
         for step, (moved, target) in enumerate(fed_batch_by_batch(recipe, images, epoch)):
@@ -349,10 +352,10 @@ def test_graph_and_eager_agree_over_50_steps(loss, network, tmp_path):
     states: list[dict[str, Tensor]] = []
     messages: list[str] = []
     for graph in (True, False):
-        accelerator = train.start(one)
+        accelerator = start(one)
         with deterministic():
             folder = tmp_path / str(graph)
-            run = train.Run(one, image_set(160, 12), folder, accelerator, Told(), graph=graph, on_message=messages.append)
+            run = trainer.Run(one, image_set(160, 12), folder, accelerator, Told(), graph=graph, on_message=messages.append)
             for epoch in range(10):
                 run.train_epoch()
                 run.progress.epoch, run.progress.step = epoch + 1, 0
@@ -366,7 +369,7 @@ def test_graph_and_eager_agree_over_50_steps(loss, network, tmp_path):
 
 @needs_gpu
 def test_a_run_from_a_graph_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
     one = recipe(device="cuda", epochs=6, network="layer13_mean_teacher", learning_rate=0.01)
     epochs = []
 

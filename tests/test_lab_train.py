@@ -22,9 +22,11 @@ from largemargin.lab import models
 from largemargin.lab.data.images import digits
 from largemargin.lab.errors import LabError
 from largemargin.lab.files import write_json
-from largemargin.lab.run import evaluate, feeds, train
+from largemargin.lab.run import evaluate, feeds, train, trainer
 from largemargin.lab.run import method as methods
-from largemargin.lab.run.recipe import LOSSES, PLACES, Recipe
+from largemargin.lab.run.methods import LOSSES
+from largemargin.lab.run.optimizer import learning_rates
+from largemargin.lab.run.recipe import PLACES, Recipe
 
 DIGITS = digits()
 SMALL = dataclasses.replace(
@@ -105,7 +107,7 @@ def test_losses_of_one_seed_start_from_the_same_weights(tmp_path):
 
 
 def test_an_interrupted_run_ends_as_an_unbroken_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
     long = recipe(epochs=4, loss="large_margin", lam=0.3)
     unbroken = train.train(long, SMALL, tmp_path / "unbroken")
 
@@ -247,7 +249,7 @@ WITH_TERMS = ["center", "center_large_margin", "gradual_super_symmetry"]
 
 @pytest.mark.parametrize("word", [*WITH_HEADS, *WITH_TERMS])
 def test_a_method_with_a_state_goes_on_where_it_stopped(word, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
     long = recipe(epochs=3, loss=word, batch_size=50, **LOSSES[word])
     unbroken = train.train(long, SMALL, tmp_path / "unbroken")
 
@@ -325,7 +327,7 @@ def test_the_test_set_is_measured_every_so_many_epochs_and_at_the_end(device_rec
     ],
 )
 def test_schedules(schedule, expected):
-    np.testing.assert_allclose(train.learning_rates(recipe(epochs=5, **schedule)), expected, atol=1e-15)
+    np.testing.assert_allclose(learning_rates(recipe(epochs=5, **schedule)), expected, atol=1e-15)
 
 
 def test_decay_can_leave_out_biases_and_normalisation():
@@ -433,7 +435,7 @@ def bits(state):
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(device_recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
 
     def stop(row):
         raise KeyboardInterrupt

@@ -19,12 +19,11 @@ from rich.cells import cell_len
 from rich.table import Table
 
 from largemargin.lab import cli
-from largemargin.lab import results as records
 from largemargin.lab.commands import progress
 from largemargin.lab.commands.screen import READER_GONE, Screen
 from largemargin.lab.errors import LabError, RunFailed
 from largemargin.lab.queue.runs import run_all
-from largemargin.lab.results import result_of
+from largemargin.lab.results import RunRecord, result_of
 from largemargin.lab.run.recipe import Recipe
 from largemargin.lab.stopping import by_interrupt
 from largemargin.lab.words import counted, printable, short
@@ -196,8 +195,7 @@ def whole_record():
 
 
 def test_a_whole_record_is_taken():
-    records.check(whole_record())
-    records.check_complete(whole_record())
+    RunRecord.from_dict(whole_record()).check_complete()
 
 
 BROKEN = {

@@ -27,8 +27,11 @@ def run(arguments: "Namespace") -> None:
 
         command = importlib.import_module(f".commands.{arguments.command}", __package__)
     spell_out()
-    on_terminal = sys.stdout is not None and sys.stdout.isatty()  # a process may have none
-    command.run(arguments[arguments.command], Screen(width=None if on_terminal else 140, emoji=False))
+    options = arguments[arguments.command]
+    as_json = bool(options.get("json"))  # the standard output is for the document
+    stream = sys.stderr if as_json else sys.stdout
+    on_terminal = stream is not None and stream.isatty()  # a process may have none
+    command.run(options, Screen(width=None if on_terminal else 140, emoji=False, stderr=as_json, quiet=bool(options.get("quiet"))))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,10 +68,13 @@ def answer(argv: Sequence[str] | None) -> int:
         from .arguments.options import reworded
         from .arguments.parsers import build_parser
 
-        parser = build_parser()
+        parser = build_parser(everything=any(word.startswith(("--help-all", "--print_completion")) for word in words))
+    if not words:
+        parser.print_help()
+        return 0
     try:
         try:
-            arguments = parser.parse_args(argv)
+            arguments = parser.parse_args(["--help" if word == "--help-all" else word for word in words])
         except (AssertionError, TypeError, UnicodeDecodeError) as error:  # the parser's own, for odd values in a --config file
             reason = str(error) or f"a value in the --config file has the wrong type{LISTS}"
             raise LabError(f"the options cannot be read: {reason}") from error

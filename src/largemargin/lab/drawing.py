@@ -8,7 +8,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .run.recipe import BASELINE
+from .run.methods import BASELINE
 
 # a palette that colour-blind readers can tell apart (Okabe and Ito); the baseline is grey
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f5f00")

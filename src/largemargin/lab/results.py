@@ -1,27 +1,95 @@
-"""The records of runs as they are read back from ``result.json``: what has another form is refused before it is counted with.
+"""The records of runs, as they are read back from ``result.json``: what has another form is refused before it is counted with.
 
 A diverged run has no error that a mean may hold, and its loss is never called better.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import LabError
+from .run.evaluate import Evaluation
 from .run.recipe import Recipe
 from .words import counted
 
 NOT_FINITE = "its numbers are not finite"
 ONE_CLASS = "it predicts one class for every sample"
-
-MEASURED = ("error", "nll", "ece", "margin", "rho", "margin_histogram")  # what a report needs of a split
+NUMBERS = ("error", "nll", "ece", "margin", "rho")
 OF_A_REPORT = ("num_train", "num_test", "classes", "seconds", "rho_of_batches", "epochs", "environment")
 
 
-def check(record: Any) -> None:
-    """Raises ValueError, and says what is wrong, for a record that no run has written."""
+@dataclass(frozen=True)
+class RunRecord:
+    """What a finished run left of itself. A number that was not finite is NaN."""
+
+    recipe: Recipe
+    test: Evaluation | None = None  # of the last epoch; None for a run that measured itself on a part of its training set
+    validation: Evaluation | None = None
+    classes: tuple[str, ...] = ()
+    num_train: int = 0
+    num_test: int = 0
+    seconds: float = 0.0
+    images_per_second: float = 0.0
+    environment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    epochs: Sequence[Mapping[str, Any]] = ()  # a row of metrics.csv each
+    rho_of_batches: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+    lacking: tuple[str, ...] = ()  # what a report needs and the file does not hold
+
+    @classmethod
+    def from_dict(cls, record: Any) -> "RunRecord":
+        """The record in a file; raises ValueError, and says what is wrong, for one that no run has written."""
+        _check(record)
+        splits: dict[str, Any] = {name: _evaluation(record.get(name)) for name in ("test", "validation")}
+        missing = [name for name in OF_A_REPORT if name not in record]
+        split = "validation" if splits["validation"] and not splits["test"] else "test"
+        missing += [f"{split}.{name}" for name in (*NUMBERS, "margin_histogram") if name not in (record.get(split) or {})]
+        names = {field.name for field in dataclasses.fields(cls)} - {"recipe", "classes", *splits}
+        plain = {name: value for name, value in record.items() if name in names}
+        return cls(Recipe(**record["recipe"]), **splits, classes=tuple(record.get("classes", ())), lacking=tuple(missing), **plain)
+
+    def check_complete(self) -> None:
+        """Raises ValueError for a record that lacks what a report needs."""
+        if self.lacking:
+            raise ValueError(f"it lacks {', '.join(self.lacking)}")
+
+    @property
+    def split(self) -> str:
+        """What the run measured itself on: ``test`` or ``validation``."""
+        return "validation" if self.validation and not self.test else "test"
+
+    @property
+    def measured(self) -> Evaluation:
+        """The last epoch on that split."""
+        of_split = self.validation if self.split == "validation" else self.test
+        if of_split is None:
+            raise LabError(f"the record of {self.recipe.id} holds no measurement; remove its folder to run it again")
+        return of_split
+
+    @property
+    def why_diverged(self) -> str:
+        """The reason, or an empty string for a run that did not diverge."""
+        if not (self.test or self.validation):
+            return NOT_FINITE
+        of_split, loss = self.measured, self.epochs[-1].get("train_loss", 0.0) if self.epochs else 0.0
+        if loss is None or not all(map(math.isfinite, (loss, *(getattr(of_split, name) for name in NUMBERS)))):
+            return NOT_FINITE
+        return ONE_CLASS if of_split.predicted_classes < 2 <= of_split.target_classes else ""
+
+
+def _evaluation(values: dict[str, Any] | None) -> Evaluation | None:
+    if not values:
+        return None
+    numbers: dict[str, Any] = {name: math.nan if (value := values.get(name, 0.0)) is None else value for name in NUMBERS}
+    # a record of an older version does not say how many classes were predicted
+    classes = {name: values.get(name, 2) for name in ("predicted_classes", "target_classes")}
+    return Evaluation(**numbers, margin_histogram=values.get("margin_histogram", []), **classes)
+
+
+def _check(record: Any) -> None:
     if not isinstance(record, dict):
         raise ValueError("it is not an object")
     for split in ("test", "validation"):
@@ -43,15 +111,6 @@ def check(record: Any) -> None:
             raise ValueError(f"{name} is {record.get(name)!r}, not an object")
 
 
-def check_complete(record: Mapping[str, Any]) -> None:
-    """Raises ValueError for a record that lacks what a report needs."""
-    split = next((name for name in ("test", "validation") if record.get(name)), "test")
-    missing = [name for name in OF_A_REPORT if name not in record]
-    missing += [f"{split}.{name}" for name in MEASURED if name not in (record.get(split) or {})]
-    if missing:
-        raise ValueError(f"it lacks {', '.join(missing)}")
-
-
 def _check_numbers(where: str, values: Iterable[tuple[Any, Any]]) -> None:
     for name, value in values:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
@@ -64,15 +123,15 @@ def _list(where: str, value: Any) -> list[Any]:
     return value
 
 
-def result_of(recipe: Recipe, runs: Path) -> dict[str, Any] | None:
+def result_of(recipe: Recipe, runs: Path) -> RunRecord | None:
     """The record of a finished run, or None."""
     path = runs / recipe.id / "result.json"
     if not path.is_file():
         return None
     try:
-        record: dict[str, Any] = json.loads(path.read_text())
-        check(record)
-        if Recipe(**record["recipe"]).id != recipe.id or not {"test", "epochs", "environment"} <= record.keys():
+        found = json.loads(path.read_text())
+        record = RunRecord.from_dict(found)
+        if record.recipe.id != recipe.id or not {"test", "epochs"} <= found.keys():
             raise ValueError("it is of another run")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise LabError(f"{path} is not the record of its run ({error}); remove it to run it again") from error
@@ -84,36 +143,14 @@ def num_finished(recipes: Sequence[Recipe], runs: Path) -> int:
     return sum(result_of(recipe, runs) is not None for recipe in recipes)
 
 
-def measured(record: dict[str, Any]) -> dict[str, Any]:
-    """The last epoch on the set that the run measured itself on."""
-    return record.get("test") or record.get("validation") or {}
-
-
-def why_diverged(record: dict[str, Any]) -> str:
-    """The reason, or an empty string for a run that did not diverge."""
-    of_split, epochs = measured(record), record.get("epochs") or [{}]
-    numbers = [of_split.get(name, 0.0) for name in ("error", "nll", "ece", "margin", "rho")] + [epochs[-1].get("train_loss", 0.0)]
-    if not of_split or not all(map(finite, numbers)):
-        return NOT_FINITE
-    # a record of an older version does not say how many classes were predicted
-    if of_split.get("predicted_classes", 2) < 2 <= of_split.get("target_classes", 2):
-        return ONE_CLASS
-    return ""
-
-
-def finite(value: float | None) -> bool:
-    """Whether it is a finite number; a record on disk has null for one that is not."""
-    return value is not None and math.isfinite(value)
-
-
-def kept(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def kept(records: Sequence[RunRecord]) -> list[RunRecord]:
     """The records of the runs that did not diverge."""
-    return [record for record in records if not why_diverged(record)]
+    return [record for record in records if not record.why_diverged]
 
 
-def who_diverged(records: Sequence[dict[str, Any]]) -> list[str]:
+def who_diverged(records: Sequence[RunRecord]) -> list[str]:
     """A sentence that names the runs that diverged, if any did."""
-    found = [(Recipe(**record["recipe"]), reason) for record in records if (reason := why_diverged(record))]
+    found = [(record.recipe, record.why_diverged) for record in records if record.why_diverged]
     if not found:
         return []
     names = [f"{recipe.loss_label}, label noise {recipe.label_noise:g}, seed {recipe.seed} ({reason})" for recipe, reason in found[:10]]
@@ -124,8 +161,8 @@ def who_diverged(records: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def software(records: Sequence[dict[str, Any]]) -> list[str]:
+def software(records: Sequence[RunRecord]) -> list[str]:
     """The versions the runs were made with; more than one where a comparison went on after an update."""
-    environments = (record["environment"] for record in records)
+    environments = (record.environment for record in records)
     texts = (f"largemargin {e['largemargin']} (commit {e['commit'][:10]}), torch {e['torch']}, Python {e['python']}" for e in environments)
     return list(dict.fromkeys(texts))

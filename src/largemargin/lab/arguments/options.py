@@ -1,8 +1,9 @@
-"""What the commands share: parsers, types of options, and every field of a recipe as an option."""
+"""What the commands share: parsers, types of options, and the fields of a dataclass as options."""
 
+import argparse
 import dataclasses
+import functools
 import json
-import math
 import re
 import typing
 from collections.abc import Sequence
@@ -10,34 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
-from jsonargparse.typing import ClosedUnitInterval as Share
-from jsonargparse.typing import NonNegativeInt, PositiveInt, restricted_number_type
+from jsonargparse.typing import restricted_number_type
 
+from ..data import SETS, suited_to
 from ..errors import LabError
-from ..run.recipe import AUGMENTATIONS, PRECISIONS, SCHEDULES, Recipe
+from ..options import KINDS, POSITIVE, Kind, Option, options_of
+from ..run.recipe import Recipe
 
-PositiveShare = restricted_number_type("PositiveShare", float, [(">", 0), ("<=", 1)])
-NonNegativeNumber = restricted_number_type("NonNegativeNumber", float, [(">=", 0), ("<", math.inf)])
-PositiveNumber = restricted_number_type("PositiveNumber", float, [(">", 0), ("<", math.inf)])
-FiniteNumber = restricted_number_type("FiniteNumber", float, [(">", -math.inf), ("<", math.inf)])
-ShareBelow1 = restricted_number_type("ShareBelow1", float, [(">=", 0), ("<", 1)])
-Multiplier = restricted_number_type("Multiplier", int, [(">=", 1), ("<=", 4)])
-Pixels = restricted_number_type("Pixels", int, [(">=", 8), ("<=", 1024)])
-
-
-# what the parser's messages call a type, and what is to be given
-KINDS = {
-    "PositiveInt": "a whole number from 1 on",
-    "NonNegativeInt": "a whole number from 0 on",
-    "Multiplier": "a whole number from 1 to 4",
-    "Pixels": "a whole number of pixels from 8 to 1024",
-    "PositiveShare": "a share above 0 and up to 1",
-    "ClosedUnitInterval": "a share from 0 to 1",
-    "OpenUnitInterval": "a share above 0 and below 1",
-    "ShareBelow1": "a share from 0 to below 1",
-    "NonNegativeNumber": "a finite number from 0 on",
-    "PositiveNumber": "a finite number above 0",
-    "FiniteNumber": "a finite number",
+ASKED_FOR = {kind.name: kind.words for kind in KINDS} | {  # by what the parser's messages call a type
     "<class 'bool'>": "true or false",
     "<class 'int'>": "a whole number",
     "<class 'tuple'>": "a list, [2, 4] say",
@@ -56,7 +37,7 @@ def reworded(message: str) -> str:
     if found is None:
         return message
     key, choices = found["key"], re.findall(r"'(\w+)'", found["other"]) if (found["other"] or "").startswith("typing.Literal") else []
-    kind = f"one of {', '.join(choices)}" if choices else KINDS.get(found["kind"] or found["other"])
+    kind = f"one of {', '.join(choices)}" if choices else ASKED_FOR.get(found["kind"] or found["other"])
     got = next(text for text in (found["text"], found["number"], found["value"]) if text is not None)
     option = key if key.startswith("recipe.") else key.replace("_", "-")
     return f"--{option} must be {kind}, got {got}" if kind else message
@@ -74,81 +55,82 @@ def path_of(text: str) -> Path:
         raise LabError(f"{text}: {error}") from error
 
 
-# what a field of a recipe may be; a field that is not here is taken as its type says
-CHECKED: dict[str, Any] = {
-    "image_size": Pixels,
-    "train_fraction": PositiveShare,
-    "label_noise": Share,
-    "validation_fraction": ShareBelow1,
-    "augmentation": typing.Literal[AUGMENTATIONS],
-    "crop_padding": NonNegativeInt,
-    "crop_fill": typing.Literal["mean", "reflect"],
-    "width": PositiveNumber,
-    "dropout": ShareBelow1,
-    "epochs": PositiveInt,
-    "batch_size": PositiveInt,
-    "learning_rate": PositiveNumber,
-    "schedule": typing.Literal[SCHEDULES],
-    "final_factor": PositiveShare,
-    "step_factor": PositiveShare,
-    "momentum": Share,
-    "weight_decay": NonNegativeNumber,
-    "clip_norm": PositiveNumber,
-    "evaluate_every": PositiveInt,
-    "lam": NonNegativeNumber,
-    "hard_bias": FiniteNumber,
-    "label_smoothing": Share,
-    "divergence": typing.Literal["symmetric", "kl_qu", "kl_uq"],
-    "margin": FiniteNumber,
-    "angular_multiplier": Multiplier,
-    "alpha": NonNegativeNumber,
-    "alpha_squared": NonNegativeNumber,
-    "likelihood": NonNegativeNumber,
-    "scale": PositiveNumber,
-    "center": NonNegativeNumber,
-    "symmetry": NonNegativeNumber,
-    "threads": PositiveInt,
-    "precision": typing.Literal[PRECISIONS],
-}
-BY_DATA = ("image_size", "epochs", "batch_size", "schedule", "milestones", "augmentation", "crop_padding", "flip")  # what suited_to() sets
-COMPUTED = ("data_digest", "weights_digest", "processes")  # what a run finds out itself
+# where what suits the data takes the place of the default
+BY_DATA = tuple(dict.fromkeys(name for data in (*SETS, "a folder") for name in suited_to(data)))
 
 
-def add_recipe_fields(parser: ArgumentParser, prefix: str = "", leave_out: Sequence[str] = ()) -> None:
-    """Every field of a recipe as an option; None stands for what the command chooses."""
-    hints = typing.get_type_hints(Recipe)
-    for field in dataclasses.fields(Recipe):
-        if field.name not in (*leave_out, *COMPUTED):
-            kind = CHECKED.get(field.name, hints[field.name])
-            name = f"--{prefix}{field.name}" if prefix else f"--{field.name.replace('_', '-')}"
-            parser.add_argument(name, type=kind, default=None, help=help_of(field), metavar="VALUE")
+@functools.cache
+def number_type(kind: Kind) -> Any:
+    return restricted_number_type(kind.name, kind.of, list(kind.bounds))
 
 
-def plain_default(value: Any) -> Any:
-    return str(value).lower() if isinstance(value, bool) else value or "none"
+def type_of(option: Option, annotation: Any) -> Any:
+    """What the parser checks the value of an option by."""
+    if isinstance(option.type, Kind):
+        return number_type(option.type)
+    return annotation if option.type is None else typing.Literal[option.type]
 
 
-def help_of(field: "dataclasses.Field[Any]") -> str:
+def add_fields(
+    parser: ArgumentParser, cls: Any, prefix: str = "", leave_out: Sequence[str] = (), everything: bool = True, unset: bool = True
+) -> None:
+    """The fields of a dataclass as options. ``unset``: None stands for what the command chooses, else their defaults.
+
+    Without ``everything``, ``--help`` shows what most people set.
+    """
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        option, default = options_of(cls).get(field.name), typing.cast("Any", field.default)
+        if option is None or option.computed or field.name in leave_out:
+            continue
+        text = (help_of(field.name, option, default) if unset else option.help).replace("%", "%%")
+        settings: dict[str, Any] = {"help": text if everything or option.usual else argparse.SUPPRESS, "metavar": option.metavar}
+        settings["default"] = None if unset else list(default) if option.many else default
+        if option.many and isinstance(option.type, tuple):
+            settings |= {"nargs": "+", "choices": list(option.type)}
+        else:
+            settings |= {"type": type_of(option, hints[field.name])} | ({"nargs": "+"} if option.many else {})
+        name = f"--{prefix}{field.name}" if prefix else f"--{field.name.replace('_', '-')}"
+        parser.add_argument(name, **settings)
+
+
+def help_of(name: str, option: Option, default: Any) -> str:
     """What ``--help`` says of a field of a recipe, with its default; where another is usual for some data, that too."""
-    text = str(field.metadata["help"]).replace("%", "%%")
-    if field.name in BY_DATA:
-        return f"{text}; default: what suits the data, else {plain_default(field.default)}"
-    return text if field.default in (dataclasses.MISSING, None, "") else f"{text}; default: {field.default}"
+    if name in BY_DATA:
+        plain = str(default).lower() if isinstance(default, bool) else default or "none"
+        return f"{option.help}; default: what suits the data, else {plain}"
+    return option.help if default in (dataclasses.MISSING, None, "") else f"{option.help}; default: {default}"
 
 
 DEVICE_HELP = "cpu, cuda, cuda:1, mps, ...; default: that of the runs in DIR, else cuda where torch sees a GPU, else cpu"
 
 
-def add_budget(parser: ArgumentParser) -> None:
+def add_budget(parser: ArgumentParser, everything: bool) -> None:
     """What a command with many runs may take."""
     parser.add_argument(
         "--minutes",
-        type=PositiveNumber,
+        type=number_type(POSITIVE),
         default=None,
         metavar="M",
         help="start only runs that can finish within M minutes, all losses of a seed or none; repeat the command for the rest",
     )
-    parser.add_argument("--eager", action="store_true", help="on a GPU, do not replay training steps as CUDA graphs: slower, for debugging")
+    add_eager(parser, everything)
+
+
+def add_eager(parser: ArgumentParser, everything: bool) -> None:
+    text = "on a GPU, do not replay training steps as CUDA graphs: slower, for debugging"
+    parser.add_argument("--eager", action="store_true", help=text if everything else argparse.SUPPRESS)
+
+
+def add_quiet(parser: ArgumentParser, levels: bool = False) -> None:
+    """What every command takes; ``--help-all`` where ``--help`` does not show all."""
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    if levels:
+        parser.add_argument("--help-all", action="store_true", help="show every option, and exit")
+
+
+def add_json(parser: ArgumentParser, what: str) -> None:
+    parser.add_argument("--json", action="store_true", help=f"print {what} as one JSON document, and all else to standard error")
 
 
 def given_fields(options: Any) -> dict[str, Any]:

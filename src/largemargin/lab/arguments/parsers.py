@@ -1,103 +1,42 @@
 """The options of each command. Help and wrong options cost no import of torch."""
 
+import argparse
+import os
 from collections.abc import Callable
 
 from jsonargparse import ArgumentParser
-from jsonargparse.typing import ClosedUnitInterval as Share
-from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
 
 from ... import __version__
-from ..models import NAMES
+from ..comparison.plan import Comparison
+from ..data import ARCHIVED, STREAMED
+from ..options import NON_NEGATIVE_INT, POSITIVE_INT
 from ..paper.cells import SCALES, TARGETS
 from ..queue import EXECUTORS
-from ..run.recipe import LOSSES, OF_SOME_LOSSES
-from .options import DEVICE_HELP, NonNegativeNumber, Pixels, PositiveShare, add_budget, add_recipe_fields, new_parser
+from ..run.methods import METHODS, OF_SOME_LOSSES
+from ..run.recipe import Recipe
+from .options import DEVICE_HELP, add_budget, add_eager, add_fields, add_json, add_quiet, new_parser, number_type
 
 # the fields of a recipe that have an option of their own in compare
 OWN = "loss seed lam data data_root image_size network epochs device train_fraction label_noise validation_fraction".split()
 FIGURES = ("fig1", "fig2", "fig4")  # computed at once, without runs
 # what the cells of a reproduction are made of
 OF_CELLS = ("loss", "seed", "data", "data_root", "train_fraction", "label_noise", "validation_fraction", "weights", *OF_SOME_LOSSES)
+COMPARED = "Train the same network under several losses and seeds on the same data; say which is better, and by how much."
+JOBS = "runs at a time, each a process; with ray, for each GPU; default: {} on the CPU, up to 3 on a GPU"
 
 
-def compare_parser() -> ArgumentParser:
-    compare = new_parser("Train the same network under several losses and seeds on the same data; say which is better, and by how much.")
+def compare_parser(everything: bool = True) -> ArgumentParser:
+    def rare(text: str) -> str:
+        return text if everything else argparse.SUPPRESS
+
+    compare = new_parser(COMPARED)
     compare.add_argument("--config", action="config", help="a YAML file with any of these options")
-    compare.add_argument(
-        "--data",
-        type=str,
-        default="digits",
-        help="digits (ships with scikit-learn), cifar10, cifar100, svhn, imagenet, places365, or the path of an image folder",
-    )
-    compare.add_argument("--data-root", type=str, default="data", metavar="DIR", help="where the files of the named data sets are")
-    compare.add_argument(
-        "--image-size",
-        type=Pixels,
-        default=None,
-        metavar="PIXELS",
-        help="images of a folder are resized and cropped to this; default: 32, 224 for imagenet and places365",
-    )
-    compare.add_argument("--network", type=str, default="small", metavar="NAME", help=" ".join(NAMES))
-    compare.add_argument(
-        "--losses",
-        nargs="+",
-        choices=list(LOSSES),
-        default=["softmax", "label_smoothing", "large_margin"],
-        metavar="LOSS",
-        help=" ".join(LOSSES),
-    )
-    compare.add_argument(
-        "--lam",
-        nargs="+",
-        type=NonNegativeNumber,
-        default=[0.3],
-        metavar="LAMBDA",
-        help="the paper's lambda, for the large-margin losses; of several one is chosen on a part of the training set",
-    )
-    compare.add_argument(
-        "--validation-fraction",
-        type=OpenUnitInterval,
-        default=0.2,
-        metavar="SHARE",
-        help="the part of the training set that is held out from the runs that choose among several --lam",
-    )
-    compare.add_argument(
-        "--seeds",
-        nargs="+",
-        type=NonNegativeInt,
-        default=[0, 1, 2, 3, 4],
-        metavar="SEED",
-        help="every loss is run with each seed; runs of one seed are pairs",
-    )
-    compare.add_argument(
-        "--epochs",
-        type=PositiveInt,
-        default=None,
-        metavar="N",
-        help="passes over the training set; default: 30 for digits, 120 for imagenet and places365, else 50",
-    )
-    compare.add_argument(
-        "--label-noise",
-        nargs="+",
-        type=Share,
-        default=[0.0],
-        metavar="SHARE",
-        help="the share of the training labels that is moved to another class; each of several is compared by itself",
-    )
-    compare.add_argument(
-        "--train-fraction", type=PositiveShare, default=1.0, metavar="SHARE", help="train on this share of the training set"
-    )
+    add_fields(compare, Comparison, everything=everything, unset=False)
     compare.add_argument("--device", type=str, default=None, help=DEVICE_HELP)
-    compare.add_argument(
-        "--jobs",
-        type=PositiveInt,
-        default=None,
-        metavar="N",
-        help="runs at a time, each a process; with ray, for each GPU; default: 2 on the CPU, up to 3 on a GPU",
-    )
-    add_budget(compare)
-    compare.add_argument("--executor", choices=EXECUTORS, default="local", metavar="WHERE", help="local or ray")
-    compare.add_argument("--tensorboard", action="store_true", help="write TensorBoard's event files into the folder of each run")
+    compare.add_argument("--jobs", type=number_type(POSITIVE_INT), default=None, metavar="N", help=JOBS.format(2))
+    add_budget(compare, everything)
+    compare.add_argument("--executor", choices=EXECUTORS, default="local", metavar="WHERE", help=rare("local or ray"))
+    compare.add_argument("--tensorboard", action="store_true", help=rare("write TensorBoard's event files into the folder of each run"))
     compare.add_argument("--keep-weights", action="store_true", help="leave the trained network in the folder of each run")
     compare.add_argument(
         "--out",
@@ -106,25 +45,30 @@ def compare_parser() -> ArgumentParser:
         metavar="DIR",
         help="finished runs are kept here; the same command goes on where it stopped",
     )
-    add_recipe_fields(compare, "recipe.", leave_out=OWN)
+    add_json(compare, "the table")
+    add_quiet(compare, levels=True)
+    add_fields(compare, Recipe, "recipe.", OWN, everything)
     return compare
 
 
-def train_parser() -> ArgumentParser:
+def train_parser(everything: bool = True) -> ArgumentParser:
     train = new_parser("Train one network with one loss; the same command goes on where it was interrupted.")
     train.add_argument("--config", action="config", help="a YAML file with any of these options")
-    add_recipe_fields(train, leave_out=("loss", "seed", "device"))
+    add_fields(train, Recipe, leave_out=("loss", "seed", "device"), everything=everything)
     train.add_argument("--device", type=str, default=None, metavar="VALUE", help=DEVICE_HELP)
-    train.add_argument("--loss", choices=list(LOSSES), default="large_margin", metavar="LOSS", help=" ".join(LOSSES))
-    train.add_argument("--seed", type=NonNegativeInt, default=0, help="the seed of initial weights, order, augmentation, subset and noise")
+    train.add_argument("--loss", choices=list(METHODS), default="large_margin", metavar="LOSS", help=" ".join(METHODS))
+    train.add_argument(
+        "--seed", type=number_type(NON_NEGATIVE_INT), default=0, help="the seed of initial weights, order, augmentation, subset and noise"
+    )
     train.add_argument("--out", type=str, default="runs/train", metavar="DIR", help="the folder of this run")
     train.add_argument("--tensorboard", action="store_true", help="write TensorBoard's event files into DIR/events")
-    train.add_argument("--eager", action="store_true", help="on a GPU, do not replay training steps as CUDA graphs: slower, for debugging")
+    add_eager(train, everything)
     train.add_argument("--keep-checkpoint", action="store_true", help="leave the last checkpoint when the run is done")
+    add_quiet(train, levels=True)
     return train
 
 
-def reproduce_parser() -> ArgumentParser:
+def reproduce_parser(everything: bool = True) -> ArgumentParser:
     reproduce = new_parser(
         "Compute a table or a figure of the paper and write it beside the paper's numbers. The cells of a table are runs; finished runs "
         "are kept, and shared by all tables of the same folder."
@@ -141,18 +85,12 @@ def reproduce_parser() -> ArgumentParser:
     reproduce.add_argument(
         "--seeds",
         nargs="+",
-        type=NonNegativeInt,
+        type=number_type(NON_NEGATIVE_INT),
         default=None,
         metavar="SEED",
         help="the seeds of each cell; default: 0 1 2, and 0 for ImageNet and Places-365",
     )
-    reproduce.add_argument(
-        "--jobs",
-        type=PositiveInt,
-        default=None,
-        metavar="N",
-        help="runs at a time, each a process; default: 1 on the CPU, up to 3 on a GPU",
-    )
+    reproduce.add_argument("--jobs", type=number_type(POSITIVE_INT), default=None, metavar="N", help=JOBS.format(1))
     reproduce.add_argument(
         "--scale",
         choices=list(SCALES),
@@ -171,33 +109,37 @@ def reproduce_parser() -> ArgumentParser:
         help="runs and report are kept here; default: runs/paper, runs/figures for fig1 fig2 fig4",
     )
     reproduce.add_argument("--device", type=str, default=None, help=DEVICE_HELP)
-    add_budget(reproduce)
+    add_budget(reproduce, everything)
     reproduce.add_argument("--executor", choices=EXECUTORS, default="local", metavar="WHERE", help="local or ray")
-    add_recipe_fields(reproduce, "recipe.", leave_out=(*OF_CELLS, "device"))
+    add_quiet(reproduce, levels=True)
+    add_fields(reproduce, Recipe, "recipe.", (*OF_CELLS, "device"), everything)
     return reproduce
 
 
-def report_parser() -> ArgumentParser:
+def report_parser(everything: bool = True) -> ArgumentParser:
     report = new_parser(
         "Print the table of a comparison or a reproduction again and write its report anew, from the runs that are finished."
     )
     report.add_argument("out", nargs="?", default="runs/compare", metavar="DIR", help="the folder given as --out")
+    add_json(report, "the table")
+    add_quiet(report)
     return report
 
 
-def data_parser() -> ArgumentParser:
+def data_parser(everything: bool = True) -> ArgumentParser:
     data = new_parser("Say which data sets are here, check them against their published md5 sums, or get one; nothing else ever downloads.")
     data.add_argument("action", choices=["list", "verify", "fetch"], metavar="ACTION", help="list verify fetch")
-    data.add_argument("name", nargs="?", type=str, default=None, metavar="NAME", help="cifar10 cifar100 svhn imagenet places365")
+    data.add_argument("name", nargs="?", type=str, default=None, metavar="NAME", help=" ".join([*ARCHIVED, *STREAMED]))
     data.add_argument("--data-root", type=str, default="data", metavar="DIR", help="where data sets are")
     data.add_argument("--mirror", type=str, default=None, metavar="URL", help="fetch from URL/FILE instead of where it is published")
     data.add_argument(
         "--from-file", nargs="+", type=str, default=None, metavar="FILE", help="take the archives from here instead of downloading them"
     )
+    add_quiet(data)
     return data
 
 
-def inspect_parser() -> ArgumentParser:
+def inspect_parser(everything: bool = True) -> ArgumentParser:
     inspect = new_parser("Say what a file of logits says about a classifier: overall, class by class, and its worst rows.")
     inspect.add_argument(
         "file",
@@ -208,16 +150,17 @@ def inspect_parser() -> ArgumentParser:
     inspect.add_argument(
         "--probabilities", action="store_true", help="the numbers are probabilities, not logits: their logarithms are taken"
     )
-    inspect.add_argument("--top", type=PositiveInt, default=10, metavar="N", help="how many rows to list")
-    inspect.add_argument("--json", action="store_true", help="print JSON: shares in [0, 1] and nats")
+    inspect.add_argument("--top", type=number_type(POSITIVE_INT), default=10, metavar="N", help="how many rows to list")
+    add_json(inspect, "shares in [0, 1] and nats")
+    add_quiet(inspect)
     return inspect
 
 
-def doctor_parser() -> ArgumentParser:
+def doctor_parser(everything: bool = True) -> ArgumentParser:
     return new_parser("Say which backends are here, and whether they compute rightly; without options.")
 
 
-COMMANDS: dict[str, tuple[str, Callable[[], ArgumentParser]]] = {
+COMMANDS: dict[str, tuple[str, Callable[[bool], ArgumentParser]]] = {
     "compare": ("train the same network under several losses and seeds, and compare", compare_parser),
     "train": ("train one network with one loss; under torchrun or accelerate launch, in several processes", train_parser),
     "reproduce": ("compute a table or a figure of the paper", reproduce_parser),
@@ -228,9 +171,12 @@ COMMANDS: dict[str, tuple[str, Callable[[], ArgumentParser]]] = {
 }
 
 
-def build_parser() -> ArgumentParser:
+def build_parser(everything: bool = True) -> ArgumentParser:
+    """The whole command line; without ``everything``, its help shows what most people set."""
+    # jsonargparse adds --print_completion where shtab is installed, if it is told to; an older version needs no telling
+    os.environ.setdefault("JSONARGPARSE_ADD_PRINT_COMPLETION_ARGUMENT", "true")
     top = new_parser("Large-margin softmax cross-entropy: compare losses on data of your own.", prog="largemargin", version=__version__)
     commands = top.add_subcommands(dest="command", metavar="COMMAND")
     for name, (text, parser) in COMMANDS.items():
-        commands.add_subcommand(name, parser(), help=text)
+        commands.add_subcommand(name, parser(everything), help=text)
     return top

@@ -1,6 +1,7 @@
 """``largemargin compare``: the same network under several losses and seeds on the same data; which is better, and by how much."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from rich.console import Console
 
 from .. import data
 from ..arguments.options import given_fields, path_of, plain
-from ..comparison import page
+from ..comparison import page, table
 from ..comparison.choose import choose, chosen_of, print_choices
 from ..comparison.figures import overview
 from ..comparison.folder import MARKER, check_folder, device_of, finished_records, reopen
@@ -26,11 +27,13 @@ from ..queue.budget import Budget
 from ..queue.runs import default_jobs
 from ..results import result_of
 from ..run.environment import check_device, device_label
-from ..run.recipe import Recipe, check_settings, unread
+from ..run.methods import check_settings
+from ..run.recipe import Recipe, unread
 from ..run.rows import check_shares, sizes
 from ..words import counted
 from .asked import missing
 from .progress import given_budget, given_jobs, interrupted, reading_images, run_with_progress, say_what_is_left
+from .screen import print_json
 
 
 def run(options: Any, console: Console) -> None:
@@ -48,7 +51,7 @@ def run(options: Any, console: Console) -> None:
     settings |= {name: list(dict.fromkeys(options[name])) for name in ("losses", "lam", "seeds", "label_noise")}
     settings["device"] = options.device or device_of(path_of(options.out))
     comparison = Comparison.from_dict(plain(settings) | {"overrides": given_fields(options.recipe)})
-    compare(
+    rows = compare(
         comparison,
         path_of(options.out),
         given_jobs(options),
@@ -59,6 +62,23 @@ def run(options: Any, console: Console) -> None:
         tensorboard=bool(options.tensorboard),
         keep_weights=bool(options.keep_weights),
     )
+    if options.json:
+        out = path_of(options.out)
+        print_json(as_json(reopen(out), rows, out))
+
+
+def as_json(comparison: Comparison, rows: Sequence[Row], out: Path) -> dict[str, Any]:
+    """The document of ``--json``: what was compared, the table, the choices, and how far the runs are."""
+    validating, records = finished_records(comparison, out)
+    choices = [dataclasses.asdict(choice) | {"lam": choice.lam} for choice in choose(validating)]
+    return {
+        "out": str(out),
+        "comparison": vars(comparison),
+        "runs": {"finished": len(records), "planned": comparison.num_runs},
+        "rows": [table.as_json(row) for row in rows],
+        "choices": choices,
+        "remarks": remarks(records),
+    }
 
 
 def check_network(recipe: Recipe, images: ImageSet | FileSet) -> None:

@@ -5,8 +5,13 @@ from typing import Any
 from rich.console import Console
 
 from ..arguments.options import path_of
-from ..logits.summary import inspect
+from ..logits.summary import print_summary, summarise
+from .screen import print_json
 
 
 def run(options: Any, console: Console) -> None:
-    inspect(path_of(options.file), int(options.top), options.json, console, options.probabilities)
+    summary = summarise(path_of(options.file), int(options.top), options.probabilities)
+    if options.json:
+        print_json(summary)
+    else:
+        print_summary(summary, console)

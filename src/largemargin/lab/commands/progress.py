@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..errors import LabError
 from ..queue.budget import Budget
 from ..queue.runs import run_all, threads_note
-from ..results import num_finished, result_of
+from ..results import RunRecord, num_finished, result_of
 from ..run.recipe import Recipe
 from ..words import counted
 
@@ -64,7 +64,7 @@ def reading_images(console: Console) -> Iterator[Callable[[int, int], None]]:
 
 def run_with_progress(
     recipes: Sequence[Recipe], runs: Path, jobs: int, console: Console, executor: str = "local", **options: Any
-) -> list[dict[str, Any]]:
+) -> list[RunRecord]:
     """A live display on a terminal; elsewhere a line for each finished run, and one a minute. ``options`` are of :func:`run_all`."""
 
     def on_message(line: str) -> None:

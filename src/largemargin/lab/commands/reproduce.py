@@ -40,7 +40,7 @@ from .progress import given_budget, given_jobs, interrupted, run_with_progress, 
 def of_runs(options: Any) -> list[str]:
     """The options given that only a target with runs has."""
     usual = reproduce_parser().get_defaults()
-    names = [name for name in vars(options) if name not in ("target", "out", "recipe") and options[name] != usual[name]]
+    names = [name for name in vars(options) if name not in ("target", "out", "recipe", "quiet") and options[name] != usual[name]]
     return [f"--{name.replace('_', '-')}" for name in names] + [f"--recipe.{name}" for name in given_fields(options.recipe)]
 
 

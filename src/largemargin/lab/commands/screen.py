@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..errors import LabError
+from ..files import strict_json
 from ..words import printable
 
 READER_GONE = 128 + 13  # the exit status of what SIGPIPE ends, as in a shell
@@ -41,6 +42,11 @@ class Screen(Console):
         """End as a process whose reader has gone, as ``head`` does."""
         discard_output()
         raise SystemExit(READER_GONE)
+
+
+def print_json(value: Any) -> None:
+    """The one document of ``--json``, on the standard output."""
+    Screen(width=80).print(strict_json(value), soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
 def discard_output() -> None:

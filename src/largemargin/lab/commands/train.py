@@ -16,10 +16,11 @@ from ..errors import LabError
 from ..files import UNFINISHED
 from ..models.weights import weights_digest
 from ..queue.locks import Lock
-from ..results import check, check_complete, why_diverged
+from ..results import RunRecord
 from ..run.checkpoint import check_same
 from ..run.environment import default_device, device_label
-from ..run.recipe import LOSSES, Recipe, check_settings, unread
+from ..run.methods import LOSSES, check_settings
+from ..run.recipe import Recipe, unread
 from ..run.rows import check_shares, sizes
 from ..run.train import WEIGHTS, train
 from ..stopping import Stopped
@@ -57,7 +58,7 @@ def not_a_run(out: Path) -> LabError:
 
 def train_one(
     recipe: Recipe, out: Path, console: Console, tensorboard: bool = False, keep_checkpoint: bool = False, graph: bool = True
-) -> dict[str, Any]:
+) -> RunRecord:
     """Train by the recipe into the folder ``out``, and say what came of it; a finished run is not repeated."""
     with reading_images(console) as on_image:
         images = data.load(recipe.data, recipe.data_root, recipe.image_size, recipe.streamed, on_image)
@@ -86,7 +87,7 @@ def train_one(
 
     try:
         with alone_in(out):
-            record = train(
+            left = train(
                 recipe,
                 images,
                 out,
@@ -102,9 +103,10 @@ def train_one(
         raise
     except OSError as error:
         raise LabError(f"--out {out} cannot be written: {error.strerror or error}; make room, or choose another folder") from error
+    record = RunRecord.from_dict(left)
     console.print(
         f"{error_of(record)} after {counted(recipe.epochs, 'epoch')}, "
-        f"{record['images_per_second']:.0f} images a second; "
+        f"{record.images_per_second:.0f} images a second; "
         f"{out}: result.json metrics.csv {WEIGHTS}",
         markup=False,
         highlight=False,
@@ -113,10 +115,10 @@ def train_one(
     return record
 
 
-def error_of(record: dict[str, Any]) -> str:
+def error_of(record: RunRecord) -> str:
     """The error in words, and whether the run diverged."""
-    split, reason = "test" if record["test"] else "validation", why_diverged(record)
-    return f"{split} error {record[split]['error']:.2f}%" + (f" (diverged: {reason})" if reason else "")
+    reason = record.why_diverged
+    return f"{record.split} error {record.measured.error:.2f}%" + (f" (diverged: {reason})" if reason else "")
 
 
 @contextlib.contextmanager
@@ -138,16 +140,15 @@ def alone_in(out: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def finished(recipe: Recipe, out: Path) -> dict[str, Any] | None:
+def finished(recipe: Recipe, out: Path) -> RunRecord | None:
     """The record of the run in ``out``, if it is done; refuses a folder of something else."""
     try:
         if not out.exists() or all(path.name.endswith((UNFINISHED, "lock")) for path in out.iterdir()):  # killed at its first file, say
             return None
         there = Recipe(**json.loads((out / "recipe.json").read_text()))
-        record: dict[str, Any] | None = json.loads((out / "result.json").read_text()) if (out / "result.json").is_file() else None
+        record = RunRecord.from_dict(json.loads((out / "result.json").read_text())) if (out / "result.json").is_file() else None
         if record is not None:
-            check(record)
-            check_complete(record)
+            record.check_complete()
     except (OSError, ValueError, TypeError) as error:
         raise not_a_run(out) from error
     check_same(out, there.to_dict(), recipe)

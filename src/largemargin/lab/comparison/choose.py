@@ -3,13 +3,12 @@
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..results import kept
+from ..results import RunRecord, kept
 from ..stats import spread
 from .plan import Comparison
 
@@ -38,16 +37,15 @@ class Choice:
         return [lam for lam in sorted(self.errors) if lam != self.lam and self._rank(lam) == self._rank(self.lam)]
 
 
-def choose(records: Sequence[dict[str, Any]]) -> list[Choice]:
+def choose(records: Sequence[RunRecord]) -> list[Choice]:
     """The choices that validating runs make, in the order in which losses and noise first come."""
-    groups: dict[tuple[str, float], dict[float, list[dict[str, Any]]]] = {}
+    groups: dict[tuple[str, float], dict[float, list[RunRecord]]] = {}
     for record in records:
-        recipe = record["recipe"]
-        group = groups.setdefault((recipe["loss"], recipe["label_noise"]), {})
-        group.setdefault(recipe["lam"], []).append(record)
+        group = groups.setdefault((record.recipe.loss, record.recipe.label_noise), {})
+        group.setdefault(record.recipe.settings["lam"], []).append(record)
     choices = []
     for (loss, noise), by_lam in sorted(groups.items(), key=lambda item: item[0][1]):
-        errors = {lam: [record["validation"]["error"] for record in kept(group)] for lam, group in by_lam.items()}
+        errors = {lam: [record.measured.error for record in kept(group)] for lam, group in by_lam.items()}
         choices.append(Choice(loss, noise, errors, {lam: len(group) - len(errors[lam]) for lam, group in by_lam.items()}))
     return choices
 

@@ -3,17 +3,17 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..drawing import STYLE, axes, color_of, svg
+from ..results import RunRecord
 from ..run.evaluate import MARGIN_EDGES
 from .table import Row, error_text
 
-Records = Sequence[dict[str, Any]]
+Records = Sequence[RunRecord]
 
 
 def figures_of(records: Records, colors: Mapping[str, str]) -> list[tuple[str, str, str]]:
@@ -39,10 +39,10 @@ def figures_of(records: Records, colors: Mapping[str, str]) -> list[tuple[str, s
     ]
 
 
-def by_loss(records: Records) -> dict[str, list[dict[str, Any]]]:
-    groups: dict[str, list[dict[str, Any]]] = {}
+def by_loss(records: Records) -> dict[str, list[RunRecord]]:
+    groups: dict[str, list[RunRecord]] = {}
     for record in records:
-        groups.setdefault(record["recipe"]["loss"], []).append(record)
+        groups.setdefault(record.recipe.loss, []).append(record)
     return groups
 
 
@@ -76,7 +76,7 @@ def learning_curves(records: Records, colors: Mapping[str, str]) -> str:
         figure, ax = axes()
         settled = 0.0
         for loss, group in by_loss(records).items():
-            measured = [[row for row in record["epochs"] if row["test_error"] is not None] for record in group]
+            measured = [[row for row in record.epochs if row["test_error"] is not None] for record in group]
             by_epoch = list(zip(*([row["test_error"] for row in rows] for rows in measured), strict=True))
             epochs = [row["epoch"] for row in measured[0]]
             low, high = [min(errors) for errors in by_epoch], [max(errors) for errors in by_epoch]
@@ -103,7 +103,7 @@ def margin_histograms(records: Records, colors: Mapping[str, str]) -> str:
         edges = MARGIN_EDGES.tolist()
         used = [0.0]
         for loss, group in by_loss(records).items():
-            counts = [sum(bins) for bins in zip(*(record["test"]["margin_histogram"] for record in group), strict=True)]
+            counts = [sum(bins) for bins in zip(*(record.measured.margin_histogram for record in group), strict=True)]
             total = sum(counts) or 1
             ax.stairs([100 * count / total for count in counts], edges, color=colors[loss], linewidth=1.4)
             used += [edge for edge, count in zip(edges, counts, strict=False) if count / total > 5e-4]
@@ -119,14 +119,14 @@ def rho_curves(records: Records, colors: Mapping[str, str]) -> str:
     with matplotlib.rc_context(STYLE):
         figure, ax = axes()
         for loss, group in by_loss(records).items():
-            curves = [record["rho_of_batches"] for record in group]
+            curves = [record.rho_of_batches for record in group]
             ax.plot(
                 curves[0]["batch"],
                 [statistics.fmean(v) if None not in v else math.nan for v in zip(*(c["rho"] for c in curves), strict=True)],
                 color=colors[loss],
                 linewidth=1.3,
             )
-        bound = math.log(len(records[0]["classes"]) - 1)
+        bound = math.log(len(records[0].classes) - 1)
         ax.axhline(bound, color="#222222", linewidth=0.8, linestyle=":")
         ax.annotate(
             "log(C − 1), its bound (4)", (0.01, bound), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=9

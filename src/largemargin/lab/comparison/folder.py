@@ -2,10 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from ..errors import LabError
-from ..results import check_complete, result_of
+from ..results import RunRecord, result_of
 from ..run.environment import default_device
 from ..run.recipe import Recipe
 from .choose import choose, chosen_of
@@ -43,7 +42,7 @@ def reopen(out: Path) -> Comparison:
         ) from error
 
 
-def finished_records(comparison: Comparison, out: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def finished_records(comparison: Comparison, out: Path) -> tuple[list[RunRecord], list[RunRecord]]:
     """The records of the comparison's finished runs: of the validating ones, and of those compared.
 
     A lam is chosen when all of its validating runs are finished; runs with it are counted from then on.
@@ -55,12 +54,12 @@ def finished_records(comparison: Comparison, out: Path) -> tuple[list[dict[str, 
     return complete, [record for recipe in recipes if (record := complete_record(recipe, out / "runs")) is not None]
 
 
-def complete_record(recipe: Recipe, runs: Path) -> dict[str, Any] | None:
+def complete_record(recipe: Recipe, runs: Path) -> RunRecord | None:
     """The record of a finished run with all that a report needs, or None."""
     record = result_of(recipe, runs)
     if record is not None:
         try:
-            check_complete(record)
+            record.check_complete()
         except ValueError as error:
             raise LabError(f"{runs / recipe.id / 'result.json'} is not a whole record ({error}); remove it to run it again") from error
     return record

@@ -1,19 +1,19 @@
 """The report of a comparison: one self-contained page with the table and the figures."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from ..drawing import color_of
 from ..pages import page
-from ..results import kept, software
-from ..run.recipe import BASELINE, OF_SOME_LOSSES, Recipe
+from ..results import RunRecord, kept, software
+from ..run.methods import BASELINE, OF_SOME_LOSSES
+from ..run.recipe import Recipe
 from ..words import counted
 from .choose import CHOICE_COLUMNS, Choice, choice_cells, choice_note, ties
 from .figures import by_loss, figures_of, overview
 from .plan import Comparison
 from .table import COLUMNS, NOTE, Row, cells, remarks
 
-Records = Sequence[dict[str, Any]]
+Records = Sequence[RunRecord]
 
 
 def render(comparison: Comparison, records: Records, rows: Sequence[Row], choices: Sequence[Choice] = ()) -> str:
@@ -22,7 +22,7 @@ def render(comparison: Comparison, records: Records, rows: Sequence[Row], choice
     sections = []
     for noise in noises:
         group = [row for row in rows if row.label_noise == noise]
-        of_noise = [record for record in records if record["recipe"]["label_noise"] == noise]
+        of_noise = [record for record in records if record.recipe.label_noise == noise]
         groups = by_loss(of_noise)
         colors = color_of(list(groups))
         figures = figures_of(kept(of_noise), colors)
@@ -39,15 +39,15 @@ def render(comparison: Comparison, records: Records, rows: Sequence[Row], choice
         choice=choice_cells(choices),
         choice_columns=CHOICE_COLUMNS,
         choice_note=" ".join([*ties(choices), choice_note(comparison)]),
-        changed=changed(Recipe(**first["recipe"])),
+        changed=changed(first.recipe),
         comparison=comparison,
         first=first,
-        recipe=Recipe(**first["recipe"]),
-        schedule=schedule(Recipe(**first["recipe"])),
-        augmentation=augmentation(Recipe(**first["recipe"])),
+        recipe=first.recipe,
+        schedule=schedule(first.recipe),
+        augmentation=augmentation(first.recipe),
         software=software(records),
         num_runs=len(records),
-        seconds=sum(record["seconds"] for record in records),
+        seconds=sum(record.seconds for record in records),
         baseline=BASELINE,
     )
 
@@ -102,4 +102,4 @@ def headline(rows: Sequence[Row]) -> list[str]:
 
 
 def label_of(group: Records) -> str:
-    return Recipe(**group[0]["recipe"]).loss_label
+    return group[0].recipe.loss_label

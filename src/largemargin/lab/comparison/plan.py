@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..data import SETS, suited_to
-from ..run.recipe import LOSSES, OF_SOME_LOSSES, Recipe, has_setting
+from ..models import NAMES
+from ..options import NON_NEGATIVE, NON_NEGATIVE_INT, OPEN_SHARE, PIXELS, POSITIVE_INT, POSITIVE_SHARE, SHARE, option
+from ..run.methods import LOSSES, METHODS, OF_SOME_LOSSES, has_setting
+from ..run.recipe import Recipe
 
 Chosen = Mapping[tuple[str, float], float]  # the lam of a loss at a share of label noise
 
@@ -19,18 +22,58 @@ Chosen = Mapping[tuple[str, float], float]  # the lam of a loss at a share of la
 class Comparison:
     """What is compared: every loss with every seed at every share of label noise."""
 
-    data: str = "digits"
-    data_root: str = "data"
-    data_digest: str = ""
-    image_size: int | None = None  # of an image folder; None: what suits it
-    network: str = "small"
-    losses: tuple[str, ...] = ("softmax", "label_smoothing", "large_margin")
-    lam: tuple[float, ...] = (0.3,)  # of several one is chosen for each loss and share of noise, on a part of the training set
-    validation_fraction: float = 0.2  # that part; nothing is held out where there is one lam
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    epochs: int | None = None  # None: what suits the data
-    label_noise: tuple[float, ...] = (0.0,)
-    train_fraction: float = 1.0
+    data: str = option("digits", help=f"{', '.join(SETS)}, or the path of an image folder; scikit-learn has the digits", usual=True)
+    data_root: str = option("data", help="where the files of the named data sets are", metavar="DIR", usual=True)
+    data_digest: str = option("", help="that of the recipes", computed=True)
+    image_size: int | None = option(
+        None,
+        help="images of a folder are resized and cropped to this; default: 32, 224 for imagenet and places365",
+        type=PIXELS,
+        metavar="PIXELS",
+        usual=True,
+    )
+    network: str = option("small", help=" ".join(NAMES), metavar="NAME", usual=True)
+    losses: tuple[str, ...] = option(
+        ("softmax", "label_smoothing", "large_margin"), help=" ".join(METHODS), type=tuple(METHODS), metavar="LOSS", usual=True, many=True
+    )
+    lam: tuple[float, ...] = option(
+        (0.3,),
+        help="the paper's lambda, for the large-margin losses; of several one is chosen on a part of the training set",
+        type=NON_NEGATIVE,
+        metavar="LAMBDA",
+        usual=True,
+        many=True,
+    )
+    validation_fraction: float = option(
+        0.2,
+        help="the part of the training set that is held out from the runs that choose among several --lam",
+        type=OPEN_SHARE,
+        metavar="SHARE",
+    )
+    seeds: tuple[int, ...] = option(
+        (0, 1, 2, 3, 4),
+        help="every loss is run with each seed; runs of one seed are pairs",
+        type=NON_NEGATIVE_INT,
+        metavar="SEED",
+        usual=True,
+        many=True,
+    )
+    epochs: int | None = option(
+        None,
+        help="passes over the training set; default: 30 for digits, 120 for imagenet and places365, else 50",
+        type=POSITIVE_INT,
+        metavar="N",
+        usual=True,
+    )
+    label_noise: tuple[float, ...] = option(
+        (0.0,),
+        help="the share of the training labels that is moved to another class; each of several is compared by itself",
+        type=SHARE,
+        metavar="SHARE",
+        usual=True,
+        many=True,
+    )
+    train_fraction: float = option(1.0, help="train on this share of the training set", type=POSITIVE_SHARE, metavar="SHARE", usual=True)
     device: str = "cpu"
     overrides: dict[str, Any] = field(default_factory=dict)  # other fields of the recipes; of a loss only where it has them
 

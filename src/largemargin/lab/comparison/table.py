@@ -1,6 +1,7 @@
 """The table of a comparison: a line for each loss at each share of label noise."""
 
 import csv
+import dataclasses
 import io
 import statistics
 from collections.abc import Sequence
@@ -12,8 +13,8 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from ..results import kept, who_diverged, why_diverged
-from ..run.recipe import BASELINE, LOSSES, SYMBOLS, Recipe
+from ..results import RunRecord, kept, who_diverged
+from ..run.methods import BASELINE, LOSSES, SYMBOLS
 from ..stats import Difference, mean_or_nan, paired_difference, spread, verdict_of
 from ..words import counted
 
@@ -43,22 +44,22 @@ class Row:
         return "n/a" if self.difference is None else verdict_of(self.difference.verdict, self.diverged)
 
 
-def summarise(records: Sequence[dict[str, Any]]) -> list[Row]:
+def summarise(records: Sequence[RunRecord]) -> list[Row]:
     """The lines of the table, in the order in which losses and noise first come."""
-    groups: dict[tuple[float, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[float, str], list[RunRecord]] = {}
     for record in records:
-        groups.setdefault((record["recipe"]["label_noise"], record["recipe"]["loss"]), []).append(record)
+        groups.setdefault((record.recipe.label_noise, record.recipe.loss), []).append(record)
 
     def errors_by_seed(noise: float, loss: str) -> dict[int, float]:
-        return {record["recipe"]["seed"]: record["test"]["error"] for record in kept(groups.get((noise, loss), []))}
+        return {record.recipe.seed: record.measured.error for record in kept(groups.get((noise, loss), []))}
 
     rows = []
     for (noise, loss), group in sorted(groups.items(), key=lambda item: item[0][0]):
         errors = errors_by_seed(noise, loss)
-        means = {name: mean_or_nan([record["test"][name] for record in kept(group)]) for name in ("margin", "rho", "ece", "nll")}
+        means = {name: mean_or_nan([getattr(record.measured, name) for record in kept(group)]) for name in ("margin", "rho", "ece", "nll")}
         rows.append(
             Row(
-                label=Recipe(**group[0]["recipe"]).loss_label,
+                label=group[0].recipe.loss_label,
                 loss=loss,
                 label_noise=noise,
                 n=len(group),
@@ -70,6 +71,11 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[Row]:
             )
         )
     return rows
+
+
+def as_json(row: Row) -> dict[str, Any]:
+    """A row for ``--json``."""
+    return dataclasses.asdict(row) | {"verdict": None if row.loss == BASELINE else row.verdict}
 
 
 COLUMNS = ("loss", "test error %", "minus softmax [95%]", "verdict", "margin", "rho-hat", "ECE %", "NLL")
@@ -98,13 +104,13 @@ def error_text(row: Row) -> str:
     return spread(row.error, row.error_std) + (f" ({row.diverged} diverged)" if row.diverged else "")
 
 
-def remarks(records: Sequence[dict[str, Any]]) -> list[str]:
+def remarks(records: Sequence[RunRecord]) -> list[str]:
     """What explains a table that says less than was hoped for."""
-    losses = dict.fromkeys(record["recipe"]["loss"] for record in records)
+    losses = dict.fromkeys(record.recipe.loss for record in records)
     sentences = []
     if BASELINE not in losses:
         sentences.append(f"{BASELINE} is not among the losses, so there is nothing to measure differences from; add it to --losses.")
-    if len(records[0]["classes"]) == 2 and any("lam" in LOSSES[loss] for loss in losses):
+    if len(records[0].classes) == 2 and any("lam" in LOSSES[loss] for loss in losses):
         sentences.append("With two classes the large-margin regulariser is 0: lam changes nothing.")
     return sentences + who_diverged(records)
 
@@ -145,7 +151,7 @@ def table(rows: Sequence[Row], columns: Sequence[int]) -> Table:
     return result
 
 
-def results_csv(records: Sequence[dict[str, Any]], split: str = "test") -> str:
+def results_csv(records: Sequence[RunRecord], split: str = "test") -> str:
     """One line a run."""
     text = io.StringIO()
     names = ("data", "network", "loss", *SYMBOLS, "label_noise", "train_fraction", "seed", "epochs")
@@ -153,7 +159,7 @@ def results_csv(records: Sequence[dict[str, Any]], split: str = "test") -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*names, *(f"{split}_{name}" for name in numbers), "seconds", "diverged"])
     for record in records:
-        values = [record["recipe"].get(name) for name in names] + [record[split][name] for name in numbers]
-        values += [round(record["seconds"], 2), why_diverged(record)]
+        values = [getattr(record.recipe, name) for name in names] + [getattr(record.measured, name) for name in numbers]
+        values += [round(record.seconds, 2), record.why_diverged]
         writer.writerow(["" if value is None else value for value in values])
     return text.getvalue()

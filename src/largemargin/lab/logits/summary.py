@@ -1,6 +1,5 @@
 """``largemargin inspect``: what a file of logits and labels says about a classifier, overall, class by class and row by row."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -91,15 +90,14 @@ def _figures(counted: metrics.MarginMetrics) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in figures.items()} | {"rows": int(figures["rows"])}
 
 
-def inspect(path: Path, top: int, as_json: bool, console: Console, probabilities: bool = False) -> None:
+def print_summary(summary: dict[str, Any], console: Console) -> None:
     """Print what a file says."""
-    summary = summarise(path, top, probabilities)
-    if as_json:
-        console.print(json.dumps(summary, allow_nan=False), soft_wrap=True, markup=False, highlight=False)
-        return
     overall = summary["overall"]
     console.print(
-        f"{path}: {counted(overall['rows'], 'row')}, {counted(summary['classes'], 'class')}", style="bold", markup=False, highlight=False
+        f"{summary['file']}: {counted(overall['rows'], 'row')}, {counted(summary['classes'], 'class')}",
+        style="bold",
+        markup=False,
+        highlight=False,
     )
     for warning in summary["warnings"]:
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)

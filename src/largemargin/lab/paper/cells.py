@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from ..errors import LabError
-from ..run.recipe import LOSSES, Recipe
+from ..run.methods import LOSSES
+from ..run.recipe import Recipe
 
 SEEDS = (0, 1, 2)  # "three times with different initial random seeds"
 
@@ -91,14 +92,6 @@ class Cell:
         if settings["network"] != "layer13" and "width" not in fixed:
             settings.pop("width", None)  # others have none
         return [Recipe(seed=seed, **settings) for seed in (self.seeds if seeds is None else seeds)]
-
-
-class Entry(NamedTuple):
-    """A cell, its runs, and the records of those that are finished."""
-
-    cell: Cell
-    recipes: list[Recipe]
-    records: list[dict[str, Any]]
 
 
 def slug(text: str) -> str:

@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..drawing import STYLE, axes, color_of
-from ..results import NOT_FINITE, why_diverged
-from ..run.recipe import BASELINE, LOSSES, Recipe
+from ..results import NOT_FINITE, RunRecord
+from ..run.methods import BASELINE, LOSSES
+from ..run.recipe import Recipe
 from ..stats import moments, paired_difference
 from ..words import counted
-from .cells import Entry
-from .lines import Line, join, recipe_of, setting, split_of, unique_records
+from .lines import Entry, Line, join, setting, unique_records
 
 HARD_MAX = ("crammer_singer_hinge", "hard_margin_softplus")
 TURN = 0.02  # of log(C - 1): a smaller fall or rise of rho-hat is not called one
@@ -37,7 +37,7 @@ class Drawing(NamedTuple):
     sentences: list[str]
 
 
-Curves = dict[str, list[dict[str, Any]]]  # the records of a method, by its label
+Curves = dict[str, list[RunRecord]]  # the records of a method, by its label
 
 
 def usual(recipe: Recipe) -> bool:
@@ -50,17 +50,17 @@ def settings_of(entries: Sequence[Entry]) -> dict[str, tuple[Curves, Curves]]:
 
     All are shown where they are at most MOST_CURVES; else one of each loss, with the paper's own numbers, or the first there is.
     """
-    groups: dict[Any, dict[Recipe, dict[str, Any]]] = {}
+    groups: dict[Any, dict[Recipe, RunRecord]] = {}
     for record in unique_records(entries):
-        if why_diverged(record) != NOT_FINITE:
-            recipe = recipe_of(record)
+        if record.why_diverged != NOT_FINITE:
+            recipe = record.recipe
             groups.setdefault(setting(recipe), {})[recipe] = record
     result: dict[str, tuple[Curves, Curves]] = {}
     for runs in groups.values():
         curves: Curves = {}
         for recipe in sorted(runs, key=lambda recipe: (list(LOSSES).index(recipe.loss), not usual(recipe))):
             curves.setdefault(recipe.loss_label, []).append(runs[recipe])
-        first = {records[0]["recipe"]["loss"]: label for label, records in reversed(curves.items())}
+        first = {records[0].recipe.loss: label for label, records in reversed(curves.items())}
         shown = set(curves) if len(curves) <= MOST_CURVES else set(first.values())
         title = setting_title(next(iter(runs)))
         while title in result:
@@ -73,7 +73,7 @@ def settings_of(entries: Sequence[Entry]) -> dict[str, tuple[Curves, Curves]]:
 
 
 def of_losses(curves: Curves, losses: Iterable[str]) -> Curves:
-    return {label: records for label, records in curves.items() if records[0]["recipe"]["loss"] in losses}
+    return {label: records for label, records in curves.items() if records[0].recipe.loss in losses}
 
 
 def setting_title(recipe: Recipe) -> str:
@@ -83,12 +83,12 @@ def setting_title(recipe: Recipe) -> str:
     return ", ".join(parts)
 
 
-def by_epoch(records: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[list[float]]]:
+def by_epoch(records: Sequence[RunRecord], name: str) -> tuple[list[int], list[list[float]]]:
     """The epochs in which a number was measured, and its values over seeds."""
     values: dict[int, list[float]] = {}
     for record in records:
-        for row in record["epochs"]:
-            if (value := row.get(name.format(split=split_of(record)))) is not None:
+        for row in record.epochs:
+            if (value := row.get(name.format(split=record.split))) is not None:
                 values.setdefault(row["epoch"], []).append(value)
     return sorted(values), [values[epoch] for epoch in sorted(values)]
 
@@ -139,7 +139,7 @@ def rho_drawing(curves: Curves) -> tuple[Figure, list[str]] | None:
     shown = {label: records for label, records in of_losses(curves, EXPECTED).items() if by_epoch(records, "train_rho")[0]}
     if not shown:
         return None
-    bound = math.log(max(len(next(iter(shown.values()))[0]["classes"]) - 1, 1))
+    bound = math.log(max(len(next(iter(shown.values()))[0].classes) - 1, 1))
     figure, ax = axes()
     draw(ax, shown, "train_rho")
     ax.axhline(bound, color="#222222", linewidth=0.9, linestyle=":")
@@ -150,7 +150,7 @@ def rho_drawing(curves: Curves) -> tuple[Figure, list[str]] | None:
     for label, records in shown.items():
         epochs, values = by_epoch(records, "train_rho")
         curve = [statistics.fmean(of_epoch) for of_epoch in values]
-        expected = EXPECTED[records[0]["recipe"]["loss"]]
+        expected = EXPECTED[records[0].recipe.loss]
         if len(curve) < 3:
             sentences.append(f"{label}: {counted(len(curve), 'epoch')}, too few to tell how ρ̂ moves.")
             continue
@@ -161,7 +161,7 @@ def rho_drawing(curves: Curves) -> tuple[Figure, list[str]] | None:
         told = ", ".join(f"{points[i]}{curve[i]:.2f} nats in epoch {epochs[i]}" for i in sorted(points))
         sentences.append(
             f"{label}: ρ̂ {moves} ({told})"
-            + (f"; this {agrees} the paper, where it {expected}." if as_in_figure_3(recipe_of(records[0])) else ".")
+            + (f"; this {agrees} the paper, where it {expected}." if as_in_figure_3(records[0].recipe) else ".")
         )
     sentences.append(f"A fall or a rise is called one from {100 * TURN:g}% of log(C − 1) = {TURN * bound:.3f} nats on.")
     return figure, sentences
@@ -174,7 +174,7 @@ def error_drawing(curves: Curves) -> tuple[Figure, list[str]] | None:
         return None
     figure, ax = axes()
     draw(ax, curves, "{split}_error")
-    ax.set_ylabel(f"{' / '.join(sorted({split_of(record) for records in curves.values() for record in records}))} error %")
+    ax.set_ylabel(f"{' / '.join(sorted({record.split for records in curves.values() for record in records}))} error %")
     return figure, []
 
 
@@ -209,8 +209,8 @@ def symmetry_drawing(curves: Curves) -> tuple[Figure, list[str]] | None:
     return figure, sentences
 
 
-def last_by_seed(records: Sequence[dict[str, Any]], name: str) -> dict[int, float]:
-    found = {record["recipe"]["seed"]: record["epochs"][-1].get(name) for record in records}
+def last_by_seed(records: Sequence[RunRecord], name: str) -> dict[int, float]:
+    found = {record.recipe.seed: record.epochs[-1].get(name) for record in records}
     return {seed: value for seed, value in found.items() if value is not None}
 
 
@@ -218,7 +218,7 @@ def last_by_seed(records: Sequence[dict[str, Any]], name: str) -> dict[int, floa
 def share_drawing(curves: Curves) -> tuple[Figure, list[str]] | None:
     """How many logits have a gradient under the losses with a hard maximum, and whether they train."""
     shown = of_losses(curves, (BASELINE, *HARD_MAX))
-    if not any(records[0]["recipe"]["loss"] in HARD_MAX for records in shown.values()):
+    if not any(records[0].recipe.loss in HARD_MAX for records in shown.values()):
         return None
     figure, ax = axes()
     draw(ax, shown, "gradient_share", 100.0)
@@ -229,7 +229,7 @@ def share_drawing(curves: Curves) -> tuple[Figure, list[str]] | None:
         _, values = by_epoch(records, "gradient_share")
         shares = [value for of_epoch in values for value in of_epoch]
         errors = list(last_by_seed(records, "train_error").values())
-        chance = 100 * (1 - 1 / len(records[0]["classes"]))
+        chance = 100 * (1 - 1 / len(records[0].classes))
         parts = [f"on average {100 * statistics.fmean(shares):.3g}% of the logits have a gradient that is not zero"] if shares else []
         if errors:
             error = statistics.fmean(errors)

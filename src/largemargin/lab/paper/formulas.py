@@ -21,7 +21,8 @@ from ..data.images import digits as digits_data
 from ..drawing import PALETTE, STYLE
 from ..errors import LabError
 from ..files import write_text
-from ..run.recipe import LOSSES, Recipe
+from ..run.methods import LOSSES
+from ..run.recipe import Recipe
 from ..run.train import train
 
 FIGURE_4_AT = (0.6, 0.75, 0.9, 0.99, 0.999)

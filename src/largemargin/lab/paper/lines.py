@@ -4,30 +4,31 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..results import kept, measured
-from ..run.recipe import BASELINE, OF_SOME_LOSSES, Recipe
+from ..results import RunRecord, kept
+from ..run.methods import BASELINE, OF_SOME_LOSSES
+from ..run.recipe import Recipe
 from ..stats import Difference, moments, paired_difference, spread, verdict_of
 from ..words import counted
-from .cells import SCALES, Cell, Entry, Number, Scale
+from .cells import SCALES, Cell, Number, Scale
 
 LOSS_FIELDS = {"loss", *OF_SOME_LOSSES}
 FILES = {"data_root", "weights", "data_digest", "weights_digest"}  # where the files are, and what was found there
 MACHINE = {"device", "threads", "processes", "precision", "channels_last", "compile", "evaluate_every"}  # leave the level of an error alone
 
 
-def recipe_of(record: dict[str, Any]) -> Recipe:
-    return Recipe(**record["recipe"])
+class Entry(NamedTuple):
+    """A cell, its runs, and the records of those that are finished."""
+
+    cell: Cell
+    recipes: list[Recipe]
+    records: list[RunRecord]
 
 
-def split_of(record: dict[str, Any]) -> str:
-    return "validation" if record["test"] is None and record["validation"] else "test"
-
-
-def best_error(record: dict[str, Any]) -> float:
-    found = [row.get(f"{split_of(record)}_error") for row in record["epochs"]]
-    return float(min([measured(record)["error"], *(error for error in found if error is not None)]))
+def best_error(record: RunRecord) -> float:
+    found = [row.get(f"{record.split}_error") for row in record.epochs]
+    return float(min([record.measured.error, *(error for error in found if error is not None)]))
 
 
 def setting(recipe: Recipe) -> tuple[tuple[str, Any], ...]:
@@ -43,7 +44,7 @@ def differing(recipe: Recipe, other: Recipe) -> dict[str, tuple[Any, Any]]:
 
 def recipes_of(entry: Entry) -> list[Recipe]:
     """What was run; where nothing was yet, what would be."""
-    return [recipe_of(record) for record in entry.records] or list(entry.recipes)
+    return [record.recipe for record in entry.records] or list(entry.recipes)
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def number_text(number: Number | None) -> str:
 
 
 def errors_of(entry: Entry) -> dict[int, float]:
-    return {record["recipe"]["seed"]: measured(record)["error"] for record in kept(entry.records)}
+    return {record.recipe.seed: record.measured.error for record in kept(entry.records)}
 
 
 def baseline_of(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
@@ -172,7 +173,7 @@ def lines_of(entries: Sequence[Entry], scale: Scale) -> list[Line]:
             Line(
                 entry=entry,
                 errors=errors,
-                best={record["recipe"]["seed"]: best_error(record) for record in kept(entry.records)},
+                best={record.recipe.seed: best_error(record) for record in kept(entry.records)},
                 diverged=len(entry.records) - len(kept(entry.records)),
                 baseline=baseline,
                 pairs={seed: errors[seed] - others[seed] for seed in sorted(errors.keys() & others.keys())},
@@ -223,6 +224,6 @@ def full_size(entries: Sequence[Entry]) -> bool:
     return all(name in MACHINE for name, _, _ in deviations(entries))
 
 
-def unique_records(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+def unique_records(entries: Sequence[Entry]) -> list[RunRecord]:
     """Every run once; a cell may stand in more than one table."""
-    return list({recipe_of(record).id: record for entry in entries for record in entry.records}.values())
+    return list({record.recipe.id: record for entry in entries for record in entry.records}.values())

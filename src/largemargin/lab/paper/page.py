@@ -18,15 +18,16 @@ from ..drawing import svg
 from ..errors import LabError
 from ..files import write_text
 from ..pages import page
-from ..results import kept, software, who_diverged
-from ..run.recipe import BASELINE
+from ..results import RunRecord, kept, software, who_diverged
+from ..run.methods import BASELINE
 from ..stats import moments
 from ..words import counted
-from .cells import TABLES, Entry, Scale, assumptions
+from .cells import TABLES, Scale, assumptions
 from .figures import drawings_of
 from .lines import (
     COLUMNS,
     MACHINE,
+    Entry,
     Line,
     column_text,
     deviations,
@@ -34,7 +35,6 @@ from .lines import (
     full_size,
     join,
     lines_of,
-    recipe_of,
     recipes_of,
     setting,
     unique_records,
@@ -100,7 +100,7 @@ def headline(entries: Sequence[Entry], scale: Scale) -> list[str]:
     tables = [TABLES[name].title.partition(":")[0] if name in TABLES else name for name in names]
     planned = {recipe.id for entry in entries for recipe in entry.recipes}
     runs = unique_records(entries)
-    seeds = sorted({record["recipe"]["seed"] for record in runs})
+    seeds = sorted({record.recipe.seed for record in runs})
     lost = len(runs) - len(kept(runs))
     done = f"{len(runs)} of {counted(len(planned), 'run')} done" if len(runs) < len(planned) else counted(len(runs), "run")
     sentences = [
@@ -154,11 +154,11 @@ def table_sentences(lines: Sequence[Line]) -> list[str]:
     return sentences
 
 
-def hardware(records: Sequence[dict[str, Any]]) -> list[str]:
+def hardware(records: Sequence[RunRecord]) -> list[str]:
     """The machines of the runs, each with the number of runs it made."""
     counts: dict[str, int] = {}
     for record in records:
-        recipe, machine = recipe_of(record), record["environment"]
+        recipe, machine = record.recipe, record.environment
         threads = machine.get("threads", recipe.threads)
         text = f"{machine['processor']}, device {recipe.device}, {counted(threads, 'thread')}"
         text += f", {recipe.processes} processes" if recipe.processes > 1 else ""
@@ -241,8 +241,23 @@ def print_lines(sections: Sequence[Section], console: Console) -> None:
                 console.print(f"not run yet: {line.command}", soft_wrap=True, highlight=False, markup=False)
 
 
-def write(out: Path, entries: Sequence[Entry], scale: Scale, command: str, console: Console) -> None:
-    """Print the tables, and write ``report.html``, ``report.md``, ``report.csv`` and the figures into ``out``."""
+def as_json(line: Line) -> dict[str, Any]:
+    """A line for ``--json``."""
+    cell, interval = line.cell, line.difference
+    return {
+        "cell": cell.name,
+        "paper": cell.paper and vars(cell.paper),
+        "port": cell.port and vars(cell.port),
+        "errors": line.errors,
+        "diverged": line.diverged,
+        "runs": {"finished": len(line.entry.records), "planned": len(line.entry.recipes)},
+        "difference": interval and vars(interval),
+        "verdict": interval and line.verdict,
+    }
+
+
+def write(out: Path, entries: Sequence[Entry], scale: Scale, command: str, console: Console) -> list[Line]:
+    """Print the tables, write ``report.html``, ``report.md``, ``report.csv`` and the figures into ``out``; the lines of all tables."""
     lines = lines_of(entries, scale)
     tables: dict[str, list[Line]] = {}
     for line in lines:
@@ -260,7 +275,7 @@ def write(out: Path, entries: Sequence[Entry], scale: Scale, command: str, conso
         "deviations": deviation_sentences(entries),
         "hardware": hardware(runs),
         "software": software(runs),
-        "seconds": duration(sum(record["seconds"] for record in runs)),
+        "seconds": duration(sum(record.seconds for record in runs)),
         "command": command,
     }
     try:
@@ -281,3 +296,4 @@ def write(out: Path, entries: Sequence[Entry], scale: Scale, command: str, conso
             console.print(sentence, highlight=False, markup=False)
     console.print(note, style="dim")
     console.print(f"{out / 'report.html'}  the same with figures; report.md and report.csv beside it", markup=False, highlight=False)
+    return lines

@@ -15,8 +15,8 @@ from ..errors import LabError
 from ..results import result_of
 from ..run.environment import default_device
 from ..run.recipe import Recipe
-from .cells import SCALES, Cell, Entry, Scale, cells, default_scale
-from .lines import recipe_options
+from .cells import SCALES, Cell, Scale, cells, default_scale
+from .lines import Entry, recipe_options
 
 MARKER = "reproduce.json"  # tells a folder of ours from one that is not
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import LabError
+from ..run.methods import BASELINE, OF_SOME_LOSSES
 from ..run.pace import measured_pace
-from ..run.recipe import BASELINE, OF_SOME_LOSSES, Recipe
+from ..run.recipe import Recipe
 from ..words import counted, hours
 from .attempt import DataSets
 

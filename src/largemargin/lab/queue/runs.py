@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import LabError, RunFailed
-from ..results import result_of
+from ..results import RunRecord, result_of
 from ..run.recipe import Recipe
 from ..words import counted
 from . import EXECUTORS, local, ray
@@ -30,7 +30,7 @@ def run_all(
     work: str = "largemargin.lab.run.train:train",
     budget: Budget | None = None,
     **options_of_a_run: Any,
-) -> list[dict[str, Any]]:
+) -> list[RunRecord]:
     """Do the runs that are not finished, ``jobs`` at a time; the records of all, in order.
 
     ``on_epoch(recipe, epoch)`` hears of every epoch that ends, ``on_message`` a line for the user; ``options_of_a_run`` are keyword

@@ -7,55 +7,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ... import CrammerSingerHingeLoss, HardMarginSoftplusLoss, LargeMarginCrossEntropyLoss, MulticlassHingeLoss, gather_rows
-from ...heads import (
-    CenterLoss,
-    CosineLinear,
-    GaussianMixtureHead,
-    LSoftmaxLinear,
-    NoisySoftmaxLinear,
-    SuperSymmetricLinear,
-    super_symmetry_penalty,
-)
-from ...schedules import AnnealedLambda, GradualWeight, SteppedAlpha
+from ... import gather_rows
+from ...heads import CenterLoss, GaussianMixtureHead, super_symmetry_penalty
+from ...schedules import GradualWeight
+from . import losses
+from .methods import METHODS
 from .recipe import Recipe
-
-MODULES = {
-    "multiclass_hinge": MulticlassHingeLoss,
-    "crammer_singer_hinge": CrammerSingerHingeLoss,
-    "hard_margin_softplus": HardMarginSoftplusLoss,
-}
 
 
 def build_loss(recipe: Recipe) -> nn.Module:
-    """The loss of logits. The baselines are torch's own."""
-    if recipe.loss in MODULES:
-        return MODULES[recipe.loss](**recipe.settings)
-    of_logits = {name: value for name, value in recipe.settings.items() if name in ("lam", "hard_bias", "label_smoothing")}
-    if recipe.divergence is not None and "lam" in of_logits:
-        of_logits["divergence"] = recipe.divergence
-    if of_logits.keys() <= {"label_smoothing"}:
-        return nn.CrossEntropyLoss(**of_logits)
-    return LargeMarginCrossEntropyLoss(**{"lam": 0.0, **of_logits})
+    """The loss of logits."""
+    divergence = {"divergence": recipe.divergence} if recipe.divergence is not None and "lam" in recipe.settings else {}
+    loss: nn.Module = getattr(losses, METHODS[recipe.loss].loss)(**recipe.settings, **divergence)
+    return loss
 
 
 def build_head(recipe: Recipe, in_features: int, num_classes: int, num_steps: int) -> nn.Module:
     """The classifier, with its schedule for so many training steps."""
-    settings = recipe.settings
-    match recipe.loss:
-        case "lsoftmax":
-            schedule = AnnealedLambda.for_steps(num_steps)
-            return LSoftmaxLinear(in_features, num_classes, settings["angular_multiplier"], schedule=schedule)
-        case "gaussian_mixture":
-            alpha = SteppedAlpha.for_steps(num_steps, maximum=settings["alpha"])
-            return GaussianMixtureHead(in_features, num_classes, alpha=alpha, likelihood_weight=settings["likelihood"])
-        case "noisy_softmax":
-            return NoisySoftmaxLinear(in_features, num_classes, alpha_squared=settings["alpha_squared"])
-        case "super_symmetric":
-            return SuperSymmetricLinear(in_features, num_classes, frame="learned", learn_scale=True)
-        case "cosface" | "arcface":
-            return CosineLinear(in_features, num_classes, **settings, kind=recipe.loss)
-    return nn.Linear(in_features, num_classes)
+    head: nn.Module = getattr(losses, METHODS[recipe.loss].head)(in_features, num_classes, num_steps, **recipe.settings)
+    return head
 
 
 class Step(NamedTuple):

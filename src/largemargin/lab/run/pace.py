@@ -9,8 +9,9 @@ from typing import NamedTuple
 from ..data.folders import FileSet
 from ..data.images import ImageSet
 from ..stopping import Told
+from .machine import start
 from .recipe import Recipe
-from .train import Run, start
+from .trainer import Run
 
 
 class Pace(NamedTuple):

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ... import row_stats
 from .cuda_graph import CudaGraph
-from .feeds import Batch
-from .method import Step
+from .feeds import Batch, own_rows
+from .method import Method, Step
+from .recipe import Recipe
 
 WARM_UP = 3  # steps before the capture: they compile kernels, choose convolutions and make the optimiser's state
 
@@ -83,6 +84,30 @@ class CompiledStep(EagerStep):
             for name, buffer in self.model.named_buffers():  # the forward pass may have moved the statistics of batch norm
                 buffer.copy_(before[name])
         return super().__call__(batch, seed)
+
+
+def eager_step(
+    recipe: Recipe,
+    method: Method,
+    wrapped: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rank: int,
+    world: int,
+    on_message: Callable[[str], object],
+) -> EagerStep:
+    """The step of a recipe in process ``rank`` of ``world``, its features compiled where the recipe says so."""
+    arguments = (wrapped, optimizer, recipe.clip_norm, world)
+    if not recipe.compile:
+        return EagerStep(*arguments)
+    num_rows = len(range(recipe.batch_size)[own_rows(rank, world)])
+    method.compile_features(recipe.compile, num_rows)
+
+    def give_up(error: RuntimeError) -> None:
+        method.compiled = None
+        reason = first_line(error.__context__ or error)  # dynamo raises its own errors from the compiler's
+        on_message(f"the network runs without torch.compile: {recipe.compile} failed ({reason})")
+
+    return CompiledStep(*arguments, num_rows=num_rows, give_up=give_up)
 
 
 class GraphedStep:
