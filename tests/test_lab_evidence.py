@@ -94,7 +94,7 @@ def test_a_file_that_holds_no_predictions_is_refused(content, tmp_path):
 
 
 def test_a_pickle_is_never_read(tmp_path):
-    np.savez(tmp_path / "p.npz", logits=np.eye(2), labels=np.array([0, {}], dtype=object), ids=np.arange(2))
+    np.savez(tmp_path / "p.npz", logits=np.eye(2), labels=np.array([0, {}], dtype=object), ids=np.arange(2), predicted=np.arange(2))
     with pytest.raises(LabError, match="does not hold the predictions"):
         Predictions.load(tmp_path / "p.npz")
 

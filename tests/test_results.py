@@ -12,7 +12,7 @@ from largemargin.lab import cli
 from largemargin.lab.commands import reproduce
 from largemargin.lab.paper.lines import lines_of, number_text
 from largemargin.lab.paper.plan import MARKER, reopen, unique_recipes
-from largemargin.lab.stats import moments, paired_difference, spread
+from largemargin.lab.stats import moments, paired_by_seed, spread
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / "results").is_dir(), reason="the source distribution has no records")
@@ -44,7 +44,10 @@ def errors(by_seed):
 
 def minus_softmax(of_study, name):
     pairs = errors(of_study[name]), errors(of_study["softmax"])
-    return "" if name == "softmax" else paired_difference(*pairs).text
+    if name == "softmax":
+        return ""
+    paired = paired_by_seed(*pairs)
+    return f"{paired.mean:+.2f} [{paired.over_seeds.low:+.2f}, {paired.over_seeds.high:+.2f}]"
 
 
 def text(values, digits=2):

@@ -12,6 +12,7 @@ from .run.methods import BASELINE
 
 # a palette that colour-blind readers can tell apart (Okabe and Ito); the baseline is grey
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f5f00")
+BASELINE_COLOR = "#555555"
 STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -31,7 +32,7 @@ STYLE: Any = {
 
 def color_of(losses: Sequence[str]) -> dict[str, str]:
     others = [loss for loss in losses if loss != BASELINE]
-    return {BASELINE: "#555555"} | {loss: PALETTE[i % len(PALETTE)] for i, loss in enumerate(others)}
+    return {BASELINE: BASELINE_COLOR} | {loss: PALETTE[i % len(PALETTE)] for i, loss in enumerate(others)}
 
 
 def svg(figure: Figure, background: str = "none") -> str:

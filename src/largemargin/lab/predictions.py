@@ -21,14 +21,15 @@ class Predictions:
     logits: NDArray[np.floating]
     labels: NDArray[np.int64]
     ids: NDArray[np.str_] | NDArray[np.int64]
+    predicted: NDArray[np.int64] = None  # type: ignore[assignment]  # the largest logit, before any rounding
+
+    def __post_init__(self) -> None:
+        if self.predicted is None:
+            object.__setattr__(self, "predicted", self.logits.argmax(1))
 
     @property
     def wrong(self) -> NDArray[np.bool_]:
         return np.asarray(self.predicted != self.labels)
-
-    @property
-    def predicted(self) -> NDArray[np.int64]:
-        return np.asarray(self.logits.argmax(1))
 
     @property
     def probabilities(self) -> NDArray[np.float64]:
@@ -38,25 +39,25 @@ class Predictions:
 
     def save(self, path: Path) -> None:
         logits = self.logits.astype(np.float16 if 4 * self.logits.size > HALF_ABOVE else np.float32)
-        write_atomically(path, lambda file: np.savez(file, logits=logits, labels=self.labels, ids=self.ids))
+        write_atomically(path, lambda file: np.savez(file, logits=logits, labels=self.labels, ids=self.ids, predicted=self.predicted))
 
     @classmethod
     def load(cls, path: Path) -> "Predictions":
         """What :meth:`save` wrote; nothing of the file is executed."""
         try:
             with np.load(path, allow_pickle=False) as file:
-                logits, labels, ids = (file[name] for name in ("logits", "labels", "ids"))
+                logits, labels, ids, predicted = (file[name] for name in ("logits", "labels", "ids", "predicted"))
         except (OSError, ValueError, KeyError, EOFError) as error:
             raise LabError(f"{path} does not hold the predictions of a run ({error})") from error
-        if logits.ndim != 2 or labels.shape != ids.shape or labels.shape != logits.shape[:1]:
+        if logits.ndim != 2 or not labels.shape == ids.shape == predicted.shape == logits.shape[:1]:
             raise LabError(f"{path} does not hold the predictions of a run: its arrays are {logits.shape}, {labels.shape}, {ids.shape}")
-        return cls(logits, labels.astype(np.int64), ids)
+        return cls(logits, labels.astype(np.int64), ids, predicted.astype(np.int64))
 
 
 def bytes_of(num_samples: int, num_classes: int) -> int:
     """About how large the file of a run is."""
     logits = 4 * num_samples * num_classes
-    return (logits // 2 if logits > HALF_ABOVE else logits) + 16 * num_samples
+    return (logits // 2 if logits > HALF_ABOVE else logits) + 24 * num_samples
 
 
 def same_samples(predictions: Sequence[Predictions]) -> bool:

@@ -1,7 +1,7 @@
 """Paired comparisons of methods over seeds and test samples: numbers in, numbers out."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -65,6 +65,11 @@ class Paired:
         return pairs_needed(abs(difference) / self.std) if self.has_spread else None
 
 
+def paired_by_seed(values: Mapping[int, float], baseline: Mapping[int, float]) -> Paired | None:
+    """:func:`paired` of ``values - baseline`` over the seeds that both have."""
+    return paired([values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())])
+
+
 def paired(differences: ArrayLike, of_samples: ArrayLike | None = None) -> Paired | None:
     """What paired differences say; None for fewer than two pairs.
 
@@ -75,8 +80,7 @@ def paired(differences: ArrayLike, of_samples: ArrayLike | None = None) -> Paire
     Raises:
         ValueError: if a difference is not finite, or the shapes do not fit.
     """
-    from scipy import stats
-
+    stats = _scipy().stats
     d = _finite(differences, 1)
     if len(d) < 2:
         return None
@@ -103,8 +107,7 @@ def two_way_interval(differences: ArrayLike) -> Interval | None:
     The variance of the grand mean is ``var(a) / n + var(b) / m + var(e) / (n m)``, estimated from the mean squares of the two-way
     table, with Satterthwaite's degrees of freedom. Components below 0 count as 0. None without spread, or with one seed or sample.
     """
-    from scipy import stats
-
+    stats = _scipy().stats
     d = _finite(differences, 2)
     n, m = d.shape
     if n < 2 or m < 2:
@@ -130,8 +133,7 @@ def crossed_bootstrap(differences: ArrayLike, resamples: int = 2000) -> Interval
 
     It is too narrow with few seeds: :data:`BOOTSTRAP_COVERAGE`. None without spread, or with one seed or sample.
     """
-    from scipy import stats
-
+    stats = _scipy().stats
     d = _finite(differences, 2)
     if min(d.shape) < 2 or d.mean(axis=1).std() <= NO_SPREAD:
         return None
@@ -167,8 +169,7 @@ def sign_flip_p(differences: ArrayLike) -> float:
 
     Beyond 16 pairs it is estimated from 100,000 draws.
     """
-    from scipy import stats
-
+    stats = _scipy().stats
     d = _finite(differences, 1)
     found = stats.permutation_test(
         (d,),
@@ -216,8 +217,7 @@ def verdict(mean: float, adjusted_p: float, lower_is_better: bool = True) -> Ver
 @cache
 def power(d_z: float, n: int) -> float:
     """The probability that a two-sided paired t test at 5% finds a standardised difference ``d_z`` with ``n`` pairs."""
-    from scipy import stats
-
+    stats = _scipy().stats
     critical, shift = stats.t.ppf(1 - LEVEL / 2, n - 1) / (n - 1) ** 0.5, d_z * n**0.5
     # the noncentral t distribution, as a mean over the standard deviation: scipy's own gives NaN for few pairs and a large shift
     spread = stats.chi(n - 1)
@@ -244,12 +244,19 @@ def pairs_needed(d_z: float, at_most: int = 100_000) -> int | None:
 @cache
 def detectable_d_z(n: int) -> float:
     """The standardised difference that ``n`` pairs find 8 times in 10."""
-    from scipy import optimize
-
+    optimize = _scipy().optimize
     high = 0.1
     while power(high, n) < POWER:
         high *= 2
     return float(optimize.brentq(lambda d_z: power(d_z, n) - POWER, high / 2, high, xtol=1e-6))
+
+
+def _scipy() -> Any:
+    with interrupts_end_at_once():
+        import scipy.optimize
+        import scipy.stats
+
+    return scipy
 
 
 def _left_out(indices: Any, count: int) -> Any:
@@ -264,43 +271,6 @@ def _finite(values: ArrayLike, ndim: int) -> Array:
     if not np.isfinite(array).all():
         raise ValueError("differences: expected finite numbers; leave out the runs that diverged")
     return array
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The paired difference of test errors to the baseline, loss minus baseline, in percentage points."""
-
-    mean: float
-    low: float  # the ends of the 95% Student-t interval over seeds
-    high: float
-
-    @property
-    def text(self) -> str:
-        return f"{self.mean:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
-
-    @property
-    def verdict(self) -> str:
-        if self.high - self.low < 1e-9:  # every pair differs by the same few samples: there is no spread to judge by
-            return "inconclusive"
-        return "better" if self.high < 0 else "worse" if self.low > 0 else "inconclusive"
-
-
-def paired_difference(errors: dict[int, float], baseline: dict[int, float], confidence: float = 0.95) -> Difference | None:
-    """The mean of ``errors - baseline`` over the seeds that both have, with its Student-t interval; None for fewer than two pairs."""
-    differences = [errors[seed] - baseline[seed] for seed in errors.keys() & baseline.keys()]
-    if len(differences) < 2:
-        return None
-    with interrupts_end_at_once():
-        from scipy import stats
-
-    mean = statistics.fmean(differences)
-    half = stats.t.ppf((1 + confidence) / 2, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
-    return Difference(mean, float(mean - half), float(mean + half))
-
-
-def verdict_of(verdict: str, diverged: int) -> str:
-    """The verdict on a loss of which so many runs diverged: the seeds that are left do not make it better."""
-    return "inconclusive" if diverged and verdict == "better" else verdict
 
 
 def mean_or_nan(values: Sequence[float]) -> float:

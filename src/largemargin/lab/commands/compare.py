@@ -13,9 +13,10 @@ from ..arguments.options import given_fields, path_of, plain
 from ..comparison import page, table
 from ..comparison.choose import choose, chosen_of, print_choices
 from ..comparison.figures import overview
-from ..comparison.folder import MARKER, check_folder, device_of, finished_records, reopen
+from ..comparison.folder import MARKER, check_folder, device_of, finished_records, outcomes_of, reopen
 from ..comparison.plan import Comparison
-from ..comparison.table import Row, print_tables, remarks, results_csv, summarise
+from ..comparison.recommendation import advice
+from ..comparison.table import Row, print_evidence, print_tables, remarks, results_csv, summarise
 from ..data.folders import FileSet
 from ..data.images import ImageSet
 from ..errors import LabError
@@ -186,13 +187,15 @@ def print_and_write(comparison: Comparison, out: Path, console: Console, choices
         print_choices(comparison, choices, console)
     if not records:
         raise LabError(f"{out}: no run of its last comparison is finished yet; give that command again")
-    rows = summarise(records)
+    with console.status("pairing the predictions of the runs"):
+        rows = summarise(records, outcomes_of(records, out))
     print_tables(rows, console)
+    print_evidence(rows, console)
     if len(records) < comparison.num_runs:
         of_all = f"{len(records)} of {counted(comparison.num_runs, 'run')} {'is' if len(records) == 1 else 'are'} finished"
         console.print(f"{of_all} and in the table; the command that started the comparison does the others.", highlight=False)
-    for sentence in remarks(records):
-        console.print(sentence, highlight=False, markup=False)
+    for sentence in [*remarks(records), *advice(rows)]:
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
     try:
         write_text(out / "results.csv", results_csv(records))
         if validating:
@@ -200,7 +203,9 @@ def print_and_write(comparison: Comparison, out: Path, console: Console, choices
         else:
             (out / "choice.csv").unlink(missing_ok=True)  # of another comparison
         write_text(out / "errors.svg", overview(rows, background="white"))
-        write_text(out / "report.html", page.render(comparison, records, rows, choices))
+        html, markdown = page.render(comparison, out, records, rows, choices)
+        write_text(out / "report.html", html)
+        write_text(out / "report.md", markdown)
     except OSError as error:
         raise LabError(
             f"{out} cannot be written to: {error.strerror or error}; the runs are kept, largemargin report {out} goes on"

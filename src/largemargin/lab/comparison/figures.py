@@ -5,27 +5,34 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..drawing import STYLE, axes, color_of, svg
+from ..drawing import BASELINE_COLOR, STYLE, axes, color_of, svg
 from ..results import RunRecord
 from ..run.evaluate import MARGIN_EDGES
+from ..run.methods import BASELINE
+from .choose import Choice
+from .evidence import Array, Reliability
 from .table import Row, error_text
 
 Records = Sequence[RunRecord]
+MOST_CLASSES = 24  # in a figure
 
 
 def figures_of(records: Records, colors: Mapping[str, str]) -> list[tuple[str, str, str]]:
     """Title, drawing and caption of each figure; none where every run diverged."""
     if not records:
         return []
+    curves = (
+        "Learning curves",
+        learning_curves(records, colors),
+        "Test error after each epoch that was measured: the mean over seeds, and the span of all seeds as a band.",
+    )
+    measured = sum(row["test_error"] is not None for row in records[0].epochs)
     return [
-        (
-            "Learning curves",
-            learning_curves(records, colors),
-            "Test error after each epoch that was measured: the mean over seeds, and the span of all seeds as a band.",
-        ),
+        *([curves] if measured > 1 else []),  # one point is no curve
         (
             "Margins",
             margin_histograms(records, colors),
@@ -135,3 +142,68 @@ def rho_curves(records: Records, colors: Mapping[str, str]) -> str:
         ax.set_xlabel("training batch")
         ax.set_ylabel("ρ̂ (nats)")
         return svg(figure)
+
+
+def class_errors_figure(classes: Sequence[str], baseline: Array, method: Array, label: str, color: str) -> str:
+    """The error of each class under both losses, the largest change on top; at most :data:`MOST_CLASSES`."""
+    change = method - baseline
+    order = np.argsort(-abs(np.nan_to_num(change)), kind="stable")[:MOST_CLASSES]
+    order = order[np.argsort(-np.nan_to_num(change[order]), kind="stable")]  # the largest gain ends on top
+    with matplotlib.rc_context(STYLE):
+        figure, ax = axes(4.2, 0.9 + 0.22 * len(order))
+        places = np.arange(len(order))
+        ax.hlines(places, baseline[order], method[order], color="#999999", linewidth=1.2, zorder=1)
+        ax.scatter(baseline[order], places, s=22, color=BASELINE_COLOR, label=BASELINE, zorder=2)
+        ax.scatter(method[order], places, s=22, color=color, label=label, zorder=3)
+        ax.set_yticks(places, [shortened(classes[i]) for i in order])
+        ax.grid(axis="y", visible=False)
+        ax.set_xlim(left=0)
+        ax.set_xlabel("test error of the class %, mean over seeds")
+        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=9, borderaxespad=0.2, handletextpad=0.1)
+        return svg(figure)
+
+
+def reliability_figure(found: Mapping[str, Reliability], colors: Mapping[str, str]) -> str:
+    """How often a prediction is right, by the probability that the network gives it."""
+    with matplotlib.rc_context(STYLE):
+        figure, ax = axes()
+        ax.plot([0, 1], [0, 1], color="#222222", linewidth=0.8, linestyle=":")
+        for label, bins in found.items():
+            full = bins.share > 0
+            ax.plot(bins.confidence[full], bins.accuracy[full], color=colors[label], linewidth=1.2, label=label)
+            ax.scatter(bins.confidence[full], bins.accuracy[full], s=4 + 120 * bins.share[full], color=colors[label], alpha=0.7)
+        ax.set_xlim(0, 1.02)
+        ax.set_ylim(0, 1.02)
+        ax.set_xlabel("probability of the predicted class")
+        ax.set_ylabel("share that is right")
+        ax.legend(loc="upper left", fontsize=9)
+        return svg(figure)
+
+
+def lambda_curve(choices: Sequence[Choice], colors: Mapping[str, str]) -> str:
+    """The validation error by lambda: mean and standard deviation over seeds; the chosen one is filled."""
+    with matplotlib.rc_context(STYLE):
+        figure, ax = axes(5.2, 3.0)
+        places = {lam: i for i, lam in enumerate(sorted({lam for choice in choices for lam in choice.errors}))}
+        for k, choice in enumerate(choices):
+            found = {lam: errors for lam, errors in sorted(choice.errors.items()) if errors}
+            means = [statistics.fmean(errors) for errors in found.values()]
+            stds = [statistics.stdev(errors) if len(errors) > 1 else 0.0 for errors in found.values()]
+            shift = 0.06 * (k - (len(choices) - 1) / 2)
+            x = [places[lam] + shift for lam in found]
+            style = ("-", "--", ":", "-.")[k % 4]
+            noise = f", label noise {choice.label_noise:g}" if len({c.label_noise for c in choices}) > 1 else ""
+            label = choice.loss.replace("_", " ") + noise
+            color = colors[choice.loss]
+            ax.errorbar(x, means, yerr=stds, color=color, linestyle=style, linewidth=1.4, capsize=3, marker="o", mfc="white", label=label)
+            if choice.lam in found:
+                ax.scatter([places[choice.lam] + shift], [means[list(found).index(choice.lam)]], s=40, color=color, zorder=5)
+        ax.set_xticks(list(places.values()), [f"{lam:g}" for lam in places])
+        ax.set_xlabel("λ")
+        ax.set_ylabel("validation error %")
+        ax.legend(fontsize=9)
+        return svg(figure)
+
+
+def shortened(name: str, most: int = 18) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"

@@ -1,9 +1,14 @@
 """The folder of a comparison: what was asked for, and the records of the runs that are finished."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..errors import LabError
+from ..predictions import NAME, Predictions
 from ..results import RunRecord, result_of
 from ..run.environment import default_device
 from ..run.recipe import Recipe
@@ -63,3 +68,23 @@ def complete_record(recipe: Recipe, runs: Path) -> RunRecord | None:
         except ValueError as error:
             raise LabError(f"{runs / recipe.id / 'result.json'} is not a whole record ({error}); remove it to run it again") from error
     return record
+
+
+def predictions_of(record: RunRecord, out: Path) -> Predictions | None:
+    """What the network of a run said of the test set, if the run kept it."""
+    path = out / "runs" / record.recipe.id / NAME
+    return Predictions.load(path) if path.is_file() else None
+
+
+def outcomes_of(records: Sequence[RunRecord], out: Path) -> dict[str, NDArray[np.bool_]]:
+    """Which test samples each run gets wrong, by the id of the run; only of runs that were measured on the samples of the first."""
+    found: dict[str, NDArray[np.bool_]] = {}
+    first: Predictions | None = None
+    for record in records:
+        predictions = predictions_of(record, out)
+        if predictions is None:
+            continue
+        first = first or Predictions(predictions.logits[:0], predictions.labels, predictions.ids, predictions.predicted)
+        if np.array_equal(first.ids, predictions.ids) and np.array_equal(first.labels, predictions.labels):
+            found[record.recipe.id] = predictions.wrong
+    return found

@@ -5,6 +5,8 @@ This module is read by the command line before anything heavy is imported, so it
 
 import dataclasses
 import itertools
+import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,3 +140,17 @@ class Comparison:
             values["lam"] = lam
         values |= {name: value for name, value in self.overrides.items() if name not in OF_SOME_LOSSES or has_setting(loss, name)}
         return Recipe(loss=loss, seed=seed, **values | more)
+
+    def command(self) -> str:
+        """The command that makes this comparison: what differs from the defaults."""
+        words = ["largemargin", "compare"]
+        for name, default in ((f.name, f.default) for f in dataclasses.fields(self)):
+            value = getattr(self, name)
+            if name in ("overrides", "data_digest") or value == default:
+                continue
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{name.replace('_', '-')}", *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)]
+        for name, value in self.overrides.items():
+            if name != "weights_digest":
+                words += [f"--recipe.{name}", value if isinstance(value, str) else json.dumps(value)]
+        return shlex.join(words)

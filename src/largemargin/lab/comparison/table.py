@@ -4,10 +4,12 @@ import csv
 import dataclasses
 import io
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
@@ -15,8 +17,12 @@ from rich.table import Table
 
 from ..results import RunRecord, kept, who_diverged
 from ..run.methods import BASELINE, LOSSES, SYMBOLS
-from ..stats import Difference, mean_or_nan, paired_difference, spread, verdict_of
+from ..stats import Paired, mean_or_nan, paired, spread
+from ..verdicts import Judged, judge
 from ..words import counted
+
+VERDICTS_ON_SCREEN = 4
+Outcomes = Mapping[str, NDArray[np.bool_]]  # by the id of a run: which test samples its network gets wrong
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Row:
     diverged: int
     error: float
     error_std: float | None
-    difference: Difference | None
+    judged: Judged | None  # beside the baseline; None for the baseline, and for fewer than two pairs
     margin: float
     rho: float
     ece: float
@@ -41,32 +47,40 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        return "n/a" if self.difference is None else verdict_of(self.difference.verdict, self.diverged)
+        return "n/a" if self.judged is None else self.judged.verdict
 
 
-def summarise(records: Sequence[RunRecord]) -> list[Row]:
-    """The lines of the table, in the order in which losses and noise first come."""
+def summarise(records: Sequence[RunRecord], outcomes: Outcomes | None = None, looks: int = 1) -> list[Row]:
+    """The lines of the table, in the order in which losses and noise first come; Holm's correction runs over all of them.
+
+    ``outcomes`` are of runs on the same samples; with those of all pairs, the verdicts say what holds over samples too. ``looks`` is how
+    often the comparison was to be judged while seeds were added.
+    """
     groups: dict[tuple[float, str], list[RunRecord]] = {}
     for record in records:
         groups.setdefault((record.recipe.label_noise, record.recipe.loss), []).append(record)
-
-    def errors_by_seed(noise: float, loss: str) -> dict[int, float]:
-        return {record.recipe.seed: record.measured.error for record in kept(groups.get((noise, loss), []))}
+    of_seeds = {key: {record.recipe.seed: record for record in kept(group)} for key, group in groups.items()}
+    ordered = sorted(groups, key=lambda key: key[0])
+    pairs = {key: _paired(of_seeds[key], of_seeds.get((key[0], BASELINE), {}), outcomes or {}) for key in ordered if key[1] != BASELINE}
+    compared = {key: found for key, found in pairs.items() if found is not None}
+    lost = {key: len(group) - len(of_seeds[key]) for key, group in groups.items()}
+    named = [(groups[key][0].recipe.loss_label, BASELINE, found, lost[key]) for key, found in compared.items()]
+    judged = dict(zip(compared, judge(named, looks), strict=True))
 
     rows = []
-    for (noise, loss), group in sorted(groups.items(), key=lambda item: item[0][0]):
-        errors = errors_by_seed(noise, loss)
-        means = {name: mean_or_nan([getattr(record.measured, name) for record in kept(group)]) for name in ("margin", "rho", "ece", "nll")}
+    for key in ordered:
+        errors = [record.measured.error for record in of_seeds[key].values()]
+        means = {name: mean_or_nan([getattr(r.measured, name) for r in of_seeds[key].values()]) for name in ("margin", "rho", "ece", "nll")}
         rows.append(
             Row(
-                label=group[0].recipe.loss_label,
-                loss=loss,
-                label_noise=noise,
-                n=len(group),
-                diverged=len(group) - len(errors),
-                error=mean_or_nan(list(errors.values())),
-                error_std=statistics.stdev(errors.values()) if len(errors) > 1 else None,
-                difference=None if loss == BASELINE else paired_difference(errors, errors_by_seed(noise, BASELINE)),
+                label=groups[key][0].recipe.loss_label,
+                loss=key[1],
+                label_noise=key[0],
+                n=len(groups[key]),
+                diverged=lost[key],
+                error=mean_or_nan(errors),
+                error_std=statistics.stdev(errors) if len(errors) > 1 else None,
+                judged=judged.get(key),
                 **means,
             )
         )
@@ -74,20 +88,34 @@ def summarise(records: Sequence[RunRecord]) -> list[Row]:
 
 
 def as_json(row: Row) -> dict[str, Any]:
-    """A row for ``--json``."""
-    return dataclasses.asdict(row) | {"verdict": None if row.loss == BASELINE else row.verdict}
+    """A row for ``--json``, with what its verdict rests on."""
+    plain = dataclasses.asdict(row)
+    plain["judged"] = None if row.judged is None else {**plain["judged"], "sentences": row.judged.sentences()}
+    return plain | {"verdict": None if row.loss == BASELINE else row.verdict}
+
+
+def _paired(method: Mapping[int, RunRecord], baseline: Mapping[int, RunRecord], outcomes: Outcomes) -> Paired | None:
+    """The pairs of two losses, over the seeds that both have."""
+    seeds = sorted(method.keys() & baseline.keys())
+    differences = [method[seed].measured.error - baseline[seed].measured.error for seed in seeds]
+    wrong = [[outcomes.get(runs[seed].recipe.id) for seed in seeds] for runs in (method, baseline)]
+    if len(seeds) < 2 or any(found is None for found in wrong[0] + wrong[1]):
+        return paired(differences)
+    ours, theirs = (np.array(found, dtype=np.float64) for found in wrong)
+    return paired(differences, 100 * (ours - theirs))
 
 
 COLUMNS = ("loss", "test error %", "minus softmax [95%]", "verdict", "margin", "rho-hat", "ECE %", "NLL")
 NOTE = (
-    "Test error at the last epoch, mean ± std (n-1) over seeds. The interval is of the paired difference over seeds (Student t): "
-    "it covers the seeds, not the choice of test samples. One seed has no interval. Runs that diverged are in no mean and no pair."
+    "Test error at the last epoch, mean ± std (n-1) over seeds. The interval is a 95% interval of the paired difference over seeds "
+    "(Student's t, unadjusted): it covers the seeds, not the choice of test samples. A verdict is a paired t test with Holm's correction "
+    "for all verdicts of this report. One seed has no interval. Runs that diverged are in no mean and no pair."
 )
 
 
 def cells(row: Row) -> tuple[str, ...]:
     """The cells of a row as text, under COLUMNS."""
-    difference = "n/a" if row.difference is None else row.difference.text
+    difference = "n/a" if row.judged is None else row.judged.text
     verdict = row.verdict
     if row.loss == BASELINE:
         difference, verdict = "–", "–"
@@ -138,6 +166,19 @@ def print_tables(rows: Sequence[Row], console: Console) -> None:
                     markup=False,
                 )
     console.print(NOTE, style="dim")
+
+
+def print_evidence(rows: Sequence[Row], console: Console) -> None:
+    """What each verdict rests on; of more than :data:`VERDICTS_ON_SCREEN` the reports tell it."""
+    judged = [(row.label_noise, row.judged) for row in rows if row.judged is not None]
+    if len(judged) > VERDICTS_ON_SCREEN:
+        console.print("What each verdict rests on: report.html and report.md.", style="dim", highlight=False)
+        return
+    for noise, found in judged:
+        where = f", label noise {noise:g}" if noise else ""
+        console.print(f"\n{found.method} beside {found.baseline}{where}: {found.verdict}", style="bold", highlight=False, markup=False)
+        for sentence in found.sentences():
+            console.print(f"- {sentence}", highlight=False, markup=False, soft_wrap=True)
 
 
 def table(rows: Sequence[Row], columns: Sequence[int]) -> Table:

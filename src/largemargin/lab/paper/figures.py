@@ -16,7 +16,7 @@ from ..drawing import STYLE, axes, color_of
 from ..results import NOT_FINITE, RunRecord
 from ..run.methods import BASELINE, LOSSES
 from ..run.recipe import Recipe
-from ..stats import moments, paired_difference
+from ..stats import moments, paired_by_seed, verdict
 from ..words import counted
 from .lines import Entry, Line, join, setting, unique_records
 
@@ -195,7 +195,7 @@ def symmetry_drawing(curves: Curves) -> tuple[Figure, list[str]] | None:
         pairs = values.keys() & last.get(BASELINE, {}).keys()
         if label == BASELINE or not pairs:
             continue
-        difference = paired_difference(values, last[BASELINE])
+        difference = paired_by_seed(values, last[BASELINE])
         if difference is None:
             (seed,) = pairs
             word = "nearer" if values[seed] < last[BASELINE][seed] else "not nearer"
@@ -204,8 +204,13 @@ def symmetry_drawing(curves: Curves) -> tuple[Figure, list[str]] | None:
             told = {
                 "better": f"{label} ends nearer to super-symmetry than {BASELINE}",
                 "worse": f"{label} ends farther from super-symmetry than {BASELINE}",
-            }.get(difference.verdict, f"These seeds do not tell whether {label} ends nearer to super-symmetry than {BASELINE}")
-            sentences.append(f"{told} (difference {difference.mean:+.3g}, 95% [{difference.low:+.3g}, {difference.high:+.3g}]).")
+            }.get(
+                verdict(difference.mean, difference.p),
+                f"These seeds do not tell whether {label} ends nearer to super-symmetry than {BASELINE}",
+            )
+            interval = difference.over_seeds
+            of_seeds = "no spread" if interval is None else f"95% [{interval.low:+.3g}, {interval.high:+.3g}]"
+            sentences.append(f"{told} (difference {difference.mean:+.3g}, {of_seeds}).")
     return figure, sentences
 
 

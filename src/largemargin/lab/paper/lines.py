@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from ..results import RunRecord, kept
 from ..run.methods import BASELINE, OF_SOME_LOSSES
 from ..run.recipe import Recipe
-from ..stats import Difference, moments, paired_difference, spread, verdict_of
+from ..stats import moments, paired_by_seed, spread
+from ..verdicts import Judged, judge
 from ..words import counted
 from .cells import SCALES, Cell, Number, Scale
 
@@ -57,7 +58,7 @@ class Line:
     diverged: int
     baseline: Entry | None
     pairs: dict[int, float]  # by seed: error minus the baseline's
-    difference: Difference | None
+    judged: Judged | None  # beside the baseline; None for fewer than two pairs
     command: str
     full_size: bool  # only then the level is the paper's
 
@@ -85,13 +86,13 @@ class Line:
 
     @property
     def minus_baseline(self) -> str:
-        if self.difference is not None:
-            return self.difference.text
+        if self.judged is not None:
+            return self.judged.text
         return f"{next(iter(self.pairs.values())):+.2f} (one seed)" if self.pairs else "–"
 
     @property
     def verdict(self) -> str:
-        return verdict_of(self.difference.verdict, self.diverged) if self.difference is not None else "–"
+        return self.judged.verdict if self.judged is not None else "–"
 
     @property
     def paper_difference(self) -> float | None:
@@ -102,9 +103,10 @@ class Line:
     @property
     def inside(self) -> bool | None:
         """Whether the interval contains the paper's difference; None where one of them is not known, or the runs are not as large."""
-        if self.difference is None or self.paper_difference is None or not self.full_size:
+        interval = self.judged.paired.over_seeds if self.judged is not None else None
+        if interval is None or self.paper_difference is None or not self.full_size:
             return None
-        return self.difference.low <= self.paper_difference <= self.difference.high
+        return interval.low <= self.paper_difference <= interval.high
 
     @property
     def paper_minus_baseline(self) -> str:
@@ -165,24 +167,33 @@ def baseline_of(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
 
 
 def lines_of(entries: Sequence[Entry], scale: Scale) -> list[Line]:
-    lines = []
-    for entry in entries:
-        errors, baseline = errors_of(entry), baseline_of(entry, entries)
-        others = errors_of(baseline) if baseline is not None else {}
-        lines.append(
-            Line(
-                entry=entry,
-                errors=errors,
-                best={record.recipe.seed: best_error(record) for record in kept(entry.records)},
-                diverged=len(entry.records) - len(kept(entry.records)),
-                baseline=baseline,
-                pairs={seed: errors[seed] - others[seed] for seed in sorted(errors.keys() & others.keys())},
-                difference=paired_difference(errors, others),
-                command=command_of(entry, scale),
-                full_size=full_size([entry]),
-            )
+    """The cells with what was measured of them; Holm's correction runs over all verdicts."""
+    baselines = [baseline_of(entry, entries) for entry in entries]
+    errors = [errors_of(entry) for entry in entries]
+    others = [errors_of(baseline) if baseline is not None else {} for baseline in baselines]
+    lost = [len(entry.records) - len(kept(entry.records)) for entry in entries]
+    # a cell may stand in more than one table: the same runs have one verdict
+    runs = [tuple(record.recipe.id for record in entry.records) for entry in entries]
+    compared = {
+        runs[i]: (entry.cell.name, BASELINE, found, lost[i])
+        for i, entry in enumerate(entries)
+        if (found := paired_by_seed(errors[i], others[i])) is not None
+    }
+    judged = dict(zip(compared, judge(list(compared.values())), strict=True))
+    return [
+        Line(
+            entry=entry,
+            errors=errors[i],
+            best={record.recipe.seed: best_error(record) for record in kept(entry.records)},
+            diverged=lost[i],
+            baseline=baselines[i],
+            pairs={seed: errors[i][seed] - others[i][seed] for seed in sorted(errors[i].keys() & others[i].keys())},
+            judged=judged.get(runs[i]),
+            command=command_of(entry, scale),
+            full_size=full_size([entry]),
         )
-    return lines
+        for i, entry in enumerate(entries)
+    ]
 
 
 def command_of(entry: Entry, scale: Scale) -> str:

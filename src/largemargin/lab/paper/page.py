@@ -1,6 +1,7 @@
 """The report of a reproduction: the paper's numbers beside ours, the figures, and everything that separates the two."""
 
 import csv
+import dataclasses
 import io
 import json
 import statistics
@@ -42,7 +43,8 @@ from .lines import (
 
 NOTE = (
     "Errors are top-1 in percent at the last epoch, mean ± std (n-1) over seeds. A difference is paired by seed, with its 95% Student-t "
-    "interval: it covers the seeds, not the choice of test samples. Better or worse is said only where that interval excludes 0. "
+    "interval, unadjusted: it covers the seeds, not the choice of test samples. A verdict is a paired t test with Holm's correction for "
+    "all verdicts of this report, so that an interval may exclude 0 and the verdict be inconclusive. "
     "Runs that diverged are counted, and left out of every mean and pair. The best measured epoch is chosen by the set that it is measured "
     "on: it flatters every method, and is given only because the program of the author's port prints such a number; the README of the port "
     "does not say of which epoch its errors are."
@@ -129,7 +131,7 @@ def other_than_at_scale(entries: Sequence[Entry], scale: Scale) -> set[tuple[str
 
 def table_sentences(lines: Sequence[Line]) -> list[str]:
     """What a table says as a whole."""
-    verdicts = [line.verdict for line in lines if line.difference is not None]
+    verdicts = [line.verdict for line in lines if line.judged is not None]
     sentences = []
     if verdicts:
         counts = [f"{verdicts.count(word)} {word}" for word in ("better", "worse", "inconclusive") if word in verdicts]
@@ -203,7 +205,7 @@ def results_csv(lines: Sequence[Line], scale: Scale) -> str:
     differences = ("baseline", "difference", "low", "high", "verdict", "paper_difference", "paper_inside")
     writer.writerow(["table", "row", "column", "cell", "scale", *numbers, *runs, *differences, "command"])
     for line in lines:
-        cell, entry, d = line.cell, line.entry, line.difference
+        cell, entry, judged = line.cell, line.entry, line.judged
         pairs: list[tuple[float | None, float | None]] = [
             *((number.mean, number.std) if number else (None, None) for number in (cell.paper, cell.port)),
             *(moments(values.values()) if values else (None, None) for values in (line.errors, line.best)),
@@ -212,7 +214,9 @@ def results_csv(lines: Sequence[Line], scale: Scale) -> str:
         values += [len(entry.records), len(entry.recipes), line.diverged, " ".join(map(str, sorted(line.errors)))]
         values += [line.baseline.cell.name if line.baseline else None]
         mean = statistics.fmean(line.pairs.values()) if line.pairs else None
-        values += [mean, *((d.low, d.high, line.verdict) if d else (None, None, None)), line.paper_difference, line.inside, line.command]
+        interval = judged.paired.over_seeds if judged else None
+        values += [mean, *((interval.low, interval.high) if interval else (None, None)), line.verdict if judged else None]
+        values += [line.paper_difference, line.inside, line.command]
         writer.writerow(["" if value is None else round(value, 6) if isinstance(value, float) else value for value in values])
     return text.getvalue()
 
@@ -243,7 +247,7 @@ def print_lines(sections: Sequence[Section], console: Console) -> None:
 
 def as_json(line: Line) -> dict[str, Any]:
     """A line for ``--json``."""
-    cell, interval = line.cell, line.difference
+    cell, judged = line.cell, line.judged
     return {
         "cell": cell.name,
         "paper": cell.paper and vars(cell.paper),
@@ -251,8 +255,8 @@ def as_json(line: Line) -> dict[str, Any]:
         "errors": line.errors,
         "diverged": line.diverged,
         "runs": {"finished": len(line.entry.records), "planned": len(line.entry.recipes)},
-        "difference": interval and vars(interval),
-        "verdict": interval and line.verdict,
+        "judged": judged and dataclasses.asdict(judged),
+        "verdict": judged and line.verdict,
     }
 
 
