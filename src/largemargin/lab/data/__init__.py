@@ -44,20 +44,40 @@ STREAMED = tuple(name for name, known in SETS.items() if known.streamed)
 
 
 def load(
-    data: str, data_root: str, image_size: int, streamed: bool = False, on_image: Callable[[int, int], object] = lambda *_: None
+    data: str,
+    data_root: str,
+    image_size: int,
+    streamed: bool = False,
+    on_image: Callable[[int, int], object] = lambda *_: None,
+    *,
+    labels: str = "",
+    unverified: bool = False,
 ) -> "ImageSet | FileSet":
-    """The data set called ``data``, one of :data:`SETS` or the path of an image folder, which ``streamed`` leaves in its files.
+    """The data set called ``data``: one of :data:`SETS`, an npz file, or an image folder, which ``streamed`` leaves in its files.
 
-    ``on_image`` hears how many images of how many are decoded.
+    ``on_image`` hears how many images of how many are decoded. ``labels`` is a file with other training labels for a folder;
+    ``unverified`` takes files of SVHN whose md5 is not the published one.
     """
+    is_folder = data not in SETS and not is_array_file(data)
+    if labels and not is_folder:
+        raise LabError(f"--labels {labels} is for the images of a folder, and --data is {data}; leave it out")
+    if unverified and data not in ARCHIVED:
+        raise LabError(f"--unverified is for svhn, whose files have a published md5, and --data is {data}; leave it out")
     found: ImageSet | FileSet
     if data in SETS:
-        found = _reader(SETS[data].read)(data, Path(data_root).expanduser())
+        found = _reader(SETS[data].read)(data, Path(data_root).expanduser(), **({"unverified": True} if unverified else {}))
+    elif not is_folder:
+        found = _reader("arrays:image_arrays")(Path(data).expanduser())
     elif streamed:
-        found = _reader("folders:streamed_folder")(Path(data).expanduser())
+        found = _reader("folders:streamed_folder")(Path(data).expanduser(), labels)
     else:
-        found = _reader("folders:image_folder")(Path(data).expanduser(), image_size, on_image)
+        found = _reader("folders:image_folder")(Path(data).expanduser(), image_size, on_image, labels)
     return found
+
+
+def is_array_file(data: str) -> bool:
+    """Whether it names a file of arrays, which is read as it is."""
+    return data.lower().endswith(".npz")
 
 
 def _reader(name: str) -> Any:

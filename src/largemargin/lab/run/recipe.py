@@ -25,7 +25,7 @@ from ..options import (
 )
 from .methods import LOSSES, METHODS, SYMBOLS, Settings
 
-PLACES = ("data", "data_root", "weights")  # fields that say where, not what
+PLACES = ("data", "data_root", "weights", "labels")  # fields that say where, not what
 SCHEDULES = ("log", "cosine", "steps")
 AUGMENTATIONS = ("shift", "inception")
 PRECISIONS = ("float32", "tf32", "bfloat16")
@@ -55,6 +55,16 @@ class Recipe(Settings):
     label_noise: float = option(
         0.0, help="this share of the training labels is moved to another class", type=SHARE, metavar="SHARE", usual=True
     )
+    noise_kind: str | None = option(
+        None, help="asymmetric: labels are moved to the next class; human: CIFAR-100N; None: uniformly to any other class", computed=True
+    )
+    long_tail: float | None = option(
+        None, help="class sizes fall exponentially; this is the largest over the smallest", type=POSITIVE, metavar="RATIO", usual=True
+    )
+    labels: str | None = option(
+        None, help="a CSV file (image, label) with other labels for the training images of a folder", metavar="FILE", usual=True
+    )
+    unverified: bool | None = option(None, help="whether files of svhn are taken whose md5 is not the published one", computed=True)
     validation_fraction: float = option(
         0.0, help="this share of what is used is held out; such a run measures itself there and never sees the test set", type=SHARE_BELOW_1
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..data.folders import FileSet
+from ..data.human_labels import human_labels
 from ..data.images import ImageSet
 from ..errors import LabError
 from ..files import write_atomically
@@ -44,6 +45,42 @@ def pollute_labels(labels: Tensor, noise: float, num_classes: int, generator: to
     return moved
 
 
+def move_to_the_next_class(labels: Tensor, noise: float, num_classes: int, generator: torch.Generator) -> Tensor:
+    """A copy in which exactly ``round(noise * len(labels))`` labels are moved, each to the class after its own, the last to the first."""
+    chosen = torch.randperm(len(labels), generator=generator)[: round(noise * len(labels))]
+    moved = labels.clone()
+    moved[chosen] = (labels[chosen] + 1) % num_classes
+    return moved
+
+
+def long_tail(labels: Tensor, ratio: float, num_classes: int, generator: torch.Generator) -> Tensor:
+    """The indices of a training set with exponential class sizes, in their old order (Cui et al., 2019).
+
+    Class ``c`` keeps ``largest * ratio ** (-c / (C - 1))`` samples, at least one and at most those that it has, drawn without replacement.
+    """
+    counts = torch.bincount(labels, minlength=num_classes)
+    largest = int(counts.max())
+    order = torch.randperm(len(labels), generator=generator)
+    kept = []
+    for c in range(num_classes):
+        wanted = max(1, round(largest * ratio ** (-c / max(num_classes - 1, 1))))
+        kept.append(order[labels[order] == c][:wanted])
+    return torch.cat(kept).sort().values
+
+
+def believed_labels(recipe: Recipe, labels: Tensor, chosen: Tensor, num_classes: int) -> Tensor:
+    """The labels of the chosen samples as training sees them."""
+    generator = seeded(recipe.seed, "noise")
+    match recipe.noise_kind:
+        case None:
+            return pollute_labels(labels[chosen], recipe.label_noise, num_classes, generator)
+        case "asymmetric":
+            return move_to_the_next_class(labels[chosen], recipe.label_noise, num_classes, generator)
+        case "human":
+            return human_labels(Path(recipe.data_root).expanduser(), labels)[chosen]
+    raise LabError(f"noise_kind must be uniform, asymmetric or human, got {recipe.noise_kind!r}")
+
+
 class Rows(NamedTuple):
     """Which samples of the training set a run uses, and the labels it believes: int64 tensors."""
 
@@ -56,7 +93,9 @@ class Rows(NamedTuple):
 def choose_rows(recipe: Recipe, labels: Tensor, num_classes: int) -> Rows:
     """The subset of the recipe, with its noise, and the part of it that is held out: validation labels are as wrong as the others."""
     chosen = subsample(len(labels), recipe.train_fraction, seeded(recipe.seed, "subset"))
-    believed = pollute_labels(labels[chosen], recipe.label_noise, num_classes, seeded(recipe.seed, "noise"))
+    if recipe.long_tail is not None:
+        chosen = chosen[long_tail(labels[chosen], recipe.long_tail, num_classes, seeded(recipe.seed, "long tail"))]
+    believed = believed_labels(recipe, labels, chosen, num_classes)
     held_out = torch.zeros(len(chosen), dtype=torch.bool)
     if recipe.validation_fraction:
         held_out[subsample(len(chosen), recipe.validation_fraction, seeded(recipe.seed, "validation"))] = True
