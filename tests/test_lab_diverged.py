@@ -10,14 +10,15 @@ import torch
 from largemargin.lab import cli
 from largemargin.lab.comparison.choose import choice_cells, choose
 from largemargin.lab.comparison.figures import overview
-from largemargin.lab.comparison.page import headline
+from largemargin.lab.comparison.recommendation import advice
 from largemargin.lab.comparison.table import cells, summarise
 from largemargin.lab.paper.lines import Line
 from largemargin.lab.results import NOT_FINITE, ONE_CLASS, RunRecord
 from largemargin.lab.run.evaluate import evaluate
 from largemargin.lab.run.methods import LOSSES
 from largemargin.lab.run.recipe import Recipe
-from largemargin.lab.stats import Difference
+from largemargin.lab.stats import paired
+from largemargin.lab.verdicts import judge
 
 FINITE = {"error": 10.0, "nll": 0.4, "ece": 2.0, "margin": 3.0, "rho": 0.5, "predicted_classes": 10, "target_classes": 10}
 
@@ -80,17 +81,17 @@ def test_a_diverged_seed_is_in_no_mean_and_no_pair(loss):
     rows = {row.loss: row for row in summarise(records)}
     without = {row.loss: row for row in summarise([r for r in records if not r.why_diverged])}
     assert (rows[loss].n, rows[loss].diverged) == (4, 1)
-    for name in ("error", "error_std", "margin", "rho", "ece", "nll", "difference"):
+    for name in ("error", "error_std", "margin", "rho", "ece", "nll"):
         assert getattr(rows[loss], name) == getattr(without[loss], name)
-    assert rows["large_margin"].difference == without["large_margin"].difference
+    assert rows["large_margin"].judged.paired == without["large_margin"].judged.paired
     assert cells(rows[loss])[1].endswith("(1 diverged)")
 
 
 def test_a_loss_with_a_diverged_run_is_not_called_better():
     records = records_with_one_diverged("large_margin")
     row = summarise(records)[1]
-    assert row.difference.verdict == "better" and row.verdict == "inconclusive"
-    assert "better" not in cells(row) and "better" not in " ".join(headline([row]))
+    assert row.judged.paired.over_seeds.high < 0 and row.verdict == "inconclusive"
+    assert "better" not in cells(row) and "stay with softmax" in " ".join(advice(summarise(records)))
     assert summarise(records_with_one_diverged("softmax"))[1].verdict == "better"
 
 
@@ -101,9 +102,10 @@ def test_a_loss_with_a_diverged_run_can_be_worse():
 
 
 def test_the_verdict_of_the_reproduction_follows_the_same_rule():
-    difference = Difference(-2.0, -3.0, -1.0)
-    values = dict(entry=None, errors={0: 1.0}, best={}, baseline=None, pairs={}, difference=difference, command="", full_size=True)
-    assert Line(**values, diverged=0).verdict == "better" and Line(**values, diverged=1).verdict == "inconclusive"
+    difference = paired([-2.0, -2.1, -1.9])
+    values = dict(entry=None, errors={0: 1.0}, best={}, baseline=None, pairs={}, command="", full_size=True)
+    verdicts = [Line(**values, diverged=n, judged=judge([("ours", "softmax", difference, n)])[0]).verdict for n in (0, 1)]
+    assert verdicts == ["better", "inconclusive"]
 
 
 def test_where_all_diverged_no_number_is_shown():

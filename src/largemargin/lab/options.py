@@ -53,7 +53,7 @@ class Option:
     """What the command line knows of a field."""
 
     help: str
-    type: Kind | tuple[str, ...] | None  # a number within bounds, one of these words, or None: what the field's annotation says
+    type: Any  # a Kind of number, one of these words, a type, or None: what the field's annotation says
     metavar: str
     usual: bool  # most people may want it: `--help` shows it, and `--help-all` the others
     computed: bool  # found out by the run itself, and no option of the command line
@@ -64,7 +64,7 @@ def option(
     default: Any = UNSET,
     *,
     help: str,
-    type: Kind | tuple[str, ...] | None = None,
+    type: Any = None,
     metavar: str = "VALUE",
     usual: bool = False,
     computed: bool = False,

@@ -13,6 +13,7 @@ from typing import Any
 
 from .errors import LabError
 from .run.evaluate import Evaluation
+from .run.noise import text_of
 from .run.recipe import Recipe
 from .words import counted
 
@@ -153,7 +154,7 @@ def who_diverged(records: Sequence[RunRecord]) -> list[str]:
     found = [(record.recipe, record.why_diverged) for record in records if record.why_diverged]
     if not found:
         return []
-    names = [f"{recipe.loss_label}, label noise {recipe.label_noise:g}, seed {recipe.seed} ({reason})" for recipe, reason in found[:10]]
+    names = [f"{recipe.loss_label}, label noise {text_of(recipe.noise)}, seed {recipe.seed} ({reason})" for recipe, reason in found[:10]]
     rest = f"; and {len(found) - 10} more" if len(found) > 10 else ""
     return [
         f"{len(found)} of {counted(len(records), 'run')} diverged: {'; '.join(names)}{rest}. Means and pairs leave them out, and a loss "

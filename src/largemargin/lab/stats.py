@@ -197,11 +197,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def looks_of(first: int, most: int) -> tuple[int, ...]:
-    """When pairs are added until the verdict is clear: how many there are at each of at most 4 looks, evenly spaced."""
-    return tuple(sorted({first, *(first + (most - first) * step // 3 for step in (1, 2, 3))}))
-
-
 def adjusted(p_values: Sequence[float], looks: int = 1) -> list[float]:
     """Holm's adjusted p values, times the number of planned looks at growing data (Bonferroni): the error of all looks is held."""
     return [min(1.0, looks * p) for p in holm(p_values)]

@@ -68,7 +68,9 @@ def type_of(option: Option, annotation: Any) -> Any:
     """What the parser checks the value of an option by."""
     if isinstance(option.type, Kind):
         return number_type(option.type)
-    return annotation if option.type is None else typing.Literal[option.type]
+    if isinstance(option.type, tuple):
+        return typing.Literal[option.type]
+    return annotation if option.type is None else option.type
 
 
 def add_fields(

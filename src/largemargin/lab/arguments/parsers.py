@@ -18,6 +18,7 @@ from .options import DEVICE_HELP, add_budget, add_eager, add_fields, add_json, a
 
 # the fields of a recipe that have an option of their own in compare
 OWN = "loss seed lam data data_root image_size network epochs device train_fraction label_noise validation_fraction".split()
+OWN += ["long_tail", "labels"]
 FIGURES = ("fig1", "fig2", "fig4")  # computed at once, without runs
 # what the cells of a reproduction are made of
 OF_CELLS = ("loss", "seed", "data", "data_root", "train_fraction", "label_noise", "validation_fraction", "weights", *OF_SOME_LOSSES)

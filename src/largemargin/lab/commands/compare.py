@@ -14,10 +14,11 @@ from ..comparison import page, table
 from ..comparison.choose import choose, chosen_of, print_choices
 from ..comparison.figures import overview
 from ..comparison.folder import MARKER, check_folder, device_of, finished_records, outcomes_of, reopen
-from ..comparison.plan import Comparison
-from ..comparison.recommendation import advice
+from ..comparison.plan import AUTO, FIRST_LOOK, MAX_SEEDS, Comparison
+from ..comparison.recommendation import advice, is_clear
 from ..comparison.table import Row, print_evidence, print_tables, remarks, results_csv, summarise
 from ..data.folders import FileSet
+from ..data.human_labels import human_labels
 from ..data.images import ImageSet
 from ..errors import LabError
 from ..files import write_json, write_text
@@ -29,6 +30,7 @@ from ..queue.runs import default_jobs
 from ..results import result_of
 from ..run.environment import check_device, device_label
 from ..run.methods import check_settings
+from ..run.noise import HUMAN, parsed
 from ..run.recipe import Recipe, unread
 from ..run.rows import check_shares, sizes
 from ..words import counted
@@ -47,9 +49,11 @@ def run(options: Any, console: Console) -> None:
     check_name(options.network)
     if not isinstance(options.recipe, Namespace):
         raise LabError(f"recipe: in the --config file needs fields with their values, got {options.recipe!r}")
-    names = ("data", "data_root", "image_size", "network", "validation_fraction", "epochs", "train_fraction")
-    settings: dict[str, Any] = {name: options[name] for name in names}
-    settings |= {name: list(dict.fromkeys(options[name])) for name in ("losses", "lam", "seeds", "label_noise")}
+    names = ("data", "data_root", "image_size", "network", "validation_fraction", "epochs", "train_fraction", "long_tail", "labels")
+    settings: dict[str, Any] = {name: options[name] for name in names} | {"unverified": bool(options.unverified)}
+    settings |= {name: list(dict.fromkeys(options[name])) for name in ("losses", "lam")}
+    settings["label_noise"] = list(dict.fromkeys(map(parsed, options.label_noise)))
+    settings |= seeds_of(options.seeds, options.max_seeds)
     settings["device"] = options.device or device_of(path_of(options.out))
     comparison = Comparison.from_dict(plain(settings) | {"overrides": given_fields(options.recipe)})
     rows = compare(
@@ -66,6 +70,23 @@ def run(options: Any, console: Console) -> None:
     if options.json:
         out = path_of(options.out)
         print_json(as_json(reopen(out), rows, out))
+
+
+def seeds_of(seeds: list[Any], max_seeds: int | None) -> dict[str, Any]:
+    """The seeds of a comparison, from ``--seeds`` and ``--max-seeds``."""
+    if AUTO not in seeds:
+        if max_seeds is not None:
+            raise LabError(f"--max-seeds {max_seeds} is for --seeds auto; leave it out, or give --seeds auto")
+        for seed in seeds:
+            if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+                raise LabError(f"--seeds must be whole numbers from 0 on, or auto, got {seed}")
+        return {"seeds": list(dict.fromkeys(seeds))}
+    if len(seeds) > 1:
+        raise LabError(f"--seeds auto stands alone, got {' '.join(map(str, seeds))}")
+    most = MAX_SEEDS if max_seeds is None else max_seeds
+    if most < FIRST_LOOK:
+        raise LabError(f"--max-seeds must be at least {FIRST_LOOK}, the pairs of the first look, got {most}")
+    return {"seeds": list(range(FIRST_LOOK)), "max_seeds": most}
 
 
 def as_json(comparison: Comparison, rows: Sequence[Row], out: Path) -> dict[str, Any]:
@@ -124,11 +145,13 @@ def compare(
     # bad data and weights stop here, before anything is written
     example = comparison.example
     with reading_images(console) as on_image:
-        images = data.load(comparison.data, comparison.data_root, example.image_size, example.streamed, on_image)
+        images = data.load_of(example, on_image)
     comparison = dataclasses.replace(comparison, data_digest=images.digest())
     check_network(comparison.example, images)
     if (out / MARKER).is_file() and reopen(out) != comparison:
         console.print(f"{out} held a comparison with other options: its runs are kept, its table and report are replaced", markup=False)
+    if HUMAN in comparison.label_noise:
+        human_labels(Path(comparison.data_root).expanduser(), images.train_labels)  # it is there, and of these images
     for recipe in (comparison.example, *comparison.validating_recipes()[:1]):
         check_shares(recipe, len(images.train_labels), len(images.classes))
     console.print(sizes(comparison.example, images), markup=False, highlight=False)
@@ -167,8 +190,15 @@ def compare(
         print_choices(comparison, choose(finished_records(comparison, out)[0]), console)
     chosen = chosen_of(choose(finished_records(comparison, out)[0]))
     recipes = comparison.recipes(chosen)
-    if len(recipes) == comparison.num_runs:  # there was time for all choices
-        stage(recipes, "run")
+    for seeds in comparison.looks:
+        comparison = dataclasses.replace(comparison, seeds=tuple(range(seeds)) if comparison.max_seeds else comparison.seeds)
+        write_json(out / MARKER, {"largemargin": "compare", "comparison": vars(comparison)})
+        recipes = comparison.recipes(chosen)
+        if len(recipes) == comparison.num_runs:  # there was time for all choices
+            stage(recipes, "run")
+        records = finished_records(comparison, out)[1]
+        if len(records) < comparison.num_runs or is_clear(summarise(records, looks=len(comparison.looks))):
+            break
     decoded.unlink(missing_ok=True)
     if budget is not None:
         say_what_is_left([*(comparison.validating_recipes() if comparison.choosing else []), *recipes], runs, budget, console)
@@ -188,7 +218,7 @@ def print_and_write(comparison: Comparison, out: Path, console: Console, choices
     if not records:
         raise LabError(f"{out}: no run of its last comparison is finished yet; give that command again")
     with console.status("pairing the predictions of the runs"):
-        rows = summarise(records, outcomes_of(records, out))
+        rows = summarise(records, outcomes_of(records, out), len(comparison.looks))
     print_tables(rows, console)
     print_evidence(rows, console)
     if len(records) < comparison.num_runs:

@@ -13,6 +13,7 @@ from ..errors import LabError
 from ..queue.budget import Budget
 from ..queue.runs import run_all, threads_note
 from ..results import RunRecord, num_finished, result_of
+from ..run.noise import text_of
 from ..run.recipe import Recipe
 from ..words import counted
 
@@ -86,7 +87,7 @@ def run_with_progress(
             if epoch == recipe.epochs:
                 finished.add(recipe.id)
                 console.print(
-                    f"[{len(finished)}/{len(recipes)}] {recipe.loss_label}, label noise {recipe.label_noise:g}, seed {recipe.seed}",
+                    f"[{len(finished)}/{len(recipes)}] {recipe.loss_label}, label noise {text_of(recipe.noise)}, seed {recipe.seed}",
                     markup=False,
                 )
 
@@ -100,7 +101,7 @@ def run_with_progress(
 
         def on_epoch(recipe: Recipe, epoch: int) -> None:
             if recipe.id not in bars:
-                label = f"{recipe.loss_label}, noise {recipe.label_noise:g}, seed {recipe.seed}"
+                label = f"{recipe.loss_label}, noise {text_of(recipe.noise)}, seed {recipe.seed}"
                 bars[recipe.id] = progress.add_task(label, total=recipe.epochs)
             progress.update(bars[recipe.id], completed=epoch)
             progress.update(total, advance=epoch - seen.get(recipe.id, 0))

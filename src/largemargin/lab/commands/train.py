@@ -61,7 +61,7 @@ def train_one(
 ) -> RunRecord:
     """Train by the recipe into the folder ``out``, and say what came of it; a finished run is not repeated."""
     with reading_images(console) as on_image:
-        images = data.load(recipe.data, recipe.data_root, recipe.image_size, recipe.streamed, on_image)
+        images = data.load_of(recipe, on_image)
     weights = weights_digest(recipe.weights) if recipe.weights else ""
     recipe = dataclasses.replace(recipe, data_digest=images.digest(), weights_digest=weights)
     done = finished(recipe, out)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..results import RunRecord, kept
+from ..run.noise import Noise, order_of, text_of
 from ..stats import spread
 from .plan import Comparison
 
@@ -18,7 +19,7 @@ class Choice:
     """What the validating runs of a loss at a share of label noise said of each lam."""
 
     loss: str
-    label_noise: float
+    label_noise: Noise
     errors: dict[float, list[float]]  # lam: the validation errors of the seeds that did not diverge
     diverged: dict[float, int]  # lam: how many seeds did
 
@@ -39,18 +40,18 @@ class Choice:
 
 def choose(records: Sequence[RunRecord]) -> list[Choice]:
     """The choices that validating runs make, in the order in which losses and noise first come."""
-    groups: dict[tuple[str, float], dict[float, list[RunRecord]]] = {}
+    groups: dict[tuple[str, Noise], dict[float, list[RunRecord]]] = {}
     for record in records:
-        group = groups.setdefault((record.recipe.loss, record.recipe.label_noise), {})
+        group = groups.setdefault((record.recipe.loss, record.recipe.noise), {})
         group.setdefault(record.recipe.settings["lam"], []).append(record)
     choices = []
-    for (loss, noise), by_lam in sorted(groups.items(), key=lambda item: item[0][1]):
+    for (loss, noise), by_lam in sorted(groups.items(), key=lambda item: order_of(item[0][1])):
         errors = {lam: [record.measured.error for record in kept(group)] for lam, group in by_lam.items()}
         choices.append(Choice(loss, noise, errors, {lam: len(group) - len(errors[lam]) for lam, group in by_lam.items()}))
     return choices
 
 
-def chosen_of(choices: Sequence[Choice]) -> dict[tuple[str, float], float]:
+def chosen_of(choices: Sequence[Choice]) -> dict[tuple[str, Noise], float]:
     return {(choice.loss, choice.label_noise): choice.lam for choice in choices}
 
 
@@ -71,7 +72,7 @@ def ties(choices: Sequence[Choice]) -> list[str]:
     for choice in choices:
         if choice.ties:
             *first, last = [f"{lam:g}" for lam in sorted([choice.lam, *choice.ties])]
-            noise = f" at label noise {choice.label_noise:g}" if choice.label_noise else ""
+            noise = f" at label noise {text_of(choice.label_noise)}" if choice.label_noise else ""
             name = choice.loss.replace("_", " ")
             sentences.append(
                 f"lam {', '.join(first)} and {last} are equally good for {name}{noise}: the smallest was taken, and the validation error "
@@ -90,7 +91,7 @@ def choice_cells(choices: Sequence[Choice]) -> list[tuple[str, ...]]:
                 error += f" ({choice.diverged[lam]} diverged)"
             name = choice.loss.replace("_", " ")
             mark = "chosen" if lam == choice.lam else "as good" if lam in choice.ties else ""
-            lines.append((name, f"{choice.label_noise:g}", f"{lam:g}", error, mark))
+            lines.append((name, f"{text_of(choice.label_noise)}", f"{lam:g}", error, mark))
     return lines
 
 

@@ -13,6 +13,7 @@ from ..drawing import BASELINE_COLOR, STYLE, axes, color_of, svg
 from ..results import RunRecord
 from ..run.evaluate import MARGIN_EDGES
 from ..run.methods import BASELINE
+from ..run.noise import text_of
 from .choose import Choice
 from .evidence import Array, Reliability
 from .table import Row, error_text
@@ -71,7 +72,7 @@ def overview(rows: Sequence[Row], background: str = "none") -> str:
             panel.grid(axis="y", visible=False)
             panel.margins(x=0.12)
             panel.set_xlim(left=0)
-            panel.set_title(f"label noise {noise:g}")
+            panel.set_title(f"label noise {text_of(noise)}")
         panels[-1].set_xlabel("test error % (mean ± std over seeds)")
         figure.tight_layout()
         return svg(figure, background)
@@ -192,7 +193,7 @@ def lambda_curve(choices: Sequence[Choice], colors: Mapping[str, str]) -> str:
             shift = 0.06 * (k - (len(choices) - 1) / 2)
             x = [places[lam] + shift for lam in found]
             style = ("-", "--", ":", "-.")[k % 4]
-            noise = f", label noise {choice.label_noise:g}" if len({c.label_noise for c in choices}) > 1 else ""
+            noise = f", label noise {text_of(choice.label_noise)}" if len({c.label_noise for c in choices}) > 1 else ""
             label = choice.loss.replace("_", " ") + noise
             color = colors[choice.loss]
             ax.errorbar(x, means, yerr=stds, color=color, linestyle=style, linewidth=1.4, capsize=3, marker="o", mfc="white", label=label)

@@ -53,8 +53,8 @@ def finished_records(comparison: Comparison, out: Path) -> tuple[list[RunRecord]
     A lam is chosen when all of its validating runs are finished; runs with it are counted from then on.
     """
     validating = [(recipe, complete_record(recipe, out / "runs")) for recipe in comparison.validating_recipes()]
-    unfinished = {(recipe.loss, recipe.label_noise) for recipe, record in validating if record is None}
-    complete = [record for recipe, record in validating if record is not None and (recipe.loss, recipe.label_noise) not in unfinished]
+    unfinished = {(recipe.loss, recipe.noise) for recipe, record in validating if record is None}
+    complete = [record for recipe, record in validating if record is not None and (recipe.loss, recipe.noise) not in unfinished]
     recipes = comparison.recipes(chosen_of(choose(complete)))
     return complete, [record for recipe in recipes if (record := complete_record(recipe, out / "runs")) is not None]
 

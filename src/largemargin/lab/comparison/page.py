@@ -13,6 +13,7 @@ from ..pages import page
 from ..predictions import same_samples
 from ..results import RunRecord, kept, software
 from ..run.methods import BASELINE, OF_SOME_LOSSES
+from ..run.noise import phrase_of
 from ..run.recipe import Recipe
 from ..words import counted
 from . import evidence
@@ -55,12 +56,12 @@ def render(comparison: Comparison, out: Path, records: Records, rows: Sequence[R
     sections = []
     for noise in dict.fromkeys(row.label_noise for row in rows):
         group = [row for row in rows if row.label_noise == noise]
-        of_noise = [record for record in records if record.recipe.label_noise == noise]
+        of_noise = [record for record in records if record.recipe.noise == noise]
         groups = by_loss(of_noise)
         colors = color_of(list(groups))
         sections.append(
             {
-                "noise": noise,
+                "noise": phrase_of(noise)[0].upper() + phrase_of(noise)[1:],
                 "legend": [(label_of(runs), colors[loss]) for loss, runs in groups.items()],
                 "rows": [(row, cells(row)) for row in group],
                 "figures": figures_of(kept(of_noise), colors),
@@ -145,6 +146,7 @@ def date_of(records: Records, out: Path) -> str:
 def changed(recipe: Recipe) -> list[str]:
     """The fields of the recipe that are not the defaults and that the page does not tell elsewhere."""
     told = {*OF_SOME_LOSSES, "loss", "seed", "data", "data_root", "data_digest", "network", "train_fraction", "label_noise"}
+    told |= {"noise_kind", "unverified"}
     told |= {"epochs", "device", "validation_fraction", "batch_size", "momentum", "weight_decay", "learning_rate"}
     told |= {"augmentation", "crop_padding", "crop_fill", "flip"}
     default, values = Recipe(loss="softmax", seed=0).to_dict(), recipe.to_dict()

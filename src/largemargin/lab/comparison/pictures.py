@@ -26,7 +26,7 @@ def thumbnails(comparison: Comparison, predictions: Predictions, indices: Sequen
     if comparison.is_folder or isinstance(ids[0], np.str_):
         folder = Path(comparison.data).expanduser() if comparison.is_folder else Path(comparison.data_root).expanduser() / comparison.data
         return [_uri(read_image(folder / str(name)).image) for name in ids]
-    images = data.load(comparison.data, comparison.data_root, comparison.example.image_size)
+    images = data.load_of(comparison.example)
     if not isinstance(images, ImageSet) or images.digest() != comparison.data_digest:
         raise LabError(f"data {comparison.data} are not those of the runs any more")
     return [_uri(_image_of(images.test_images[int(i)].numpy())) for i in ids]

@@ -9,15 +9,25 @@ import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from ..data import SETS, suited_to
+from ..data import SETS, is_array_file, suited_to
 from ..models import NAMES
-from ..options import NON_NEGATIVE, NON_NEGATIVE_INT, OPEN_SHARE, PIXELS, POSITIVE_INT, POSITIVE_SHARE, SHARE, option
+from ..options import NON_NEGATIVE, OPEN_SHARE, PIXELS, POSITIVE, POSITIVE_INT, POSITIVE_SHARE, option
 from ..run.methods import LOSSES, METHODS, OF_SOME_LOSSES, has_setting
+from ..run.noise import Noise, fields_of
 from ..run.recipe import Recipe
 
-Chosen = Mapping[tuple[str, float], float]  # the lam of a loss at a share of label noise
+Chosen = Mapping[tuple[str, Noise], float]  # the lam of a loss at a share of label noise
+
+
+AUTO = "auto"  # of --seeds
+FIRST_LOOK, MAX_SEEDS = 5, 20  # of --seeds auto
+
+
+def looks_of(first: int, most: int) -> tuple[int, ...]:
+    """How many pairs there are at each of at most 4 looks, evenly spaced."""
+    return tuple(sorted({first, *(first + (most - first) * step // 3 for step in (1, 2, 3))}))
 
 
 @dataclass(frozen=True)
@@ -54,8 +64,8 @@ class Comparison:
     )
     seeds: tuple[int, ...] = option(
         (0, 1, 2, 3, 4),
-        help="every loss is run with each seed; runs of one seed are pairs",
-        type=NON_NEGATIVE_INT,
+        help="every loss is run with each seed; runs of one seed are pairs; auto: more of them until every verdict is clear",
+        type=int | Literal["auto"],
         metavar="SEED",
         usual=True,
         many=True,
@@ -67,21 +77,34 @@ class Comparison:
         metavar="N",
         usual=True,
     )
-    label_noise: tuple[float, ...] = option(
+    label_noise: tuple[Noise, ...] = option(
         (0.0,),
-        help="the share of the training labels that is moved to another class; each of several is compared by itself",
-        type=SHARE,
-        metavar="SHARE",
+        help="the share of the training labels that is moved to another class, asymmetric:SHARE (to the next class) or human "
+        "(cifar100n); each of several is compared by itself",
+        type=Noise,
+        metavar="NOISE",
         usual=True,
         many=True,
     )
     train_fraction: float = option(1.0, help="train on this share of the training set", type=POSITIVE_SHARE, metavar="SHARE", usual=True)
+    long_tail: float | None = option(
+        None,
+        help="class sizes fall exponentially; this is the largest over the smallest",
+        type=POSITIVE,
+        metavar="RATIO",
+        usual=True,
+    )
+    labels: str | None = option(
+        None, help="a CSV file (image, label) with other labels for the training images of a folder", metavar="FILE", usual=True
+    )
+    unverified: bool = option(False, help="take files of svhn whose md5 is not the published one, also from svhn-first")
+    max_seeds: int | None = option(None, help="with --seeds auto: no more pairs than these; default: 20", type=POSITIVE_INT, metavar="N")
     device: str = "cpu"
     overrides: dict[str, Any] = field(default_factory=dict)  # other fields of the recipes; of a loss only where it has them
 
     @property
     def is_folder(self) -> bool:
-        return self.data not in SETS
+        return self.data not in SETS and not is_array_file(self.data)
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> "Comparison":
@@ -97,6 +120,11 @@ class Comparison:
         return tuple(loss for loss in self.losses if "lam" in LOSSES[loss]) if len(self.lam) > 1 else ()
 
     @property
+    def looks(self) -> tuple[int, ...]:
+        """How many seeds there are at each look at the verdicts; one look where the seeds are given."""
+        return looks_of(FIRST_LOOK, self.max_seeds) if self.max_seeds else (len(self.seeds),)
+
+    @property
     def num_runs(self) -> int:
         """Runs that measure themselves on the test set, when all are done."""
         return len(self.losses) * len(self.seeds) * len(self.label_noise)
@@ -105,7 +133,7 @@ class Comparison:
         """The runs by which lam is chosen: each measures itself on a part of its training set and never sees the test set."""
         return [
             self._recipe(loss, seed, noise, lam=lam, validation_fraction=self.validation_fraction)
-            for seed in self.seeds
+            for seed in self.seeds[: self.looks[0]]  # seeds that are added change no choice
             for noise in self.label_noise
             for loss in self.choosing
             for lam in self.lam
@@ -130,9 +158,10 @@ class Comparison:
         """One of its recipes, for what they share."""
         return self._recipe(self.losses[0], self.seeds[0], self.label_noise[0], lam=self.lam[0])
 
-    def _recipe(self, loss: str, seed: int, noise: float, *, lam: float, **more: Any) -> Recipe:
+    def _recipe(self, loss: str, seed: int, noise: Noise, *, lam: float, **more: Any) -> Recipe:
         values: dict[str, Any] = {"data": self.data, "data_root": self.data_root, "data_digest": self.data_digest, "network": self.network}
-        values |= {"label_noise": noise, "train_fraction": self.train_fraction, "device": self.device}
+        values |= fields_of(noise) | {"train_fraction": self.train_fraction, "device": self.device}
+        values |= {"long_tail": self.long_tail, "labels": self.labels, "unverified": self.unverified or None}
         values |= suited_to(self.data, self.image_size) | LOSSES[loss]
         if self.epochs is not None:
             values["epochs"] = self.epochs
@@ -148,8 +177,10 @@ class Comparison:
             value = getattr(self, name)
             if name in ("overrides", "data_digest") or value == default:
                 continue
+            if name == "seeds" and self.max_seeds:
+                value = AUTO
             values = value if isinstance(value, tuple) else (value,)
-            words += [f"--{name.replace('_', '-')}", *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)]
+            words += [f"--{name.replace('_', '-')}", *(f"{v:g}" if isinstance(v, float) else str(v) for v in values if v is not True)]
         for name, value in self.overrides.items():
             if name != "weights_digest":
                 words += [f"--recipe.{name}", value if isinstance(value, str) else json.dumps(value)]

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..run.methods import BASELINE
+from ..run.noise import Noise, phrase_of
 from ..verdicts import number
 from ..words import counted
 from .evidence import majority_error
@@ -23,6 +24,11 @@ def shown(rows: Sequence[Row]) -> Row | None:
     return recommended(rows) or min(candidates, key=lambda row: row.error, default=None)
 
 
+def is_clear(rows: Sequence[Row]) -> bool:
+    """Whether every loss is better or worse than the baseline, so that more seeds would change no verdict's word."""
+    return all(row.verdict != "inconclusive" for row in rows if row.judged is not None)
+
+
 def advice(rows: Sequence[Row]) -> list[str]:
     """A sentence or two for each share of label noise."""
     return [
@@ -32,8 +38,8 @@ def advice(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _advice_at(noise: float, rows: Sequence[Row]) -> str:
-    where = f"With {100 * noise:g}% wrong training labels" if noise else "With the labels as they are"
+def _advice_at(noise: Noise, rows: Sequence[Row]) -> str:
+    where = f"With {phrase_of(noise)}"
     baseline = next(row for row in rows if row.loss == BASELINE)
     best = recommended(rows)
     if best is not None and best.judged is not None:

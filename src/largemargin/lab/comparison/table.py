@@ -17,6 +17,7 @@ from rich.table import Table
 
 from ..results import RunRecord, kept, who_diverged
 from ..run.methods import BASELINE, LOSSES, SYMBOLS
+from ..run.noise import Noise, order_of, text_of
 from ..stats import Paired, mean_or_nan, paired, spread
 from ..verdicts import Judged, judge
 from ..words import counted
@@ -34,7 +35,7 @@ class Row:
 
     label: str
     loss: str
-    label_noise: float
+    label_noise: Noise
     n: int  # runs, with those that diverged
     diverged: int
     error: float
@@ -56,11 +57,11 @@ def summarise(records: Sequence[RunRecord], outcomes: Outcomes | None = None, lo
     ``outcomes`` are of runs on the same samples; with those of all pairs, the verdicts say what holds over samples too. ``looks`` is how
     often the comparison was to be judged while seeds were added.
     """
-    groups: dict[tuple[float, str], list[RunRecord]] = {}
+    groups: dict[tuple[Noise, str], list[RunRecord]] = {}
     for record in records:
-        groups.setdefault((record.recipe.label_noise, record.recipe.loss), []).append(record)
+        groups.setdefault((record.recipe.noise, record.recipe.loss), []).append(record)
     of_seeds = {key: {record.recipe.seed: record for record in kept(group)} for key, group in groups.items()}
-    ordered = sorted(groups, key=lambda key: key[0])
+    ordered = sorted(groups, key=lambda key: order_of(key[0]))
     pairs = {key: _paired(of_seeds[key], of_seeds.get((key[0], BASELINE), {}), outcomes or {}) for key in ordered if key[1] != BASELINE}
     compared = {key: found for key, found in pairs.items() if found is not None}
     lost = {key: len(group) - len(of_seeds[key]) for key, group in groups.items()}
@@ -140,6 +141,8 @@ def remarks(records: Sequence[RunRecord]) -> list[str]:
         sentences.append(f"{BASELINE} is not among the losses, so there is nothing to measure differences from; add it to --losses.")
     if len(records[0].classes) == 2 and any("lam" in LOSSES[loss] for loss in losses):
         sentences.append("With two classes the large-margin regulariser is 0: lam changes nothing.")
+    if records[0].recipe.unverified:
+        sentences.append(f"The files of {records[0].recipe.data} were taken without their published md5 (--unverified).")
     return sentences + who_diverged(records)
 
 
@@ -149,7 +152,7 @@ def print_tables(rows: Sequence[Row], console: Console) -> None:
         group = [row for row in rows if row.label_noise == noise]
         seeds = sorted({row.n for row in group})
         title = counted(seeds[0], "seed") if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds; some runs are missing"
-        console.print(f"\nlabel noise {noise:g}, {title}", style="bold", highlight=False)
+        console.print(f"\nlabel noise {text_of(noise)}, {title}", style="bold", highlight=False)
         unbounded = console.options.update(width=10_000)
         layouts = ([table(group, range(8))], [table(group, (0, 1, 2, 3)), table(group, (0, 4, 5, 6, 7))])
         for tables in layouts:
@@ -175,7 +178,7 @@ def print_evidence(rows: Sequence[Row], console: Console) -> None:
         console.print("What each verdict rests on: report.html and report.md.", style="dim", highlight=False)
         return
     for noise, found in judged:
-        where = f", label noise {noise:g}" if noise else ""
+        where = f", label noise {text_of(noise)}" if noise else ""
         console.print(f"\n{found.method} beside {found.baseline}{where}: {found.verdict}", style="bold", highlight=False, markup=False)
         for sentence in found.sentences():
             console.print(f"- {sentence}", highlight=False, markup=False, soft_wrap=True)
@@ -195,7 +198,7 @@ def table(rows: Sequence[Row], columns: Sequence[int]) -> Table:
 def results_csv(records: Sequence[RunRecord], split: str = "test") -> str:
     """One line a run."""
     text = io.StringIO()
-    names = ("data", "network", "loss", *SYMBOLS, "label_noise", "train_fraction", "seed", "epochs")
+    names = ("data", "network", "loss", *SYMBOLS, "label_noise", "noise_kind", "long_tail", "train_fraction", "seed", "epochs")
     numbers = ("error", "margin", "rho", "ece", "nll")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*names, *(f"{split}_{name}" for name in numbers), "seconds", "diverged"])

@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import LabError
 
@@ -75,6 +75,36 @@ def load(
     return found
 
 
+class Wanted(Protocol):
+    """What is read of a recipe."""
+
+    @property
+    def data(self) -> str: ...
+    @property
+    def data_root(self) -> str: ...
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def streamed(self) -> bool: ...
+    @property
+    def labels(self) -> str | None: ...
+    @property
+    def unverified(self) -> bool | None: ...
+
+
+def load_of(recipe: Wanted, on_image: Callable[[int, int], object] = lambda *_: None) -> "ImageSet | FileSet":
+    """The data of a recipe."""
+    return load(
+        recipe.data,
+        recipe.data_root,
+        recipe.image_size,
+        recipe.streamed,
+        on_image,
+        labels=recipe.labels or "",
+        unverified=bool(recipe.unverified),
+    )
+
+
 def is_array_file(data: str) -> bool:
     """Whether it names a file of arrays, which is read as it is."""
     return data.lower().endswith(".npz")
@@ -89,11 +119,13 @@ def suited_to(data: str, image_size: int | None = None) -> dict[str, Any]:
     """The fields of a recipe in which a data set asks for other than the defaults; ``image_size`` is of images in files."""
     if data in SETS:
         return dict(SETS[data].suited) | ({"image_size": image_size} if SETS[data].streamed and image_size else {})
+    if is_array_file(data):  # whether its images may be moved or mirrored is not known
+        return {"epochs": 50}
     pixels = image_size or 32
     return {"epochs": 50, "image_size": pixels, "crop_padding": pixels // 8, "flip": True}
 
 
 def check_image_size(data: str, image_size: int | None) -> None:
     """Raises LabError for one that would change nothing."""
-    if data in SETS and not SETS[data].streamed and image_size is not None:
+    if (is_array_file(data) or (data in SETS and not SETS[data].streamed)) and image_size is not None:
         raise LabError(f"image_size {image_size} does not apply to {data}: its images are used as they are; leave it out")

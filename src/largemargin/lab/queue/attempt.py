@@ -44,17 +44,17 @@ class DataSets:
     """The data sets of a process, each loaded once and checked against the digest of its recipes."""
 
     def __init__(self) -> None:
-        self._loaded: dict[tuple[str, str, int, str, bool], Any] = {}
+        self._loaded: dict[tuple[Any, ...], Any] = {}
 
     def of(self, recipe: Recipe, runs: Path) -> Any:
-        key = (recipe.data, recipe.data_root, recipe.image_size, recipe.data_digest, recipe.streamed)
+        key = (recipe.data, recipe.data_root, recipe.image_size, recipe.data_digest, recipe.streamed, recipe.labels, recipe.unverified)
         if key not in self._loaded:
             decoded = decoded_images(recipe, runs)
             found: Any
             if decoded.is_file():
                 found = ImageSet.saved(decoded)
             else:
-                found = data.load(recipe.data, recipe.data_root, recipe.image_size, recipe.streamed)
+                found = data.load_of(recipe)
             if recipe.data_digest and (digest := found.digest()) != recipe.data_digest:
                 raise LabError(
                     f"data {recipe.data} has the digest {digest}, the run was planned for {recipe.data_digest}: the data changed or "

@@ -24,6 +24,7 @@ from ..options import (
     option,
 )
 from .methods import LOSSES, METHODS, SYMBOLS, Settings
+from .noise import Noise, noise_of
 
 PLACES = ("data", "data_root", "weights", "labels")  # fields that say where, not what
 SCHEDULES = ("log", "cosine", "steps")
@@ -135,7 +136,13 @@ class Recipe(Settings):
         # the digests say which data and weights these are; their files may move
         what = {name: value for name, value in self.to_dict().items() if name not in PLACES and value is not None}
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
-        return f"{self.loss}-noise{self.label_noise:g}-seed{self.seed}-{digest}"
+        kind = f"-{self.noise_kind}" if self.noise_kind else ""
+        return f"{self.loss}{kind}-noise{self.label_noise:g}-seed{self.seed}-{digest}"
+
+    @property
+    def noise(self) -> Noise:
+        """The wrong labels of the training set, as ``--label-noise`` has them."""
+        return noise_of(self.label_noise, self.noise_kind)
 
     @property
     def streamed(self) -> bool:

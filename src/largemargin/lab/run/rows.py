@@ -13,6 +13,7 @@ from ..data.images import ImageSet
 from ..errors import LabError
 from ..files import write_atomically
 from ..words import counted
+from . import noise
 from .recipe import Recipe
 from .seeds import seeded
 
@@ -35,9 +36,9 @@ def subsample(num_samples: int, fraction: float, generator: torch.Generator) -> 
     return torch.randperm(num_samples, generator=generator)[: samples_used(num_samples, fraction)].sort().values
 
 
-def pollute_labels(labels: Tensor, noise: float, num_classes: int, generator: torch.Generator) -> Tensor:
-    """A copy in which exactly ``round(noise * len(labels))`` labels are moved, each uniformly to one of the other classes."""
-    count = round(noise * len(labels))
+def pollute_labels(labels: Tensor, share: float, num_classes: int, generator: torch.Generator) -> Tensor:
+    """A copy in which exactly ``round(share * len(labels))`` labels are moved, each uniformly to one of the other classes."""
+    count = round(share * len(labels))
     chosen = torch.randperm(len(labels), generator=generator)[:count]
     moved = labels.clone()
     shift = torch.randint(1, num_classes, (count,), generator=generator)
@@ -45,9 +46,9 @@ def pollute_labels(labels: Tensor, noise: float, num_classes: int, generator: to
     return moved
 
 
-def move_to_the_next_class(labels: Tensor, noise: float, num_classes: int, generator: torch.Generator) -> Tensor:
-    """A copy in which exactly ``round(noise * len(labels))`` labels are moved, each to the class after its own, the last to the first."""
-    chosen = torch.randperm(len(labels), generator=generator)[: round(noise * len(labels))]
+def move_to_the_next_class(labels: Tensor, share: float, num_classes: int, generator: torch.Generator) -> Tensor:
+    """A copy in which exactly ``round(share * len(labels))`` labels are moved, each to the class after its own, the last to the first."""
+    chosen = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
     moved = labels.clone()
     moved[chosen] = (labels[chosen] + 1) % num_classes
     return moved
@@ -74,9 +75,9 @@ def believed_labels(recipe: Recipe, labels: Tensor, chosen: Tensor, num_classes:
     match recipe.noise_kind:
         case None:
             return pollute_labels(labels[chosen], recipe.label_noise, num_classes, generator)
-        case "asymmetric":
+        case noise.ASYMMETRIC:
             return move_to_the_next_class(labels[chosen], recipe.label_noise, num_classes, generator)
-        case "human":
+        case noise.HUMAN:
             return human_labels(Path(recipe.data_root).expanduser(), labels)[chosen]
     raise LabError(f"noise_kind must be uniform, asymmetric or human, got {recipe.noise_kind!r}")
 
