@@ -27,7 +27,7 @@ class Comparison:
     data_digest: str = option("", help="that of the recipes", computed=True)
     image_size: int | None = option(
         None,
-        help="images of a folder are resized and cropped to this; default: 32, 224 for imagenet and places365",
+        help="images of a folder are resized and cropped to this; default: 32, or what a named data set has",
         type=PIXELS,
         metavar="PIXELS",
         usual=True,
@@ -60,7 +60,7 @@ class Comparison:
     )
     epochs: int | None = option(
         None,
-        help="passes over the training set; default: 30 for digits, 120 for imagenet and places365, else 50",
+        help="passes over the training set; default: what suits the data, 50 for a folder",
         type=POSITIVE_INT,
         metavar="N",
         usual=True,

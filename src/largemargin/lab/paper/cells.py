@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from ..data import STREAMED as LARGE_DATA  # no reduced scale
 from ..errors import LabError
 from ..run.methods import LOSSES
 from ..run.recipe import Recipe
@@ -49,7 +50,6 @@ SCALES = {
         "paper's.",
     ),
 }
-LARGE_DATA = ("imagenet", "places365")  # no reduced scale
 
 
 @dataclass(frozen=True)
