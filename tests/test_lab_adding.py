@@ -4,6 +4,7 @@ import re
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ pytest.importorskip("accelerate")
 
 from largemargin.lab import data, models
 from largemargin.lab.data import SETS
+from largemargin.lab.data.images import ImageSet
 from largemargin.lab.models import NETWORKS
 from largemargin.lab.run import losses
 from largemargin.lab.run.methods import LOSSES, METHODS
@@ -49,6 +51,7 @@ def test_a_data_set_of_the_page_is_trained_on(file, tmp_path):
     file(data, "stripes", READS)
     exec(DATA_SET, {})
     images, known = data.load("stripes", "data", 32), SETS["stripes"]
+    assert isinstance(images, ImageSet)
     assert (len(images.train_labels), len(images.test_labels), len(images.classes)) == (known.training, known.test, known.classes)
     assert images.train_images.shape[-1] == known.pixels and data.suited_to("stripes") == {"epochs": 5}
     record = train(Recipe("softmax", 0, data="stripes", **data.suited_to("stripes")), images, tmp_path)
@@ -63,7 +66,7 @@ def test_a_network_of_the_page_is_trained(file, tmp_path):
 
 
 def test_a_method_of_the_page_is_trained_with(monkeypatch, tmp_path):
-    names = {}
+    names: dict[str, Any] = {}
     exec(LOSS, names)
     exec(METHOD, names)
     settings = METHODS["generalized_cross_entropy"].settings

@@ -18,10 +18,7 @@ from .errors import how_to_install
 from .run.environment import commit, processor
 from .words import counted, printable
 
-BESIDE = (
-    *("numpy", "triton", "torchvision", "accelerate"),
-    *("transformers", "lightning", "pytorch-lightning", "timm", "skorch", "ray"),
-)
+BESIDE = (*("numpy", "triton", "torchvision", "accelerate"), *("transformers", "lightning", "pytorch-lightning", "timm", "skorch", "ray"))
 # in a process of its own, which an import may end: a line for each package, and why it cannot be imported
 IMPORT = """
 import importlib, sys

@@ -119,20 +119,8 @@ def unread_options(comparison: Comparison) -> list[str]:
     return lines
 
 
-def compare(
-    comparison: Comparison,
-    out: Path,
-    jobs: int | None,
-    console: Console,
-    executor: str = "local",
-    budget: Budget | None = None,
-    **options: Any,
-) -> list[Row]:
-    """Do what is left of the comparison, print its table, and write ``results.csv`` and ``report.html`` into ``out``.
-
-    ``jobs`` runs at a time, None: as many as suit the device; with a ``budget``, only what it allows. ``options`` are those of
-    :func:`~largemargin.lab.run.train.train`.
-    """
+def prepared(comparison: Comparison, out: Path, console: Console) -> Comparison:
+    """The comparison with the digests of its data and weights, and its folder: what is wrong with them stops here, before any run."""
     check_settings(comparison.losses, [*comparison.overrides, *(["lam"] if comparison.lam != Comparison.lam else [])])
     data.check_image_size(comparison.data, comparison.image_size)
     check_device(comparison.device)
@@ -159,15 +147,32 @@ def compare(
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     if len(images.classes) == 2:
         console.print("with two classes the large-margin regulariser is 0: lam changes nothing", highlight=False)
-    runs, jobs = out / "runs", jobs or default_jobs(comparison.device, comparison.example.streamed, on_cpu=2)
-    decoded = decoded_images(comparison.example, runs)
+    decoded = decoded_images(comparison.example, out / "runs")
     try:
         write_json(out / MARKER, {"largemargin": "compare", "comparison": vars(comparison)})
         if comparison.is_folder and isinstance(images, ImageSet):
             images.save(decoded)
     except OSError as error:
         raise LabError(f"--out {out} cannot be written to: {error.strerror or error}; choose another folder") from error
-    del images
+    return comparison
+
+
+def compare(
+    comparison: Comparison,
+    out: Path,
+    jobs: int | None,
+    console: Console,
+    executor: str = "local",
+    budget: Budget | None = None,
+    **options: Any,
+) -> list[Row]:
+    """Do what is left of the comparison, print its table, and write ``results.csv`` and ``report.html`` into ``out``.
+
+    ``jobs`` runs at a time, None: as many as suit the device; with a ``budget``, only what it allows. ``options`` are those of
+    :func:`~largemargin.lab.run.train.train`.
+    """
+    comparison = prepared(comparison, out, console)
+    runs, jobs = out / "runs", jobs or default_jobs(comparison.device, comparison.example.streamed, on_cpu=2)
 
     def stage(recipes: list[Recipe], what: str) -> None:
         finished = [runs / recipe.id for recipe in recipes if result_of(recipe, runs) is not None]
@@ -199,7 +204,7 @@ def compare(
         records = finished_records(comparison, out)[1]
         if len(records) < comparison.num_runs or is_clear(summarise(records, looks=len(comparison.looks))):
             break
-    decoded.unlink(missing_ok=True)
+    decoded_images(comparison.example, runs).unlink(missing_ok=True)
     if budget is not None:
         say_what_is_left([*(comparison.validating_recipes() if comparison.choosing else []), *recipes], runs, budget, console)
     rows = print_and_write(comparison, out, console, choices_too=False)

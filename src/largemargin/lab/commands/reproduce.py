@@ -17,16 +17,7 @@ from ..models import check_name
 from ..paper import formulas, page
 from ..paper.cells import SCALES, TARGETS, Cell
 from ..paper.lines import number_text
-from ..paper.plan import (
-    MARKER,
-    Reproduction,
-    check_folder,
-    device_of,
-    entries_of,
-    matching_cells,
-    say_what_is_left_out,
-    unique_recipes,
-)
+from ..paper.plan import MARKER, Reproduction, check_folder, device_of, entries_of, matching_cells, say_what_is_left_out, unique_recipes
 from ..queue.budget import Budget
 from ..queue.runs import default_jobs
 from ..results import num_finished
@@ -76,13 +67,7 @@ def run(options: Any, console: Console) -> None:
 
 
 def reproduce(
-    reproduction: Reproduction,
-    out: Path,
-    jobs: int | None,
-    executor: str,
-    console: Console,
-    budget: Budget | None = None,
-    **options: Any,
+    reproduction: Reproduction, out: Path, jobs: int | None, executor: str, console: Console, budget: Budget | None = None, **options: Any
 ) -> None:
     """Do what is left of the runs, and write the report into ``out``.
 

@@ -9,7 +9,7 @@ import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from ..data import SETS, is_array_file, suited_to
 from ..models import NAMES
@@ -39,7 +39,7 @@ class Comparison:
     data_digest: str = option("", help="that of the recipes", computed=True)
     image_size: int | None = option(
         None,
-        help="images of a folder are resized and cropped to this; default: 32, 224 for imagenet and places365",
+        help="images of a folder are resized and cropped to this; default: 32, or what a named data set has",
         type=PIXELS,
         metavar="PIXELS",
         usual=True,
@@ -65,14 +65,14 @@ class Comparison:
     seeds: tuple[int, ...] = option(
         (0, 1, 2, 3, 4),
         help="every loss is run with each seed; runs of one seed are pairs; auto: more of them until every verdict is clear",
-        type=int | Literal["auto"],
+        type=int | str,
         metavar="SEED",
         usual=True,
         many=True,
     )
     epochs: int | None = option(
         None,
-        help="passes over the training set; default: 30 for digits, 120 for imagenet and places365, else 50",
+        help="passes over the training set; default: what suits the data, 50 for a folder",
         type=POSITIVE_INT,
         metavar="N",
         usual=True,

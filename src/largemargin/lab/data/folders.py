@@ -112,8 +112,8 @@ def listed_folder(folder: Path, labels: str = "") -> FileSet:
 def _listed(folder: Path) -> FileSet:
     if not folder.is_dir():
         raise LabError(
-            f"data {folder}: {lost_link(folder) or 'no such folder'}; give digits, cifar10, cifar100, svhn, imagenet, places365 or a "
-            "folder with one sub-folder of images a class"
+            f"data {folder}: {lost_link(folder) or 'no such folder'}; give a name that --help lists, or a folder with one sub-folder "
+            "of images a class"
         )
     held_out = next((name for name in ("test", "val") if (folder / name).is_dir()), None)
     if (folder / "train").is_dir() and held_out is not None:

@@ -48,16 +48,7 @@ class Labelled(NamedTuple):
 
 
 # what numpy raises for a file that is no archive of arrays, or not a whole one
-BROKEN = (
-    ValueError,
-    zipfile.BadZipFile,
-    zlib.error,
-    EOFError,
-    NotImplementedError,
-    RuntimeError,
-    SyntaxError,
-    tokenize.TokenError,
-)
+BROKEN = (ValueError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, SyntaxError, tokenize.TokenError)
 
 
 def read(path: Path, probabilities: bool = False) -> Labelled:

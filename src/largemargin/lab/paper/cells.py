@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from ..data import STREAMED as LARGE_DATA  # no reduced scale
 from ..errors import LabError
 from ..run.methods import LOSSES
 from ..run.recipe import Recipe
@@ -49,7 +50,6 @@ SCALES = {
         "paper's.",
     ),
 }
-LARGE_DATA = ("imagenet", "places365")  # no reduced scale
 
 
 @dataclass(frozen=True)
@@ -370,15 +370,7 @@ def table_1() -> list[Cell]:
 
 def table_2() -> list[Cell]:
     return [
-        Cell(
-            "table2",
-            row,
-            "",
-            {**CIFAR100, **of_loss},
-            Number.read(text),
-            of_port(row, "CIFAR-100 13-layer"),
-            baseline=of_loss is SOFTMAX,
-        )
+        Cell("table2", row, "", {**CIFAR100, **of_loss}, Number.read(text), of_port(row, "CIFAR-100 13-layer"), baseline=of_loss is SOFTMAX)
         for row, (of_loss, text) in TABLE_2.items()
     ]
 
@@ -445,13 +437,7 @@ def port() -> list[Cell]:
     printed |= {(cell.row, "CIFAR-100 13-layer"): cell.paper for cell in table_2()}
     return [
         Cell(
-            "port",
-            row,
-            column,
-            {**PORT[column][0], **of_loss},
-            printed.get((row, column)),
-            of_port(row, column),
-            baseline=row == "softmax",
+            "port", row, column, {**PORT[column][0], **of_loss}, printed.get((row, column)), of_port(row, column), baseline=row == "softmax"
         )
         for column in PORT
         for row, of_loss in zip(PORT_ROWS, (SOFTMAX, OURS), strict=True)

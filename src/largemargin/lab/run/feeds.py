@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..data import STREAMED
 from ..data.crops import Moves, apply_moves, draw_moves
 from ..data.images import ImageSet, channel_moments
 from ..errors import LabError
@@ -79,7 +80,7 @@ class InMemory:
     def __init__(self, recipe: Recipe, data: ImageSet, device: torch.device, rank: int = 0, world: int = 1) -> None:
         if recipe.augmentation != "shift":
             raise LabError(
-                f"augmentation {recipe.augmentation} is for image folders, imagenet and places365; "
+                f"augmentation {recipe.augmentation} is for image folders and {' and '.join(STREAMED)}; "
                 f"{recipe.data} is augmented by shift (crop_padding, flip)"
             )
         self.recipe, self.device, self.rank, self.world = recipe, device, rank, world

@@ -12,17 +12,7 @@ from typing import Any
 
 from ..data import SETS
 from ..models import NAMES
-from ..options import (
-    NON_NEGATIVE,
-    NON_NEGATIVE_INT,
-    PIXELS,
-    POSITIVE,
-    POSITIVE_INT,
-    POSITIVE_SHARE,
-    SHARE,
-    SHARE_BELOW_1,
-    option,
-)
+from ..options import NON_NEGATIVE, NON_NEGATIVE_INT, PIXELS, POSITIVE, POSITIVE_INT, POSITIVE_SHARE, SHARE, SHARE_BELOW_1, option
 from .methods import LOSSES, METHODS, SYMBOLS, Settings
 from .noise import Noise, noise_of
 
