@@ -198,17 +198,25 @@ def data_parser() -> ArgumentParser:
 
 
 def inspect_parser() -> ArgumentParser:
-    inspect = new_parser("Say what a file of logits says about a classifier: overall, class by class, and its worst rows.")
+    inspect = new_parser(
+        "Say what a run's predictions, or a file of logits, say about a classifier: overall, class by class, and its worst rows."
+    )
     inspect.add_argument(
         "file",
         type=str,
         metavar="FILE",
-        help=".npz with arrays logits (N, C) and labels (N,), or .csv with a column label and a column of logits for each class",
+        help=(
+            "the folder of a run or its predictions.npz; or .npz with arrays logits (N, C) and labels (N,), or .csv with a column label "
+            "and a column of logits for each class"
+        ),
     )
     inspect.add_argument(
         "--probabilities", action="store_true", help="the numbers are probabilities, not logits: their logarithms are taken"
     )
     inspect.add_argument("--top", type=PositiveInt, default=10, metavar="N", help="how many rows to list")
+    inspect.add_argument(
+        "--classes", choices=["worst", "all"], default="worst", metavar="WHICH", help="worst (the 20 of the largest error) or all"
+    )
     inspect.add_argument("--json", action="store_true", help="print JSON: shares in [0, 1] and nats")
     return inspect
 
@@ -223,7 +231,7 @@ COMMANDS: dict[str, tuple[str, Callable[[], ArgumentParser]]] = {
     "reproduce": ("compute a table or a figure of the paper", reproduce_parser),
     "report": ("print and write the report of a comparison or a reproduction again", report_parser),
     "data": ("list, verify or fetch the data sets", data_parser),
-    "inspect": ("say what a file of logits says about a classifier", inspect_parser),
+    "inspect": ("say what a run's predictions, or a file of logits, say about a classifier", inspect_parser),
     "doctor": ("say which backends are here, and whether they compute rightly", doctor_parser),
 }
 

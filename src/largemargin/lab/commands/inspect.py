@@ -9,4 +9,4 @@ from ..logits.summary import inspect
 
 
 def run(options: Any, console: Console) -> None:
-    inspect(path_of(options.file), int(options.top), options.json, console, options.probabilities)
+    inspect(path_of(options.file), int(options.top), options.json, console, options.probabilities, options.classes == "all")
