@@ -20,6 +20,15 @@ FIGURES = ("fig1", "fig2", "fig4")  # computed at once, without runs
 OF_CELLS = ("loss", "seed", "data", "data_root", "train_fraction", "label_noise", "validation_fraction", "weights", *OF_SOME_LOSSES)
 
 
+MODEL_HELP = "the folder of a run, or the model.safetensors in it"
+
+
+def add_saving(parser: ArgumentParser) -> None:
+    """What a run leaves beside its record."""
+    parser.add_argument("--no-save", action="store_true", help="keep neither the model nor the predictions of a run")
+    parser.add_argument("--keep-weights", action="store_true", help="the default now, and of no effect: each run keeps its model")
+
+
 def compare_parser() -> ArgumentParser:
     compare = new_parser("Train the same network under several losses and seeds on the same data; say which is better, and by how much.")
     compare.add_argument("--config", action="config", help="a YAML file with any of these options")
@@ -98,7 +107,7 @@ def compare_parser() -> ArgumentParser:
     add_budget(compare)
     compare.add_argument("--executor", choices=EXECUTORS, default="local", metavar="WHERE", help="local or ray")
     compare.add_argument("--tensorboard", action="store_true", help="write TensorBoard's event files into the folder of each run")
-    compare.add_argument("--keep-weights", action="store_true", help="leave the trained network in the folder of each run")
+    add_saving(compare)
     compare.add_argument(
         "--out",
         type=str,
@@ -120,6 +129,7 @@ def train_parser() -> ArgumentParser:
     train.add_argument("--out", type=str, default="runs/train", metavar="DIR", help="the folder of this run")
     train.add_argument("--tensorboard", action="store_true", help="write TensorBoard's event files into DIR/events")
     train.add_argument("--eager", action="store_true", help="on a GPU, do not replay training steps as CUDA graphs: slower, for debugging")
+    add_saving(train)
     train.add_argument("--keep-checkpoint", action="store_true", help="leave the last checkpoint when the run is done")
     return train
 
@@ -221,6 +231,38 @@ def inspect_parser() -> ArgumentParser:
     return inspect
 
 
+def predict_parser() -> ArgumentParser:
+    predict = new_parser("Say what a run's model sees in new images: a line for each, with the probability of the class.")
+    predict.add_argument("model", type=str, metavar="MODEL", help=MODEL_HELP)
+    predict.add_argument("images", nargs="+", type=str, metavar="IMAGES", help="files of images, or folders, with the folders in them")
+    predict.add_argument("--out", type=str, default=None, metavar="FILE", help="write CSV here; default: a table on the terminal")
+    predict.add_argument("--top", type=PositiveInt, default=1, metavar="K", help="name the K most probable classes")
+    predict.add_argument(
+        "--calibrate",
+        type=str,
+        default=None,
+        metavar="FOLDER",
+        help=(
+            "fit a temperature for the probabilities on labelled images that the run was not trained on: a sub-folder for each class, "
+            "with the classes' names"
+        ),
+    )
+    predict.add_argument(
+        "--device", type=str, default=None, help="cpu, cuda, cuda:1, mps, ...; default: cuda where torch sees a GPU, else cpu"
+    )
+    return predict
+
+
+def export_parser() -> ArgumentParser:
+    export = new_parser("Write a run's network as a program for any number of images, and check that it gives the same logits.")
+    export.add_argument("model", type=str, metavar="MODEL", help=MODEL_HELP)
+    export.add_argument(
+        "--out", type=str, default=None, metavar="FILE", help="the program of torch.export; default: model.pt2 beside MODEL"
+    )
+    export.add_argument("--onnx", action="store_true", help="write ONNX too, beside it; needs onnx, onnxscript and onnxruntime")
+    return export
+
+
 def doctor_parser() -> ArgumentParser:
     return new_parser("Say which backends are here, and whether they compute rightly; without options.")
 
@@ -231,6 +273,8 @@ COMMANDS: dict[str, tuple[str, Callable[[], ArgumentParser]]] = {
     "reproduce": ("compute a table or a figure of the paper", reproduce_parser),
     "report": ("print and write the report of a comparison or a reproduction again", report_parser),
     "data": ("list, verify or fetch the data sets", data_parser),
+    "predict": ("say what the model of a run sees in new images", predict_parser),
+    "export": ("write the model of a run as a program of torch.export, or as ONNX", export_parser),
     "inspect": ("say what a run's predictions, or a file of logits, say about a classifier", inspect_parser),
     "doctor": ("say which backends are here, and whether they compute rightly", doctor_parser),
 }

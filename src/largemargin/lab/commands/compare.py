@@ -29,7 +29,8 @@ from ..run.environment import check_device, device_label
 from ..run.recipe import Recipe, check_settings, unread
 from ..run.rows import check_shares, sizes
 from ..words import counted
-from .asked import missing
+from .asked import given_save, missing, what_is_kept
+from .next import next_command
 from .progress import given_budget, given_jobs, interrupted, reading_images, run_with_progress, say_what_is_left
 
 
@@ -57,7 +58,7 @@ def run(options: Any, console: Console) -> None:
         given_budget(options),
         graph=not options.eager,
         tensorboard=bool(options.tensorboard),
-        keep_weights=bool(options.keep_weights),
+        save=given_save(options, console),
     )
 
 
@@ -123,9 +124,11 @@ def compare(
             images.save(decoded)
     except OSError as error:
         raise LabError(f"--out {out} cannot be written to: {error.strerror or error}; choose another folder") from error
+    if options.get("save"):
+        console.print(what_is_kept(comparison.example, images), markup=False, highlight=False)
     del images
 
-    def stage(recipes: list[Recipe], what: str) -> None:
+    def stage(recipes: list[Recipe], what: str, **options: Any) -> None:
         finished = [runs / recipe.id for recipe in recipes if result_of(recipe, runs) is not None]
         done = len(finished)
         console.print(
@@ -142,12 +145,12 @@ def compare(
             raise interrupted(recipes, runs) from None
 
     if comparison.choosing:
-        stage(comparison.validating_recipes(), "validating run")
+        stage(comparison.validating_recipes(), "validating run", **options | {"save": False})
         print_choices(comparison, choose(finished_records(comparison, out)[0]), console)
     chosen = chosen_of(choose(finished_records(comparison, out)[0]))
     recipes = comparison.recipes(chosen)
     if len(recipes) == comparison.num_runs:  # there was time for all choices
-        stage(recipes, "run")
+        stage(recipes, "run", **options)
     decoded.unlink(missing_ok=True)
     if budget is not None:
         say_what_is_left([*(comparison.validating_recipes() if comparison.choosing else []), *recipes], runs, budget, console)
@@ -155,6 +158,8 @@ def compare(
     console.print(
         f"{out / 'report.html'}  the same with figures; results.csv has a line for each run, runs/ a record", markup=False, highlight=False
     )
+    for line in next_command(rows, finished_records(comparison, out)[1], runs):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     return rows
 
 

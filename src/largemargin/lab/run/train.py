@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from ..data.folders import FileSet
 from ..data.images import ImageSet
 from ..errors import LabError
-from ..files import remove_unfinished, write_atomically, write_json, write_text
+from ..files import remove_unfinished, write_json, write_text
 from ..models import build, check_image
+from ..predictions import NAME as PREDICTIONS
+from ..predictions import Predictions
 from ..stopping import Stopped, Told, interrupts_end_at_once, told_to_stop
 from ..words import counted
-from . import checkpoint
+from . import checkpoint, model
 from .cuda_graph import CudaGraph
 from .environment import check_device, environment
 from .evaluate import Evaluation, evaluate
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
 
 CHECKPOINT_SECONDS = 30.0  # an interrupted run loses at most this much
 CURVE_POINTS = 300  # the curve over training batches is averaged down to this many points
-WEIGHTS = "network.safetensors"
 
 
 def learning_rates(recipe: Recipe) -> list[float]:
@@ -113,6 +114,7 @@ class Run:
         self.counted: list[
             tuple[Tensor, int]
         ] = []  # of batches since the last gathering: counts() on the device, and the size of the batch
+        self.measured: tuple[Tensor, Tensor] | None = None  # logits and targets of the last evaluation
         self.progress = self._resumed()
         self.started = time.monotonic() - self.progress.seconds
         self.saved = time.monotonic()
@@ -208,6 +210,7 @@ class Run:
     def evaluate(self) -> tuple[Evaluation, float]:
         """What is measured on the held-out split, and the method's own loss there."""
         self.method.eval()
+        self.measured = None  # two would be in memory
         if self.world > 1:  # what batch norm has seen differs: the first process has it as checkpoints do
             for buffer in self.method.buffers():
                 torch.distributed.broadcast(buffer, 0)
@@ -224,6 +227,7 @@ class Run:
         own = torch.zeros(1, dtype=torch.float64)
         for loss, size in zip(torch.stack(losses).tolist() if losses else [], sizes, strict=True):
             own += loss * size
+        self.measured = whole, target
         return evaluate(whole, target), self._sum(own).item() / self.feed.num_held_out
 
     def _all_of(self, parts: list[Tensor], shape: tuple[int, ...]) -> Tensor:
@@ -262,6 +266,12 @@ class Run:
             write_text(self.folder / "metrics.csv", metrics_csv(progress.rows))
         return measured
 
+    def predictions(self, files: Sequence[str]) -> Predictions:
+        """Those of the last evaluation; ``files`` are the names of its samples, none where they are their indices."""
+        assert self.measured is not None
+        logits, target = (values.cpu().numpy() for values in self.measured)
+        return Predictions(logits, target, np.array(files) if files else np.arange(len(target)))
+
     def record(self, measured: Evaluation) -> dict[str, Any]:
         """What ``result.json`` holds."""
         progress = self.progress
@@ -288,7 +298,7 @@ def train(
     on_end: Callable[[nn.Module, Feed], object] = lambda *_: None,
     *,
     tensorboard: bool = False,
-    keep_weights: bool = False,
+    save: bool = False,
     keep_checkpoint: bool = False,
     graph: bool = True,
     on_message: Callable[[str], object] = lambda _: None,
@@ -296,9 +306,9 @@ def train(
     """Train by the recipe and write ``result.json`` into ``folder``; goes on from a checkpoint found there.
 
     ``on_epoch`` is called with each epoch's measurements, ``on_end`` with the network in eval mode and its data, ``on_message`` with a line
-    for the user if a CUDA graph or compiled code cannot be used. SIGTERM ends the run after a checkpoint, by SystemExit. With
-    ``keep_weights`` the trained network is left as ``network.safetensors``, with ``keep_checkpoint`` the last state of the whole run. On a
-    GPU the steps are replayed as a CUDA graph; without ``graph`` they run eagerly. Returns what is in ``result.json``.
+    for the user if a CUDA graph or compiled code cannot be used. SIGTERM ends the run after a checkpoint, by SystemExit. With ``save`` the
+    run leaves its model and its predictions for the test set, if it measures itself there, with ``keep_checkpoint`` the last state of the
+    whole run. On a GPU the steps are replayed as a CUDA graph; without ``graph`` they run eagerly. Returns what is in ``result.json``.
     """
     accelerator = start(recipe)
     with told_to_stop() as told:
@@ -327,8 +337,9 @@ def train(
         if run.main:
             if keep_checkpoint:
                 run.save()
-            if keep_weights:
-                write_weights(run.method.network, folder / WEIGHTS)
+            if save and run.feed.split == "test":
+                model.save(folder / model.NAME, run.method.network, recipe, run.feed)
+                run.predictions(data.test_files).save(folder / PREDICTIONS)
             write_json(folder / "result.json", record)
             if not keep_checkpoint:
                 (folder / checkpoint.NAME).unlink(missing_ok=True)
@@ -372,13 +383,6 @@ def tracker(folder: Path, epoch: int) -> Any:
     events = TensorBoardTracker("events", folder, purge_step=epoch + 1)
     events.start()
     return events
-
-
-def write_weights(network: nn.Module, path: Path) -> None:
-    from safetensors.torch import save
-
-    tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    write_atomically(path, lambda file: file.write(save(tensors)))
 
 
 def metrics_csv(rows: list[dict[str, Any]]) -> str:
