@@ -446,7 +446,7 @@ def test_the_file_on_the_page_is_understood(tmp_path):
     build_parser().parse_args(["compare", "--config", str(tmp_path / "options.yaml")])
 
 
-def test_each_run_keeps_its_weights_and_events_where_that_is_asked(tmp_path):
+def test_each_run_keeps_its_model_and_its_events_where_that_is_asked(tmp_path):
     command = ["compare", "--epochs", "1", "--seeds", "0", "--losses", "softmax", "--network", "layer13", "--recipe.width", "0.03"]
     refused = in_process(*command, "--out", str(tmp_path / "out"))  # digits are too small for it
     assert refused.returncode == 2 and "layer13" in refused.stderr and not (tmp_path / "out").exists()
@@ -454,7 +454,7 @@ def test_each_run_keeps_its_weights_and_events_where_that_is_asked(tmp_path):
     done = in_process(*command, "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "out" / "runs").iterdir()
-    assert (run / "network.safetensors").is_file() and list((run / "events").rglob("events.out.tfevents.*"))
+    assert (run / "model.safetensors").is_file() and list((run / "events").rglob("events.out.tfevents.*"))
     text = (tmp_path / "out" / "report.html").read_text()
     assert "mobilenet" in text
 

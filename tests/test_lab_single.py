@@ -25,7 +25,8 @@ def finished(tmp_path_factory):
 def test_a_run_leaves_its_record_its_metrics_and_its_weights(finished):
     assert {path.name for path in finished.iterdir()} == {
         "metrics.csv",
-        "network.safetensors",
+        "model.safetensors",
+        "predictions.npz",
         "recipe.json",
         "result.json",
         "training_set.npz",

@@ -22,7 +22,7 @@ from largemargin.lab import models
 from largemargin.lab.data.images import digits
 from largemargin.lab.errors import LabError
 from largemargin.lab.files import write_json
-from largemargin.lab.run import evaluate, feeds, train, trainer
+from largemargin.lab.run import evaluate, feeds, model, train, trainer
 from largemargin.lab.run import method as methods
 from largemargin.lab.run.methods import LOSSES
 from largemargin.lab.run.optimizer import learning_rates
@@ -389,8 +389,8 @@ def test_what_is_compiled_is_not_in_the_state_of_a_run():
 
 
 def test_weights_are_kept_and_are_those_of_the_network(device_recipe, tmp_path):
-    train.train(device_recipe(epochs=1), SMALL, tmp_path, on_end=keep, keep_weights=True)
-    again = models.build(recipe(weights=str(tmp_path / train.WEIGHTS)), 1, 10)
+    train.train(device_recipe(epochs=1), SMALL, tmp_path, on_end=keep, save=True)
+    again = models.build(recipe(weights=str(tmp_path / model.NAME)), 1, 10)
     for name, value in kept[0].state_dict().items():
         assert torch.equal(value.cpu(), again.state_dict()[name]), name
 

@@ -12,6 +12,7 @@ from .files import write_atomically
 
 NAME = "predictions.npz"
 HALF_ABOVE = 32 << 20  # bytes of float32 logits; larger ones are kept in float16
+LARGEST_HALF = np.float32(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ class Predictions:
         return np.asarray(z / z.sum(1, keepdims=True))
 
     def save(self, path: Path) -> None:
-        logits = self.logits.astype(np.float16 if 4 * self.logits.size > HALF_ABOVE else np.float32)
+        logits = self.logits.astype(np.float32)
+        if logits.nbytes > HALF_ABOVE:
+            logits = logits.clip(-LARGEST_HALF, LARGEST_HALF).astype(np.float16)  # those of a diverged run may be larger
         write_atomically(path, lambda file: np.savez(file, logits=logits, labels=self.labels, ids=self.ids, predicted=self.predicted))
 
     @classmethod

@@ -26,6 +26,15 @@ COMPARED = "Train the same network under several losses and seeds on the same da
 JOBS = "runs at a time, each a process; with ray, for each GPU; default: {} on the CPU, up to 3 on a GPU"
 
 
+MODEL_HELP = "the folder of a run, or the model.safetensors in it"
+
+
+def add_saving(parser: ArgumentParser) -> None:
+    """What a run leaves beside its record."""
+    parser.add_argument("--no-save", action="store_true", help="keep neither the model nor the predictions of a run")
+    parser.add_argument("--keep-weights", action="store_true", help="the default now, and of no effect: each run keeps its model")
+
+
 def compare_parser(everything: bool = True) -> ArgumentParser:
     def rare(text: str) -> str:
         return text if everything else argparse.SUPPRESS
@@ -38,7 +47,7 @@ def compare_parser(everything: bool = True) -> ArgumentParser:
     add_budget(compare, everything)
     compare.add_argument("--executor", choices=EXECUTORS, default="local", metavar="WHERE", help=rare("local or ray"))
     compare.add_argument("--tensorboard", action="store_true", help=rare("write TensorBoard's event files into the folder of each run"))
-    compare.add_argument("--keep-weights", action="store_true", help="leave the trained network in the folder of each run")
+    add_saving(compare)
     compare.add_argument(
         "--out",
         type=str,
@@ -64,6 +73,7 @@ def train_parser(everything: bool = True) -> ArgumentParser:
     train.add_argument("--out", type=str, default="runs/train", metavar="DIR", help="the folder of this run")
     train.add_argument("--tensorboard", action="store_true", help="write TensorBoard's event files into DIR/events")
     add_eager(train, everything)
+    add_saving(train)
     train.add_argument("--keep-checkpoint", action="store_true", help="leave the last checkpoint when the run is done")
     add_quiet(train, levels=True)
     return train
@@ -141,7 +151,9 @@ def data_parser(everything: bool = True) -> ArgumentParser:
 
 
 def inspect_parser(everything: bool = True) -> ArgumentParser:
-    inspect = new_parser("Say what a file of logits says about a classifier: overall, class by class, and its worst rows.")
+    inspect = new_parser(
+        "Say what a run's predictions, or a file of logits, say about a classifier: overall, class by class, and its worst rows."
+    )
     inspect.add_argument(
         "file",
         type=str,
@@ -152,9 +164,46 @@ def inspect_parser(everything: bool = True) -> ArgumentParser:
         "--probabilities", action="store_true", help="the numbers are probabilities, not logits: their logarithms are taken"
     )
     inspect.add_argument("--top", type=number_type(POSITIVE_INT), default=10, metavar="N", help="how many rows to list")
+    inspect.add_argument(
+        "--classes", choices=["worst", "all"], default="worst", metavar="WHICH", help="worst (the 20 of the largest error) or all"
+    )
     add_json(inspect, "shares in [0, 1] and nats")
     add_quiet(inspect)
     return inspect
+
+
+def predict_parser(everything: bool = True) -> ArgumentParser:
+    predict = new_parser("Say what a run's model sees in new images: a line for each, with the probability of the class.")
+    predict.add_argument("model", type=str, metavar="MODEL", help=MODEL_HELP)
+    predict.add_argument("images", nargs="+", type=str, metavar="IMAGES", help="files of images, or folders, with the folders in them")
+    predict.add_argument("--out", type=str, default=None, metavar="FILE", help="write CSV here; default: a table on the terminal")
+    predict.add_argument("--top", type=number_type(POSITIVE_INT), default=1, metavar="K", help="name the K most probable classes")
+    predict.add_argument(
+        "--calibrate",
+        type=str,
+        default=None,
+        metavar="FOLDER",
+        help=(
+            "fit a temperature for the probabilities on labelled images that the run was not trained on: a sub-folder for each class, "
+            "with the classes' names"
+        ),
+    )
+    predict.add_argument(
+        "--device", type=str, default=None, help="cpu, cuda, cuda:1, mps, ...; default: cuda where torch sees a GPU, else cpu"
+    )
+    add_quiet(predict)
+    return predict
+
+
+def export_parser(everything: bool = True) -> ArgumentParser:
+    export = new_parser("Write a run's network as a program for any number of images, and check that it gives the same logits.")
+    export.add_argument("model", type=str, metavar="MODEL", help=MODEL_HELP)
+    export.add_argument(
+        "--out", type=str, default=None, metavar="FILE", help="the program of torch.export; default: model.pt2 beside MODEL"
+    )
+    export.add_argument("--onnx", action="store_true", help="write ONNX too, beside it; needs onnx, onnxscript and onnxruntime")
+    add_quiet(export)
+    return export
 
 
 def doctor_parser(everything: bool = True) -> ArgumentParser:
@@ -167,7 +216,9 @@ COMMANDS: dict[str, tuple[str, Callable[[bool], ArgumentParser]]] = {
     "reproduce": ("compute a table or a figure of the paper", reproduce_parser),
     "report": ("print and write the report of a comparison or a reproduction again", report_parser),
     "data": ("list, verify or fetch the data sets", data_parser),
-    "inspect": ("say what a file of logits says about a classifier", inspect_parser),
+    "predict": ("say what the model of a run sees in new images", predict_parser),
+    "export": ("write the model of a run as a program of torch.export, or as ONNX", export_parser),
+    "inspect": ("say what a run's predictions, or a file of logits, say about a classifier", inspect_parser),
     "doctor": ("say which backends are here, and whether they compute rightly", doctor_parser),
 }
 

@@ -34,7 +34,8 @@ from ..run.noise import HUMAN, parsed
 from ..run.recipe import Recipe, unread
 from ..run.rows import check_shares, sizes
 from ..words import counted
-from .asked import missing
+from .asked import given_save, missing, what_is_kept
+from .next import next_command
 from .progress import given_budget, given_jobs, interrupted, reading_images, run_with_progress, say_what_is_left
 from .screen import print_json
 
@@ -65,7 +66,7 @@ def run(options: Any, console: Console) -> None:
         given_budget(options),
         graph=not options.eager,
         tensorboard=bool(options.tensorboard),
-        keep_weights=bool(options.keep_weights),
+        save=given_save(options, console),
     )
     if options.json:
         out = path_of(options.out)
@@ -119,7 +120,12 @@ def unread_options(comparison: Comparison) -> list[str]:
     return lines
 
 
-def prepared(comparison: Comparison, out: Path, console: Console) -> Comparison:
+def _without_looks(comparison: Comparison) -> Comparison:
+    """The comparison before seeds are added."""
+    return dataclasses.replace(comparison, seeds=()) if comparison.max_seeds else comparison
+
+
+def prepared(comparison: Comparison, out: Path, console: Console, save: bool) -> Comparison:
     """The comparison with the digests of its data and weights, and its folder: what is wrong with them stops here, before any run."""
     check_settings(comparison.losses, [*comparison.overrides, *(["lam"] if comparison.lam != Comparison.lam else [])])
     data.check_image_size(comparison.data, comparison.image_size)
@@ -136,7 +142,7 @@ def prepared(comparison: Comparison, out: Path, console: Console) -> Comparison:
         images = data.load_of(example, on_image)
     comparison = dataclasses.replace(comparison, data_digest=images.digest())
     check_network(comparison.example, images)
-    if (out / MARKER).is_file() and reopen(out) != comparison:
+    if (out / MARKER).is_file() and _without_looks(reopen(out)) != _without_looks(comparison):
         console.print(f"{out} held a comparison with other options: its runs are kept, its table and report are replaced", markup=False)
     if HUMAN in comparison.label_noise:
         human_labels(Path(comparison.data_root).expanduser(), images.train_labels)  # it is there, and of these images
@@ -154,6 +160,8 @@ def prepared(comparison: Comparison, out: Path, console: Console) -> Comparison:
             images.save(decoded)
     except OSError as error:
         raise LabError(f"--out {out} cannot be written to: {error.strerror or error}; choose another folder") from error
+    if save:
+        console.print(what_is_kept(comparison.example, images), markup=False, highlight=False)
     return comparison
 
 
@@ -171,10 +179,10 @@ def compare(
     ``jobs`` runs at a time, None: as many as suit the device; with a ``budget``, only what it allows. ``options`` are those of
     :func:`~largemargin.lab.run.train.train`.
     """
-    comparison = prepared(comparison, out, console)
+    comparison = prepared(comparison, out, console, bool(options.get("save")))
     runs, jobs = out / "runs", jobs or default_jobs(comparison.device, comparison.example.streamed, on_cpu=2)
 
-    def stage(recipes: list[Recipe], what: str) -> None:
+    def stage(recipes: list[Recipe], what: str, **options: Any) -> None:
         finished = [runs / recipe.id for recipe in recipes if result_of(recipe, runs) is not None]
         done = len(finished)
         console.print(
@@ -191,7 +199,7 @@ def compare(
             raise interrupted(recipes, runs) from None
 
     if comparison.choosing:
-        stage(comparison.validating_recipes(), "validating run")
+        stage(comparison.validating_recipes(), "validating run", **options | {"save": False})
         print_choices(comparison, choose(finished_records(comparison, out)[0]), console)
     chosen = chosen_of(choose(finished_records(comparison, out)[0]))
     recipes = comparison.recipes(chosen)
@@ -200,7 +208,7 @@ def compare(
         write_json(out / MARKER, {"largemargin": "compare", "comparison": vars(comparison)})
         recipes = comparison.recipes(chosen)
         if len(recipes) == comparison.num_runs:  # there was time for all choices
-            stage(recipes, "run")
+            stage(recipes, "run", **options)
         records = finished_records(comparison, out)[1]
         if len(records) < comparison.num_runs or is_clear(summarise(records, looks=len(comparison.looks))):
             break
@@ -211,6 +219,8 @@ def compare(
     console.print(
         f"{out / 'report.html'}  the same with figures; results.csv has a line for each run, runs/ a record", markup=False, highlight=False
     )
+    for line in next_command(rows, finished_records(comparison, out)[1], runs):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     return rows
 
 

@@ -20,12 +20,13 @@ from ..results import RunRecord
 from ..run.checkpoint import check_same
 from ..run.environment import default_device, device_label
 from ..run.methods import LOSSES, check_settings
+from ..run.model import NAME as MODEL
 from ..run.recipe import Recipe, unread
 from ..run.rows import check_shares, sizes
-from ..run.train import WEIGHTS, train
+from ..run.train import train
 from ..stopping import Stopped
 from ..words import counted, short
-from .asked import missing
+from .asked import given_save, missing, what_is_kept
 from .progress import reading_images
 
 
@@ -39,7 +40,8 @@ def run(options: Any, console: Console) -> None:
     console = console if main else Console(quiet=True)
     for line in unread(recipe, given):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    train_one(recipe, out, console, options.tensorboard, options.keep_checkpoint, graph=not options.eager)
+    save = given_save(options, console)
+    train_one(recipe, out, console, options.tensorboard, options.keep_checkpoint, graph=not options.eager, save=save)
 
 
 def device_of(out: Path) -> str:
@@ -57,17 +59,24 @@ def not_a_run(out: Path) -> LabError:
 
 
 def train_one(
-    recipe: Recipe, out: Path, console: Console, tensorboard: bool = False, keep_checkpoint: bool = False, graph: bool = True
+    recipe: Recipe,
+    out: Path,
+    console: Console,
+    tensorboard: bool = False,
+    keep_checkpoint: bool = False,
+    graph: bool = True,
+    save: bool = True,
 ) -> RunRecord:
     """Train by the recipe into the folder ``out``, and say what came of it; a finished run is not repeated."""
     with reading_images(console) as on_image:
         images = data.load_of(recipe, on_image)
     weights = weights_digest(recipe.weights) if recipe.weights else ""
     recipe = dataclasses.replace(recipe, data_digest=images.digest(), weights_digest=weights)
+    save = save and not recipe.validation_fraction  # else it never sees the test set
     done = finished(recipe, out)
     if done is not None:
         console.print(f"{out} holds this run, finished: {error_of(done)}", markup=False, highlight=False)
-        for line in missing([out], tensorboard=tensorboard, keep_checkpoint=keep_checkpoint, keep_weights=True):
+        for line in missing([out], tensorboard=tensorboard, keep_checkpoint=keep_checkpoint, save=save):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         return done
     check_shares(recipe, len(images.train_labels), len(images.classes))  # before anything is written
@@ -78,6 +87,8 @@ def train_one(
         markup=False,
         highlight=False,
     )
+    if save:
+        console.print(what_is_kept(recipe, images), markup=False, highlight=False)
     for note in images.notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
 
@@ -93,7 +104,7 @@ def train_one(
                 out,
                 say,
                 tensorboard=tensorboard,
-                keep_weights=True,
+                save=save,
                 keep_checkpoint=keep_checkpoint,
                 graph=graph,
                 on_message=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
@@ -107,7 +118,7 @@ def train_one(
     console.print(
         f"{error_of(record)} after {counted(recipe.epochs, 'epoch')}, "
         f"{record.images_per_second:.0f} images a second; "
-        f"{out}: result.json metrics.csv {WEIGHTS}",
+        f"{out}: result.json metrics.csv{f' {MODEL}' if save else ''}",
         markup=False,
         highlight=False,
         soft_wrap=True,

@@ -85,7 +85,9 @@ def image_folder(folder: Path, image_size: int, on_image: OnImage = lambda *_: N
     if decoded.cut:
         notes.append(f"{counted(decoded.cut, 'file')} of several frames or pages: only the first was read")
     notes += duplicates.warning(duplicates.in_both(decoded.digests[:at], decoded.digests[at:]), len(files.test_files))
-    return ImageSet(decoded.images[:at], files.train_labels, decoded.images[at:], files.test_labels, files.classes, tuple(notes))
+    return ImageSet(
+        decoded.images[:at], files.train_labels, decoded.images[at:], files.test_labels, files.classes, tuple(notes), files.test_files
+    )
 
 
 def streamed_folder(folder: Path, labels: str = "") -> FileSet:

@@ -24,6 +24,7 @@ class ImageSet:
     test_labels: Tensor
     classes: tuple[str, ...]
     notes: tuple[str, ...] = ()  # what the user should know of the files
+    test_files: tuple[str, ...] = ()  # names of the test images under their folder; none where they come from no files
 
     def digest(self) -> str:
         """Twelve characters that change with any pixel, label or class name."""

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import json
 import os
 import re
 import tokenize
@@ -16,6 +17,7 @@ import numpy as np
 
 from ..errors import LabError
 from ..files import lost_link
+from ..predictions import NAME as PREDICTIONS
 from ..words import counted
 
 LARGEST = np.float64(np.finfo(np.float32).max)
@@ -45,6 +47,7 @@ class Labelled(NamedTuple):
     labels: Numbers
     class_names: list[str]
     warnings: tuple[str, ...] = ()  # what the user should know of the file
+    files: Numbers | None = None  # names (N,) of what the rows are of
 
 
 # what numpy raises for a file that is no archive of arrays, or not a whole one
@@ -101,6 +104,7 @@ def _read_npz(path: Path) -> Labelled:
                     raise LabError(f"{path} has no array {name} (it has: {found}); write it with numpy.savez(path, logits=..., labels=...)")
                 arrays[name] = _array(path, name, file)
             classes = _array(path, "classes", file) if "classes" in file.files else None
+            files = _array(path, "ids", file) if "ids" in file.files else None
     except BROKEN as error:
         raise LabError(f"{path} is damaged ({error}); write it anew with numpy.savez(path, logits=logits, labels=labels)") from error
     logits, labels = arrays["logits"], arrays["labels"]
@@ -110,7 +114,8 @@ def _read_npz(path: Path) -> Labelled:
     if logits.dtype.kind not in "fiu":
         raise LabError(f"{path}: logits must be numbers, got {logits.dtype}; convert them with logits.astype('float32')")
     num_classes = logits.shape[1] if logits.ndim == 2 else 0
-    names = [str(c) for c in range(num_classes)]
+    files = files if isinstance(files, np.ndarray) and files.dtype.kind == "U" and files.shape == logits.shape[:1] else None
+    names = _classes_of_run(path, num_classes) or [str(c) for c in range(num_classes)]
     if isinstance(classes, np.ndarray):
         if classes.shape != (num_classes,):
             raise LabError(
@@ -125,8 +130,7 @@ def _read_npz(path: Path) -> Labelled:
         return Labelled(logits, _by_name(path, names, [str(text) for text in texts], codes), names)
     if labels.dtype.kind not in "iu":
         raise LabError(f"{path}: labels must be integers, got {labels.dtype}; convert them with labels.astype('int64')")
-    finite = [place for place in range(num_classes) if logits.ndim == 2 and np.isfinite(logits[:, place]).all()]
-    in_order = next((place for place in finite if _is_sorted(np.diff(logits[:, place]))), None)
+    in_order = _in_order(logits) if logits.ndim == 2 else None
     if in_order is not None:
         raise LabError(
             f"{path}: column {in_order} of logits rises or falls from every row to the next, as an index or a time does, so it is not the "
@@ -135,7 +139,26 @@ def _read_npz(path: Path) -> Labelled:
     if isinstance(classes, np.ndarray) and classes.dtype.kind in "iu":  # the values of labels, as classes_ of scikit-learn
         numbers, codes = np.unique(labels, return_inverse=True)
         return _matched(path, names, logits, [str(number) for number in numbers], codes)
-    return Labelled(logits, labels, names)
+    return Labelled(logits, labels, names, files=files)
+
+
+def _classes_of_run(path: Path, num_classes: int) -> list[str]:
+    """The names of a run's classes, where the file lies in the run's folder."""
+    try:
+        classes = json.loads((path.parent / "result.json").read_text())["classes"] if path.name == PREDICTIONS else []
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    fits = isinstance(classes, list) and len(classes) == num_classes and all(isinstance(name, str) for name in classes)
+    return list(classes) if fits else []
+
+
+def _in_order(logits: Numbers) -> int | None:
+    """The first column that rises or falls from every row to the next, if there is one; only few do so in their first rows."""
+    with np.errstate(invalid="ignore"):  # of infinite ones
+        steps = np.diff(logits[: SORTED_ROWS + 1].astype(np.float64), axis=0)
+        candidates = np.flatnonzero((steps > 0).all(0) | (steps < 0).all(0))
+    whole = (int(place) for place in candidates if np.isfinite(logits[:, place]).all())
+    return next((place for place in whole if _is_sorted(np.diff(logits[:, place]))), None)
 
 
 def _array(path: Path, name: str, file: Mapping[str, Numbers]) -> Numbers:
@@ -427,6 +450,8 @@ def _check(path: Path, labelled: Labelled, what: str) -> None:
     if logits.shape[1] < 2:
         raise LabError(f"{path}: logits must have at least 2 classes, got {logits.shape[1]}")
     for rows in chunks(logits.shape, CHECKED_AT_ONCE):
+        if logits.dtype in (np.float16, np.float32) and np.isfinite(logits[rows]).all():
+            continue
         finite = (np.abs(logits[rows]) <= LARGEST) | (np.isneginf(logits[rows]) & (what == "logits"))
         if not finite.all():
             row, c = np.argwhere(~finite)[0]
@@ -495,6 +520,8 @@ def _check_masks(path: Path, labelled: Labelled, masked: str) -> None:
     """Refuse rows whose statistics are infinite."""
     logits, labels = labelled.logits, labelled.labels
     for rows in chunks(logits.shape, CHECKED_AT_ONCE):
+        if logits[rows].min() > -np.inf:
+            continue
         known = ~np.isneginf(logits[rows])
         of_label = known[np.arange(len(known)), labels[rows]]
         for bad, what in ((~of_label, f"has {masked} for its own label"), (known.sum(1) < 2, f"has {masked} for all classes but one")):

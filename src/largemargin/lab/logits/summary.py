@@ -1,21 +1,23 @@
 """``largemargin inspect``: what a file of logits and labels says about a classifier, overall, class by class and row by row."""
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from ... import metrics
+from ..errors import LabError
+from ..predictions import NAME as PREDICTIONS
 from ..words import counted, printable
-from .files import Labelled, Numbers, chunks, read
+from .by_class import figures, rows_of
+from .files import Numbers, read
 
-CHUNK = 2**22  # logits that are in float64 at a time: 32 MiB
+CHUNK = 2**18  # logits that are in float64 at a time: 2 MiB, which stay in a cache
+WORST = 20  # classes that are printed
 # column -> key of MarginMetrics.compute(), factor, decimals
 COLUMNS = {
     "n": ("rows", 1, 0),
@@ -32,48 +34,28 @@ NOTE = (
 )
 
 
-def _tensors(labelled: Labelled, rows: "slice | Numbers") -> tuple[Tensor, Tensor]:
-    return torch.from_numpy(labelled.logits[rows].astype(np.float64)), torch.from_numpy(labelled.labels[rows])
-
-
 def summarise(path: Path, top: int, probabilities: bool = False) -> dict[str, Any]:
     """All that is printed, as plain numbers: shares in [0, 1] and nats."""
     labelled = read(path, probabilities)
-    num_rows, num_classes = labelled.logits.shape
-    margin, confidence = np.empty(num_rows), np.empty(num_rows)  # the latter in log-odds, which tell more apart
-    prediction = np.empty(num_rows, dtype=np.int64)
-    for rows in chunks(labelled.logits.shape, CHUNK):
-        logits, labels = _tensors(labelled, rows)
-        predicted = logits.argmax(-1)
-        prediction[rows] = predicted
-        margin[rows] = metrics.margin(logits, labels, reduction="none")
-        confidence[rows] = metrics.log_odds(logits, predicted, reduction="none")
-
-    overall = metrics.MarginMetrics()
-    per_class = []
-    by_class = np.argsort(labelled.labels, kind="stable")
-    ends = np.cumsum(np.bincount(labelled.labels, minlength=num_classes))
-    for c, name in enumerate(labelled.class_names):
-        of_class = metrics.MarginMetrics()
-        rows_of_class = by_class[(ends[c - 1] if c else 0) : ends[c]]
-        for rows in chunks((len(rows_of_class), num_classes), CHUNK):
-            of_class.update(*_tensors(labelled, rows_of_class[rows]))
-        overall.merge(of_class)
-        per_class.append({"class": c, "name": name, **_figures(of_class)})
+    rows, num_classes = rows_of(labelled, CHUNK), labelled.logits.shape[1]
+    (overall,) = figures(rows, np.zeros_like(rows.labels), 1)
+    per_class = zip(labelled.class_names, figures(rows, rows.labels, num_classes), strict=True)
+    margin = rows.values["margin"]
 
     def row(i: int) -> dict[str, Any]:
-        sigmoid = 1 / (1 + math.exp(-confidence[i]))
-        names = {"row": i, "label": int(labelled.labels[i]), "prediction": int(prediction[i])}
+        sigmoid = 1 / (1 + math.exp(-rows.confidence[i]))
+        names: dict[str, Any] = {"row": i} if labelled.files is None else {"row": i, "file": str(labelled.files[i])}
+        names |= {"label": int(rows.labels[i]), "prediction": int(rows.predictions[i])}
         return names | {"confidence": sigmoid, "margin": float(margin[i])}
 
-    mistakes = np.flatnonzero(prediction != labelled.labels)
+    mistakes = np.flatnonzero(~rows.right)
     return {
         "file": str(path),
         "classes": num_classes,
         "warnings": list(labelled.warnings),
-        "overall": _figures(overall),
-        "per_class": per_class,
-        "confident_mistakes": [row(int(i)) for i in mistakes[_smallest(-confidence[mistakes], top)]],
+        "overall": _plain(overall),
+        "per_class": [{"class": c, "name": name, **_plain(of_class)} for c, (name, of_class) in enumerate(per_class)],
+        "confident_mistakes": [row(int(i)) for i in mistakes[_smallest(-rows.confidence[mistakes], top)]],
         "smallest_margins": [row(int(i)) for i in _smallest(margin, top)],
     }
 
@@ -83,15 +65,35 @@ def _smallest(values: Numbers, count: int) -> Numbers:
     return np.argsort(values, kind="stable")[:count]
 
 
-def _figures(counted: metrics.MarginMetrics) -> dict[str, float | None]:
+def _plain(figures: Mapping[str, float]) -> dict[str, float | None]:
     """``None`` where there are no rows."""
-    figures = counted.compute()
-    figures = {"error": 1 - figures["accuracy"]} | figures
     return {name: value if math.isfinite(value) else None for name, value in figures.items()} | {"rows": int(figures["rows"])}
 
 
-def print_summary(summary: dict[str, Any], console: Console) -> None:
-    """Print what a file says."""
+def worst(per_class: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The classes of the largest error, of equal ones those of more rows first; all in their order where there are no more than that."""
+    if len(per_class) <= count:
+        return list(per_class)
+    counted = [of_class for of_class in per_class if of_class["rows"]]
+    return sorted(counted, key=lambda of_class: (-of_class["error"], -of_class["rows"]))[:count]
+
+
+def file_of(folder: Path) -> Path:
+    """A file of logits as it is; of the folder of a run its predictions, and of another folder itself, which is then refused."""
+    if not folder.is_dir():
+        return folder
+    if (folder / PREDICTIONS).is_file():
+        return folder / PREDICTIONS
+    if (folder / "result.json").is_file():
+        raise LabError(
+            f"{folder} is a run that kept no {PREDICTIONS} (--no-save, reproduce and runs that choose lam keep none, nor did earlier "
+            "versions); to have them, remove the folder and give the run's command again"
+        )
+    return folder
+
+
+def print_summary(summary: dict[str, Any], console: Console, all_classes: bool = False) -> None:
+    """Print what a file, or a run's folder, says."""
     overall = summary["overall"]
     console.print(
         f"{summary['file']}: {counted(overall['rows'], 'row')}, {counted(summary['classes'], 'class')}",
@@ -107,17 +109,28 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         f"non-target entropy {overall['nontarget_entropy']:.3f}",
         highlight=False,
     )
-    console.print("\nby class", style="bold")
-    _print_table(console, ["class", *COLUMNS], [[of_class["name"], *_cells(of_class)] for of_class in summary["per_class"]])
+    shown = summary["per_class"] if all_classes else worst(summary["per_class"], WORST)
+    few = len(shown) < len(summary["per_class"])
+    title = f"the {len(shown)} classes of the largest error (--classes all prints all {summary['classes']})" if few else "by class"
+    console.print(f"\n{title}", style="bold", highlight=False)
+    _print_table(console, ["class", *COLUMNS], [[of_class["name"], *_cells(of_class)] for of_class in shown])
     names = [of_class["name"] for of_class in summary["per_class"]]
     for title, key in (("the most confident mistakes", "confident_mistakes"), ("the smallest margins", "smallest_margins")):
         console.print(f"\n{title}", style="bold")
+        files = any("file" in row for row in summary[key])
         rows = [
-            [str(row["row"]), names[row["label"]], names[row["prediction"]], f"{row['confidence']:.4f}", f"{row['margin']:.3f}"]
+            [
+                str(row["row"]),
+                *([row["file"]] if files else []),
+                names[row["label"]],
+                names[row["prediction"]],
+                f"{row['confidence']:.4f}",
+                f"{row['margin']:.3f}",
+            ]
             for row in summary[key]
         ]
         if rows:
-            _print_table(console, ["row", "label", "prediction", "confidence", "margin"], rows)
+            _print_table(console, ["row", *(["file"] if files else []), "label", "prediction", "confidence", "margin"], rows)
         else:
             console.print("none")
     console.print(NOTE, style="dim", highlight=False)
@@ -132,7 +145,7 @@ def _print_table(console: Console, columns: list[str], rows: list[list[str]]) ->
     """No number is ever cut: where the terminal is narrow, lines wrap."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        table.add_column(column, justify="left" if column == "class" else "right", overflow="fold")
+        table.add_column(column, justify="left" if column in ("class", "file") else "right", overflow="fold")
     for row in rows:
         table.add_row(*(console.render_str(printable(cell), markup=False, highlight=False, emoji=False) for cell in row))
     console.print(table)

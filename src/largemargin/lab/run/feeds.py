@@ -10,6 +10,7 @@ from ..data import STREAMED
 from ..data.crops import Moves, apply_moves, draw_moves
 from ..data.images import ImageSet, channel_moments
 from ..errors import LabError
+from .pixels import Pixels
 from .recipe import Recipe
 from .rows import Rows, choose_rows
 from .seeds import seeded
@@ -32,6 +33,7 @@ class Feed(Protocol):
     classes: tuple[str, ...]
     in_channels: int
     image_size: int  # pixels
+    pixels: Pixels  # how an image of the held-out set becomes an input of the network
     rows: Rows
     split: str  # what held_out() is of: "test", or "validation" where the recipe holds a part out
     num_held_out: int  # samples of that split, of all processes
@@ -89,6 +91,8 @@ class InMemory:
         self.rows = choose_rows(recipe, data.train_labels, len(data.classes))
         self.split = "validation" if recipe.validation_fraction else "test"
         mean, std = channel_moments(data.train_images)
+        height, width = data.train_images.shape[2:]
+        self.pixels = Pixels((height, width), self.image_size, tuple(mean.tolist()), tuple(std.tolist()))
         self.mean, self.std = mean.to(device).view(1, -1, 1, 1), std.to(device).view(1, -1, 1, 1)
         self.fill = mean.to(device) if recipe.crop_fill == "mean" else None
         every = len(self.rows.training) == len(data.train_labels)  # then they are in their old order, and no copy is made

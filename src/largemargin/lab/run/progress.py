@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 
-from ..files import write_atomically
 from .evaluate import Evaluation
 
 CURVE_POINTS = 300  # the curve over training batches is averaged down to this many points
@@ -84,10 +82,3 @@ def tracker(folder: Path, epoch: int) -> Any:
     events = TensorBoardTracker("events", folder, purge_step=epoch + 1)
     events.start()
     return events
-
-
-def write_weights(network: nn.Module, path: Path) -> None:
-    from safetensors.torch import save
-
-    tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    write_atomically(path, lambda file: file.write(save(tensors)))

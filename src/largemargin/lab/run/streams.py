@@ -19,6 +19,7 @@ from ..data.folders import FileSet
 from ..data.images import ImageSet
 from ..errors import LabError
 from .feeds import Batch, Feed, InMemory, order_of, own_rows, share_of
+from .pixels import Pixels
 from .recipe import Recipe
 from .rows import choose_rows
 from .seeds import seeded
@@ -60,7 +61,18 @@ def evaluation_transform(recipe: Recipe) -> Any:
 
 def _centre(recipe: Recipe) -> list[Any]:
     v2 = import_torchvision().transforms.v2
-    return [v2.Resize(round(recipe.image_size * 256 / 224)), v2.CenterCrop(recipe.image_size)]
+    return [v2.Resize(resized(recipe)), v2.CenterCrop(recipe.image_size)]
+
+
+def resized(recipe: Recipe) -> int:
+    """The pixels of the shorter side before the crop."""
+    return round(recipe.image_size * 256 / 224)
+
+
+def pixels_of(recipe: Recipe) -> Pixels:
+    """What :func:`evaluation_transform` does."""
+    size = recipe.image_size
+    return Pixels((size, size), resized(recipe), tuple(255 * mean for mean in MEAN), tuple(255 * std for std in STD))
 
 
 def _to_float() -> list[Any]:
@@ -137,6 +149,7 @@ class Streamed:
         self.recipe, self.device, self.rank, self.world = recipe, device, rank, world
         self.workers = max(1, WORKERS // world) if workers is None else workers
         self.classes, self.in_channels, self.image_size = data.classes, 3, recipe.image_size
+        self.pixels = pixels_of(recipe)
         self.rows = choose_rows(recipe, data.train_labels, len(data.classes))
         self.split = "validation" if recipe.validation_fraction else "test"
         if self.split == "test":

@@ -9,16 +9,15 @@ from torch import nn
 from ..data.folders import FileSet
 from ..data.images import ImageSet
 from ..files import remove_unfinished, write_json
+from ..predictions import NAME as PREDICTIONS
 from ..stopping import told_to_stop
-from . import checkpoint
+from . import checkpoint, model
 from .feeds import Feed
 from .machine import start
-from .progress import tracker, write_weights
+from .progress import tracker
 from .recipe import Recipe
 from .rows import save_rows
 from .trainer import Run
-
-WEIGHTS = "network.safetensors"
 
 
 def train(
@@ -29,7 +28,7 @@ def train(
     on_end: Callable[[nn.Module, Feed], object] = lambda *_: None,
     *,
     tensorboard: bool = False,
-    keep_weights: bool = False,
+    save: bool = False,
     keep_checkpoint: bool = False,
     graph: bool = True,
     on_message: Callable[[str], object] = lambda _: None,
@@ -42,7 +41,7 @@ def train(
         on_epoch: called with the measurements of each epoch.
         on_end: called with the network in eval mode and its data.
         tensorboard: write event files.
-        keep_weights: leave the trained network as ``network.safetensors``.
+        save: leave the model and its predictions for the test set, if the run measures itself there.
         keep_checkpoint: leave the last state of the whole run.
         graph: on a GPU, replay the steps as a CUDA graph.
         on_message: called with a line for the user if a CUDA graph or compiled code cannot be used.
@@ -74,8 +73,9 @@ def train(
         if run.main:
             if keep_checkpoint:
                 run.save()
-            if keep_weights:
-                write_weights(run.method.network, folder / WEIGHTS)
+            if save and run.feed.split == "test":
+                model.save(folder / model.NAME, run.method.network, recipe, run.feed)
+                run.predictions(data.test_files).save(folder / PREDICTIONS)
             write_json(folder / "result.json", record)
             if not keep_checkpoint:
                 (folder / checkpoint.NAME).unlink(missing_ok=True)

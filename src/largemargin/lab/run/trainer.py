@@ -2,10 +2,11 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from ..data.folders import FileSet
 from ..data.images import ImageSet
 from ..files import write_text
 from ..models import build, check_image
+from ..predictions import Predictions
 from ..stopping import Stopped, Told
 from . import checkpoint
 from .cuda_graph import CudaGraph
@@ -64,6 +66,7 @@ class Run:
         self.wrapped = processes.wrap(self.method)
         self.step: TakesSteps = self._step(graph, on_message)
         self.counted: list[tuple[Tensor, int]] = []  # of batches since the last gathering: counts() on the device, the size of the batch
+        self.measured: tuple[Tensor, Tensor] | None = None  # logits and targets of the last evaluation
         self.progress = self._resumed()
         self.started = time.monotonic() - self.progress.seconds
         self.saved = time.monotonic()
@@ -131,6 +134,7 @@ class Run:
         """What is measured on the held-out split, and the method's own loss there."""
         processes = self.processes
         self.method.eval()
+        self.measured = None  # two would be in memory
         processes.copy_buffers(self.method)
         logits, targets, losses, sizes = [], [], [], []
         for images, target in self.feed.held_out():
@@ -146,6 +150,7 @@ class Run:
         own = torch.zeros(1, dtype=torch.float64)
         for loss, size in zip(torch.stack(losses).tolist() if losses else [], sizes, strict=True):
             own += loss * size
+        self.measured = whole, target
         return evaluate(whole, target), processes.sum(own).item() / count
 
     def finish_epoch(self) -> Evaluation | None:
@@ -158,6 +163,12 @@ class Run:
         if self.main:
             write_text(self.folder / "metrics.csv", metrics_csv(progress.rows))
         return measured[0] if measured else None
+
+    def predictions(self, files: Sequence[str]) -> Predictions:
+        """Those of the last evaluation; ``files`` are the names of its samples, none where they are their indices."""
+        assert self.measured is not None
+        logits, target = (values.cpu().numpy() for values in self.measured)
+        return Predictions(logits, target, np.array(files) if files else np.arange(len(target)))
 
     def record(self, measured: Evaluation) -> dict[str, Any]:
         """What ``result.json`` holds."""
