@@ -88,11 +88,11 @@ def end_at(place, count, sent=signal.SIGKILL):
 
     target, name, how = {
         "step": (torch.optim.SGD, "step", before),
-        "evaluation": (train, "evaluate", before),
+        "evaluation": (trainer, "evaluate", before),
         "half a checkpoint": (checkpoint, "save", half),
         "before the replacement": (os, "replace", before),
         "after the replacement": (os, "replace", after),
-        "metrics.csv": (train, "write_text", before),
+        "metrics.csv": (trainer, "write_text", before),
     }[place]
     setattr(target, name, how(getattr(target, name)))
 
