@@ -16,7 +16,7 @@ from ..words import counted, printable
 from .by_class import figures, rows_of
 from .files import Numbers, read
 
-CHUNK = 2**18  # logits that are in float64 at a time: 2 MiB, which stay in a cache
+CHUNK = 2**17  # logits that are in float64 at a time: 1 MiB, which stays in a cache
 WORST = 20  # classes that are printed
 # column -> key of MarginMetrics.compute(), factor, decimals
 COLUMNS = {
