@@ -18,7 +18,7 @@ from torch import Tensor
 
 import largemargin
 from largemargin import large_margin_cross_entropy
-from largemargin.lab.environment import processor
+from largemargin.lab.run.environment import processor
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "bench"

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from common import ROOT, machine, refuse_if_wrong
-from largemargin.lab.cuda_graph import CudaGraph
-from largemargin.lab.environment import commit
+from largemargin.lab.run.cuda_graph import CudaGraph
+from largemargin.lab.run.environment import commit
 
 Step = Callable[[], object]
 T = TypeVar("T")

@@ -23,12 +23,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from training_cpu import BATCH, consume, random_images
 from training_cpu import RECIPE as FLOAT32
 
-from largemargin.lab.data import InMemory
 from largemargin.lab.models import build
-from largemargin.lab.recipe import Recipe
+from largemargin.lab.run.feeds import InMemory
+from largemargin.lab.run.machine import start as accelerator_of
+from largemargin.lab.run.recipe import Recipe
+from largemargin.lab.run.trainer import Run
 from largemargin.lab.stopping import Told
-from largemargin.lab.train import Run
-from largemargin.lab.train import start as accelerator_of
 
 PATIENCE = 60.0  # seconds that a process waits for the others
 TOP = 12  # kernels of the profile

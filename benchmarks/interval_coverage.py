@@ -9,6 +9,7 @@ from scipy import stats as scipy_stats
 
 from common import write
 from largemargin.lab import stats
+from largemargin.lab.comparison.plan import looks_of
 
 Array = NDArray[np.float64]
 
@@ -80,7 +81,7 @@ def main() -> None:
     families: list[dict[str, Any]] = [
         {"methods": methods, "looks": looks, "wrong": family_error(methods, looks, 5 * comparisons, seed=0)}
         for methods in (1, 5)
-        for looks in ((5,), stats.looks_of(5, 20))
+        for looks in ((5,), looks_of(5, 20))
     ]
     for row in [*intervals, *families]:
         print(row)

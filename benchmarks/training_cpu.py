@@ -17,12 +17,13 @@ from torch import Tensor
 
 from common import formula, machine, options, write
 from largemargin.lab._torchvision import import_torchvision
-from largemargin.lab.data import ImageSet
-from largemargin.lab.data.feeds import InMemory
+from largemargin.lab.data.images import ImageSet
 from largemargin.lab.models import build
-from largemargin.lab.recipe import Recipe
+from largemargin.lab.run.feeds import InMemory
+from largemargin.lab.run.machine import start
+from largemargin.lab.run.recipe import Recipe
+from largemargin.lab.run.trainer import Run
 from largemargin.lab.stopping import Told
-from largemargin.lab.train import Run, start
 
 BATCH, MEAN, STD = 128, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 RECIPE = Recipe(loss="large_margin", seed=0, lam=0.3, data="cifar100", network="layer13", epochs=1000, crop_padding=4, flip=True, threads=2)

@@ -45,7 +45,7 @@ def main(work: Path) -> None:
     training = ["--batch-size", 32, "--learning-rate", 0.05, "--flip", "false", "--crop-padding", 0, "--epochs", 8]
     largemargin("train", "--data", work / "first", "--network", NETWORK, "--loss", "softmax", *training, "--out", work / "pretrained")
 
-    fine_tuning = ["--recipe.weights", work / "pretrained" / "network.safetensors", "--recipe.learning_rate", 0.05]
+    fine_tuning = ["--recipe.weights", work / "pretrained" / "model.safetensors", "--recipe.learning_rate", 0.05]
     fine_tuning += ["--recipe.batch_size", 16, "--recipe.flip", "false", "--recipe.crop_padding", 0, "--epochs", 8]
     losses = ["--losses", "softmax", "large_margin", "--seeds", 0, 1, 2]
     largemargin("compare", "--data", work / "images", "--network", NETWORK, *losses, *fine_tuning, "--out", work / "compared")

@@ -19,9 +19,12 @@ from unittest import mock
 
 import torch
 
-from largemargin.lab import checkpoint, data, files, train
+from largemargin.lab import files
+from largemargin.lab.data import images
 from largemargin.lab.errors import LabError
-from largemargin.lab.recipe import LOSSES, Recipe
+from largemargin.lab.run import checkpoint, train, trainer
+from largemargin.lab.run.methods import LOSSES
+from largemargin.lab.run.recipe import Recipe
 
 RECIPE = Recipe(
     loss="center_large_margin",
@@ -38,7 +41,7 @@ STOPPED_AT = ("step", "evaluation", "step", "before the replacement", "step", "m
 
 
 def digits():
-    whole = data.digits()
+    whole = images.digits()
     return dataclasses.replace(
         whole,
         train_images=whole.train_images[:200],
@@ -85,11 +88,11 @@ def end_at(place, count, sent=signal.SIGKILL):
 
     target, name, how = {
         "step": (torch.optim.SGD, "step", before),
-        "evaluation": (train, "evaluate", before),
+        "evaluation": (trainer, "evaluate", before),
         "half a checkpoint": (checkpoint, "save", half),
         "before the replacement": (os, "replace", before),
         "after the replacement": (os, "replace", after),
-        "metrics.csv": (train, "write_text", before),
+        "metrics.csv": (trainer, "write_text", before),
     }[place]
     setattr(target, name, how(getattr(target, name)))
 
@@ -123,7 +126,7 @@ def main(how, folder, seed=0):
     happened: list[Any] = []
 
     def go(where, every=0.0):
-        train.CHECKPOINT_SECONDS = every  # seconds; 0 is after every step
+        trainer.CHECKPOINT_SECONDS = every  # seconds; 0 is after every step
         train.train(RECIPE, images, folder / where, keep_checkpoint=True)
 
     def ending(place, count, sent, every=0.0):

@@ -16,8 +16,13 @@ def finish(recipe, data, folder, on_epoch, on_message=None, **options):
         on_epoch({"epoch": epoch})
     with (folder.parent / f"times-{recipe.id}").open("a") as times:
         times.write("done\n")
-    record = {"recipe": recipe.to_dict(), "test": {"error": float(recipe.seed)}, "epochs": [], "environment": {"process": os.getpid()}}
-    write_json(folder / "result.json", record | {"options": options, "num_train": len(data.train_labels)})
+    record = {
+        "recipe": recipe.to_dict(),
+        "test": {"error": float(recipe.seed)},
+        "epochs": [],
+        "environment": {"process": os.getpid(), "options": options},
+    }
+    write_json(folder / "result.json", record | {"num_train": len(data.train_labels)})
 
 
 def _attempt(recipe, folder):

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from largemargin.lab import data, train
-from largemargin.lab.recipe import LOSSES, Recipe
+from largemargin.lab.data.images import digits
+from largemargin.lab.run import train, trainer
+from largemargin.lab.run.methods import LOSSES
+from largemargin.lab.run.recipe import Recipe
 
 
 class Plain(nn.Module):
@@ -42,7 +44,7 @@ def stop_at(count):
 
 
 def main(folder, batch_size, loss="large_margin", network="plain", step=0):
-    whole = data.digits()
+    whole = digits()
     parts = {name: getattr(whole, name)[:200] for name in ("train_images", "train_labels", "test_images", "test_labels")}
     world = int(os.environ["WORLD_SIZE"])
     if network == "plain":
@@ -51,7 +53,7 @@ def main(folder, batch_size, loss="large_margin", network="plain", step=0):
     if step and int(os.environ["RANK"]) == world - 1:
         stop_at(step)
     recipe = Recipe(seed=0, epochs=4, batch_size=batch_size, crop_padding=1, processes=world, loss=loss, **LOSSES[loss])
-    train.CHECKPOINT_SECONDS = 0.0
+    trainer.CHECKPOINT_SECONDS = 0.0
     train.train(recipe, dataclasses.replace(whole, **parts), folder, keep_checkpoint=True)
 
 

@@ -139,10 +139,11 @@ def test_both_sides_lay_out_a_job_of_the_cpu_kernel_alike():
 # the page
 
 
-def test_the_page_names_every_room_and_every_file_of_rows_and_backends():
+@pytest.mark.parametrize("house", [ROOT, ROOT / "lab"], ids=["library", "lab"])
+def test_the_page_names_every_room_and_every_file_of_rows_and_backends(house):
     page = (ROOT.parents[1] / "docs" / "architecture.md").read_text()
     named = set(re.findall(r"\w+", " ".join(re.findall(r"```.*?```|`[^`]+`", page, re.DOTALL))))
-    files = [*ROOT.iterdir(), *(ROOT / "rows").iterdir(), *(ROOT / "backends").iterdir()]
+    files = [*house.iterdir(), *(ROOT / "rows").iterdir(), *(ROOT / "backends").iterdir()]
     rooms = {file.stem for file in files if file.suffix == ".py" or (file / "__init__.py").exists()}
     assert rooms - {"__init__", "__main__"} <= named
 

@@ -13,8 +13,8 @@ import torch
 
 import largemargin
 from combinations import every
-from largemargin.lab import cli
 from largemargin.lab._torchvision import import_torchvision
+from largemargin.lab.arguments.parsers import COMMANDS, build_parser
 from row_losses import OTHERS
 
 ROOT = Path(__file__).parent.parent
@@ -44,10 +44,10 @@ def commands_on(page):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands_on(page)], ids=name_of)
 def test_every_command_is_understood(page):
-    parser = cli.build_parser()
+    parser = build_parser()
     for command in commands_on(page):
         words = shlex.split(command, comments=True)
-        assert words[0] in cli.COMMANDS
+        assert words[0] in COMMANDS
         if len(words) > 2 or command.startswith("reproduce "):  # shorter ones are names of commands
             parser.parse_args(words)
 

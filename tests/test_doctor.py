@@ -151,12 +151,11 @@ def test_doctor_lists_the_data_sets_under_data(monkeypatch, tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="the folders' names are torchvision's")
 def test_the_folders_are_those_that_the_lab_reads():
-    from largemargin.lab.data.archives import ARCHIVED, archives_of
-    from largemargin.lab.data.folders import STREAMED
+    from largemargin.lab.data import ARCHIVED, SETS
+    from largemargin.lab.data.archives import archives_of
 
-    assert tuple(doctor.DATA_FOLDERS) == (*ARCHIVED, *STREAMED)
     for data in ARCHIVED:
-        assert {name.split("/")[0] for archive in archives_of(data) for name, _ in archive.members} == {doctor.DATA_FOLDERS[data]}
+        assert {name.split("/")[0] for archive in archives_of(data) for name, _ in archive.members} == {SETS[data].folder}
 
 
 def test_doctor_hides_the_name_of_the_user(monkeypatch, tmp_path):

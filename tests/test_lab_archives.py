@@ -18,8 +18,10 @@ from rich.console import Console
 
 from largemargin.lab import data
 from largemargin.lab._torchvision import import_torchvision
+from largemargin.lab.arguments.parsers import data_parser
 from largemargin.lab.commands import data as command
 from largemargin.lab.data.fetch import fetch
+from largemargin.lab.data.images import ImageSet
 from largemargin.lab.errors import LabError
 
 
@@ -113,7 +115,7 @@ def test_what_is_fetched_is_read(publish, mirror, tmp_path, name):
     size = (tmp_path / "published" / needed[0]).stat().st_size
     assert (needed[0], size, size) in heard
     loaded = data.load(name, str(tmp_path / "root"), 32)
-    assert isinstance(loaded, data.ImageSet)
+    assert isinstance(loaded, ImageSet)
     assert np.array_equal(loaded.train_images.numpy(), images(len(loaded.train_labels), 0 if name == "cifar100" else 2))
     if name == "svhn":
         assert loaded.train_labels.tolist() == [1, 2, 9, 0] and loaded.test_labels.tolist() == [0, 5] and loaded.classes[0] == "0"
@@ -251,7 +253,7 @@ def test_a_file_that_is_no_mat_file_is_one_line(publish, tmp_path, monkeypatch, 
 def largemargin_data(*arguments):
     """The command's text."""
     output = io.StringIO()
-    command.run(command.parser().parse_args([str(argument) for argument in arguments]), Console(file=output, width=200))
+    command.run(data_parser().parse_args([str(argument) for argument in arguments]), Console(file=output, width=200))
     return output.getvalue()
 
 

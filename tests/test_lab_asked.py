@@ -9,13 +9,21 @@ import pytest
 import torch
 
 from combinations import every
-from largemargin.lab import cli, compare
-from largemargin.lab.commands.options import BY_DATA
-from largemargin.lab.data.degrade import check_shares, choose_rows
-from largemargin.lab.data.streams import training_transform
+from largemargin.lab import cli
+from largemargin.lab.arguments.options import BY_DATA
+from largemargin.lab.arguments.parsers import COMMANDS, build_parser
+from largemargin.lab.comparison.choose import choose, ties
+from largemargin.lab.comparison.plan import Comparison
+from largemargin.lab.data import suited_to
 from largemargin.lab.errors import LabError
-from largemargin.lab.recipe import AUGMENTATIONS, LOSSES, SCHEDULES, Recipe, suited_to, unread
-from largemargin.lab.train import learning_rates
+from largemargin.lab.options import options_of as options_of_a_class
+from largemargin.lab.results import RunRecord
+from largemargin.lab.run.evaluate import Evaluation
+from largemargin.lab.run.methods import LOSSES
+from largemargin.lab.run.optimizer import learning_rates
+from largemargin.lab.run.recipe import AUGMENTATIONS, SCHEDULES, Recipe, unread
+from largemargin.lab.run.rows import check_shares, choose_rows
+from largemargin.lab.run.streams import training_transform
 
 SHORT = ["--epochs", "1", "--device", "cpu"]
 TWO = ["compare", *SHORT, "--losses", "softmax", "--seeds", "0", "1", "--train-fraction", "0.1"]
@@ -32,10 +40,10 @@ def options_of(parser, command=""):
             yield command, action
 
 
-OPTIONS = list(options_of(cli.build_parser()))
+OPTIONS = list(options_of(build_parser()))
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_has_help(command):
     bare = [action.dest for name, action in OPTIONS if name == command and action.help in (None, "", argparse.SUPPRESS)]
     assert not bare
@@ -43,13 +51,27 @@ def test_every_option_has_help(command):
 
 
 def test_every_field_of_a_recipe_has_help():
-    assert not [field.name for field in dataclasses.fields(Recipe) if not field.metadata.get("help")]
+    assert options_of_a_class(Recipe).keys() == {field.name for field in dataclasses.fields(Recipe)}
+    assert all(option.help for cls in (Recipe, Comparison) for option in options_of_a_class(cls).values())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_what_most_people_set_and_help_all_the_rest(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    shown = {}
+    for level in ("--help", "--help-all"):
+        with pytest.raises(SystemExit, match="0"):
+            cli.main([command, level])
+        shown[level] = capsys.readouterr().out
+    assert len(shown["--help"].splitlines()) <= 75
+    dests = {action.option_strings[-1] for name, action in OPTIONS if name == command and action.option_strings}
+    assert all(dest in shown["--help-all"] for dest in dests)
 
 
 def test_the_printed_help_says_something_of_every_option():
-    done = subprocess.run([sys.executable, "-m", "largemargin.lab.cli", "train", "--help"], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-m", "largemargin.lab.cli", "train", "--help-all"], capture_output=True, text=True, timeout=100)
     text = " ".join(done.stdout.split())
-    for words in ("--epochs VALUE passes over the training set", "--device VALUE cpu, cuda", "--schedule VALUE how the learning rate"):
+    for words in ("--epochs N passes over the training set", "--device VALUE cpu, cuda", "--schedule VALUE how the learning rate"):
         assert words in text
 
 
@@ -71,8 +93,7 @@ def finished(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize(("option", "what"), [("--keep-weights", "network.safetensors"), ("--tensorboard", "events")])
-def test_what_finished_runs_did_not_keep_is_said(option, what, finished, capsys):
+def test_what_finished_runs_did_not_keep_is_said(finished, capsys):
     command = [
         "compare",
         *SHORT,
@@ -85,11 +106,11 @@ def test_what_finished_runs_did_not_keep_is_said(option, what, finished, capsys)
         "0.1",
         "--out",
         str(finished / "a"),
-        option,
+        "--tensorboard",
     ]
     assert cli.main(command) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert f"2 finished runs have no {what}" in said and "rm -r" in said
+    assert "2 finished runs have no events" in said and "rm -r" in said
     for path in (finished / "a" / "runs").iterdir():
         assert str(path) in said
     assert cli.main(command[:-1]) == 0
@@ -103,10 +124,10 @@ def test_train_says_it_too(option, finished, capsys):
     assert "1 finished run has no" in said and f"rm -r {finished / 'b'}" in " ".join(said.split())
 
 
-def test_train_says_that_its_weights_are_gone(finished, capsys):
-    (finished / "b" / "network.safetensors").unlink()
+def test_train_says_that_its_model_is_gone(finished, capsys):
+    (finished / "b" / "model.safetensors").unlink()
     assert cli.main(["train", *SHORT, "--train-fraction", "0.1", "--out", str(finished / "b")]) == 0
-    assert "1 finished run has no network.safetensors" in " ".join(capsys.readouterr().out.split())
+    assert "1 finished run has no model.safetensors" in " ".join(capsys.readouterr().out.split())
 
 
 # ties
@@ -114,11 +135,9 @@ def test_train_says_that_its_weights_are_gone(finished, capsys):
 
 def records(errors):
     return [
-        {
-            "recipe": Recipe("large_margin", seed, **LOSSES["large_margin"] | {"lam": lam}).to_dict(),
-            "test": None,
-            "validation": {"error": error, "nll": 1.0},
-        }
+        RunRecord(
+            Recipe("large_margin", seed, **LOSSES["large_margin"] | {"lam": lam}), validation=Evaluation(error, 1.0, 0, 0, 0, [], 2, 2)
+        )
         for lam, of_seeds in errors.items()
         for seed, error in enumerate(of_seeds)
     ]
@@ -134,7 +153,7 @@ def records(errors):
     ],
 )
 def test_ties_in_the_choice_are_said(errors, said):
-    found = compare.ties(compare.choose(records(errors)))
+    found = ties(choose(records(errors)))
     assert [sentence.partition(":")[0] for sentence in found] == said
     assert all("the smallest was taken" in sentence for sentence in found)
 

@@ -7,12 +7,22 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from largemargin.lab import budget, cli, compare, environment, progress, queue, reproduce, single
-from largemargin.lab.budget import Budget, Cost, cost_key, finish, pair_key, work
-from largemargin.lab.commands import options
+from largemargin.lab import cli
+from largemargin.lab.arguments import options
+from largemargin.lab.commands import compare, reproduce
+from largemargin.lab.commands import train as single
+from largemargin.lab.commands.progress import say_what_is_left
+from largemargin.lab.comparison.plan import Comparison
 from largemargin.lab.errors import LabError
-from largemargin.lab.queue import Plan
-from largemargin.lab.recipe import LOSSES, Recipe
+from largemargin.lab.queue import budget
+from largemargin.lab.queue import runs as queue
+from largemargin.lab.queue.attempt import Outcome
+from largemargin.lab.queue.budget import Budget, Cost, cost_key, finish, pair_key, work
+from largemargin.lab.queue.plan import Plan
+from largemargin.lab.queue.runs import run_all
+from largemargin.lab.run import environment
+from largemargin.lab.run.methods import LOSSES
+from largemargin.lab.run.recipe import Recipe
 
 THREE = ("softmax", "label_smoothing", "large_margin")
 ONE_EPOCH = [Recipe(loss=loss, seed=seed, epochs=1, **LOSSES[loss]) for seed in range(4) for loss in THREE]
@@ -49,7 +59,7 @@ def simulated(plan, clock, jobs=1, seconds_an_epoch=6.0):
         running.remove((clock.now, epoch, recipe))
         plan.epoch(recipe, epoch)
         if epoch == recipe.epochs:
-            plan.ended(recipe, queue.Outcome("done"))
+            plan.ended(recipe, Outcome("done"))
         else:
             running.append((clock.now + seconds_an_epoch, epoch + 1, recipe))
     return started
@@ -152,7 +162,7 @@ def test_a_run_of_another_process_is_not_waited_for_beyond_the_time(clock):
     plan = Plan([short, long], budget=planned(3, recipes=[short, long]))
     for _ in range(60):  # asked for every two seconds, among runs that do not fit
         assert plan.unfinished and plan.take() == short
-        plan.ended(short, queue.Outcome("held"))
+        plan.ended(short, Outcome("held"))
         clock.now += 2
     clock.now += 5  # now it does not fit any more either
     assert plan.take() is None and not plan.unfinished
@@ -162,7 +172,7 @@ def test_a_run_that_failed_is_tried_again_only_if_it_fits(clock):
     plan = Plan(RECIPES[:3], budget=planned(3.5))
     first = plan.take()
     clock.now += 50
-    plan.ended(first, queue.Outcome("failed", "broke"))
+    plan.ended(first, Outcome("failed", "broke"))
     assert names(simulated(plan, clock)) == [(0, "label_smoothing"), (0, "large_margin")]
     assert clock.now == 1000 + 170 and plan.reasons
 
@@ -189,32 +199,32 @@ class Charged(Budget):
 
 def test_a_queue_does_what_fits_and_says_what_is_left(tmp_path):
     given = Charged(1, measure=lambda *_: Cost(0.0, 14.0))  # 14 s a run: three of them in a minute, not six
-    records = queue.run_all(ONE_EPOCH, tmp_path, 1, lambda *_: None, work="lab_work:finish", budget=given)
-    assert [record["recipe"]["seed"] for record in records] == [0, 0, 0]
+    records = run_all(ONE_EPOCH, tmp_path, 1, lambda *_: None, work="lab_work:finish", budget=given)
+    assert [record.recipe.seed for record in records] == [0, 0, 0]
     console = Console(record=True, width=200)
-    progress.say_what_is_left(ONE_EPOCH, tmp_path, given, console)
+    say_what_is_left(ONE_EPOCH, tmp_path, given, console)
     said = console.export_text()
     assert "9 of 12 runs left (seeds 1 2 3)" in said and "about 2.1 min." in said
     again = Budget(10, measure=lambda *_: Cost(0.0, 19.0))
-    assert len(queue.run_all(ONE_EPOCH, tmp_path, 1, lambda *_: None, work="lab_work:finish", budget=again)) == 12
+    assert len(run_all(ONE_EPOCH, tmp_path, 1, lambda *_: None, work="lab_work:finish", budget=again)) == 12
 
 
 def test_where_nothing_fits_the_command_says_how_long_it_takes(tmp_path):
     given = Budget(0.5, measure=lambda *_: Cost(0.0, 60.0))
-    assert queue.run_all(RECIPES, tmp_path, 2, lambda *_: None, work="lab_work:finish", budget=given) == []
+    assert run_all(RECIPES, tmp_path, 2, lambda *_: None, work="lab_work:finish", budget=given) == []
     with pytest.raises(LabError, match=r"--minutes 0.5: 12 of 12 runs left .*about 1.0 h"):
-        progress.say_what_is_left(RECIPES, tmp_path, given, Console(quiet=True))
+        say_what_is_left(RECIPES, tmp_path, given, Console(quiet=True))
 
 
 def test_a_failed_run_is_still_an_error(tmp_path):
     with pytest.raises(LabError, match="1 of 3 runs could not be done"):
         seeds = [Recipe(loss="softmax", seed=seed, epochs=2) for seed in range(3)]
-        queue.run_all(seeds, tmp_path, 1, lambda *_: None, work="lab_work:fails", budget=Budget(10, measure=lambda *_: Cost(0.0, 0.0)))
+        run_all(seeds, tmp_path, 1, lambda *_: None, work="lab_work:fails", budget=Budget(10, measure=lambda *_: Cost(0.0, 0.0)))
 
 
 def small_comparison(**changes):
     settings = {"losses": ("softmax", "large_margin"), "seeds": (0, 1), "epochs": 1, "train_fraction": 0.4}
-    return compare.Comparison(**settings | changes)
+    return Comparison(**settings | changes)
 
 
 def test_a_comparison_within_minutes_reports_what_is_done_and_goes_on(tmp_path, capsys):
@@ -285,7 +295,7 @@ def test_the_device_is_a_gpu_where_torch_sees_one(monkeypatch, tmp_path):
 def test_runs_go_on_on_the_device_where_they_began(monkeypatch, tmp_path):
     for name in "ct":
         (tmp_path / name).mkdir()
-    marker = {"largemargin": "compare", "comparison": vars(compare.Comparison(device="cpu"))}
+    marker = {"largemargin": "compare", "comparison": vars(Comparison(device="cpu"))}
     (tmp_path / "c" / "compare.json").write_text(json.dumps(marker))
     (tmp_path / "t" / "recipe.json").write_text(json.dumps(Recipe("softmax", 0, device="cpu").to_dict()))
     (tmp_path / "r").mkdir()

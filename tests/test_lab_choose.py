@@ -9,8 +9,14 @@ import shutil
 import pytest
 import torch
 
-from largemargin.lab import cli, compare, data
-from largemargin.lab.recipe import LOSSES, Recipe
+from largemargin.lab import cli, data
+from largemargin.lab.comparison.choose import choose, chosen_of
+from largemargin.lab.comparison.folder import finished_records, reopen
+from largemargin.lab.comparison.plan import Comparison
+from largemargin.lab.data.images import ImageSet
+from largemargin.lab.results import RunRecord
+from largemargin.lab.run.methods import LOSSES
+from largemargin.lab.run.recipe import Recipe
 
 COMMAND = ["compare", "--losses", "softmax", "large_margin", "--lam", "0.1", "1", "--seeds", "0", "1"]
 COMMAND += ["--epochs", "2", "--label-noise", "0", "0.3", "--train-fraction", "0.3", "--device", "cpu"]  # runs are repeated bit for bit
@@ -18,7 +24,7 @@ COMMAND += ["--epochs", "2", "--label-noise", "0", "0.3", "--train-fraction", "0
 
 def record(loss, seed, lam, error, noise=0.0):
     recipe = Recipe(loss=loss, seed=seed, label_noise=noise, **LOSSES[loss] | {"lam": lam}).to_dict()
-    return {"recipe": recipe, "test": None, "validation": {"error": error}}
+    return RunRecord.from_dict({"recipe": recipe, "test": None, "validation": {"error": error}, "environment": {}})
 
 
 def records_of(out):
@@ -45,7 +51,7 @@ def test_the_least_mean_error_over_seeds_is_chosen_for_each_loss_and_noise():
         for lam, of_seed in zip((0.1, 0.3, 1.0), of_lam, strict=True)
         for seed, error in enumerate(of_seed)
     ]
-    assert compare.chosen_of(compare.choose(records)) == {
+    assert chosen_of(choose(records)) == {
         ("large_margin", 0.0): 0.3,
         ("large_margin", 0.2): 0.1,
         ("modified_large_margin", 0.0): 1.0,
@@ -60,18 +66,18 @@ def test_of_equals_the_smaller_lam_is_chosen(lams):
         for lam in lams
         for seed, error in enumerate((0.1, 0.2, 0.3) if lam == 1 else (0.3, 0.2, 0.1))
     ]
-    assert compare.choose(records)[0].lam == 0.1
+    assert choose(records)[0].lam == 0.1
 
 
 def test_with_one_lam_nothing_is_held_out():
-    comparison = compare.Comparison(lam=(0.5,))
+    comparison = Comparison(lam=(0.5,))
     assert not comparison.choosing and not comparison.validating_recipes()
     assert {recipe.evaluate_every for recipe in comparison.recipes()} == {1}
     assert {recipe.validation_fraction for recipe in comparison.recipes()} == {0.0}
 
 
 def test_losses_without_lam_are_not_trained_for_the_choice():
-    comparison = compare.Comparison(losses=("softmax", "label_smoothing", "large_margin"), lam=(0.1, 1.0), seeds=(0, 1))
+    comparison = Comparison(losses=("softmax", "label_smoothing", "large_margin"), lam=(0.1, 1.0), seeds=(0, 1))
     validating = comparison.validating_recipes()
     assert len({recipe.id for recipe in validating}) == 4 and {recipe.loss for recipe in validating} == {"large_margin"}
     assert {recipe.loss for recipe in comparison.recipes()} == {"softmax", "label_smoothing"}  # before the choice
@@ -93,30 +99,29 @@ def test_validating_runs_never_see_the_test_set_and_the_others_see_it_once(finis
 
 
 def test_the_runs_compared_have_the_chosen_lam(finished):
-    validating, compared = compare.finished_records(compare.reopen(finished), finished)
-    chosen = compare.chosen_of(compare.choose(validating))
+    validating, compared = finished_records(reopen(finished), finished)
+    chosen = chosen_of(choose(validating))
     assert len(chosen) == 2 and len(compared) == 8
     for record in compared:
-        recipe = record["recipe"]
-        assert recipe["lam"] == chosen.get((recipe["loss"], recipe["label_noise"]))
+        assert record.recipe.lam == chosen.get((record.recipe.loss, record.recipe.label_noise))
 
 
 def test_the_test_labels_have_no_part_in_the_choice(finished, tmp_path, monkeypatch):
     """The same data with other test labels and images: every validating run gives the same numbers."""
-    from largemargin.lab.train import train
+    from largemargin.lab.run.train import train
 
     digits = data.load("digits", "", 32)
-    assert isinstance(digits, data.ImageSet)
+    assert isinstance(digits, ImageSet)
     other = dataclasses.replace(digits, test_labels=digits.test_labels.roll(7), test_images=torch.zeros_like(digits.test_images))
-    validating, _ = compare.finished_records(compare.reopen(finished), finished)
+    validating, _ = finished_records(reopen(finished), finished)
     again = []
     for record in validating:
-        recipe = dataclasses.replace(Recipe(**record["recipe"]), data_digest=other.digest())
+        recipe = dataclasses.replace(record.recipe, data_digest=other.digest())
         if recipe.seed == 0:
-            again.append(train(recipe, other, tmp_path / recipe.id))
-            assert again[-1]["validation"] == record["validation"] and again[-1]["epochs"] == record["epochs"]
-    of_seed = [record for record in validating if record["recipe"]["seed"] == 0]
-    assert len(again) == 4 and compare.chosen_of(compare.choose(again)) == compare.chosen_of(compare.choose(of_seed))
+            again.append(RunRecord.from_dict(train(recipe, other, tmp_path / recipe.id)))
+            assert again[-1].validation == record.validation and again[-1].epochs == record.epochs
+    of_seed = [record for record in validating if record.recipe.seed == 0]
+    assert len(again) == 4 and chosen_of(choose(again)) == chosen_of(choose(of_seed))
 
 
 def test_a_second_time_nothing_is_repeated(finished, capsys):
@@ -129,11 +134,11 @@ def test_a_second_time_nothing_is_repeated(finished, capsys):
 
 def test_a_choice_that_lacks_a_run_is_not_made(finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "out")
-    comparison = compare.reopen(tmp_path / "out")
+    comparison = reopen(tmp_path / "out")
     missing = next(recipe for recipe in comparison.validating_recipes() if recipe.loss == "large_margin" and recipe.label_noise == 0.3)
     shutil.rmtree(tmp_path / "out" / "runs" / missing.id)
-    validating, compared = compare.finished_records(comparison, tmp_path / "out")
-    assert ("large_margin", 0.3) not in compare.chosen_of(compare.choose(validating)) and len(validating) == 4 and len(compared) == 6
+    validating, compared = finished_records(comparison, tmp_path / "out")
+    assert ("large_margin", 0.3) not in chosen_of(choose(validating)) and len(validating) == 4 and len(compared) == 6
     assert cli.main(["report", str(tmp_path / "out")]) == 0
     assert "2 still missing" in (tmp_path / "out" / "report.html").read_text()
 

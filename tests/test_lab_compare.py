@@ -17,79 +17,68 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
-from scipy import stats
 
 from combinations import every
-from largemargin.lab import cli, compare, queue
-from largemargin.lab.commands.options import given_fields
+from largemargin.lab import cli
+from largemargin.lab.arguments.options import given_fields
+from largemargin.lab.arguments.parsers import build_parser
+from largemargin.lab.comparison.folder import finished_records, reopen
+from largemargin.lab.comparison.plan import Comparison
+from largemargin.lab.comparison.table import cells, print_tables, summarise
 from largemargin.lab.errors import LabError
-from largemargin.lab.recipe import LOSSES, SYMBOLS, Recipe
+from largemargin.lab.queue.runs import run_all
+from largemargin.lab.results import RunRecord, result_of
+from largemargin.lab.run.methods import LOSSES, SYMBOLS
+from largemargin.lab.run.recipe import Recipe
 
 LARGEMARGIN = [sys.executable, "-W", "error", "-m", "largemargin.lab.cli"]
 
 
-def record(loss, seed, error, noise=0.0, margin=1.0):
-    test = {"error": error, "margin": margin, "rho": 0.5, "ece": 2.0, "nll": 0.1, "margin_histogram": [0] * 160}
+def record(loss, seed, error, noise=0.0, margin=1.0, nll=0.1):
+    test = {"error": error, "margin": margin, "rho": 0.5, "ece": 2.0, "nll": nll, "margin_histogram": [0] * 160}
     recipe = Recipe(loss=loss, seed=seed, label_noise=noise, **LOSSES[loss]).to_dict()
-    return {"recipe": recipe, "test": test, "seconds": 1.0}
-
-
-def test_the_interval_is_that_of_the_paired_t_test():
-    rng = np.random.default_rng(0)
-    errors, baseline = rng.normal(10, 1, 7), rng.normal(11, 1, 7)
-    difference = compare.paired_difference(dict(enumerate(errors.tolist())), dict(enumerate(baseline.tolist())))
-    low, high = stats.ttest_rel(errors, baseline).confidence_interval(0.95)
-    assert difference.mean == pytest.approx((errors - baseline).mean())
-    assert (difference.low, difference.high) == pytest.approx((low, high))
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "verdict"), [(-2.0, -0.1, "better"), (0.1, 2.0, "worse"), (-1.0, 0.1, "inconclusive"), (-1.0, 0.0, "inconclusive")]
-)
-def test_better_is_said_only_where_the_interval_excludes_zero(low, high, verdict):
-    assert compare.Difference((low + high) / 2, low, high).verdict == verdict
+    return RunRecord.from_dict({"recipe": recipe, "test": test, "seconds": 1.0, "environment": {}})
 
 
 def test_pairs_are_matched_by_seed_whatever_the_order():
     records = [record("softmax", s, 10.0 + s) for s in (0, 1, 2)] + [record("large_margin", s, 9.0 + s) for s in (2, 0, 1)]
-    row = compare.summarise(records)[1]
-    assert (row.difference.mean, row.difference.low, row.difference.high) == (-1.0, -1.0, -1.0)
+    row = summarise(records)[1]
+    assert row.judged.text == "-1.00 (no spread)"
     assert row.error == 10.0 and row.error_std == 1.0  # n - 1
 
 
 def test_only_seeds_that_both_have_are_paired():
     records = [record("softmax", s, 10.0 * s) for s in (0, 1, 2)] + [record("large_margin", s, 10.0 * s + s / 10) for s in (0, 2, 5)]
-    row = compare.summarise(records)[1]
-    assert row.n == 3 and row.difference.mean == pytest.approx(0.1)  # of seeds 0 and 2
+    row = summarise(records)[1]
+    assert row.n == 3 and row.judged.paired.mean == pytest.approx(0.1)  # of seeds 0 and 2
 
 
 def test_equal_differences_are_no_evidence():
     records = [record("softmax", s, 10.0 + s) for s in (0, 1)] + [record("large_margin", s, 9.9 + s) for s in (0, 1)]
-    assert compare.summarise(records)[1].difference.verdict == "inconclusive"
+    assert summarise(records)[1].verdict == "inconclusive"
 
 
 def test_one_seed_has_no_interval_and_a_missing_baseline_no_difference():
-    one = compare.summarise([record("softmax", 0, 10.0), record("large_margin", 0, 9.0)])
-    assert one[1].difference is None and one[1].error_std is None
-    assert "n/a" in compare.cells(one[1])
-    alone = compare.summarise([record("large_margin", s, 9.0 + s) for s in (0, 1)])
-    assert alone[0].difference is None
+    one = summarise([record("softmax", 0, 10.0), record("large_margin", 0, 9.0)])
+    assert one[1].judged is None and one[1].error_std is None
+    assert "n/a" in cells(one[1])
+    alone = summarise([record("large_margin", s, 9.0 + s) for s in (0, 1)])
+    assert alone[0].judged is None
 
 
 def test_a_diverged_run_is_counted_and_does_not_break_the_table():
-    broken = record("softmax", 0, 90.0)
-    broken["test"]["margin"] = broken["test"]["nll"] = None
-    assert compare.cells(compare.summarise([broken, record("softmax", 1, 10.0)])[0])[1] == "10.00 (1 diverged)"
+    broken = record("softmax", 0, 90.0, margin=None, nll=None)
+    assert cells(summarise([broken, record("softmax", 1, 10.0)])[0])[1] == "10.00 (1 diverged)"
 
 
 def test_recipes_are_every_loss_with_every_seed_at_every_noise():
-    comparison = compare.Comparison(seeds=(3, 4), label_noise=(0.0, 0.2), lam=(0.7,), epochs=9)
+    comparison = Comparison(seeds=(3, 4), label_noise=(0.0, 0.2), lam=(0.7,), epochs=9)
     recipes = comparison.recipes()
     assert len({recipe.id for recipe in recipes}) == len(recipes) == 12
     assert {recipe.lam for recipe in recipes if recipe.loss == "large_margin"} == {0.7}
     assert all(recipe.lam is None for recipe in recipes if recipe.loss != "large_margin")
     # what does not concern a loss does not make it another run
-    others = {recipe.id for recipe in compare.Comparison(seeds=(3, 4), label_noise=(0.0, 0.2), lam=(0.1,), epochs=9).recipes()}
+    others = {recipe.id for recipe in Comparison(seeds=(3, 4), label_noise=(0.0, 0.2), lam=(0.1,), epochs=9).recipes()}
     assert len(others & {recipe.id for recipe in recipes}) == 8
 
 
@@ -269,13 +258,13 @@ def test_odd_values_in_a_config_file_get_one_line(text, tmp_path, capsys, monkey
 def test_no_number_is_cut_in_the_table(finished, width, tmp_path):
     out, _, _ = finished
     output = io.StringIO()
-    _, records = compare.finished_records(compare.reopen(out), out)
-    rows = compare.summarise(records)
-    compare.print_tables(rows, Console(width=width, file=output))
+    _, records = finished_records(reopen(out), out)
+    rows = summarise(records)
+    print_tables(rows, Console(width=width, file=output))
     text = output.getvalue()
     assert "…" not in text
     for row in rows:
-        assert all(cell in text for cell in compare.cells(row))
+        assert all(cell in text for cell in cells(row))
 
 
 def test_a_foreign_folder_is_refused_and_left_as_it_was(tmp_path, capsys):
@@ -298,10 +287,10 @@ def test_an_unwritable_folder_says_so(tmp_path, capsys):
     [
         (["compare", "--losses", "softmx"], "softmx"),
         (["compare", "--seeds", "-1"], "seeds"),
-        (["compare", "--seeds", "no"], "--seeds must be a whole number from 0 on, got no"),
+        (["compare", "--seeds", "no"], "--seeds must be whole numbers from 0 on, or auto, got no"),
         (["compare", "--lam", "nan"], "lam"),
         (["compare", "--lam", "inf"], "lam"),
-        (["compare", "--label-noise", "1.5"], "--label-noise must be a share from 0 to 1, got 1.5"),
+        (["compare", "--label-noise", "1.5"], "--label-noise must be a share from 0 to 1, asymmetric:SHARE or human, got 1.5"),
         (["compare", "--train-fraction", "0"], "--train-fraction must be"),
         (["compare", "--epochs", "0"], "epochs"),
         (["compare", "--jobs", "0"], "jobs"),
@@ -370,8 +359,8 @@ def test_reproduce_does_without_what_it_never_imports(monkeypatch, capsys):
 def test_a_run_that_fails_is_named_and_the_others_are_kept(tmp_path):
     good, bad = Recipe(loss="softmax", seed=0, epochs=1), Recipe(loss="softmax", seed=1, epochs=1, network="nosuch")
     with pytest.raises(LabError, match=f"1 of 2 runs could not be done.*nosuch.*{bad.id}"):
-        queue.run_all([bad, good], tmp_path, 1, lambda *_: None)
-    assert queue.result_of(good, tmp_path) is not None
+        run_all([bad, good], tmp_path, 1, lambda *_: None)
+    assert result_of(good, tmp_path) is not None
     assert "Traceback" in (tmp_path / bad.id / "error.txt").read_text()
 
 
@@ -380,7 +369,7 @@ def test_a_broken_checkpoint_is_named(tmp_path):
     (tmp_path / recipe.id).mkdir()
     (tmp_path / recipe.id / "checkpoint.pt").write_bytes(b"half a checkpoint")
     with pytest.raises(LabError, match=r"checkpoint\.pt is not a checkpoint that can be read"):
-        queue.run_all([recipe], tmp_path, 1, lambda *_: None)
+        run_all([recipe], tmp_path, 1, lambda *_: None)
 
 
 def test_a_reader_that_goes_away_is_no_error(finished):
@@ -394,19 +383,19 @@ def test_a_broken_record_is_named(tmp_path):
     (tmp_path / recipe.id).mkdir()
     (tmp_path / recipe.id / "result.json").write_text("{")
     with pytest.raises(LabError, match=r"result\.json is not the record"):
-        queue.result_of(recipe, tmp_path)
+        result_of(recipe, tmp_path)
 
 
 def test_options_can_come_from_a_file(tmp_path):
     (tmp_path / "options.yaml").write_text("seeds: [0, 7]\nlam: [0.5]\nlabel_noise: [0.1]\n")
-    parsed = cli.build_parser().parse_args(["compare", "--config", str(tmp_path / "options.yaml"), "--lam", "1"])
+    parsed = build_parser().parse_args(["compare", "--config", str(tmp_path / "options.yaml"), "--lam", "1"])
     assert parsed.compare.seeds == [0, 7] and parsed.compare.lam == [1] and parsed.compare.label_noise == [0.1]
 
 
 def test_options_of_the_recipe_come_from_a_file_and_from_the_command_line(tmp_path):
     (tmp_path / "options.yaml").write_text("network: layer13\nrecipe:\n  learning_rate: 0.02\n  milestones: [2, 4]\n  schedule: steps\n")
     command = ["compare", "--config", str(tmp_path / "options.yaml"), "--recipe.learning_rate", "0.5"]
-    options = cli.build_parser().parse_args(command).compare
+    options = build_parser().parse_args(command).compare
     assert options.network == "layer13" and given_fields(options.recipe) == {
         "learning_rate": 0.5,
         "milestones": [2, 4],
@@ -425,40 +414,40 @@ def test_one_value_for_a_list_in_a_config_file_is_told_to_be_a_list(line, tmp_pa
 def test_the_printed_config_is_one_that_can_be_given(tmp_path, capsys):
     command = ["compare", "--lam", "0.1", "1", "--network", "mobilenet", "--recipe.momentum", "0.5"]
     with pytest.raises(SystemExit):
-        cli.build_parser().parse_args([*command, "--print_config"])
+        build_parser().parse_args([*command, "--print_config"])
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
-    again = cli.build_parser().parse_args(["compare", "--config", str(tmp_path / "printed.yaml")]).compare
-    given = cli.build_parser().parse_args(command).compare
+    again = build_parser().parse_args(["compare", "--config", str(tmp_path / "printed.yaml")]).compare
+    given = build_parser().parse_args(command).compare
     assert {**vars(again), "config": None} == {**vars(given), "config": None}
 
 
 def test_a_setting_of_a_loss_is_given_to_the_losses_that_have_it():
     losses = ("softmax", "label_smoothing", "multiclass_hinge", "arcface", "cosface")
     overrides = {"margin": 0.25, "scale": 16.0, "label_smoothing": 0.05, "momentum": 0.5}
-    recipes = {r.loss: r for r in compare.Comparison(losses=losses, seeds=(0,), overrides=overrides).recipes()}
+    recipes = {r.loss: r for r in Comparison(losses=losses, seeds=(0,), overrides=overrides).recipes()}
     for loss, recipe in recipes.items():
         for name in SYMBOLS:
             assert getattr(recipe, name) == (overrides[name] if name in LOSSES[loss] else None)
     assert {recipe.momentum for recipe in recipes.values()} == {0.5}
-    plain = {r.loss: r for r in compare.Comparison(losses=losses, seeds=(0,), overrides={"scale": 16.0}).recipes()}
+    plain = {r.loss: r for r in Comparison(losses=losses, seeds=(0,), overrides={"scale": 16.0}).recipes()}
     assert plain["arcface"].margin == LOSSES["arcface"]["margin"]  # what is not given stays
 
 
 def test_a_comparison_passes_through_json_and_those_of_one_lam_still_open(tmp_path):
-    comparison = compare.Comparison(lam=(0.1, 1.0), network="mobilenet", overrides={"milestones": [1, 2], "schedule": "steps"})
-    assert compare.Comparison.from_dict(json.loads(json.dumps(vars(comparison)))) == comparison
+    comparison = Comparison(lam=(0.1, 1.0), network="mobilenet", overrides={"milestones": [1, 2], "schedule": "steps"})
+    assert Comparison.from_dict(json.loads(json.dumps(vars(comparison)))) == comparison
     old = {"data": "digits", "losses": ["softmax", "large_margin"], "lam": 0.5, "seeds": [0], "label_noise": [0.0], "device": "cpu"}
     (tmp_path / "compare.json").write_text(json.dumps({"largemargin": "compare", "comparison": old}))
-    assert [recipe.lam for recipe in compare.reopen(tmp_path).recipes()] == [None, 0.5]
+    assert [recipe.lam for recipe in reopen(tmp_path).recipes()] == [None, 0.5]
 
 
 def test_the_file_on_the_page_is_understood(tmp_path):
     page = (Path(__file__).parent.parent / "docs" / "compare.md").read_text()
     (tmp_path / "options.yaml").write_text(re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1])
-    cli.build_parser().parse_args(["compare", "--config", str(tmp_path / "options.yaml")])
+    build_parser().parse_args(["compare", "--config", str(tmp_path / "options.yaml")])
 
 
-def test_each_run_keeps_its_weights_and_events_where_that_is_asked(tmp_path):
+def test_each_run_keeps_its_model_and_its_events_where_that_is_asked(tmp_path):
     command = ["compare", "--epochs", "1", "--seeds", "0", "--losses", "softmax", "--network", "layer13", "--recipe.width", "0.03"]
     refused = in_process(*command, "--out", str(tmp_path / "out"))  # digits are too small for it
     assert refused.returncode == 2 and "layer13" in refused.stderr and not (tmp_path / "out").exists()
@@ -466,7 +455,7 @@ def test_each_run_keeps_its_weights_and_events_where_that_is_asked(tmp_path):
     done = in_process(*command, "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "out" / "runs").iterdir()
-    assert (run / "network.safetensors").is_file() and list((run / "events").rglob("events.out.tfevents.*"))
+    assert (run / "model.safetensors").is_file() and list((run / "events").rglob("events.out.tfevents.*"))
     text = (tmp_path / "out" / "report.html").read_text()
     assert "mobilenet" in text
 

@@ -11,7 +11,10 @@ from PIL import Image
 
 from largemargin.lab import data
 from largemargin.lab._torchvision import import_torchvision
+from largemargin.lab.data.folders import image_folder
+from largemargin.lab.data.images import ImageSet, channel_moments, digits
 from largemargin.lab.errors import LabError
+from largemargin.lab.run.rows import pollute_labels, subsample
 
 
 def generator(seed=0):
@@ -19,44 +22,44 @@ def generator(seed=0):
 
 
 def test_digits_are_split_by_thirds_and_stratified():
-    digits = data.digits()
-    assert digits.train_images.shape == (1198, 1, 8, 8) and digits.test_images.shape == (599, 1, 8, 8)
-    assert digits.train_images.dtype == torch.uint8 and digits.train_images.max() == 255
-    shares = [torch.bincount(labels, minlength=10) / len(labels) for labels in (digits.train_labels, digits.test_labels)]
+    images = digits()
+    assert images.train_images.shape == (1198, 1, 8, 8) and images.test_images.shape == (599, 1, 8, 8)
+    assert images.train_images.dtype == torch.uint8 and images.train_images.max() == 255
+    shares = [torch.bincount(labels, minlength=10) / len(labels) for labels in (images.train_labels, images.test_labels)]
     assert (shares[0] - shares[1]).abs().max() < 0.002
-    assert torch.equal(digits.test_labels, data.digits().test_labels)  # one split for every run
+    assert torch.equal(images.test_labels, digits().test_labels)  # one split for every run
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1, 0.3, 1.0])
 def test_pollution_moves_exactly_the_asked_number_of_labels_to_other_classes(noise):
     labels = torch.arange(1000) % 7
     before = labels.clone()
-    polluted = data.pollute_labels(labels, noise, 7, generator())
+    polluted = pollute_labels(labels, noise, 7, generator())
     assert torch.equal(labels, before)
     assert (polluted != labels).sum() == round(noise * 1000)
     assert polluted.min() >= 0 and polluted.max() < 7
-    assert torch.equal(polluted, data.pollute_labels(labels, noise, 7, generator()))
+    assert torch.equal(polluted, pollute_labels(labels, noise, 7, generator()))
     if noise:
-        assert not torch.equal(polluted, data.pollute_labels(labels, noise, 7, generator(1)))
+        assert not torch.equal(polluted, pollute_labels(labels, noise, 7, generator(1)))
 
 
 def test_pollution_is_uniform_over_the_other_classes():
     labels = torch.zeros(60_000, dtype=torch.long)
-    counts = torch.bincount(data.pollute_labels(labels, 1.0, 7, generator()), minlength=7)
+    counts = torch.bincount(pollute_labels(labels, 1.0, 7, generator()), minlength=7)
     assert counts[0] == 0
     assert (counts[1:] - 10_000).abs().max() < 5 * 10_000**0.5  # five standard deviations of a count
 
 
 def test_subsample_draws_the_asked_number_without_replacement():
-    chosen = data.subsample(1000, 0.25, generator())
+    chosen = subsample(1000, 0.25, generator())
     assert len(chosen) == len(chosen.unique()) == 250 and torch.equal(chosen, chosen.sort().values)
-    assert torch.equal(data.subsample(1000, 1.0, generator()), torch.arange(1000))
-    assert len(data.subsample(10, 0.001, generator())) == 1
+    assert torch.equal(subsample(1000, 1.0, generator()), torch.arange(1000))
+    assert len(subsample(10, 0.001, generator())) == 1
 
 
 def test_channel_moments_are_those_of_the_pixels():
     images = torch.randint(0, 256, (50, 3, 4, 5), generator=generator(), dtype=torch.uint8)
-    mean, std = data.channel_moments(images)
+    mean, std = channel_moments(images)
     torch.testing.assert_close(mean, images.double().mean((0, 2, 3)).float())
     torch.testing.assert_close(std, images.double().std((0, 2, 3), correction=0).float())
 
@@ -95,7 +98,7 @@ def test_cifar_is_read_from_the_standard_batches(cifar_files, name):
     root, sets = cifar_files
     folder, train_list = sets[name]
     images = data.load(name, str(root), 32)
-    assert isinstance(images, data.ImageSet)
+    assert isinstance(images, ImageSet)
     assert images.train_images.shape == (6 * len(train_list), 3, 32, 32) and images.test_images.shape == (4, 3, 32, 32)
     first = pickle.loads((folder / train_list[0][0]).read_bytes())
     assert np.array_equal(images.train_images[0].numpy().ravel(), first["data"][0])
@@ -128,13 +131,13 @@ def folder(tmp_path):
 
 
 def test_image_folder_holds_out_a_stratified_fifth(folder):
-    images = data.image_folder(folder, 8)
+    images = image_folder(folder, 8)
     assert images.classes == ("cat", "dog")
     assert torch.bincount(images.train_labels).tolist() == [8, 8] and torch.bincount(images.test_labels).tolist() == [2, 2]
     assert images.train_images.shape == (16, 3, 8, 8)
     reds = images.train_images[images.train_labels == 0].float().mean((0, 2, 3))
     assert abs(reds[0] - 200) <= 1 and reds[2] <= 1
-    assert torch.equal(images.test_images, data.image_folder(folder, 8).test_images)  # one split for every run
+    assert torch.equal(images.test_images, image_folder(folder, 8).test_images)  # one split for every run
 
 
 @pytest.mark.parametrize("held_out", ["test", "val"])
@@ -143,7 +146,7 @@ def test_image_folder_takes_a_split_that_is_there(tmp_path, held_out):
         for name in ("a", "b"):
             for i in range(n):
                 save_image(tmp_path / part / name / f"{i}.png", (i, i, i))
-    images = data.image_folder(tmp_path, 8)
+    images = image_folder(tmp_path, 8)
     assert len(images.train_labels) == 6 and len(images.test_labels) == 4
 
 
@@ -155,7 +158,7 @@ def test_image_folder_converts_to_rgb_and_crops_the_centre(tmp_path):
         wide.save(tmp_path / part / "wide" / "0.png")
         save_image(tmp_path / part / "grey" / "0.png", 100, mode="L")
         save_image(tmp_path / part / "grey" / "1.png", (1, 2, 3, 4), mode="RGBA")
-    images = data.image_folder(tmp_path, 10)
+    images = image_folder(tmp_path, 10)
     assert images.train_images[images.train_labels == 1].min() == 255
     assert images.train_images[0].unique().tolist() == [100] and images.train_images[1, :, 0, 0].tolist() == [251, 251, 251]  # on white
 
@@ -169,7 +172,7 @@ def test_a_broken_image_is_named(folder, content, said):
         content = broken.read_bytes()[:2000]
     broken.write_bytes(content)
     with pytest.raises(LabError, match=r"dog/3\.jpg") as caught:
-        data.image_folder(folder, 8)
+        image_folder(folder, 8)
     assert said in str(caught.value)
 
 
@@ -180,13 +183,13 @@ def test_folders_that_are_no_data_set_are_refused(folder, tmp_path):
     with pytest.raises(LabError, match="link: a link to nowhere, which is not there"):
         data.load(str(tmp_path / "link"), "data", 8)
     with pytest.raises(LabError, match="found 0 sub-folders"):
-        data.image_folder(folder / "cat", 8)
+        image_folder(folder / "cat", 8)
     (folder / "empty").mkdir()
     with pytest.raises(LabError, match="empty holds no image"):
-        data.image_folder(folder, 8)
+        image_folder(folder, 8)
     save_image(folder / "empty" / "0.png", (0, 0, 0))
     with pytest.raises(LabError, match="too few images"):
-        data.image_folder(folder, 8)
+        image_folder(folder, 8)
 
 
 def test_classes_of_train_and_test_must_agree(tmp_path):
@@ -194,28 +197,28 @@ def test_classes_of_train_and_test_must_agree(tmp_path):
         for name in names:
             save_image(tmp_path / part / name / "0.png", (0, 0, 0))
     with pytest.raises(LabError, match="b, c"):
-        data.image_folder(tmp_path, 8)
+        image_folder(tmp_path, 8)
 
 
 def test_a_saved_set_is_the_set(folder, tmp_path):
-    images = data.image_folder(folder, 8)
+    images = image_folder(folder, 8)
     images.save(tmp_path / "images.pt")
-    saved = data.ImageSet.saved(tmp_path / "images.pt")
+    saved = ImageSet.saved(tmp_path / "images.pt")
     assert saved.classes == images.classes and torch.equal(saved.train_images, images.train_images)
     assert saved.digest() == images.digest()
 
 
 def test_the_digest_changes_with_the_data(folder):
-    before = data.image_folder(folder, 8)
-    assert before.digest() == data.image_folder(folder, 8).digest() != data.image_folder(folder, 9).digest()
+    before = image_folder(folder, 8)
+    assert before.digest() == image_folder(folder, 8).digest() != image_folder(folder, 9).digest()
     save_image(folder / "cat" / "0.png", (0, 255, 0))
-    assert data.image_folder(folder, 8).digest() != before.digest()
+    assert image_folder(folder, 8).digest() != before.digest()
 
 
 def test_more_than_eight_bits_are_refused_rather_than_clipped(folder):
     Image.fromarray(np.full((10, 10), 3000, dtype=np.uint16)).save(folder / "cat" / "0.png")
     with pytest.raises(LabError, match=r"cat/0\.png.*8 bits"):
-        data.image_folder(folder, 8)
+        image_folder(folder, 8)
 
 
 @pytest.mark.parametrize("names", [("train", "valid"), ("Train", "Test"), ("train",)])
@@ -224,4 +227,4 @@ def test_half_a_split_is_not_taken_for_classes(tmp_path, names):
         for label in "ab":
             save_image(tmp_path / name / label / "0.png", (0, 0, 0))
     with pytest.raises(LabError, match="looks like a part of a split"):
-        data.image_folder(tmp_path, 8)
+        image_folder(tmp_path, 8)

@@ -8,11 +8,18 @@ import pytest
 import torch
 
 from combinations import every
-from largemargin.lab import cli, compare, report
-from largemargin.lab.diverged import NOT_FINITE, ONE_CLASS, why_diverged
-from largemargin.lab.evaluate import evaluate
-from largemargin.lab.paper_lines import Line
-from largemargin.lab.recipe import LOSSES, Recipe
+from largemargin.lab import cli
+from largemargin.lab.comparison.choose import choice_cells, choose
+from largemargin.lab.comparison.figures import overview
+from largemargin.lab.comparison.recommendation import advice
+from largemargin.lab.comparison.table import cells, summarise
+from largemargin.lab.paper.lines import Line
+from largemargin.lab.results import NOT_FINITE, ONE_CLASS, RunRecord
+from largemargin.lab.run.evaluate import evaluate
+from largemargin.lab.run.methods import LOSSES
+from largemargin.lab.run.recipe import Recipe
+from largemargin.lab.stats import paired
+from largemargin.lab.verdicts import judge
 
 FINITE = {"error": 10.0, "nll": 0.4, "ece": 2.0, "margin": 3.0, "rho": 0.5, "predicted_classes": 10, "target_classes": 10}
 
@@ -21,7 +28,8 @@ def record(loss, seed, error=10.0, lam=None, split="test", train_loss=1.0, **cha
     recipe = Recipe(loss=loss, seed=seed, **LOSSES[loss] | ({} if lam is None else {"lam": lam})).to_dict()
     of_split = {**FINITE, "error": error, **changes}
     epochs = [{"epoch": 1, "train_loss": train_loss, f"{split}_error": error}]
-    return {"recipe": recipe, "test": None, "validation": None, split: of_split, "epochs": epochs, "seconds": 1.0, "classes": list("abc")}
+    values = {"recipe": recipe, "test": None, "validation": None, split: of_split, "epochs": epochs, "seconds": 1.0, "classes": list("abc")}
+    return RunRecord.from_dict(values | {"environment": {}})
 
 
 NAN = {"error": 100.0, "nll": None, "margin": None, "ece": None}
@@ -45,14 +53,13 @@ CASES = {
 @every("case", CASES)
 def test_what_is_not_finite_or_constant_diverged(case, split):
     changes, reason = CASES[case]
-    assert why_diverged(record("softmax", 0, split=split, **changes)) == reason
+    assert record("softmax", 0, split=split, **changes).why_diverged == reason
 
 
 def test_a_record_that_does_not_count_its_predictions_is_judged_by_its_numbers():
-    old = record("softmax", 0)
-    for name in ("predicted_classes", "target_classes"):
-        del old["test"][name]
-    assert why_diverged(old) == ""
+    test = {name: value for name, value in FINITE.items() if not name.endswith("classes")}
+    old = RunRecord.from_dict({"recipe": Recipe("softmax", 0).to_dict(), "test": test, "environment": {}})
+    assert old.why_diverged == ""
 
 
 def test_predictions_are_counted():
@@ -65,61 +72,62 @@ def test_predictions_are_counted():
 def records_with_one_diverged(loss):
     sound = [record("softmax", seed, 20.0 + seed) for seed in range(4)]
     sound += [record("large_margin", seed, 10.0 + seed + seed**2 / 10) for seed in range(4)]
-    place = next(i for i, r in enumerate(sound) if r["recipe"]["loss"] == loss and r["recipe"]["seed"] == 3)
+    place = next(i for i, r in enumerate(sound) if r.recipe.loss == loss and r.recipe.seed == 3)
     return [record(loss, 3, **NAN) if i == place else r for i, r in enumerate(sound)]
 
 
 @pytest.mark.parametrize("loss", ["softmax", "large_margin"])
 def test_a_diverged_seed_is_in_no_mean_and_no_pair(loss):
     records = records_with_one_diverged(loss)
-    rows = {row.loss: row for row in compare.summarise(records)}
-    without = {row.loss: row for row in compare.summarise([r for r in records if not why_diverged(r)])}
+    rows = {row.loss: row for row in summarise(records)}
+    without = {row.loss: row for row in summarise([r for r in records if not r.why_diverged])}
     assert (rows[loss].n, rows[loss].diverged) == (4, 1)
-    for name in ("error", "error_std", "margin", "rho", "ece", "nll", "difference"):
+    for name in ("error", "error_std", "margin", "rho", "ece", "nll"):
         assert getattr(rows[loss], name) == getattr(without[loss], name)
-    assert rows["large_margin"].difference == without["large_margin"].difference
-    assert compare.cells(rows[loss])[1].endswith("(1 diverged)")
+    assert rows["large_margin"].judged.paired == without["large_margin"].judged.paired
+    assert cells(rows[loss])[1].endswith("(1 diverged)")
 
 
 def test_a_loss_with_a_diverged_run_is_not_called_better():
     records = records_with_one_diverged("large_margin")
-    row = compare.summarise(records)[1]
-    assert row.difference.verdict == "better" and row.verdict == "inconclusive"
-    assert "better" not in compare.cells(row) and "better" not in " ".join(report.headline([row]))
-    assert compare.summarise(records_with_one_diverged("softmax"))[1].verdict == "better"
+    row = summarise(records)[1]
+    assert row.judged.paired.over_seeds.high < 0 and row.verdict == "inconclusive"
+    assert "better" not in cells(row) and "stay with softmax" in " ".join(advice(summarise(records)))
+    assert summarise(records_with_one_diverged("softmax"))[1].verdict == "better"
 
 
 def test_a_loss_with_a_diverged_run_can_be_worse():
     records = [record("softmax", seed, 10.0 + seed**2 / 10) for seed in range(4)]
     records += [record("large_margin", seed, 30.0 + seed) for seed in range(3)] + [record("large_margin", 3, **NAN)]
-    assert compare.summarise(records)[1].verdict == "worse"
+    assert summarise(records)[1].verdict == "worse"
 
 
 def test_the_verdict_of_the_reproduction_follows_the_same_rule():
-    difference = compare.Difference(-2.0, -3.0, -1.0)
-    values = dict(entry=None, errors={0: 1.0}, best={}, baseline=None, pairs={}, difference=difference, command="", full_size=True)
-    assert Line(**values, diverged=0).verdict == "better" and Line(**values, diverged=1).verdict == "inconclusive"
+    difference = paired([-2.0, -2.1, -1.9])
+    values = dict(entry=None, errors={0: 1.0}, best={}, baseline=None, pairs={}, command="", full_size=True)
+    verdicts = [Line(**values, diverged=n, judged=judge([("ours", "softmax", difference, n)])[0]).verdict for n in (0, 1)]
+    assert verdicts == ["better", "inconclusive"]
 
 
 def test_where_all_diverged_no_number_is_shown():
-    row = compare.summarise([record("softmax", seed, **NAN) for seed in (0, 1)])[0]
-    assert compare.cells(row)[1] == "diverged" and "100" not in " ".join(compare.cells(row)[1:])
-    assert "nan" not in " ".join(compare.cells(row))
-    assert "diverged" in report.overview([row])
+    row = summarise([record("softmax", seed, **NAN) for seed in (0, 1)])[0]
+    assert cells(row)[1] == "diverged" and "100" not in " ".join(cells(row)[1:])
+    assert "nan" not in " ".join(cells(row))
+    assert "diverged" in overview([row])
 
 
 def test_a_lambda_that_diverges_is_not_chosen():
     records = [record("large_margin", seed, 9.0, lam=0.1, split="validation") for seed in (0, 1)]
     records += [record("large_margin", 0, 1.0, lam=1.0, split="validation")]
     records += [record("large_margin", 1, lam=1.0, split="validation", **NAN)]
-    (choice,) = compare.choose(records)
-    assert choice.lam == 0.1 and [line[3] for line in compare.choice_cells([choice])][1] == "1.00 (1 diverged)"
+    (choice,) = choose(records)
+    assert choice.lam == 0.1 and [line[3] for line in choice_cells([choice])][1] == "1.00 (1 diverged)"
 
 
 def test_a_choice_of_diverged_runs_alone_is_still_told():
     records = [record("large_margin", 0, lam=lam, split="validation", **NAN) for lam in (0.1, 1.0)]
-    (choice,) = compare.choose(records)
-    assert choice.lam == 0.1 and {line[3] for line in compare.choice_cells([choice])} == {"diverged"}
+    (choice,) = choose(records)
+    assert choice.lam == 0.1 and {line[3] for line in choice_cells([choice])} == {"diverged"}
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from largemargin.lab import cli, figures
+from largemargin.lab import cli
+from largemargin.lab.paper import formulas as figures
 
 
 def table(path) -> list[list[str]]:

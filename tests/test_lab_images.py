@@ -13,12 +13,13 @@ from rich.console import Console
 
 from combinations import every
 from largemargin.lab import cli, data
+from largemargin.lab.commands.progress import reading_images
 from largemargin.lab.data.decode import read_image
-from largemargin.lab.data.feeds import EVALUATED_AT_ONCE, evaluated_at_once
 from largemargin.lab.data.images import ImageSet
 from largemargin.lab.errors import LabError
-from largemargin.lab.progress import reading_images
-from largemargin.lab.recipe import Recipe
+from largemargin.lab.run.feeds import EVALUATED_AT_ONCE, InMemory, evaluated_at_once
+from largemargin.lab.run.recipe import Recipe
+from largemargin.lab.run.streams import feed_of
 
 ORIENTATION = 0x0112
 
@@ -330,7 +331,7 @@ def test_evaluation_holds_no_more_than_a_batch_of_large_images(image_size, batch
 def test_an_evaluation_comes_in_such_parts(validation_fraction, tmp_path):
     images, labels = torch.zeros(50, 3, 64, 64, dtype=torch.uint8), torch.arange(50) % 2
     recipe = Recipe("softmax", 0, batch_size=8, data="folder", validation_fraction=validation_fraction)
-    feed = data.feed_of(recipe, ImageSet(images, labels, images.repeat(8, 1, 1, 1), labels.repeat(8), ("a", "b")), torch.device("cpu"))
+    feed = feed_of(recipe, ImageSet(images, labels, images.repeat(8, 1, 1, 1), labels.repeat(8), ("a", "b")), torch.device("cpu"))
     parts = [len(target) for _, target in feed.held_out()]
     assert sum(parts) == feed.num_held_out and max(parts) <= 125
 
@@ -340,8 +341,8 @@ def test_there_is_one_copy_of_the_images(tmp_path):
     images = data.load(str(folder), "data", 8)
     assert isinstance(images, ImageSet)
     assert images.train_images.untyped_storage().data_ptr() == images.test_images.untyped_storage().data_ptr()
-    feed = data.feed_of(Recipe("softmax", 0, data=str(folder)), images, torch.device("cpu"))
-    assert isinstance(feed, data.InMemory)
+    feed = feed_of(Recipe("softmax", 0, data=str(folder)), images, torch.device("cpu"))
+    assert isinstance(feed, InMemory)
     assert feed.images.data_ptr() == images.train_images.data_ptr()
     images.save(tmp_path / "images.pt")
     assert os.path.getsize(tmp_path / "images.pt") < images.train_images.nbytes + images.test_images.nbytes + 10_000

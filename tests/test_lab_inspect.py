@@ -3,17 +3,24 @@
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 import zipfile
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
-import largemargin.lab.inspect as inspect_module
+import largemargin.lab.logits.summary as inspect_module
 from combinations import every
 from largemargin.lab import cli
+from largemargin.lab.logits.by_class import figures as figures_of
+from largemargin.lab.logits.by_class import rows_of
+from largemargin.lab.logits.files import Labelled
+from largemargin.lab.predictions import Predictions
+from largemargin.metrics import MarginMetrics
 
 CLASSES = 4
 
@@ -137,7 +144,8 @@ def test_top_is_how_many_rows_are_listed(tmp_path, capsys):
 @pytest.mark.parametrize("width", [40, 60, 140])
 def test_no_figure_is_lost_on_a_narrow_terminal(width, tmp_path):
     output = io.StringIO()
-    inspect_module.inspect(write_npz(tmp_path / "a.npz", *rows()), 3, False, Console(width=width, file=output))
+    summary = inspect_module.summarise(write_npz(tmp_path / "a.npz", *rows()), 3)
+    inspect_module.print_summary(summary, Console(width=width, file=output))
     assert "…" not in output.getvalue()
 
 
@@ -304,3 +312,76 @@ assert "torch" not in sys.modules
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "--top" in done.stdout and "--json" in done.stdout
+
+
+# many classes, and the predictions of a run
+
+
+@pytest.mark.parametrize("chunk", [2**18, 1])
+def test_the_figures_of_a_class_are_those_of_margin_metrics_on_its_rows(chunk):
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 9, 400)
+    labels[labels == 4] = 5  # no row of that class
+    logits = rng.normal(0, 2, (400, 9)).astype(np.float32)
+    logits[np.arange(400), labels] += 2
+    logits[:100] = logits[:100].round()  # many are equal
+    logits[100:120, 8] = np.where(labels[100:120] == 8, 0, -np.inf)
+    rows = rows_of(Labelled(logits, labels, list("abcdefghi")), chunk)
+    groups = {"all": (np.zeros_like(labels), 1), "by class": (labels, 9)}
+    for of_rows, count in groups.values():
+        for group, found in enumerate(figures_of(rows, of_rows, count)):
+            counted = MarginMetrics()
+            counted.update(torch.from_numpy(logits[of_rows == group]).double(), torch.from_numpy(labels[of_rows == group]))
+            expected = counted.compute()
+            assert found.keys() == {"error", *expected}
+            for name, value in expected.items():
+                assert found[name] == pytest.approx(value, rel=1e-10, abs=1e-12, nan_ok=True), (group, name)
+
+
+def many_classes(tmp_path, num_classes=30):
+    rng = np.random.default_rng(2)
+    labels = np.repeat(np.arange(num_classes - 1), 4)  # the last class has no row
+    logits = rng.normal(0, 1, (len(labels), num_classes))
+    logits[np.arange(len(labels)), labels] += 2
+    np.savez(tmp_path / "a.npz", logits=logits, labels=labels, classes=np.array([f"class{c:02}" for c in range(num_classes)]))
+    return tmp_path / "a.npz"
+
+
+def test_of_many_classes_the_worst_are_printed(tmp_path, capsys):
+    path = many_classes(tmp_path)
+    summary = json.loads(run(capsys, path, "--json"))
+    assert len(summary["per_class"]) == 30
+    text, whole = run(capsys, path, "--top", 1), run(capsys, path, "--top", 1, "--classes", "all")
+    table = text[text.index("largest error") : text.index("the most confident")]
+    printed = re.findall(r"class\d\d", table)
+    errors = {of_class["name"]: of_class["error"] for of_class in summary["per_class"] if of_class["rows"]}
+    assert "the 20 classes of the largest error (--classes all prints all 30)" in text and len(printed) == 20
+    assert [errors[name] for name in printed] == sorted(errors.values(), reverse=True)[:20]
+    assert all(f"class{c:02}" in whole for c in range(30)) and "by class" in whole
+
+
+def test_a_run_is_inspected_by_its_folder_with_names_of_classes_and_files(tmp_path, capsys):
+    logits, labels = rows(6)
+    Predictions(logits, labels, np.array([f"test/{i}.png" for i in range(6)])).save(tmp_path / "predictions.npz")
+    (tmp_path / "result.json").write_text(json.dumps({"classes": ["cat", "dog", "emu", "fox"]}))
+    for given in (tmp_path, tmp_path / "predictions.npz"):
+        summary = json.loads(run(capsys, given, "--json"))
+        assert [of_class["name"] for of_class in summary["per_class"]] == ["cat", "dog", "emu", "fox"]
+        assert all(row["file"] == f"test/{row['row']}.png" for row in summary["smallest_margins"])
+        text = run(capsys, given)
+        assert "emu" in text and "test/5.png" in text
+
+
+def test_a_run_without_predictions_says_how_to_have_them(tmp_path, capsys):
+    (tmp_path / "result.json").write_text("{}")
+    assert_refused(capsys, tmp_path, "kept no predictions.npz")
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "{}", '{"classes": ["cat"]}', '{"classes": [1, 2, 3, 4]}', "no JSON"])
+def test_a_record_that_does_not_fit_names_no_class(content, tmp_path, capsys):
+    logits, labels = rows(6)
+    Predictions(logits, labels, np.arange(6)).save(tmp_path / "predictions.npz")
+    (tmp_path / "result.json").write_text(content)
+    summary = json.loads(run(capsys, tmp_path, "--json"))
+    assert [of_class["name"] for of_class in summary["per_class"]] == ["0", "1", "2", "3"]
+    assert all("file" not in row for row in summary["smallest_margins"])

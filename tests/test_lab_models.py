@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from combinations import every
-from largemargin.lab import recipe as recipes
+from largemargin.lab import models as recipes
 from largemargin.lab._torchvision import import_torchvision
 from largemargin.lab.errors import LabError
-from largemargin.lab.models import NETWORKS, build, check_image, smallest_image, weights_digest, wide_resnet
-from largemargin.lab.recipe import Recipe
+from largemargin.lab.models import NETWORKS, build, check_image, smallest_image, wide_resnet
+from largemargin.lab.models.weights import weights_digest
+from largemargin.lab.run.recipe import Recipe
 
 import_torchvision()  # timm imports it, and it may not import by itself
 timm = pytest.importorskip("timm")
@@ -44,7 +45,7 @@ def one_line(error):
 
 
 def test_the_names_are_those_of_recipes():
-    assert (*NETWORKS, "timm:NAME") == recipes.NETWORKS
+    assert (*NETWORKS, "timm:NAME") == recipes.NAMES
 
 
 @pytest.mark.parametrize(

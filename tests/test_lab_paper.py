@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from combinations import every
-from largemargin.lab import paper
 from largemargin.lab.errors import LabError
-from largemargin.lab.paper import Number, cells
-from largemargin.lab.recipe import LOSSES, NETWORKS, Recipe
+from largemargin.lab.models import NAMES as NETWORKS
+from largemargin.lab.paper import cells as paper
+from largemargin.lab.paper.cells import Number, cells
+from largemargin.lab.run.methods import LOSSES
+from largemargin.lab.run.recipe import Recipe
 
 # typed from the paper: (row, column) and what stands there
 PRINTED = {
@@ -167,7 +169,7 @@ def test_table_1_has_its_three_divergences():
 
 
 def test_the_cifar_recipe_is_that_of_section_4():
-    train = pytest.importorskip("largemargin.lab.train")
+    learning_rates = pytest.importorskip("largemargin.lab.run.optimizer").learning_rates
     for table in ("table1", "table2", "table3", "fig3", "sec3", "study"):
         for cell in cells(table):
             recipe = cell.recipes((0,))[0]
@@ -179,17 +181,17 @@ def test_the_cifar_recipe_is_that_of_section_4():
                 1e-4,
             )
             assert (recipe.crop_padding, recipe.crop_fill, recipe.flip, recipe.decay_all) == (4, "mean", True, True)
-    np.testing.assert_allclose(train.learning_rates(recipe), np.logspace(-1, -4, 50), rtol=1e-12)
+    np.testing.assert_allclose(learning_rates(recipe), np.logspace(-1, -4, 50), rtol=1e-12)
 
 
 def test_the_imagenet_recipe_is_that_of_the_port():
-    train = pytest.importorskip("largemargin.lab.train")
+    learning_rates = pytest.importorskip("largemargin.lab.run.optimizer").learning_rates
     large = [cell for cell in cells("table4") if cell.settings["data"] in paper.LARGE_DATA]
     assert len(large) == 24
     for cell in large:
         (recipe,) = cell.recipes()
         assert (recipe.batch_size, recipe.augmentation, recipe.image_size) == (256, "inception", 224)
-        np.testing.assert_allclose(train.learning_rates(recipe), np.repeat([1e-1, 1e-2, 1e-3, 1e-4], 30), rtol=1e-12)
+        np.testing.assert_allclose(learning_rates(recipe), np.repeat([1e-1, 1e-2, 1e-3, 1e-4], 30), rtol=1e-12)
 
 
 def test_the_reduced_scale_multiplies_shares_and_is_narrow_where_the_network_can_be():

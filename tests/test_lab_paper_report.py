@@ -15,10 +15,14 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 from scipy import stats
 
-from largemargin.lab import paper, paper_figures, paper_lines, paper_report
-from largemargin.lab.paper_figures import movement
-from largemargin.lab.paper_lines import Line, lines_of
-from largemargin.lab.paper_report import write
+from largemargin.lab.paper import cells as paper
+from largemargin.lab.paper import figures as paper_figures
+from largemargin.lab.paper import lines as paper_lines
+from largemargin.lab.paper import page as paper_report
+from largemargin.lab.paper.figures import movement
+from largemargin.lab.paper.lines import Line, lines_of
+from largemargin.lab.paper.page import write
+from largemargin.lab.results import RunRecord
 from properties import given, st
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -40,7 +44,7 @@ def record(recipe, error, *, diverged=False, train_error=5.0, share=1.0, symmetr
         }
         for i, rho in enumerate(RHO.get(recipe.loss, RHO["label_smoothing"]))
     ]
-    return {
+    values = {
         "recipe": recipe.to_dict(),
         "classes": [str(i) for i in range(100)],
         "environment": {
@@ -56,6 +60,7 @@ def record(recipe, error, *, diverged=False, train_error=5.0, share=1.0, symmetr
         "validation": None,
         "epochs": epochs,
     }
+    return RunRecord.from_dict(values)
 
 
 def cells(target):
@@ -72,7 +77,7 @@ def entries_of(cells, scale, errors, **fixed):
             record(recipe, 99.0, diverged=True) if error == "x" else record(recipe, error)
             for recipe, error in zip(recipes, errors.get(cell.row, ()), strict=False)
         ]
-        result.append(paper.Entry(cell, recipes, records))
+        result.append(paper_lines.Entry(cell, recipes, records))
     return result
 
 
@@ -111,8 +116,8 @@ def test_the_interval_is_scipys_of_the_paired_test(reduced):
     full = entries_of(paper.cells("table2"), FULL, TABLE_2, device="cuda")
     line = line_of(full, "ours λ=0.3", FULL)
     expected = stats.ttest_rel(TABLE_2["ours λ=0.3"], TABLE_2["softmax"]).confidence_interval(0.95)
-    assert line.difference is not None
-    assert (line.difference.low, line.difference.high) == pytest.approx((expected.low, expected.high))
+    interval = line.judged.paired.over_seeds
+    assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high))
     assert line.paper_difference == pytest.approx(27.27 - 28.62)
     assert line.inside == (expected.low <= 27.27 - 28.62 <= expected.high)
     assert line.paper_minus_baseline.endswith("side")
@@ -122,7 +127,8 @@ def test_the_interval_is_scipys_of_the_paired_test(reduced):
 def test_the_size_of_a_difference_is_held_against_the_paper_at_full_size_only(out, reduced):
     line = line_of(reduced, "ours λ=0.3")
     assert (line.inside, line.paper_minus_baseline) == (None, "-1.35")
-    assert line.difference == line_of(entries_of(paper.cells("table2"), FULL, TABLE_2), "ours λ=0.3", FULL).difference
+    full = line_of(entries_of(paper.cells("table2"), FULL, TABLE_2), "ours λ=0.3", FULL)
+    assert line.judged.paired == full.judged.paired
     for name in ("report.md", "report.html", "console.txt", "report.csv"):
         assert not re.search(r"\b(inside|outside)\b|contains the paper", (out / name).read_text(), re.IGNORECASE)
     assert "The sign of the mean difference" in (out / "report.md").read_text()
@@ -131,7 +137,7 @@ def test_the_size_of_a_difference_is_held_against_the_paper_at_full_size_only(ou
 def test_table_1_has_differences():
     lines = lines_of(entries_of(paper.cells("table1"), FULL, {"softmax": (28.0, 29.0), "D(q‖u)": (27.0, 27.5)}), FULL)
     assert {line.baseline.cell.name for line in lines if not line.cell.baseline} == {"table1/softmax"}
-    assert all((line.difference is not None) == (line.cell.row == "D(q‖u)") for line in lines)
+    assert all((line.judged is not None) == (line.cell.row == "D(q‖u)") for line in lines)
     section = paper_report.section_of("table1", lines)
     assert section.columns[:2] == ["no λ", "λ=0.1"]
     assert section.matrix[0][1][0] is lines[0] and not any(section.matrix[0][1][1:])
@@ -195,7 +201,7 @@ def test_runs_that_diverged_are_counted_and_left_out(reduced):
     line = line_of(reduced, "LSR λ=0.1")
     assert line.ours == "28.50 (1 diverged)"
     assert line.minus_baseline == "+0.50 (one seed)"
-    assert line.difference is None
+    assert line.judged is None
     assert line_of(reduced, "LSR λ=0.05").ours == "diverged"
 
 
@@ -242,7 +248,7 @@ def test_fig_3_is_judged_by_its_curves(out, reduced):
     assert re.search(r"large margin λ=0.3: ρ̂ falls and then rises .*lowest 1\.50 nats in epoch 3.* this agrees with", text)
     assert "2% of log(C − 1) = 0.092" in text
     curves = {"softmax": [record(entry.recipes[0], 28.0) for entry in reduced[:1]]}
-    for row in curves["softmax"][0]["epochs"]:
+    for row in curves["softmax"][0].epochs:
         row["train_rho"] = row["epoch"] / 5
     _, sentences = paper_figures.rho_drawing(curves)
     assert "rises" in sentences[0] and "does not agree" in sentences[0]

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
-from largemargin.lab import queue
 from largemargin.lab.errors import LabError
-from largemargin.lab.executors.attempt import Job, Outcome, printed_into
-from largemargin.lab.executors.locks import Lock
-from largemargin.lab.recipe import Recipe
+from largemargin.lab.queue import runs as queue
+from largemargin.lab.queue.attempt import Job, Outcome, printed_into
+from largemargin.lab.queue.locks import Lock
+from largemargin.lab.queue.runs import run_all, threads_note
+from largemargin.lab.results import result_of
+from largemargin.lab.run.recipe import Recipe
 
 RECIPES = [Recipe(loss="softmax", seed=seed, epochs=2) for seed in range(3)]
 PATIENCE = 60  # seconds
@@ -24,9 +26,7 @@ PATIENCE = 60  # seconds
 
 def run(runs, work, recipes=RECIPES, jobs=1, **options):
     heard = []
-    records = queue.run_all(
-        recipes, runs, jobs, lambda recipe, epoch: heard.append((recipe.seed, epoch)), work=f"lab_work:{work}", **options
-    )
+    records = run_all(recipes, runs, jobs, lambda recipe, epoch: heard.append((recipe.seed, epoch)), work=f"lab_work:{work}", **options)
     return records, heard
 
 
@@ -55,12 +55,12 @@ def command(runs, work="lasts", jobs=2):
 import sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
 from pathlib import Path
-from largemargin.lab import queue
-from largemargin.lab.recipe import Recipe
+from largemargin.lab.queue.runs import run_all
+from largemargin.lab.run.recipe import Recipe
 if __name__ == "__main__":
     recipes = [Recipe(loss="softmax", seed=seed, epochs=2) for seed in range(3)]
     say = lambda line: print(line, flush=True)
-    queue.run_all(recipes, Path({str(runs)!r}), {jobs}, lambda *_: None, on_message=say, work="lab_work:{work}")
+    run_all(recipes, Path({str(runs)!r}), {jobs}, lambda *_: None, on_message=say, work="lab_work:{work}")
 """
     script = runs.parent / f"queue_of_{work}.py"
     script.write_text(code)
@@ -71,10 +71,10 @@ if __name__ == "__main__":
 
 def test_runs_are_done_once_in_order_with_their_options(tmp_path):
     records, heard = run(tmp_path, "finish", [*RECIPES, RECIPES[0]], jobs=2, tensorboard=True)
-    assert [record["recipe"]["seed"] for record in records] == [0, 1, 2, 0]
+    assert [record.recipe.seed for record in records] == [0, 1, 2, 0]
     assert sorted(heard) == [(seed, epoch) for seed in range(3) for epoch in (1, 2)]
-    assert all(record["options"] == {"tensorboard": True} and record["num_train"] > 1000 for record in records)
-    assert len({record["environment"]["process"] for record in records}) <= 2
+    assert all(record.environment["options"] == {"tensorboard": True} and record.num_train > 1000 for record in records)
+    assert len({record.environment["process"] for record in records}) <= 2
     again, heard = run(tmp_path, "nosuch")
     assert again == records[:3] and not heard
     for recipe in RECIPES:  # neither lock nor log nor error stays
@@ -96,7 +96,7 @@ def test_a_run_that_fails_twice_is_named_and_the_others_are_kept(tmp_path):
     assert len(attempts(tmp_path, RECIPES[0])) == 2
     assert "Traceback" in (tmp_path / RECIPES[0].id / "error.txt").read_text()
     assert (tmp_path / RECIPES[0].id / "log.txt").read_text().count("every time") >= 2
-    assert all(queue.result_of(recipe, tmp_path) for recipe in RECIPES[1:])
+    assert all(result_of(recipe, tmp_path) for recipe in RECIPES[1:])
 
 
 def test_what_the_user_must_mend_is_not_tried_again(tmp_path):
@@ -224,15 +224,15 @@ def test_a_quiet_run_leaves_no_log(tmp_path):
 
 
 def test_the_note_on_threads():
-    assert queue.threads_note(RECIPES, 1) is None
-    note = queue.threads_note([Recipe(loss="softmax", seed=seed, threads=10_000) for seed in range(3)], 5)
+    assert threads_note(RECIPES, 1) is None
+    note = threads_note([Recipe(loss="softmax", seed=seed, threads=10_000) for seed in range(3)], 5)
     assert note is not None and "3 runs" in note and len(note.splitlines()) == 1
-    assert queue.threads_note([Recipe(loss="softmax", seed=0, threads=10_000, device="cuda")], 5) is None
+    assert threads_note([Recipe(loss="softmax", seed=0, threads=10_000, device="cuda")], 5) is None
 
 
 def test_an_unknown_executor_is_refused(tmp_path):
     with pytest.raises(LabError, match="--executor nosuch"):
-        queue.run_all(RECIPES, tmp_path, 1, lambda *_: None, "nosuch")
+        run_all(RECIPES, tmp_path, 1, lambda *_: None, "nosuch")
 
 
 def test_a_job_is_frozen(tmp_path):
@@ -244,4 +244,4 @@ def test_a_job_is_frozen(tmp_path):
 def test_without_ray_the_install_line_is_printed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(LabError, match=r"pip install 'largemargin\[ray\]'"):
-        queue.run_all(RECIPES, tmp_path, 1, lambda *_: None, "ray")
+        run_all(RECIPES, tmp_path, 1, lambda *_: None, "ray")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from largemargin.lab import queue
 from largemargin.lab.errors import LabError
-from largemargin.lab.recipe import Recipe
+from largemargin.lab.queue.runs import run_all
+from largemargin.lab.run.recipe import Recipe
 
 ray = pytest.importorskip("ray")
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # its own, of many kinds
@@ -39,12 +39,12 @@ def test_both_nodes_work_and_what_fails_once_is_done_again(cluster, tmp_path):
     runs, attempts = tmp_path / "runs", tmp_path / "attempts"
     attempts.mkdir()
     heard = []
-    records = queue.run_all(
+    records = run_all(
         RECIPES, runs, 2, lambda recipe, _: heard.append(recipe.seed), "ray", work="lab_work:on_node", attempts=str(attempts), shared=True
     )
-    assert [record["test"]["error"] for record in records] == [0, 1, 2, 3]
+    assert [record.test.error for record in records] == [0, 1, 2, 3]
     assert sorted(heard) == [0, 1, 2, 3]
-    assert len({record["environment"]["node"] for record in records}) == 2
+    assert len({record.environment["node"] for record in records}) == 2
     assert len((attempts / RECIPES[0].id).read_text().splitlines()) == 2
     assert "the first time" in (runs / RECIPES[0].id / "log.txt").read_text()
     assert sorted(path.name for path in runs.iterdir()) == sorted(recipe.id for recipe in RECIPES)  # no token
@@ -54,17 +54,17 @@ def test_both_nodes_work_and_what_fails_once_is_done_again(cluster, tmp_path):
 
 
 def test_nodes_without_the_folder_send_their_files(cluster, tmp_path, monkeypatch):
-    from largemargin.lab.executors import ray_cluster
+    from largemargin.lab.queue import ray as ray_cluster
 
     attempts = tmp_path / "attempts"
     attempts.mkdir()
     runs = tmp_path / "runs"
     token = ray_cluster._token
     monkeypatch.setattr(ray_cluster, "_token", lambda runs: token(tmp_path / "elsewhere"))
-    records = queue.run_all(RECIPES[:2], runs, 1, lambda *_: None, "ray", work="lab_work:on_node", attempts=str(attempts), shared=False)
+    records = run_all(RECIPES[:2], runs, 1, lambda *_: None, "ray", work="lab_work:on_node", attempts=str(attempts), shared=False)
     for recipe, record in zip(RECIPES, records, strict=False):
         folder = runs / recipe.id
-        assert not record["environment"]["folder"].startswith(str(tmp_path))
+        assert not record.environment["folder"].startswith(str(tmp_path))
         assert (folder / "metrics.csv").read_text() == "epoch\n1\n"
         assert not (folder / "error.txt").exists() and not (folder / "lock").exists()
     assert "the first time" in (runs / RECIPES[0].id / "log.txt").read_text()
@@ -72,14 +72,14 @@ def test_nodes_without_the_folder_send_their_files(cluster, tmp_path, monkeypatc
 
 def test_a_killed_task_is_given_up_after_the_second_time(cluster, tmp_path):
     with pytest.raises(LabError, match="1 of 1 run could not be done: the task of this run died"):
-        queue.run_all(RECIPES[:1], tmp_path, 1, lambda *_: None, "ray", work="lab_work:is_killed", times=5)
+        run_all(RECIPES[:1], tmp_path, 1, lambda *_: None, "ray", work="lab_work:is_killed", times=5)
     assert len((tmp_path / f"attempts-{RECIPES[0].id}").read_text().split()) == 2
 
 
 def test_records_are_those_of_the_local_executor(cluster, tmp_path):
     recipes = RECIPES[:2]
-    local = queue.run_all(recipes, tmp_path / "local", 1, lambda *_: None)
-    remote = queue.run_all(recipes, tmp_path / "ray", 1, lambda *_: None, "ray")
+    local = run_all(recipes, tmp_path / "local", 1, lambda *_: None)
+    remote = run_all(recipes, tmp_path / "ray", 1, lambda *_: None, "ray")
     assert [same_in_every_place(record) for record in local] == [same_in_every_place(record) for record in remote]
 
 
@@ -88,9 +88,9 @@ def test_an_interrupt_cancels_the_tasks_and_leaves_their_checkpoints(cluster, tm
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        queue.run_all(RECIPES[:1], tmp_path, 1, interrupt, "ray", work="lab_work:lasts")
+        run_all(RECIPES[:1], tmp_path, 1, interrupt, "ray", work="lab_work:lasts")
     assert (tmp_path / RECIPES[0].id / "checkpoint.pt").is_file()
-    assert len(queue.run_all(RECIPES[:1], tmp_path, 1, lambda *_: None, "ray", work="lab_work:lasts")) == 1
+    assert len(run_all(RECIPES[:1], tmp_path, 1, lambda *_: None, "ray", work="lab_work:lasts")) == 1
 
 
 @pytest.mark.parametrize(
@@ -98,5 +98,5 @@ def test_an_interrupt_cancels_the_tasks_and_leaves_their_checkpoints(cluster, tm
 )
 def test_what_no_node_can_do_is_refused(cluster, field, value, said, tmp_path):
     with pytest.raises(LabError, match=said):
-        queue.run_all([Recipe(loss="softmax", seed=0, **{field: value})], tmp_path, 1, lambda *_: None, "ray")
+        run_all([Recipe(loss="softmax", seed=0, **{field: value})], tmp_path, 1, lambda *_: None, "ray")
     assert not list(tmp_path.rglob("lock"))

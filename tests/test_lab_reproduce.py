@@ -7,13 +7,18 @@ from functools import partial
 import pytest
 import torch
 
-from largemargin.lab import budget, cli, paper, progress, queue, reproduce
-from largemargin.lab.data import ImageSet
+from largemargin.lab import cli
+from largemargin.lab.commands import dry_run, progress, reproduce
+from largemargin.lab.data.images import ImageSet
 from largemargin.lab.errors import LabError
-from largemargin.lab.executors import attempt
-from largemargin.lab.recipe import Recipe
-from largemargin.lab.reproduce import Reproduction, matching_cells, unique_recipes
-from largemargin.lab.train import train
+from largemargin.lab.paper import cells as paper
+from largemargin.lab.paper.plan import MARKER, Reproduction, matching_cells, reopen, unique_recipes
+from largemargin.lab.queue import attempt
+from largemargin.lab.results import result_of
+from largemargin.lab.run.pace import Pace
+from largemargin.lab.run.recipe import Recipe
+from largemargin.lab.run.train import train
+from largemargin.lab.words import hours
 
 FULL = paper.SCALES["full"]
 QUICK = ("--recipe.network", "small", "--recipe.epochs", "1", "--recipe.batch_size", "8")
@@ -48,10 +53,10 @@ def done(monkeypatch, images):
 
     def run_all(recipes, runs, jobs, on_epoch, executor="local", **_):
         for recipe in recipes:
-            if queue.result_of(recipe, runs) is None:
+            if result_of(recipe, runs) is None:
                 trained.append(recipe)
                 train(recipe, images, runs / recipe.id, partial(heard, on_epoch, recipe))
-        return [queue.result_of(recipe, runs) for recipe in recipes]
+        return [result_of(recipe, runs) for recipe in recipes]
 
     monkeypatch.setattr(progress, "run_all", run_all)
     return trained
@@ -60,7 +65,7 @@ def done(monkeypatch, images):
 @pytest.fixture
 def written(monkeypatch):
     """What the report is written of."""
-    report = pytest.importorskip("largemargin.lab.paper_report")
+    report = pytest.importorskip("largemargin.lab.paper.page")
     calls = []
     monkeypatch.setattr(report, "write", lambda out, entries, scale, command, console: calls.append((entries, scale, command)))
     return calls
@@ -69,7 +74,7 @@ def written(monkeypatch):
 @pytest.fixture
 def instant(monkeypatch):
     """A dry run that measures nothing."""
-    monkeypatch.setattr(reproduce, "pace_of", lambda recipe: budget.Pace(1e-3, 4e-4))
+    monkeypatch.setattr(dry_run, "pace_of", lambda recipe: Pace(1e-3, 4e-4))
 
 
 def test_a_dry_run_prints_every_run_and_writes_nothing(tmp_path, monkeypatch, capsys, instant):
@@ -81,7 +86,7 @@ def test_a_dry_run_prints_every_run_and_writes_nothing(tmp_path, monkeypatch, ca
         assert [line[1] for line in lines] == ["0", "1", "2"]
         assert all(line[2:6] == ["layer13", "cifar100", "50,000", "50"] for line in lines)
     seconds = 21 * (1e-3 * 50_000 * 50 + 4e-4 * 10_000 * 50)
-    assert f"21 runs, about {reproduce.hours(seconds)}" in printed
+    assert f"21 runs, about {hours(seconds)}" in printed
     assert not list(tmp_path.iterdir())
 
 
@@ -92,14 +97,14 @@ def test_every_target_has_a_dry_run(target, capsys, instant):
 
 
 def test_a_dry_run_measures_the_network_of_the_recipe(capsys, monkeypatch):
-    asked, original = [], reproduce.measured_pace
+    asked, original = [], dry_run.measured_pace
 
     def measured_pace(recipe, images, graph):
         asked.append((recipe, len(images.train_labels)))
         return original(recipe, images, graph)
 
-    monkeypatch.setattr(reproduce, "measured_pace", measured_pace)
-    monkeypatch.setattr(reproduce, "PROBE_SECONDS", 0.01)
+    monkeypatch.setattr(dry_run, "measured_pace", measured_pace)
+    monkeypatch.setattr(dry_run, "PROBE_SECONDS", 0.01)
     threads = torch.get_num_threads()
     assert cli.main(["reproduce", "table2", "--cells", "table2/ours-0.3", "--scale", "reduced", "--dry-run"]) == 0
     (recipe, count), _ = asked  # two sizes for the three seeds
@@ -209,14 +214,12 @@ def test_a_small_reproduction_is_done_once_and_shared_between_targets(tmp_path, 
     assert [entry.cell.name for entry in entries] == ["table2/softmax", "table2/ours-0.3"]
     assert scale.name == "full"
     for entry in entries:
-        assert [record["recipe"]["seed"] for record in entry.records] == [0, 1]
-        assert [recipe.to_dict() for recipe in entry.recipes] == [
-            {**record["recipe"], "milestones": tuple(record["recipe"]["milestones"])} for record in entry.records
-        ]
+        assert [record.recipe.seed for record in entry.records] == [0, 1]
+        assert list(entry.recipes) == [record.recipe for record in entry.records]
     assert "differs from the recipe of the cells: network small" in capsys.readouterr().out
 
-    assert reproduce.reopen(out) == (entries, scale, line)
-    assert json.loads((out / reproduce.MARKER).read_text())["overrides"] == {"network": "small", "epochs": 1, "batch_size": 8}
+    assert reopen(out) == (entries, scale, line)
+    assert json.loads((out / MARKER).read_text())["overrides"] == {"network": "small", "epochs": 1, "batch_size": 8}
 
     assert cli.main(["reproduce", "fig3", *rest]) == 0
     assert [recipe.loss for recipe in done[4:]] == ["label_smoothing"] * 2  # the others were there
@@ -233,7 +236,7 @@ def test_a_part_of_a_table_finds_the_baseline_that_is_in_its_folder(tmp_path, do
     assert cli.main(["reproduce", "table1", "--cells", "table1/d-q-u/0.1", *rest]) == 0
     entries, *_ = written[-1]
     assert [(entry.cell.name, len(entry.records)) for entry in entries] == [("table1/softmax", 2), ("table1/d-q-u/0.1", 2)]
-    assert len(done) == count == 4 and reproduce.reopen(out)[0] == entries
+    assert len(done) == count == 4 and reopen(out)[0] == entries
     assert cli.main(["reproduce", "table3a", "--cells", "table3a/ours-0.3/0.9", *rest]) == 0
     assert len(written[-1][0]) == 1  # the softmax that is there is of another setting
 
@@ -243,13 +246,13 @@ def test_a_reproduction_goes_through_the_queue_to_its_report(tmp_path, capsys, i
     out = tmp_path / "out"
     decoded = attempt.decoded_images(Recipe(loss="softmax", seed=0, data_digest=images.digest()), out / "runs")
     images.save(decoded)  # what the processes of the runs read in place of files
-    (out / reproduce.MARKER).touch()
+    (out / MARKER).touch()
     command = ["reproduce", "table2", "--cells", "*/softmax", "*/ours-0.3", "--seeds", "0", "1", "--jobs", "2", "--out", str(out), *QUICK]
     assert cli.main(command) == 0
     printed = capsys.readouterr().out
     assert "28.62" in printed and "27.27" in printed
     assert len(list((out / "runs").glob("*/result.json"))) == 4
-    entries, *_ = reproduce.reopen(out)
+    entries, *_ = reopen(out)
     assert all(len(entry.records) == 2 for entry in entries)
 
 
@@ -287,9 +290,9 @@ def test_an_interrupt_says_what_is_kept(tmp_path, capsys, images, monkeypatch):
 
 @pytest.mark.parametrize("text", ["", "{}", '{"largemargin": "compare"}', '{"largemargin": "reproduce", "target": "table9"}'])
 def test_a_folder_of_something_else_cannot_be_reopened(tmp_path, text):
-    (tmp_path / reproduce.MARKER).write_text(text)
+    (tmp_path / MARKER).write_text(text)
     with pytest.raises(LabError, match="not the folder of a reproduction"):
-        reproduce.reopen(tmp_path)
+        reopen(tmp_path)
 
 
 def test_the_report_of_a_folder_of_neither_kind_says_so(tmp_path, capsys):

@@ -6,9 +6,9 @@ import pytest
 
 from combinations import every
 from largemargin.lab import cli
-from largemargin.lab.executors.locks import Lock
 from largemargin.lab.files import UNFINISHED
-from largemargin.lab.recipe import LOSSES, OF_SOME_LOSSES, has_setting
+from largemargin.lab.queue.locks import Lock
+from largemargin.lab.run.methods import LOSSES, OF_SOME_LOSSES, has_setting
 from largemargin.lab.stopping import Stopped
 
 pytest.importorskip("jsonargparse", reason="needs jsonargparse, which is not installed, for the command line")
@@ -26,7 +26,8 @@ def finished(tmp_path_factory):
 def test_a_run_leaves_its_record_its_metrics_and_its_weights(finished):
     assert {path.name for path in finished.iterdir()} == {
         "metrics.csv",
-        "network.safetensors",
+        "model.safetensors",
+        "predictions.npz",
         "recipe.json",
         "result.json",
         "training_set.npz",
@@ -138,7 +139,7 @@ def test_a_run_told_to_stop_says_how_it_goes_on(tmp_path, capsys, monkeypatch):
     def stop(*_, **__):
         raise Stopped
 
-    monkeypatch.setattr("largemargin.lab.single.train", stop)
+    monkeypatch.setattr("largemargin.lab.commands.train.train", stop)
     with pytest.raises(SystemExit) as stopped:
         cli.main([*SHORT, "--out", str(tmp_path / "run")])
     assert stopped.value.code == 143

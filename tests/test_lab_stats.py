@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from largemargin.lab import stats
+from largemargin.lab.comparison.plan import looks_of
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -95,9 +96,9 @@ def test_holm_of_one_is_p():
 
 
 def test_a_planned_look_costs_its_share():
-    assert stats.looks_of(5, 20) == (5, 10, 15, 20)
-    assert stats.looks_of(5, 6) == (5, 6)
-    assert stats.looks_of(5, 5) == (5,)
+    assert looks_of(5, 20) == (5, 10, 15, 20)
+    assert looks_of(5, 6) == (5, 6)
+    assert looks_of(5, 5) == (5,)
     assert stats.adjusted([0.01, 0.5], looks=4) == [0.08, 1.0]
 
 
@@ -195,7 +196,7 @@ def test_both_intervals_cover_as_often_as_they_say(n, method_seeds):
 def test_no_report_has_a_wrong_verdict_more_often_than_one_in_twenty(methods):
     import interval_coverage
 
-    single, adaptive = (interval_coverage.family_error(methods, looks, 4000, seed=1) for looks in ((5,), stats.looks_of(5, 20)))
+    single, adaptive = (interval_coverage.family_error(methods, looks, 4000, seed=1) for looks in ((5,), looks_of(5, 20)))
     limit = 0.05 + 4 * (0.05 * 0.95 / 4000) ** 0.5
     assert 0.02 < single < limit
     assert 0.01 < adaptive < limit

@@ -11,14 +11,19 @@ from torch.utils._pytree import tree_leaves
 
 from combinations import every
 from largemargin import row_stats
-from largemargin.lab import data, models, train
-from largemargin.lab.cuda_graph import CudaGraph
-from largemargin.lab.data import Batch, crops, feeds
-from largemargin.lab.data.feeds import InMemory
-from largemargin.lab.methods import Method, parameter_groups
-from largemargin.lab.recipe import LOSSES, Recipe
-from largemargin.lab.seeds import seeded
-from largemargin.lab.step import EagerStep, GraphedStep, replaced_buffers
+from largemargin.lab import models
+from largemargin.lab.data import crops
+from largemargin.lab.data.images import ImageSet
+from largemargin.lab.run import feeds, train, trainer
+from largemargin.lab.run.cuda_graph import CudaGraph
+from largemargin.lab.run.feeds import Batch, InMemory
+from largemargin.lab.run.machine import start
+from largemargin.lab.run.method import Method, parameter_groups
+from largemargin.lab.run.methods import LOSSES
+from largemargin.lab.run.optimizer import learning_rates
+from largemargin.lab.run.recipe import Recipe
+from largemargin.lab.run.seeds import seeded
+from largemargin.lab.run.step import EagerStep, GraphedStep, replaced_buffers
 from largemargin.lab.stopping import Told
 from measure import waiting_refused
 
@@ -34,7 +39,7 @@ def image_set(num_train=72, size=8):
     g = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (num_train + 20, 1, size, size), generator=g, dtype=torch.uint8)
     labels = torch.arange(num_train + 20) % 10
-    return data.ImageSet(images[:num_train], labels[:num_train], images[num_train:], labels[num_train:], tuple("abcdefghij"))
+    return ImageSet(images[:num_train], labels[:num_train], images[num_train:], labels[num_train:], tuple("abcdefghij"))
 
 
 def random_batches(num, size, device=CPU, pixels=8):
@@ -260,7 +265,7 @@ def plain_run(recipe, images):
     rows = []
     for epoch in range(recipe.epochs):
         for group in optimizer.param_groups:
-            group["lr"] = train.learning_rates(recipe)[epoch] * group["factor"]
+            group["lr"] = learning_rates(recipe)[epoch] * group["factor"]
         method.train()
         totals, shares = [0.0] * 4, []
         for step, (moved, target) in enumerate(fed_batch_by_batch(recipe, images, epoch)):
@@ -348,10 +353,10 @@ def test_graph_and_eager_agree_over_50_steps(loss, network, tmp_path):
     states: list[dict[str, Tensor]] = []
     messages: list[str] = []
     for graph in (True, False):
-        accelerator = train.start(one)
+        accelerator = start(one)
         with deterministic():
             folder = tmp_path / str(graph)
-            run = train.Run(one, image_set(160, 12), folder, accelerator, Told(), graph=graph, on_message=messages.append)
+            run = trainer.Run(one, image_set(160, 12), folder, accelerator, Told(), graph=graph, on_message=messages.append)
             for epoch in range(10):
                 run.train_epoch()
                 run.progress.epoch, run.progress.step = epoch + 1, 0
@@ -365,7 +370,7 @@ def test_graph_and_eager_agree_over_50_steps(loss, network, tmp_path):
 
 @needs_gpu
 def test_a_run_from_a_graph_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
     one = recipe(device="cuda", epochs=6, network="layer13_mean_teacher", learning_rate=0.01)
     epochs = []
 

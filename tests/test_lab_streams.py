@@ -12,10 +12,15 @@ from PIL import Image
 
 from largemargin.lab import data
 from largemargin.lab._torchvision import import_torchvision
-from largemargin.lab.data import crops, streams
-from largemargin.lab.data.feeds import InMemory, order_of
+from largemargin.lab.data import crops
+from largemargin.lab.data.folders import FileSet
+from largemargin.lab.data.images import ImageSet, channel_moments
 from largemargin.lab.errors import LabError
-from largemargin.lab.recipe import Recipe
+from largemargin.lab.run import streams
+from largemargin.lab.run.feeds import InMemory, order_of
+from largemargin.lab.run.recipe import Recipe
+from largemargin.lab.run.rows import choose_rows, load_rows, save_rows
+from largemargin.lab.run.streams import feed_of
 
 CPU = torch.device("cpu")
 
@@ -35,7 +40,7 @@ def generator(seed=0):
 def image_set(n=23, held_out=12, size=8, channels=3, classes=4):
     images = torch.randint(0, 256, (n + held_out, channels, size, size), generator=generator(), dtype=torch.uint8)
     labels = torch.arange(n + held_out) % classes
-    return data.ImageSet(images[:n], labels[:n], images[n:], labels[n:], tuple("abcdefgh"[:classes]))
+    return ImageSet(images[:n], labels[:n], images[n:], labels[n:], tuple("abcdefgh"[:classes]))
 
 
 # crops
@@ -122,7 +127,7 @@ def test_an_epoch_goes_on_from_its_middle_and_no_epoch_is_another():
 def test_memory_is_normalized_by_the_training_set():
     images = image_set()
     feed = InMemory(recipe_of(), images, CPU)
-    mean, std = data.channel_moments(images.train_images)
+    mean, std = channel_moments(images.train_images)
     order = order_of(recipe_of(), 23, 0)
     expected = (images.train_images.float() - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
     assert torch.equal(torch.cat([batch.images for batch in feed.training(0)]), expected[order])
@@ -173,16 +178,16 @@ def test_all_held_out_is_refused():
 
 
 def test_rows_are_stored_with_the_run(tmp_path):
-    rows = data.choose_rows(recipe_of(validation_fraction=0.3, label_noise=0.5, train_fraction=0.8), image_set().train_labels, 4)
-    data.save_rows(rows, tmp_path / "run" / "training_set.npz")
+    rows = choose_rows(recipe_of(validation_fraction=0.3, label_noise=0.5, train_fraction=0.8), image_set().train_labels, 4)
+    save_rows(rows, tmp_path / "run" / "training_set.npz")
     with np.load(tmp_path / "run" / "training_set.npz") as arrays:
         assert sorted(arrays) == ["training", "training_labels", "validation", "validation_labels"]
-    assert all(torch.equal(a, b) for a, b in zip(rows, data.load_rows(tmp_path / "run" / "training_set.npz"), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(rows, load_rows(tmp_path / "run" / "training_set.npz"), strict=True))
 
 
 def test_inception_is_not_for_images_in_memory():
     with pytest.raises(LabError, match="augmentation inception"):
-        data.feed_of(recipe_of(augmentation="inception"), image_set(), CPU)
+        feed_of(recipe_of(augmentation="inception"), image_set(), CPU)
 
 
 # from files
@@ -212,10 +217,10 @@ def streamed(folder, rank=0, world=1, workers=0, device=CPU, **fields):
 
 def test_a_streamed_folder_lists_what_a_decoded_one_holds(folder):
     files, images = data.load(str(folder), "data", 16, streamed=True), data.load(str(folder), "data", 16)
-    assert isinstance(files, data.FileSet) and files.classes == images.classes
+    assert isinstance(files, FileSet) and files.classes == images.classes
     assert torch.equal(files.train_labels, images.train_labels) and torch.equal(files.test_labels, images.test_labels)
-    assert isinstance(data.feed_of(streamed_recipe(folder), files, CPU), streams.Streamed)
-    assert isinstance(data.feed_of(recipe_of(), images, CPU), InMemory)
+    assert isinstance(feed_of(streamed_recipe(folder), files, CPU), streams.Streamed)
+    assert isinstance(feed_of(recipe_of(), images, CPU), InMemory)
 
 
 def test_the_digest_of_files_changes_with_names_sizes_and_labels(folder):
@@ -294,7 +299,7 @@ def test_the_held_out_files_are_shared_in_order(folder, world):
     parts = [list(streamed(folder, rank, world).held_out()) for rank in range(world)]
     targets = torch.cat([target for part in parts for _, target in part])
     images = torch.cat([images for part in parts for images, _ in part])
-    assert isinstance(files, data.FileSet) and torch.equal(targets, files.test_labels)
+    assert isinstance(files, FileSet) and torch.equal(targets, files.test_labels)
     transforms = import_torchvision().transforms
     old = transforms.Compose(
         [transforms.Resize(18), transforms.CenterCrop(16), transforms.ToTensor(), transforms.Normalize(streams.MEAN, streams.STD)]
@@ -346,7 +351,7 @@ def test_streamed_sets_are_train_and_val(tmp_path, name, classes):
             Image.new("RGB", (9, 9)).save(tmp_path / name / part / label / "0.jpg")
     files = data.load(name, str(tmp_path), 224)
     assert files.classes == classes and files.train_labels.tolist() == files.test_labels.tolist() == [0, 1]
-    assert isinstance(files, data.FileSet) and files.train_files == tuple(f"train/{label}/0.jpg" for label in classes)
+    assert isinstance(files, FileSet) and files.train_files == tuple(f"train/{label}/0.jpg" for label in classes)
 
 
 def test_sizes_other_than_224_keep_the_proportion(folder):

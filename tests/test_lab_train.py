@@ -18,13 +18,17 @@ from accelerate.state import PartialState
 
 import largemargin
 from largemargin.heads import CosineLinear
-from largemargin.lab import data, evaluate, methods, models, train
-from largemargin.lab.data import feeds
+from largemargin.lab import models
+from largemargin.lab.data.images import digits
 from largemargin.lab.errors import LabError
 from largemargin.lab.files import write_json
-from largemargin.lab.recipe import LOSSES, PLACES, Recipe
+from largemargin.lab.run import evaluate, feeds, model, train, trainer
+from largemargin.lab.run import method as methods
+from largemargin.lab.run.methods import LOSSES
+from largemargin.lab.run.optimizer import learning_rates
+from largemargin.lab.run.recipe import PLACES, Recipe
 
-DIGITS = data.digits()
+DIGITS = digits()
 SMALL = dataclasses.replace(
     DIGITS,
     train_images=DIGITS.train_images[:200],
@@ -103,7 +107,7 @@ def test_losses_of_one_seed_start_from_the_same_weights(tmp_path):
 
 
 def test_an_interrupted_run_ends_as_an_unbroken_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
     long = recipe(epochs=4, loss="large_margin", lam=0.3)
     unbroken = train.train(long, SMALL, tmp_path / "unbroken")
 
@@ -245,7 +249,7 @@ WITH_TERMS = ["center", "center_large_margin", "gradual_super_symmetry"]
 
 @pytest.mark.parametrize("word", [*WITH_HEADS, *WITH_TERMS])
 def test_a_method_with_a_state_goes_on_where_it_stopped(word, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
     long = recipe(epochs=3, loss=word, batch_size=50, **LOSSES[word])
     unbroken = train.train(long, SMALL, tmp_path / "unbroken")
 
@@ -323,7 +327,7 @@ def test_the_test_set_is_measured_every_so_many_epochs_and_at_the_end(device_rec
     ],
 )
 def test_schedules(schedule, expected):
-    np.testing.assert_allclose(train.learning_rates(recipe(epochs=5, **schedule)), expected, atol=1e-15)
+    np.testing.assert_allclose(learning_rates(recipe(epochs=5, **schedule)), expected, atol=1e-15)
 
 
 def test_decay_can_leave_out_biases_and_normalisation():
@@ -385,8 +389,8 @@ def test_what_is_compiled_is_not_in_the_state_of_a_run():
 
 
 def test_weights_are_kept_and_are_those_of_the_network(device_recipe, tmp_path):
-    train.train(device_recipe(epochs=1), SMALL, tmp_path, on_end=keep, keep_weights=True)
-    again = models.build(recipe(weights=str(tmp_path / train.WEIGHTS)), 1, 10)
+    train.train(device_recipe(epochs=1), SMALL, tmp_path, on_end=keep, save=True)
+    again = models.build(recipe(weights=str(tmp_path / model.NAME)), 1, 10)
     for name, value in kept[0].state_dict().items():
         assert torch.equal(value.cpu(), again.state_dict()[name]), name
 
@@ -431,7 +435,7 @@ def bits(state):
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(device_recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
 
     def stop(row):
         raise KeyboardInterrupt

@@ -19,10 +19,13 @@ from rich.cells import cell_len
 from rich.table import Table
 
 from combinations import every
-from largemargin.lab import cli, progress, queue, records
+from largemargin.lab import cli
+from largemargin.lab.commands import progress
+from largemargin.lab.commands.screen import READER_GONE, Screen
 from largemargin.lab.errors import LabError, RunFailed
-from largemargin.lab.recipe import Recipe
-from largemargin.lab.screen import READER_GONE, Screen
+from largemargin.lab.queue.runs import run_all
+from largemargin.lab.results import RunRecord, result_of
+from largemargin.lab.run.recipe import Recipe
 from largemargin.lab.stopping import by_interrupt
 from largemargin.lab.words import counted, printable, short
 
@@ -193,8 +196,7 @@ def whole_record():
 
 
 def test_a_whole_record_is_taken():
-    records.check(whole_record())
-    records.check_complete(whole_record())
+    RunRecord.from_dict(whole_record()).check_complete()
 
 
 BROKEN = {
@@ -223,7 +225,7 @@ def test_a_record_of_another_form_is_named(kind, tmp_path):
     (tmp_path / recipe.id).mkdir(exist_ok=True)
     (tmp_path / recipe.id / "result.json").write_text(json.dumps(whole_record() | BROKEN[kind]))
     with pytest.raises(LabError, match=r"result\.json is not the record of its run"):
-        queue.result_of(recipe, tmp_path)
+        result_of(recipe, tmp_path)
 
 
 @every("text", ["[]", "3", "null", '"x"', "[" * 100_000, "\xff"])
@@ -232,7 +234,7 @@ def test_a_record_that_is_none_is_named(text, tmp_path):
     (tmp_path / recipe.id).mkdir(exist_ok=True)
     (tmp_path / recipe.id / "result.json").write_text(text, encoding="latin-1")
     with pytest.raises(LabError, match=r"result\.json is not the record of its run"):
-        queue.result_of(recipe, tmp_path)
+        result_of(recipe, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -368,7 +370,7 @@ def test_a_reader_that_has_gone_is_no_failed_run():
 
 def test_a_failed_run_is_no_usage_error(tmp_path, capsys, monkeypatch):
     command = ["compare", "--losses", "softmax", "--seeds", "0", "--epochs", "1", "--device", "cpu"]
-    monkeypatch.setattr(progress, "run_all", lambda *arguments, **options: queue.run_all(*arguments, **options, work="lab_work:nosuch"))
+    monkeypatch.setattr(progress, "run_all", lambda *arguments, **options: run_all(*arguments, **options, work="lab_work:nosuch"))
     assert cli.main([*command, "--out", str(tmp_path / "failed")]) == 1
     assert "could not be done" in capsys.readouterr().err
 
@@ -376,9 +378,9 @@ def test_a_failed_run_is_no_usage_error(tmp_path, capsys, monkeypatch):
 def test_failed_is_told_from_refused(tmp_path):
     recipes = [Recipe("softmax", seed, epochs=1) for seed in (0, 1)]
     with pytest.raises(RunFailed):
-        queue.run_all(recipes, tmp_path / "a", 1, lambda *_: None, work="lab_work:fails")
+        run_all(recipes, tmp_path / "a", 1, lambda *_: None, work="lab_work:fails")
     with pytest.raises(LabError) as caught:
-        queue.run_all(recipes, tmp_path / "b", 1, lambda *_: None, work="lab_work:refuses")
+        run_all(recipes, tmp_path / "b", 1, lambda *_: None, work="lab_work:refuses")
     assert not isinstance(caught.value, RunFailed)
 
 

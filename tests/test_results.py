@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from largemargin.lab import cli, reproduce
-from largemargin.lab.compare import paired_difference, spread
-from largemargin.lab.paper_lines import lines_of, moments, number_text
+from largemargin.lab import cli
+from largemargin.lab.commands import reproduce
+from largemargin.lab.paper.lines import lines_of, number_text
+from largemargin.lab.paper.plan import MARKER, reopen, unique_recipes
+from largemargin.lab.stats import moments, paired_by_seed, spread
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / "results").is_dir(), reason="the source distribution has no records")
@@ -42,7 +44,10 @@ def errors(by_seed):
 
 def minus_softmax(of_study, name):
     pairs = errors(of_study[name]), errors(of_study["softmax"])
-    return "" if name == "softmax" else paired_difference(*pairs).text
+    if name == "softmax":
+        return ""
+    paired = paired_by_seed(*pairs)
+    return f"{paired.mean:+.2f} [{paired.over_seeds.low:+.2f}, {paired.over_seeds.high:+.2f}]"
 
 
 def text(values, digits=2):
@@ -56,7 +61,7 @@ def last(by_seed, name, digits=2):
 
 def full_size():
     """Each loss with its line of the report and the record of its one run."""
-    entries, scale, _ = reproduce.reopen(FULL_SIZE)
+    entries, scale, _ = reopen(FULL_SIZE)
     lines = {NAMES[line.entry.recipes[0].loss, line.entry.recipes[0].lam]: line for line in lines_of(entries, scale)}
     return [(name, lines[name], record) for name, of_seed in runs("cifar100", seeds=[0]).items() for record in of_seed.values()]
 
@@ -144,11 +149,11 @@ def test_every_row_of_the_page_is_that_of_the_records(rows, page):
 def planned(command, folder, monkeypatch):
     """The names of the runs that a command of ``largemargin reproduce`` plans in a folder."""
     found, device = [], reproduce.device_of(folder)
-    digests = json.loads((folder / reproduce.MARKER).read_text())["digests"]
+    digests = json.loads((folder / MARKER).read_text())["digests"]
     monkeypatch.setattr(reproduce, "device_of", lambda out: device)
     monkeypatch.setattr(reproduce, "reproduce", lambda reproduction, *_, **__: found.append(reproduction))
     assert cli.main(shlex.split(command)[1:]) == 0
-    return {recipe.id for recipe in reproduce.unique_recipes(found[0].plan(digests))}
+    return {recipe.id for recipe in unique_recipes(found[0].plan(digests))}
 
 
 @pytest.mark.parametrize("marker", sorted((ROOT / "results").glob("*/reproduce.json")), ids=lambda marker: marker.parent.name)

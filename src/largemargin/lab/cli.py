@@ -10,38 +10,28 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .. import __version__
 from . import NEEDED, SPARED
 from .errors import LabError, RunFailed, how_to_install
 from .stopping import INTERRUPTED, by_interrupt, interrupts_end_at_once
 from .words import printable
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser, Namespace
+    from jsonargparse import Namespace
 
-COMMANDS = ("compare", "train", "reproduce", "report", "data", "inspect", "doctor")  # modules of .commands
 LISTS = "; what takes several values is a list there, seeds: [0] say"
-
-
-def build_parser() -> "ArgumentParser":
-    from .commands.options import new_parser
-
-    top = new_parser("Large-margin softmax cross-entropy: compare losses on data of your own.", prog="largemargin", version=__version__)
-    commands = top.add_subcommands(dest="command", metavar="COMMAND")
-    for name in COMMANDS:
-        module = importlib.import_module(f".commands.{name}", __package__)
-        commands.add_subcommand(name, module.parser(), help=module.HELP)
-    return top
 
 
 def run(arguments: "Namespace") -> None:
     with interrupts_end_at_once():
-        from .screen import Screen, spell_out
+        from .commands.screen import Screen, spell_out
 
         command = importlib.import_module(f".commands.{arguments.command}", __package__)
     spell_out()
-    on_terminal = sys.stdout is not None and sys.stdout.isatty()  # a process may have none
-    command.run(arguments[arguments.command], Screen(width=None if on_terminal else 140, emoji=False))
+    options = arguments[arguments.command]
+    as_json = bool(options.get("json"))  # the standard output is for the document
+    stream = sys.stderr if as_json else sys.stdout
+    on_terminal = stream is not None and stream.isatty()  # a process may have none
+    command.run(options, Screen(width=None if on_terminal else 140, emoji=False, stderr=as_json, quiet=bool(options.get("quiet"))))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,12 +65,16 @@ def answer(argv: Sequence[str] | None) -> int:
             return 2
         from jsonargparse import ArgumentError
 
-        from .commands.options import reworded
+        from .arguments.options import reworded
+        from .arguments.parsers import build_parser
 
-        parser = build_parser()
+        parser = build_parser(everything=any(word.startswith(("--help-all", "--print_completion")) for word in words))
+    if not words:
+        parser.print_help()
+        return 0
     try:
         try:
-            arguments = parser.parse_args(argv)
+            arguments = parser.parse_args(["--help" if word == "--help-all" else word for word in words])
         except (AssertionError, TypeError, UnicodeDecodeError) as error:  # the parser's own, for odd values in a --config file
             reason = str(error) or f"a value in the --config file has the wrong type{LISTS}"
             raise LabError(f"the options cannot be read: {reason}") from error

@@ -13,22 +13,12 @@ import torch
 from .. import __version__, large_margin_cross_entropy
 from ..backends import ladder
 from . import NEEDED
-from .environment import commit, processor
+from .data import SETS
 from .errors import how_to_install
+from .run.environment import commit, processor
 from .words import counted, printable
 
-BESIDE = (
-    *("numpy", "triton", "torchvision", "accelerate"),
-    *("transformers", "lightning", "pytorch-lightning", "timm", "skorch", "ray"),
-)
-DATA_FOLDERS = {  # under the data root, as published
-    "cifar10": "cifar-10-batches-py",
-    "cifar100": "cifar-100-python",
-    "svhn": "svhn",
-    "imagenet": "imagenet",
-    "places365": "places365",
-}
-
+BESIDE = (*("numpy", "triton", "torchvision", "accelerate"), *("transformers", "lightning", "pytorch-lightning", "timm", "skorch", "ray"))
 # in a process of its own, which an import may end: a line for each package, and why it cannot be imported
 IMPORT = """
 import importlib, sys
@@ -146,7 +136,7 @@ def report() -> tuple[list[str], bool]:
         )
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     lines.append("lab                 " + (f"no: {how_to_install('lab')}" if missing else "installed"))
-    here = [name for name, folder in DATA_FOLDERS.items() if Path("data", folder).is_dir()]
+    here = [name for name, known in SETS.items() if known.folder and Path("data", known.folder).is_dir()]
     lines.append(f"data in ./data      {', '.join(here) or 'none'}")
     return [without_home(line) for line in lines], fine
 

@@ -44,8 +44,8 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Strict JSON: a NaN or an infinity becomes null."""
+def strict_json(value: Any) -> str:
+    """The value as JSON in which a NaN or an infinity is null."""
 
     def finite(value: Any) -> Any:
         if isinstance(value, float):
@@ -54,4 +54,8 @@ def write_json(path: Path, value: Any) -> None:
             return {key: finite(item) for key, item in value.items()}
         return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
-    write_text(path, json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
+    return json.dumps(finite(value), indent=1, allow_nan=False)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, strict_json(value) + "\n")

@@ -1,12 +1,15 @@
 """Paired comparisons of methods over seeds and test samples: numbers in, numbers out."""
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from .stopping import interrupts_end_at_once
 
 Array = NDArray[np.float64]
 Verdict = Literal["better", "worse", "inconclusive"]
@@ -62,6 +65,11 @@ class Paired:
         return pairs_needed(abs(difference) / self.std) if self.has_spread else None
 
 
+def paired_by_seed(values: Mapping[int, float], baseline: Mapping[int, float]) -> Paired | None:
+    """:func:`paired` of ``values - baseline`` over the seeds that both have."""
+    return paired([values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())])
+
+
 def paired(differences: ArrayLike, of_samples: ArrayLike | None = None) -> Paired | None:
     """What paired differences say; None for fewer than two pairs.
 
@@ -72,8 +80,7 @@ def paired(differences: ArrayLike, of_samples: ArrayLike | None = None) -> Paire
     Raises:
         ValueError: if a difference is not finite, or the shapes do not fit.
     """
-    from scipy import stats
-
+    stats = _scipy().stats
     d = _finite(differences, 1)
     if len(d) < 2:
         return None
@@ -100,8 +107,7 @@ def two_way_interval(differences: ArrayLike) -> Interval | None:
     The variance of the grand mean is ``var(a) / n + var(b) / m + var(e) / (n m)``, estimated from the mean squares of the two-way
     table, with Satterthwaite's degrees of freedom. Components below 0 count as 0. None without spread, or with one seed or sample.
     """
-    from scipy import stats
-
+    stats = _scipy().stats
     d = _finite(differences, 2)
     n, m = d.shape
     if n < 2 or m < 2:
@@ -127,8 +133,7 @@ def crossed_bootstrap(differences: ArrayLike, resamples: int = 2000) -> Interval
 
     It is too narrow with few seeds: :data:`BOOTSTRAP_COVERAGE`. None without spread, or with one seed or sample.
     """
-    from scipy import stats
-
+    stats = _scipy().stats
     d = _finite(differences, 2)
     if min(d.shape) < 2 or d.mean(axis=1).std() <= NO_SPREAD:
         return None
@@ -164,8 +169,7 @@ def sign_flip_p(differences: ArrayLike) -> float:
 
     Beyond 16 pairs it is estimated from 100,000 draws.
     """
-    from scipy import stats
-
+    stats = _scipy().stats
     d = _finite(differences, 1)
     found = stats.permutation_test(
         (d,),
@@ -193,11 +197,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def looks_of(first: int, most: int) -> tuple[int, ...]:
-    """When pairs are added until the verdict is clear: how many there are at each of at most 4 looks, evenly spaced."""
-    return tuple(sorted({first, *(first + (most - first) * step // 3 for step in (1, 2, 3))}))
-
-
 def adjusted(p_values: Sequence[float], looks: int = 1) -> list[float]:
     """Holm's adjusted p values, times the number of planned looks at growing data (Bonferroni): the error of all looks is held."""
     return [min(1.0, looks * p) for p in holm(p_values)]
@@ -213,8 +212,7 @@ def verdict(mean: float, adjusted_p: float, lower_is_better: bool = True) -> Ver
 @cache
 def power(d_z: float, n: int) -> float:
     """The probability that a two-sided paired t test at 5% finds a standardised difference ``d_z`` with ``n`` pairs."""
-    from scipy import stats
-
+    stats = _scipy().stats
     critical, shift = stats.t.ppf(1 - LEVEL / 2, n - 1) / (n - 1) ** 0.5, d_z * n**0.5
     # the noncentral t distribution, as a mean over the standard deviation: scipy's own gives NaN for few pairs and a large shift
     spread = stats.chi(n - 1)
@@ -241,12 +239,19 @@ def pairs_needed(d_z: float, at_most: int = 100_000) -> int | None:
 @cache
 def detectable_d_z(n: int) -> float:
     """The standardised difference that ``n`` pairs find 8 times in 10."""
-    from scipy import optimize
-
+    optimize = _scipy().optimize
     high = 0.1
     while power(high, n) < POWER:
         high *= 2
     return float(optimize.brentq(lambda d_z: power(d_z, n) - POWER, high / 2, high, xtol=1e-6))
+
+
+def _scipy() -> Any:
+    with interrupts_end_at_once():
+        import scipy.optimize
+        import scipy.stats
+
+    return scipy
 
 
 def _left_out(indices: Any, count: int) -> Any:
@@ -261,3 +266,18 @@ def _finite(values: ArrayLike, ndim: int) -> Array:
     if not np.isfinite(array).all():
         raise ValueError("differences: expected finite numbers; leave out the runs that diverged")
     return array
+
+
+def mean_or_nan(values: Sequence[float]) -> float:
+    """The mean; NaN of none."""
+    return statistics.fmean(values) if values else float("nan")
+
+
+def moments(values: Iterable[float]) -> tuple[float, float | None]:
+    """The mean, and the standard deviation with n - 1; None of fewer than two values."""
+    values = list(values)
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def spread(mean: float, std: float | None) -> str:
+    return f"{mean:.2f}" + ("" if std is None else f" ± {std:.2f}")

@@ -36,6 +36,12 @@ class Judged:
         interval = self.paired.over_seeds
         return interval is not None and interval.excludes_zero and not self.adjusted_p < stats.LEVEL
 
+    @property
+    def text(self) -> str:
+        """The mean difference with its interval over seeds."""
+        interval = self.paired.over_seeds
+        return f"{self.paired.mean:+.2f} " + ("(no spread)" if interval is None else _text(interval))
+
     def sentences(self) -> list[str]:
         """What the verdict rests on: intervals, tests, power."""
         return [self._over_seeds(), self._over_seeds_and_samples(), self._bootstrap(), self._tests(), self._power()]

@@ -1,1 +1,1 @@
-"""The commands of ``largemargin``: a module each, with ``HELP``, ``parser()`` and ``run()``; none imports torch before it runs."""
+"""The commands: each orchestrates the rooms below it."""

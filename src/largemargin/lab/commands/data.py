@@ -1,39 +1,23 @@
 """``largemargin data``: which data sets are here, whether they are whole, and getting them."""
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
+from ..arguments.options import path_of
+from ..data import ARCHIVED, STREAMED
+from ..data.archives import archives_by_hand, archives_of, state_of
+from ..data.fetch import fetch
+from ..data.folders import streamed_set
 from ..errors import LabError
-from ..stopping import interrupts_end_at_once
 from ..words import counted
-from .options import new_parser, path_of
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-HELP = "list, verify or fetch the data sets"
-
-
-def parser() -> ArgumentParser:
-    data = new_parser("Say which data sets are here, check them against their published md5 sums, or get one; nothing else ever downloads.")
-    data.add_argument("action", choices=["list", "verify", "fetch"], metavar="ACTION", help="list verify fetch")
-    data.add_argument("name", nargs="?", type=str, default=None, metavar="NAME", help="cifar10 cifar100 svhn imagenet places365")
-    data.add_argument("--data-root", type=str, default="data", metavar="DIR", help="where data sets are")
-    data.add_argument("--mirror", type=str, default=None, metavar="URL", help="fetch from URL/FILE instead of where it is published")
-    data.add_argument(
-        "--from-file", nargs="+", type=str, default=None, metavar="FILE", help="take the archives from here instead of downloading them"
-    )
-    return data
 
 
 def run(options: Any, console: Console) -> None:
-    with interrupts_end_at_once():
-        from ..data.archives import ARCHIVED
-        from ..data.folders import STREAMED
-
     root = path_of(options.data_root)
     names = (*ARCHIVED, *STREAMED)
     if options.name is not None and options.name not in names:
@@ -49,11 +33,7 @@ def run(options: Any, console: Console) -> None:
         _fetch(options, root, console)
 
 
-def _list(names: tuple[str, ...], root: "Path", console: Console) -> None:
-    from rich.table import Table
-
-    from ..data.archives import ARCHIVED, archives_of
-
+def _list(names: tuple[str, ...], root: Path, console: Console) -> None:
     table = Table("data set", "file", "md5", f"under {escape(str(root))}")
     for name in names:
         if name in ARCHIVED:
@@ -64,25 +44,12 @@ def _list(names: tuple[str, ...], root: "Path", console: Console) -> None:
         else:
             there = [(root / name / part).is_dir() for part in ("train", "val")]
             state = "present" if all(there) else "in part" if any(there) else "missing"
-            for file, md5 in _archives_by_hand(name):
+            for file, md5 in archives_by_hand(name):
                 table.add_row(name, file, md5, state)
     console.print(table)
 
 
-def _archives_by_hand(name: str) -> list[tuple[str, str]]:
-    """The archives of a set that is given out under terms of use, and their md5."""
-    from .._torchvision import import_torchvision
-
-    datasets = import_torchvision().datasets
-    if name == "imagenet":
-        return [datasets.imagenet.ARCHIVE_META[part] for part in ("train", "val")]
-    return [datasets.Places365._IMAGES_META[part, True] for part in ("train-standard", "val")]
-
-
-def _verify(names: tuple[str, ...], root: "Path", console: Console, asked: bool) -> None:
-    from ..data.archives import ARCHIVED, archives_of, state_of
-    from ..data.folders import streamed_set
-
+def _verify(names: tuple[str, ...], root: Path, console: Console, asked: bool) -> None:
     seen, wrong = [], []
     for name in names:
         if name in ARCHIVED:
@@ -110,19 +77,14 @@ def _verify(names: tuple[str, ...], root: "Path", console: Console, asked: bool)
         raise LabError(f"no data set under --data-root {root}; point --data-root at them, or get one: largemargin data fetch NAME")
 
 
-def _fetch(options: Any, root: "Path", console: Console) -> None:
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from ..data.archives import ARCHIVED
-    from ..data.fetch import fetch
-
+def _fetch(options: Any, root: Path, console: Console) -> None:
     name = options.name
     if name is None:
         raise LabError(f"data fetch needs the NAME of a data set: {' '.join(ARCHIVED)}")
     if options.mirror is not None and options.from_file is not None:
         raise LabError("--mirror and --from-file say two places; give one of them")
     if name not in ARCHIVED:
-        archives = " and ".join(file for file, _ in _archives_by_hand(name))
+        archives = " and ".join(file for file, _ in archives_by_hand(name))
         raise LabError(
             f"{name} is given out by its owners under their terms: unpack {archives} as {root / name}/train/CLASS/*.jpg and "
             f"{root / name}/val/CLASS/*.jpg, then largemargin data verify {name}"

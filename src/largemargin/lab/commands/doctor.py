@@ -2,19 +2,10 @@
 
 from typing import Any
 
-from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from .options import new_parser
-
-HELP = "say which backends are here, and whether they compute rightly"
-
-
-def parser() -> ArgumentParser:
-    return new_parser("Say which backends are here, and whether they compute rightly; without options.")
+from ..doctor import main
 
 
 def run(options: Any, console: Console) -> None:
-    from ..doctor import main
-
     raise SystemExit(main())

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .._torchvision import import_torchvision
 from ..errors import LabError
+from ..stopping import interrupts_end_at_once
 from .images import ImageSet
 
-ARCHIVED = ("cifar10", "cifar100", "svhn")
 SIDE = 32  # pixels
 
 
@@ -37,6 +37,14 @@ def archives_of(data: str) -> tuple[Archive, ...]:
     return (Archive(cls.filename, cls.url, cls.tgz_md5, named, is_tar=True),)
 
 
+def archives_by_hand(name: str) -> list[tuple[str, str]]:
+    """The archives of a set that is given out under terms of use, and their md5."""
+    datasets = import_torchvision().datasets
+    if name == "imagenet":
+        return [datasets.imagenet.ARCHIVE_META[part] for part in ("train", "val")]
+    return [datasets.Places365._IMAGES_META[part, True] for part in ("train-standard", "val")]
+
+
 def state_of(archive: Archive, root: Path) -> dict[str, str]:
     """Every member's name with ``ok``, ``missing`` or ``wrong md5``."""
     check = import_torchvision().datasets.utils.check_integrity
@@ -47,8 +55,13 @@ def state_of(archive: Archive, root: Path) -> dict[str, str]:
     return {name: state(name, md5) for name, md5 in archive.members}
 
 
-def archived(data: str, root: Path) -> ImageSet:
-    """CIFAR-10, CIFAR-100 or SVHN from their files under ``root``."""
+def archived(data: str, root: Path, unverified: bool = False) -> ImageSet:
+    """CIFAR-10, CIFAR-100 or SVHN from their files under ``root``.
+
+    With ``unverified``, other files of SVHN are read too, also from ``svhn-first``. Those of CIFAR are pickles, which may execute code.
+    """
+    if unverified:
+        return _unverified_svhn(data, root)
     again = f"largemargin data fetch {data} --data-root {root}"
     states = {name: state for archive in archives_of(data) for name, state in state_of(archive, root).items()}
     if set(states.values()) == {"missing"}:
@@ -80,6 +93,33 @@ def _svhn(root: Path) -> Any:
     sets = (_class_of("svhn")(root / "svhn", split=part, download=False) for part in ("train", "test"))
     parts = ((torch.from_numpy(part.data).contiguous(), torch.from_numpy(part.labels).reshape(-1)) for part in sets)
     return *parts, tuple(str(digit) for digit in range(10))
+
+
+def _unverified_svhn(data: str, root: Path) -> ImageSet:
+    """Files in the format of SVHN, of whatever sum; a note names those that are not the published ones."""
+    if data != "svhn":
+        raise LabError(
+            f"--unverified is for svhn alone: the files of {data} are pickles, which may execute code; get the published ones with "
+            f"largemargin data fetch {data}"
+        )
+    names = [archive.members[0][0] for archive in archives_of(data)]
+    folder = next((root / place for place in ("svhn", "svhn-first") if all((root / place / Path(n).name).is_file() for n in names)), None)
+    if folder is None:
+        raise LabError(f"data svhn: neither {root / 'svhn'} nor {root / 'svhn-first'} holds {' and '.join(Path(n).name for n in names)}")
+    with interrupts_end_at_once():
+        from scipy.io import loadmat
+    parts = []
+    for name in names:
+        path = folder / Path(name).name
+        try:
+            content = loadmat(path, variable_names=["X", "y"])
+            labels = torch.from_numpy(content["y"].astype("int64")).reshape(-1) % 10  # 10 is the digit 0
+            parts.append(_checked(torch.from_numpy(content["X"].transpose(3, 2, 0, 1).copy()), labels, 10))
+        except Exception as error:  # scipy raises many types for a broken file
+            raise LabError(f"data svhn: {path} is not a file in the format of SVHN: {error}") from error
+    published = all(state == "ok" for archive in archives_of(data) for state in state_of(archive, root).values())
+    note = f"warning: the files of {folder} are not the published ones of SVHN: their md5 differs"
+    return ImageSet(*parts[0], *parts[1], tuple(str(digit) for digit in range(10)), () if published and folder.name == "svhn" else (note,))
 
 
 def _checked(images: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:

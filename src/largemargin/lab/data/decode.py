@@ -37,27 +37,34 @@ class Decoded(NamedTuple):
 
 
 def read_image(path: Path) -> Picture:
-    """The picture as a viewer shows it."""
+    """The picture in a file as a viewer shows it."""
     from PIL import Image
 
     try:
         with Image.open(path) as file:
-            if file.mode.startswith(("I", "F")):
-                raise ValueError(f"its pixels have more than 8 bits (mode {file.mode}); convert it to 8 bits")
-            # the second picture of an MPO, as of phones, is a preview or a depth map
-            has_more = file.format != "MPO" and getattr(file, "n_frames", 1) > 1
-            file.load()  # first: of a TIFF this turns the pixels and removes the orientation
-            turn = _turn(file)
-            image = file if turn is None else file.transpose(turn)
-            layer = image.convert("RGBA") if file.has_transparency_data else None
-            if layer is None or layer.getchannel("A").getextrema()[0] == 255:  # opaque all over
-                return Picture(image.convert("RGB"), turn is not None, False, has_more)
-            white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-            return Picture(Image.alpha_composite(white, layer).convert("RGB"), turn is not None, True, has_more)
+            return shown(file)
     except Exception as error:  # PIL raises many types for a broken file
         empty = "empty file" if path.is_file() and path.stat().st_size == 0 else ""
         reason = lost_link(path) or empty or str(error) or type(error).__name__
         raise LabError(f"cannot read the image {path}: {reason}; mend or remove it") from error
+
+
+def shown(image: Any) -> Picture:
+    """What a viewer shows of a PIL image, opened or made; raises ValueError where that would lose bits."""
+    from PIL import Image
+
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"its pixels have more than 8 bits (mode {image.mode}); convert it to 8 bits")
+    # the second picture of an MPO, as of phones, is a preview or a depth map
+    has_more = image.format != "MPO" and getattr(image, "n_frames", 1) > 1
+    image.load()  # first: of a TIFF this turns the pixels and removes the orientation
+    turn = _turn(image)
+    upright = image if turn is None else image.transpose(turn)
+    layer = upright.convert("RGBA") if image.has_transparency_data else None
+    if layer is None or layer.getchannel("A").getextrema()[0] == 255:  # opaque all over
+        return Picture(upright.convert("RGB"), turn is not None, False, has_more)
+    white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+    return Picture(Image.alpha_composite(white, layer).convert("RGB"), turn is not None, True, has_more)
 
 
 def _turn(file: Any) -> Any:
@@ -79,10 +86,16 @@ def _turn(file: Any) -> Any:
         return None
 
 
+def fitted(resize: Any, crop: Any) -> Callable[[Any], Tensor]:
+    """From a PIL image to its pixels (channels, H, W) uint8: the shorter side resized, then the centre cropped."""
+    v2 = import_torchvision().transforms.v2
+    transform: Callable[[Any], Tensor] = v2.Compose([v2.Resize(resize), v2.CenterCrop(crop), v2.PILToTensor()])
+    return transform
+
+
 def decode(folder: Path, names: Sequence[str], image_size: int, on_image: OnImage = lambda *_: None) -> Decoded:
     """Each image with its shorter side resized to ``image_size`` and its centre cropped; all broken files are named at once."""
-    transforms = import_torchvision().transforms.v2
-    transform = transforms.Compose([transforms.Resize(image_size), transforms.CenterCrop(image_size), transforms.PILToTensor()])
+    transform = fitted(image_size, image_size)
     images = torch.zeros((len(names), 3, image_size, image_size), dtype=torch.uint8)
     digests, turned, transparent, cut, broken = [], 0, 0, 0, []
     for i, name in enumerate(names):

@@ -20,9 +20,9 @@ from ..words import counted
 from . import duplicates, skipped
 from .decode import OnImage, broken_files, decode
 from .images import SPLIT_SEED, ImageSet, spread
+from .second_labels import second_labels
 
 SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation"}
-STREAMED = ("imagenet", "places365")  # folders of these names under --data-root, too large for memory
 
 Labelled = list[tuple[str, int]]  # names of files under a folder, with their labels
 
@@ -68,12 +68,13 @@ class FileSet:
         )
 
 
-def image_folder(folder: Path, image_size: int, on_image: OnImage = lambda *_: None) -> ImageSet:
+def image_folder(folder: Path, image_size: int, on_image: OnImage = lambda *_: None, labels: str = "") -> ImageSet:
     """A folder of images, class per sub-folder: ``train/`` with ``test/`` or ``val/``, else a stratified fifth is held out.
 
-    Each image is decoded to RGB as a viewer shows it, its shorter side resized to ``image_size`` and its centre cropped.
+    Each image is decoded to RGB as a viewer shows it, its shorter side resized to ``image_size`` and its centre cropped. ``labels`` is a
+    file with other training labels.
     """
-    files = listed_folder(folder)
+    files = listed_folder(folder, labels)
     decoded = decode(files.folder, files.train_files + files.test_files, image_size, on_image)
     at = len(files.train_files)
     notes = list(files.notes)
@@ -84,12 +85,14 @@ def image_folder(folder: Path, image_size: int, on_image: OnImage = lambda *_: N
     if decoded.cut:
         notes.append(f"{counted(decoded.cut, 'file')} of several frames or pages: only the first was read")
     notes += duplicates.warning(duplicates.in_both(decoded.digests[:at], decoded.digests[at:]), len(files.test_files))
-    return ImageSet(decoded.images[:at], files.train_labels, decoded.images[at:], files.test_labels, files.classes, tuple(notes))
+    return ImageSet(
+        decoded.images[:at], files.train_labels, decoded.images[at:], files.test_labels, files.classes, tuple(notes), files.test_files
+    )
 
 
-def streamed_folder(folder: Path) -> FileSet:
+def streamed_folder(folder: Path, labels: str = "") -> FileSet:
     """The same folder with its images left in their files."""
-    files = listed_folder(folder)
+    files = listed_folder(folder, labels)
     try:
         found = duplicates.files_in_both(folder, files.train_files, files.test_files)
     except OSError:
@@ -97,12 +100,22 @@ def streamed_folder(folder: Path) -> FileSet:
     return replace(files, notes=(*files.notes, *duplicates.warning(found, len(files.test_files))))
 
 
-def listed_folder(folder: Path) -> FileSet:
+def listed_folder(folder: Path, labels: str = "") -> FileSet:
     """The files of such a folder, with notes on what it holds beside them."""
+    files = _listed(folder)
+    if not labels:
+        return files
+    new = second_labels(Path(labels).expanduser(), folder, files.classes, files.train_files, files.test_files)
+    changed = int((new != files.train_labels).sum())
+    note = f"{changed} of {counted(len(new), 'training label')} differ from the folders ({100 * changed / len(new):.1f}%), as {labels} says"
+    return replace(files, train_labels=new, notes=(*files.notes, note))
+
+
+def _listed(folder: Path) -> FileSet:
     if not folder.is_dir():
         raise LabError(
-            f"data {folder}: {lost_link(folder) or 'no such folder'}; give digits, cifar10, cifar100, svhn, imagenet, places365 or a "
-            "folder with one sub-folder of images a class"
+            f"data {folder}: {lost_link(folder) or 'no such folder'}; give a name that --help lists, or a folder with one sub-folder "
+            "of images a class"
         )
     held_out = next((name for name in ("test", "val") if (folder / name).is_dir()), None)
     if (folder / "train").is_dir() and held_out is not None:

@@ -24,6 +24,7 @@ class ImageSet:
     test_labels: Tensor
     classes: tuple[str, ...]
     notes: tuple[str, ...] = ()  # what the user should know of the files
+    test_files: tuple[str, ...] = ()  # names of the test images under their folder; none where they come from no files
 
     def digest(self) -> str:
         """Twelve characters that change with any pixel, label or class name."""
@@ -54,8 +55,8 @@ def spread(num_samples: int, count: int) -> slice:
     return slice(0, None, max(1, -(-num_samples // count)))
 
 
-def digits() -> ImageSet:
-    """scikit-learn's handwritten digits: 1,797 real images of 8x8 pixels, one third of them held out as test."""
+def digits(*_: object) -> ImageSet:
+    """scikit-learn's handwritten digits: 1,797 real images of 8x8 pixels, one third of them held out as test; read from no folder."""
     with interrupts_end_at_once():
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split

@@ -1,0 +1,178 @@
+"""The report of a comparison: one self-contained page with the table and the figures."""
+
+import datetime
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..data import SETS
+from ..drawing import color_of
+from ..errors import LabError
+from ..pages import page
+from ..predictions import same_samples
+from ..results import RunRecord, kept, software
+from ..run.methods import BASELINE, OF_SOME_LOSSES
+from ..run.noise import phrase_of
+from ..run.recipe import Recipe
+from ..words import counted
+from . import evidence
+from .choose import CHOICE_COLUMNS, Choice, choice_cells, choice_note, ties
+from .figures import by_loss, class_errors_figure, figures_of, lambda_curve, overview, reliability_figure
+from .folder import predictions_of
+from .pictures import thumbnails
+from .plan import Comparison
+from .recommendation import advice, basis, shown
+from .table import COLUMNS, NOTE, Row, cells, remarks
+
+Records = Sequence[RunRecord]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A test image that one loss gets right and the other wrong."""
+
+    uri: str
+    label: str
+    taken_for: str
+    sample: str
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What lies behind the difference of a loss and the baseline at one share of label noise."""
+
+    method: str
+    class_errors: str  # figures
+    reliability: str
+    confusions: Sequence[tuple[str, str, str, str]]
+    gained: Sequence[Picture]  # images that the method alone gets right
+    lost: Sequence[Picture]
+    remark: str = ""  # why there are no pictures
+
+
+def render(comparison: Comparison, out: Path, records: Records, rows: Sequence[Row], choices: Sequence[Choice] = ()) -> tuple[str, str]:
+    """The page as HTML that needs nothing from outside, and as Markdown."""
+    sections = []
+    for noise in dict.fromkeys(row.label_noise for row in rows):
+        group = [row for row in rows if row.label_noise == noise]
+        of_noise = [record for record in records if record.recipe.noise == noise]
+        groups = by_loss(of_noise)
+        colors = color_of(list(groups))
+        sections.append(
+            {
+                "noise": phrase_of(noise)[0].upper() + phrase_of(noise)[1:],
+                "legend": [(label_of(runs), colors[loss]) for loss, runs in groups.items()],
+                "rows": [(row, cells(row)) for row in group],
+                "figures": figures_of(kept(of_noise), colors),
+                "judged": [row.judged for row in group if row.judged is not None],
+                "evidence": evidence_at(comparison, out, of_noise, shown(group), colors),
+            }
+        )
+    first = records[0]
+    known = next((found for record in records if (found := predictions_of(record, out)) is not None), None)
+    losses = list(dict.fromkeys(choice.loss for choice in choices))
+    content = dict(
+        advice=[*advice(rows), *remarks(records)],
+        basis=basis(len(comparison.seeds), first.classes, None if known is None else known.labels, first.num_test),
+        overview=overview(rows),
+        sections=sections,
+        columns=COLUMNS,
+        note=NOTE,
+        choice=choice_cells(choices),
+        choice_columns=CHOICE_COLUMNS,
+        choice_note=" ".join([*ties(choices), choice_note(comparison)]),
+        choice_curve=lambda_curve(choices, color_of([BASELINE, *losses])) if choices else "",
+        changed=changed(first.recipe),
+        command=f"{comparison.command()} --out {shlex.quote(str(out))}",
+        date=date_of(records, out),
+        comparison=comparison,
+        first=first,
+        recipe=first.recipe,
+        schedule=schedule(first.recipe),
+        augmentation=augmentation(first.recipe),
+        software=software(records),
+        pixels=SETS[comparison.data].pixels if first.recipe.data in SETS and not first.recipe.streamed else first.recipe.image_size,
+        num_runs=len(records),
+        seconds=sum(record.seconds for record in records),
+        baseline=BASELINE,
+    )
+    return page("report.html.j2", **content), page("report.md.j2", **content)
+
+
+def evidence_at(comparison: Comparison, out: Path, records: Records, row: Row | None, colors: Mapping[str, str]) -> Evidence | None:
+    """Of the runs that the loss of ``row`` and the baseline have in common; None without their predictions."""
+    if row is None:
+        return None
+    of_loss = {loss: {record.recipe.seed: record for record in kept(runs)} for loss, runs in by_loss(records).items()}
+    seeds = sorted(of_loss[row.loss].keys() & of_loss[BASELINE].keys())
+    baseline, method = ([predictions_of(of_loss[loss][seed], out) for seed in seeds] for loss in (BASELINE, row.loss))
+    theirs, ours = [found for found in baseline if found is not None], [found for found in method if found is not None]
+    if len(theirs) < len(seeds) or len(ours) < len(seeds) or not same_samples(theirs + ours):
+        return None
+    classes = records[0].classes
+    pairs = evidence.changed_confusions(theirs, ours)
+    gained, lost = evidence.disagreements(theirs, ours)
+    remark = ""
+    try:
+        uris = thumbnails(comparison, ours[0], [found.index for found in (*gained, *lost)])
+        pictures = [
+            Picture(uri, classes[found.label], classes[found.taken_for], str(ours[0].ids[found.index]))
+            for uri, found in zip(uris, (*gained, *lost), strict=True)
+        ]
+    except LabError as error:
+        pictures, remark = [], f"No pictures of images, because {error}."
+    label = row.label
+    return Evidence(
+        method=label,
+        class_errors=class_errors_figure(classes, evidence.class_errors(theirs), evidence.class_errors(ours), label, colors[row.loss]),
+        reliability=reliability_figure(
+            {BASELINE: evidence.reliability(theirs), label: evidence.reliability(ours)},
+            {BASELINE: colors[BASELINE], label: colors[row.loss]},
+        ),
+        confusions=[(classes[p.label], classes[p.predicted], f"{p.baseline:.1f}", f"{p.method:.1f}") for p in pairs],
+        gained=pictures[: len(gained)],
+        lost=pictures[len(gained) :],
+        remark=remark,
+    )
+
+
+def date_of(records: Records, out: Path) -> str:
+    """The day on which the last run ended."""
+    last = max((out / "runs" / record.recipe.id / "result.json").stat().st_mtime for record in records)
+    return datetime.date.fromtimestamp(last).isoformat()
+
+
+def changed(recipe: Recipe) -> list[str]:
+    """The fields of the recipe that are not the defaults and that the page does not tell elsewhere."""
+    told = {*OF_SOME_LOSSES, "loss", "seed", "data", "data_root", "data_digest", "network", "train_fraction", "label_noise"}
+    told |= {"noise_kind", "unverified"}
+    told |= {"epochs", "device", "validation_fraction", "batch_size", "momentum", "weight_decay", "learning_rate"}
+    told |= {"augmentation", "crop_padding", "crop_fill", "flip"}
+    default, values = Recipe(loss="softmax", seed=0).to_dict(), recipe.to_dict()
+    return [f"{name} = {value}" for name, value in values.items() if name not in told and value != default[name]]
+
+
+def schedule(recipe: Recipe) -> str:
+    """The learning rate over the epochs, in words."""
+    epochs = counted(recipe.epochs, "epoch")
+    start, end = f"learning rate {recipe.learning_rate:g}", f"{recipe.learning_rate * recipe.final_factor:g}"
+    match recipe.schedule:
+        case "log":
+            return f"{start} falling evenly in log scale to {end} over {epochs}"
+        case "cosine":
+            return f"{start} falling as half a cosine to {end} over {epochs}"
+    return f"{start}, times {recipe.step_factor:g} at epochs {', '.join(map(str, recipe.milestones)) or 'none'}, {epochs}"
+
+
+def augmentation(recipe: Recipe) -> str:
+    """What is done to a training image, in words."""
+    if recipe.augmentation == "inception":
+        return "random resized crops, mirrored half the time, colours and PCA lighting changed"
+    fill = "its reflection" if recipe.crop_fill == "reflect" else "the mean of the channel"
+    moved = f"moved by up to {counted(recipe.crop_padding, 'pixel')} with {fill} at the border"
+    return ", ".join([moved] * (recipe.crop_padding > 0) + ["mirrored half the time"] * recipe.flip) or "none"
+
+
+def label_of(group: Records) -> str:
+    return group[0].recipe.loss_label

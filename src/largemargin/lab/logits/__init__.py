@@ -1,0 +1,1 @@
+"""Files of logits and labels, and what they say about a classifier."""

@@ -1,0 +1,3 @@
+"""Many runs: in processes of this machine, or on a Ray cluster."""
+
+EXECUTORS = ("local", "ray")

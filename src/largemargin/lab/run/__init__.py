@@ -1,0 +1,1 @@
+"""One run: a recipe, what it trains with, the loop, and what it leaves in its folder."""
