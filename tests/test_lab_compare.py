@@ -314,7 +314,6 @@ def test_an_unwritable_folder_says_so(tmp_path, capsys):
         (["compare", "--data", "cifar100", "--data-root", "/nosuch"], "/nosuch"),
         (["report", "/nosuch"], "/nosuch"),
         (["nosuch"], "nosuch"),
-        ([], "command"),
     ],
 )
 def test_bad_options_get_one_clear_line(arguments, said, capsys, tmp_path, monkeypatch):

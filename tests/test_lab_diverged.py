@@ -175,7 +175,7 @@ def test_one_diverged_run_among_sound_ones_is_named(diverged, tmp_path, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "1 of 4 runs diverged: large margin λ=0.3, label noise 0, seed 1" in said and "(1 diverged)" in said
     page = (tmp_path / "report.html").read_text()
-    assert "1 of 4 runs diverged" in page and "Learning curves" in page
+    assert "1 of 4 runs diverged" in page and "Margins" in page
 
 
 def test_train_says_that_its_run_diverged(tmp_path, capsys):

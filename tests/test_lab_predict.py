@@ -13,14 +13,17 @@ from PIL import Image
 
 from largemargin import lab
 from largemargin.lab import cli
-from largemargin.lab.commands.next import next_command, recommended
+from largemargin.lab.commands.next import advised, next_command
 from largemargin.lab.comparison.table import Row, summarise
 from largemargin.lab.errors import LabError
 from largemargin.lab.logits import temperature
 from largemargin.lab.predictions import Predictions
+from largemargin.lab.results import RunRecord
 from largemargin.lab.run import export
-from largemargin.lab.run.recipe import LOSSES, Recipe
-from largemargin.lab.stats import paired_difference
+from largemargin.lab.run.methods import LOSSES
+from largemargin.lab.run.recipe import Recipe
+from largemargin.lab.stats import paired_by_seed
+from largemargin.lab.verdicts import judge
 
 CLASSES = ("blue", "green", "red")
 
@@ -362,7 +365,8 @@ def test_no_save_keeps_neither(tmp_path, capsys):
 
 def record(loss, seed, error, noise=0.0):
     test = {"error": error, "margin": 1.0, "rho": 1.0, "ece": 1.0, "nll": 1.0}
-    return {"recipe": Recipe(loss, seed, label_noise=noise, **LOSSES[loss]).to_dict(), "test": test, "epochs": [{"train_loss": 1.0}]}
+    recipe = Recipe(loss, seed, label_noise=noise, **LOSSES[loss]).to_dict()
+    return RunRecord.from_dict({"recipe": recipe, "test": test, "epochs": [{"train_loss": 1.0}], "environment": {}})
 
 
 def records(errors, noise=0.0):
@@ -380,12 +384,12 @@ def records(errors, noise=0.0):
     ],
 )
 def test_the_recommended_loss_is_the_best_of_those_that_are_better_than_softmax(errors, loss):
-    assert recommended(summarise(records(errors) + records({"softmax": [1.0, 1, 1]}, noise=0.3))).loss == loss
+    assert advised(summarise(records(errors) + records({"softmax": [1.0, 1, 1]}, noise=0.3))).loss == loss
 
 
 def test_the_best_run_is_that_of_least_error_among_those_with_a_model(tmp_path):
     found = records({"softmax": [10.0, 9.0, 12.0, 8.0]})
-    folders = [tmp_path / Recipe(**each["recipe"]).id for each in found]
+    folders = [tmp_path / each.recipe.id for each in found]
     assert next_command(summarise(found), found, tmp_path) == []
     for folder in folders[:3]:
         folder.mkdir()
@@ -396,10 +400,11 @@ def test_the_best_run_is_that_of_least_error_among_those_with_a_model(tmp_path):
 
 def test_a_diverged_loss_is_not_recommended():
     nan = float("nan")
-    better = paired_difference({0: 1.0, 1: 1.1, 2: 1.2}, {0: 5.0, 1: 5.1, 2: 5.25})
+    pairs = paired_by_seed({0: 1.0, 1: 1.1, 2: 1.2}, {0: 5.0, 1: 5.1, 2: 5.25})
+    (better,) = judge([("b", "a", pairs, 3)])
     rows = [
         Row("a", "softmax", 0.0, 3, 0, 5.0, 0.1, None, *[1.0] * 4),
         Row("b", "large_margin", 0.0, 3, 3, nan, None, better, *[nan] * 4),
     ]
-    assert recommended(rows).loss == "softmax"
-    assert recommended([row for row in rows if row.diverged]) is None
+    assert advised(rows).loss == "softmax"
+    assert advised([row for row in rows if row.diverged]) is None

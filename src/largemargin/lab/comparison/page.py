@@ -1,7 +1,6 @@
 """The report of a comparison: one self-contained page with the table and the figures."""
 
 import datetime
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +83,7 @@ def render(comparison: Comparison, out: Path, records: Records, rows: Sequence[R
         choice_note=" ".join([*ties(choices), choice_note(comparison)]),
         choice_curve=lambda_curve(choices, color_of([BASELINE, *losses])) if choices else "",
         changed=changed(first.recipe),
-        command=f"{comparison.command()} --out {shlex.quote(str(out))}",
+        command=comparison.command(),
         date=date_of(records, out),
         comparison=comparison,
         first=first,
