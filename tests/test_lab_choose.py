@@ -150,9 +150,7 @@ def test_the_choice_is_told(finished, capsys):
     page = (finished / "report.html").read_text()
     assert page.count(">chosen<") == 2 and "The test set had no part in it" in page
     tables = re.findall(r'<table(?: class="choice")?>.*?</table>', page, re.DOTALL)  # without those of confusions
-    assert (
-        sum(len(re.findall("<tr>", table)) - 1 for table in tables) == 4 + 4
-    )  # the runs compared, and the choices in a table of their own
+    assert sum(len(re.findall("<tr>", table)) - 1 for table in tables) == 4 + 4  # the runs compared, and the choices
     rows = list(csv.DictReader((finished / "choice.csv").read_text().splitlines()))
     assert len(rows) == 8 and len((finished / "results.csv").read_text().splitlines()) == 1 + 8
     by_key = {

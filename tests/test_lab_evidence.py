@@ -70,8 +70,8 @@ def test_reliability_holds_every_sample_once():
 def test_paired_outcomes_have_the_difference_of_the_errors_as_their_mean():
     outcomes = evidence.paired_outcomes(BASELINE, METHOD)
     assert outcomes.shape == (2, 5)
-    errors = [[100 * run.wrong.mean() for run in runs] for runs in (METHOD, BASELINE)]
-    assert outcomes.mean(1) == pytest.approx(np.subtract(*errors))
+    errors = [np.array([100 * run.wrong.mean() for run in runs]) for runs in (METHOD, BASELINE)]
+    assert outcomes.mean(1) == pytest.approx(errors[0] - errors[1])
 
 
 def test_predictions_come_back_from_their_file(tmp_path):

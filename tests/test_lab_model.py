@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from largemargin import lab
 from largemargin.lab import data
+from largemargin.lab.data.images import digits
 from largemargin.lab.errors import LabError
 from largemargin.lab.predictions import Predictions
 from largemargin.lab.run import model, train
@@ -91,7 +92,7 @@ def test_a_file_gives_the_logits_that_the_run_saved_for_it(kind, folder, tmp_pat
 
 def test_a_grey_digit_gives_the_logits_that_the_run_saved_for_it(digits_run):
     network, transform, classes = lab.load(digits_run)
-    saved, images = Predictions.load(digits_run / "predictions.npz"), data.load("digits", "", 32).test_images
+    saved, images = Predictions.load(digits_run / "predictions.npz"), digits().test_images
     logits = logits_of(network, (transform(Image.fromarray(image[0].numpy())) for image in images))
     np.testing.assert_allclose(logits, saved.logits, rtol=1e-4, atol=1e-5)
     assert saved.ids.tolist() == list(range(len(images))) and classes == tuple("0123456789")

@@ -14,6 +14,7 @@ from largemargin.lab import data
 from largemargin.lab.data import human_labels as human
 from largemargin.lab.data.arrays import image_arrays
 from largemargin.lab.data.folders import listed_folder
+from largemargin.lab.data.images import ImageSet
 from largemargin.lab.errors import LabError
 from largemargin.lab.run.recipe import Recipe
 from largemargin.lab.run.rows import choose_rows, long_tail, move_to_the_next_class
@@ -197,6 +198,7 @@ def test_unverified_files_of_svhn_are_read_and_named(tmp_path):
         content = {"X": np.full((32, 32, 3, count), 7, np.uint8), "y": np.array([[10], [1], [2], [9]][:count])}
         scipy_io.savemat(tmp_path / "svhn-first" / f"{part}_32x32.mat", content)
     found = data.load("svhn", str(tmp_path), 32, unverified=True)
+    assert isinstance(found, ImageSet)
     assert found.train_labels.tolist() == [0, 1, 2, 9] and found.test_images.shape == (2, 3, 32, 32)
     assert "not the published ones" in found.notes[0]
     with pytest.raises(LabError, match="point --data-root at its files"):

@@ -260,7 +260,7 @@ def test_a_program_gives_the_logits_of_the_network_for_any_number_of_images(loss
         inputs = torch.stack([transform(picture(i % 3, i)) for i in range(count)])
         torch.testing.assert_close(program(inputs), network(inputs), rtol=1e-4, atol=1e-4)
     facts = json.loads(facts["largemargin.json"])
-    assert tuple(facts["classes"]) == classes and facts["mean"] == list(transform.mean)
+    assert tuple(facts["classes"]) == classes and facts["mean"] == list(transform.mean)  # type: ignore[attr-defined]
 
 
 def test_onnx_gives_the_logits_of_the_network(run, tmp_path):
