@@ -1,5 +1,6 @@
 """What CONTRIBUTING.md adds to the lab: a data set, a network and a method, each by an entry of a table and one function."""
 
+import math
 import re
 import sys
 import types
@@ -41,10 +42,10 @@ def file(monkeypatch):
 def tables(monkeypatch):
     """As they were, after each test."""
     for table in (SETS, NETWORKS, METHODS, LOSSES):
-        for name in ("stripes", "tiny", "generalized_cross_entropy"):
+        for name in ("stripes", "tiny", "huberized_cross_entropy"):
             monkeypatch.setitem(table, name, None)
             del table[name]
-    monkeypatch.setattr(losses, "generalized", None, raising=False)
+    monkeypatch.setattr(losses, "huberized", None, raising=False)
 
 
 def test_a_data_set_of_the_page_is_trained_on(file, tmp_path):
@@ -69,11 +70,11 @@ def test_a_method_of_the_page_is_trained_with(monkeypatch, tmp_path):
     names: dict[str, Any] = {}
     exec(LOSS, names)
     exec(METHOD, names)
-    settings = METHODS["generalized_cross_entropy"].settings
-    monkeypatch.setitem(LOSSES, "generalized_cross_entropy", dict(settings))
-    recipe = Recipe("generalized_cross_entropy", 0, epochs=1, **settings)
+    settings = METHODS["huberized_cross_entropy"].settings
+    monkeypatch.setitem(LOSSES, "huberized_cross_entropy", dict(settings))
+    recipe = Recipe("huberized_cross_entropy", 0, epochs=1, **settings)
     record = train(recipe, data.load("digits", "data", 32), tmp_path)
-    assert recipe.loss_label == "generalized cross entropy ρ=0.7" and 0 < record["epochs"][0]["train_loss"] < 1 / 0.7
+    assert recipe.loss_label == "huberized cross entropy ρ=10" and 0 < record["epochs"][0]["train_loss"] < 1 + math.log(10)
 
 
 def test_every_entry_of_a_table_names_what_is_there():

@@ -10,12 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from largemargin.lab import data
+from largemargin.lab import cli, data
+from largemargin.lab.comparison.folder import reopen
 from largemargin.lab.data import human_labels as human
 from largemargin.lab.data.arrays import image_arrays
 from largemargin.lab.data.folders import listed_folder
 from largemargin.lab.data.images import ImageSet
 from largemargin.lab.errors import LabError
+from largemargin.lab.results import RunRecord
 from largemargin.lab.run.recipe import Recipe
 from largemargin.lab.run.rows import choose_rows, long_tail, move_to_the_next_class
 
@@ -90,6 +92,18 @@ def test_human_labels_are_read_without_executing_the_pickle(monkeypatch, tmp_pat
     assert found.dtype == torch.int64 and found.tolist() == noisy.tolist()
     with pytest.raises(LabError, match="not those of these training images"):
         human.human_labels(tmp_path, torch.from_numpy(noisy))
+
+
+def test_the_file_is_put_where_training_reads_it(monkeypatch, tmp_path, capsys):
+    content = published(np.arange(2000) % 100, np.zeros(2000, np.int64))
+    (tmp_path / "given.pt").write_bytes(content)
+    fetch = ["data", "fetch", "cifar100n", "--data-root", str(tmp_path / "root"), "--from-file", str(tmp_path / "given.pt")]
+    assert cli.main(fetch) == 2 and not (tmp_path / "root").exists()  # not the published file
+    monkeypatch.setattr(human, "SHA256", hashlib.sha256(content).hexdigest())
+    assert cli.main(["data", "verify", "cifar100n", "--data-root", str(tmp_path / "root")]) == 2
+    assert cli.main(fetch) == 0 and human.state(tmp_path / "root") == "ok"
+    assert "CC BY-NC 4.0" in capsys.readouterr().out
+    assert cli.main(["data", "verify", "cifar100n", "--data-root", str(tmp_path / "root")]) == 0
 
 
 def test_another_file_is_refused_before_it_is_opened(tmp_path):
@@ -205,3 +219,60 @@ def test_unverified_files_of_svhn_are_read_and_named(tmp_path):
         data.load("svhn", str(tmp_path), 32)
     with pytest.raises(LabError, match="pickles, which may execute code"):
         data.load("cifar10", str(tmp_path), 32, unverified=True)
+
+
+def small(monkeypatch, errors):
+    """A comparison whose runs have these errors, without training: seeds are added as its verdicts ask."""
+    from largemargin.lab.commands import compare
+
+    made: list[int] = []
+
+    def train_none(recipes, *_, **__):
+        made.extend(recipe.seed for recipe in recipes)
+
+    def finished(comparison, out):
+        test = {"margin": 1.0, "rho": 1.0, "ece": 1.0, "nll": 1.0, "margin_histogram": [0] * 160}
+        records = [
+            RunRecord.from_dict(
+                {"recipe": recipe.to_dict(), "test": test | {"error": errors(recipe)}, "epochs": [{"train_loss": 1.0}], "environment": {}}
+            )
+            for recipe in comparison.recipes()
+        ]
+        return [], records
+
+    monkeypatch.setattr(compare, "run_with_progress", train_none)
+    monkeypatch.setattr(compare, "finished_records", finished)
+    monkeypatch.setattr(compare, "print_and_write", lambda comparison, *_, **__: comparison)
+    monkeypatch.setattr(compare, "next_command", lambda *_: [])
+    return made
+
+
+@pytest.mark.parametrize(
+    ("difference", "seeds"),
+    [(lambda seed: 5.0 + 0.1 * seed, 5), (lambda seed: (-1) ** seed, 20), (lambda seed: 1.0 + 1.2 * (-1) ** seed, 15)],
+    ids=["clear", "none", "small"],
+)
+def test_seeds_are_added_until_the_verdict_is_clear(monkeypatch, tmp_path, difference, seeds):
+    made = small(monkeypatch, lambda recipe: 10.0 + recipe.seed % 3 + (difference(recipe.seed) if recipe.loss == "large_margin" else 0.0))
+    command = ["compare", "--losses", "softmax", "large_margin", "--seeds", "auto", "--epochs", "1", "--out", str(tmp_path / "out")]
+    assert cli.main(command) == 0
+    assert max(made) == seeds - 1
+    assert reopen(tmp_path / "out").max_seeds == 20 and len(reopen(tmp_path / "out").seeds) == seeds
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--seeds", "auto", "3"], "--seeds auto stands alone"),
+        (["--seeds", "auto", "--max-seeds", "4"], "--max-seeds must be at least 5"),
+        (["--max-seeds", "9"], "--max-seeds 9 is for --seeds auto"),
+        (["--label-noise", "symmetric:0.3"], "asymmetric:SHARE or human"),
+        (["--label-noise", "human"], "no data"),
+        (["--labels", "x.csv"], "--labels x.csv is for the images of a folder"),
+        (["--unverified"], "--unverified is for svhn"),
+    ],
+)
+def test_bad_seeds_and_noise_get_one_clear_line(options, words, tmp_path, capsys):
+    assert cli.main(["compare", *options, "--data-root", "data", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert words in error and len(error.splitlines()) == 1

@@ -92,6 +92,8 @@ def add_fields(
             settings |= {"nargs": "+", "choices": list(option.type)}
         else:
             settings |= {"type": type_of(option, hints[field.name])} | ({"nargs": "+"} if option.many else {})
+        if hints[field.name] is bool and not unset:
+            settings = {"action": "store_true", "help": settings["help"]}
         name = f"--{prefix}{field.name}" if prefix else f"--{field.name.replace('_', '-')}"
         parser.add_argument(name, **settings)
 

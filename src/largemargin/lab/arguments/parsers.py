@@ -29,10 +29,11 @@ JOBS = "runs at a time, each a process; with ray, for each GPU; default: {} on t
 MODEL_HELP = "the folder of a run, or the model.safetensors in it"
 
 
-def add_saving(parser: ArgumentParser) -> None:
+def add_saving(parser: ArgumentParser, everything: bool) -> None:
     """What a run leaves beside its record."""
+    old = "the default now, and of no effect: each run keeps its model"
     parser.add_argument("--no-save", action="store_true", help="keep neither the model nor the predictions of a run")
-    parser.add_argument("--keep-weights", action="store_true", help="the default now, and of no effect: each run keeps its model")
+    parser.add_argument("--keep-weights", action="store_true", help=old if everything else argparse.SUPPRESS)
 
 
 def compare_parser(everything: bool = True) -> ArgumentParser:
@@ -47,7 +48,7 @@ def compare_parser(everything: bool = True) -> ArgumentParser:
     add_budget(compare, everything)
     compare.add_argument("--executor", choices=EXECUTORS, default="local", metavar="WHERE", help=rare("local or ray"))
     compare.add_argument("--tensorboard", action="store_true", help=rare("write TensorBoard's event files into the folder of each run"))
-    add_saving(compare)
+    add_saving(compare, everything)
     compare.add_argument(
         "--out",
         type=str,
@@ -73,7 +74,7 @@ def train_parser(everything: bool = True) -> ArgumentParser:
     train.add_argument("--out", type=str, default="runs/train", metavar="DIR", help="the folder of this run")
     train.add_argument("--tensorboard", action="store_true", help="write TensorBoard's event files into DIR/events")
     add_eager(train, everything)
-    add_saving(train)
+    add_saving(train, everything)
     train.add_argument("--keep-checkpoint", action="store_true", help="leave the last checkpoint when the run is done")
     add_quiet(train, levels=True)
     return train

@@ -9,19 +9,24 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from ..arguments.options import path_of
-from ..data import ARCHIVED, STREAMED
+from ..data import ARCHIVED, STREAMED, human_labels
 from ..data.archives import archives_by_hand, archives_of, state_of
 from ..data.fetch import fetch
 from ..data.folders import streamed_set
 from ..errors import LabError
 from ..words import counted
 
+HUMAN_LABELS = "cifar100n"
+
 
 def run(options: Any, console: Console) -> None:
     root = path_of(options.data_root)
+    if options.name == HUMAN_LABELS:
+        _human_labels(options, root, console)
+        return
     names = (*ARCHIVED, *STREAMED)
     if options.name is not None and options.name not in names:
-        raise LabError(f"data {options.action}: unknown data set {options.name!r}; give one of {' '.join(names)}")
+        raise LabError(f"data {options.action}: unknown data set {options.name!r}; give one of {' '.join([*names, HUMAN_LABELS])}")
     if options.action != "fetch" and (options.mirror or options.from_file):
         raise LabError(f"--mirror and --from-file are for data fetch, not data {options.action}")
     chosen = names if options.name is None else (options.name,)
@@ -31,6 +36,22 @@ def run(options: Any, console: Console) -> None:
         _verify(chosen, root, console, asked=options.name is not None)
     else:
         _fetch(options, root, console)
+
+
+def _human_labels(options: Any, root: Path, console: Console) -> None:
+    """The labels of CIFAR-100N, which are beside CIFAR-100 and no data set of their own."""
+    if options.action == "fetch":
+        if options.mirror or len(options.from_file or ()) != 1:
+            raise LabError(f"data fetch {HUMAN_LABELS} needs --from-file CIFAR-100_human.pt: its owners give it out ({human_labels.TERMS})")
+        human_labels.put(path_of(options.from_file[0]), root)
+        console.print(f"{HUMAN_LABELS}: checked and put under {root}; terms: {human_labels.TERMS}", markup=False, highlight=False)
+        return
+    state = human_labels.state(root)
+    console.print(f"{HUMAN_LABELS}: {human_labels.FILE}: {state}", markup=False, highlight=False)
+    if options.action == "verify" and state != "ok":
+        raise LabError(
+            f"{human_labels.FILE} ({state}) under --data-root {root}; get it: largemargin data fetch {HUMAN_LABELS} --from-file FILE"
+        )
 
 
 def _list(names: tuple[str, ...], root: Path, console: Console) -> None:

@@ -92,10 +92,9 @@ class Comparison:
         help="class sizes fall exponentially; this is the largest over the smallest",
         type=POSITIVE,
         metavar="RATIO",
-        usual=True,
     )
     labels: str | None = option(
-        None, help="a CSV file (image, label) with other labels for the training images of a folder", metavar="FILE", usual=True
+        None, help="a CSV file (image, label) with other labels for the training images of a folder", metavar="FILE"
     )
     unverified: bool = option(False, help="take files of svhn whose md5 is not the published one, also from svhn-first")
     max_seeds: int | None = option(None, help="with --seeds auto: no more pairs than these; default: 20", type=POSITIVE_INT, metavar="N")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LabError
+from ..files import write_atomically
 
 FILE = "cifar-100n/CIFAR-100_human.pt"  # under the data root
 SHA256 = "bd2d80409754d420292d622e15e25248ba21e37d27429efac49c8da723f44394"
@@ -30,6 +31,29 @@ def human_labels(root: Path, labels: Tensor) -> Tensor:
     if not torch.equal(arrays["clean_label"], labels):
         raise LabError(f"--label-noise human: the true labels in {path} are not those of these training images; it is for cifar100 alone")
     return arrays["noisy_label"]
+
+
+def put(source: Path, root: Path) -> None:
+    """Copy the published file under the data root."""
+    try:
+        content = source.read_bytes()
+    except OSError as error:
+        raise LabError(f"--from-file {source}: {error.strerror}; expected CIFAR-100_human.pt") from error
+    check_sum(content, str(source))
+    path = root / FILE
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: file.write(content))
+    except OSError as error:
+        raise LabError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def state(root: Path) -> str:
+    """``ok``, ``missing`` or ``wrong sha256``."""
+    path = root / FILE
+    if not path.is_file():
+        return "missing"
+    return "ok" if hashlib.sha256(path.read_bytes()).hexdigest() == SHA256 else "wrong sha256"
 
 
 def check_sum(content: bytes, source: str) -> None:

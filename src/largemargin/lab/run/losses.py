@@ -2,15 +2,51 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ... import CrammerSingerHingeLoss, HardMarginSoftplusLoss, LargeMarginCrossEntropyLoss, MulticlassHingeLoss
-from ...heads import CosineLinear, GaussianMixtureHead, LSoftmaxLinear, NoisySoftmaxLinear, SuperSymmetricLinear
+from ... import (
+    ConfidencePenaltyLoss,
+    CrammerSingerHingeLoss,
+    DualFocalCrossEntropyLoss,
+    FocalCrossEntropyLoss,
+    GeneralizedCrossEntropyLoss,
+    HardMarginSoftplusLoss,
+    LargeMarginCrossEntropyLoss,
+    LDAMLoss,
+    LogitAdjustedLoss,
+    MarginLabelSmoothingLoss,
+    MaxSuppressionLoss,
+    MulticlassHingeLoss,
+    NormalizedReverseCrossEntropyLoss,
+    Poly1CrossEntropyLoss,
+    SymmetricCrossEntropyLoss,
+    TaylorCrossEntropyLoss,
+)
+from ...heads import CosineLinear, GaussianMixtureHead, LSoftmaxLinear, NoisySoftmaxLinear, SuperSymmetricLinear, TVMFLinear
 from ...schedules import AnnealedLambda, SteppedAlpha
 
 multiclass_hinge = MulticlassHingeLoss
 crammer_singer_hinge = CrammerSingerHingeLoss
 hard_margin_softplus = HardMarginSoftplusLoss
+gce = GeneralizedCrossEntropyLoss
+sce = SymmetricCrossEntropyLoss
+nce_rce = NormalizedReverseCrossEntropyLoss
+taylor = TaylorCrossEntropyLoss
+confidence_penalty = ConfidencePenaltyLoss
+maxsup = MaxSuppressionLoss
+focal = FocalCrossEntropyLoss
+dual_focal = DualFocalCrossEntropyLoss
+poly1 = Poly1CrossEntropyLoss
+mbls = MarginLabelSmoothingLoss
+
+
+def logit_adjusted(*, tau: float, class_counts: Tensor) -> nn.Module:
+    return LogitAdjustedLoss(class_counts=class_counts, tau=tau)
+
+
+def ldam(*, max_margin: float, scale: float, class_counts: Tensor) -> nn.Module:
+    """Of logits that are ``scale`` times the cosines: their softmax is that of the network."""
+    return LDAMLoss(class_counts=class_counts, max_margin=scale * max_margin, scale=1.0)
 
 
 def of_logits(**settings: Any) -> nn.Module:
@@ -48,3 +84,20 @@ def cosface(in_features: int, num_classes: int, num_steps: int, *, scale: float,
 
 def arcface(in_features: int, num_classes: int, num_steps: int, *, scale: float, margin: float) -> nn.Module:
     return CosineLinear(in_features, num_classes, scale=scale, margin=margin, kind="arcface")
+
+
+def cosine(in_features: int, num_classes: int, num_steps: int, *, scale: float, **settings: Any) -> nn.Module:
+    return CosineLinear(in_features, num_classes, scale=scale, margin=0.0)
+
+
+def subcenter_arcface(in_features: int, num_classes: int, num_steps: int, *, scale: float, margin: float, subcenters: int) -> nn.Module:
+    return CosineLinear(in_features, num_classes, scale=scale, margin=margin, kind="arcface", subcenters=subcenters)
+
+
+def sphereface(in_features: int, num_classes: int, num_steps: int, *, scale: float, angular_multiplier: int) -> nn.Module:
+    schedule = AnnealedLambda.for_steps(num_steps)
+    return CosineLinear(in_features, num_classes, scale=scale, margin=angular_multiplier, kind="sphereface", schedule=schedule)
+
+
+def t_vmf(in_features: int, num_classes: int, num_steps: int, *, kappa: float) -> nn.Module:
+    return TVMFLinear(in_features, num_classes, kappa=kappa)

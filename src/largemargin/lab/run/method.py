@@ -15,10 +15,13 @@ from .methods import METHODS
 from .recipe import Recipe
 
 
-def build_loss(recipe: Recipe) -> nn.Module:
-    """The loss of logits."""
+def build_loss(recipe: Recipe, class_counts: Tensor) -> nn.Module:
+    """The loss of logits; ``class_counts`` (C,) are those of the training set."""
+    known = METHODS[recipe.loss]
+    # a class without a training sample counts as one: its margin and its shift stay finite
+    counts = {"class_counts": class_counts.clamp(min=1).float()} if known.of_counts else {}
     divergence = {"divergence": recipe.divergence} if recipe.divergence is not None and "lam" in recipe.settings else {}
-    loss: nn.Module = getattr(losses, METHODS[recipe.loss].loss)(**recipe.settings, **divergence)
+    loss: nn.Module = getattr(losses, known.loss)(**recipe.settings, **divergence, **counts)
     return loss
 
 
@@ -39,12 +42,15 @@ class Step(NamedTuple):
 class Method(nn.Module):
     """A network and the loss it is trained with; what the loss remembers from batch to batch is in its state."""
 
-    def __init__(self, recipe: Recipe, network: nn.Module, num_steps: int) -> None:
-        """Put the classifier of the recipe into ``network``, whose ``features`` and ``classifier`` are its parts."""
+    def __init__(self, recipe: Recipe, network: nn.Module, num_steps: int, class_counts: Tensor | None = None) -> None:
+        """Put the classifier of the recipe into ``network``, whose ``features`` and ``classifier`` are its parts.
+
+        ``class_counts`` (C,) are those of the training labels; None: all equal.
+        """
         super().__init__()
         old = network.classifier
         assert isinstance(old, nn.Linear)
-        self.criterion = build_loss(recipe)
+        self.criterion = build_loss(recipe, torch.ones(old.out_features) if class_counts is None else class_counts)
         head = build_head(recipe, old.in_features, old.out_features, num_steps)
         network.classifier = old if isinstance(head, nn.Linear) else head  # the same first weights for all that have them
         self.network = network

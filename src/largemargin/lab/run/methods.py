@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..errors import LabError
-from ..options import FINITE, MULTIPLIER, NON_NEGATIVE, POSITIVE, SHARE, option
+from ..options import FINITE, MULTIPLIER, NON_NEGATIVE, POSITIVE, POSITIVE_INT, POSITIVE_SHARE, SHARE, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,23 @@ class Settings:
         None, help="rho of the hinges and the softplus; of cosface a cosine, of arcface radians", type=FINITE, symbol="ρ"
     )
     angular_multiplier: int | None = option(None, help="m of lsoftmax: 1 to 4", type=MULTIPLIER, symbol="m")
-    alpha: float | None = option(None, help="the margin of gaussian_mixture", type=NON_NEGATIVE, symbol="α")
+    alpha: float | None = option(
+        None,
+        help="the margin of gaussian_mixture; the weight of a term of sce, nce_rce, maxsup and mbls",
+        type=NON_NEGATIVE,
+        symbol="α",
+    )
+    beta: float | None = option(
+        None, help="the weight of the second term of sce, nce_rce, confidence_penalty", type=NON_NEGATIVE, symbol="β"
+    )
+    q: float | None = option(None, help="q of gce: near 0 the softmax loss, at 1 the mean absolute error", type=POSITIVE_SHARE, symbol="q")
+    order: int | None = option(None, help="the number of terms of taylor", type=POSITIVE_INT, symbol="t")
+    gamma: float | None = option(None, help="the exponent of focal and dual_focal", type=NON_NEGATIVE, symbol="γ")
+    epsilon: float | None = option(None, help="the weight of the first power of poly1", type=FINITE, symbol="ε")
+    tau: float | None = option(None, help="the exponent of the class shares of logit_adjusted", type=NON_NEGATIVE, symbol="τ")
+    max_margin: float | None = option(None, help="the margin of the rarest class of ldam", type=NON_NEGATIVE, symbol="Δ")
+    kappa: float | None = option(None, help="how compact the classes of t_vmf are", type=NON_NEGATIVE, symbol="κ")
+    subcenters: int | None = option(None, help="centers of each class of subcenter_arcface", type=POSITIVE_INT, symbol="K")
     alpha_squared: float | None = option(None, help="the strength of the noise of noisy_softmax", type=NON_NEGATIVE, symbol="α²")
     likelihood: float | None = option(None, help="the weight of gaussian_mixture's likelihood term", type=NON_NEGATIVE, symbol="λ_lkd")
     scale: float | None = option(None, help="s of cosface and arcface: the length of the features", type=POSITIVE, symbol="s")
@@ -47,6 +63,7 @@ class Known:
     loss: str = "of_logits"  # the function of losses.py that makes its loss
     head: str = "linear"  # the function of losses.py that makes its classifier
     symbols: Mapping[str, str] = field(default_factory=dict)  # of settings that its authors call otherwise
+    of_counts: bool = False  # whether its loss needs the class sizes of the training set
 
 
 COSINE = {"margin": "m"}
@@ -70,6 +87,24 @@ METHODS = {
     "center": Known("Wen et al., 2016", {"center": 0.003}),
     "center_large_margin": Known("Sec. 3", {"center": 0.003, "lam": 0.3}),
     "gradual_super_symmetry": Known("Sec. 4.1", {"symmetry": 1.0}),
+    # losses of other papers: for wrong labels, over-confidence and long tails
+    "gce": Known("Zhang and Sabuncu, 2018", {"q": 0.7}, "gce"),
+    "sce": Known("Wang et al., 2019", {"alpha": 0.1, "beta": 1.0}, "sce"),
+    "nce_rce": Known("Ma et al., 2020", {"alpha": 1.0, "beta": 1.0}, "nce_rce"),
+    "taylor": Known("Feng et al., 2020", {"order": 2}, "taylor"),
+    "confidence_penalty": Known("Pereyra et al., 2017", {"beta": 0.1}, "confidence_penalty"),
+    "maxsup": Known("Zhou et al., 2025", {"alpha": 0.1}, "maxsup"),
+    "focal": Known("Lin et al., 2017", {"gamma": 2.0}, "focal"),
+    "dual_focal": Known("Tao et al., 2023", {"gamma": 5.0}, "dual_focal"),
+    "poly1": Known("Leng et al., 2022", {"epsilon": 2.0}, "poly1"),
+    "mbls": Known("Liu et al., 2022", {"margin": 10.0, "alpha": 0.1}, "mbls", symbols=COSINE),
+    "logit_adjusted": Known("Menon et al., 2021", {"tau": 1.0}, "logit_adjusted", of_counts=True),
+    "ldam": Known("Cao et al., 2019", {"max_margin": 0.5, "scale": 30.0}, "ldam", "cosine", of_counts=True),
+    "subcenter_arcface": Known(
+        "Deng et al., 2020", {"scale": 30.0, "margin": 0.5, "subcenters": 3}, head="subcenter_arcface", symbols=COSINE
+    ),
+    "sphereface": Known("Liu et al., 2017", {"scale": 30.0, "angular_multiplier": 4}, head="sphereface"),
+    "t_vmf": Known("Kobayashi, 2021", {"kappa": 16.0}, head="t_vmf"),
 }
 BASELINE = "softmax"
 LOSSES = {word: dict(method.settings) for word, method in METHODS.items()}

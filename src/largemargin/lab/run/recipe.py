@@ -100,7 +100,7 @@ class Recipe(Settings):
     evaluate_every: int = option(1, help="epochs from one evaluation to the next; the last is always evaluated", type=POSITIVE_INT)
     # the machine, where it changes the digits
     device: str = option("cpu", help="cpu, cuda, cuda:1, mps, ...", usual=True)
-    threads: int = option(1, help="threads of a run on the CPU", type=POSITIVE_INT, metavar="N", usual=True)
+    threads: int = option(1, help="threads of a run on the CPU", type=POSITIVE_INT, metavar="N")
     processes: int = option(1, help="processes that share each batch, as torchrun starts them", computed=True)
     precision: str = option(
         "float32",

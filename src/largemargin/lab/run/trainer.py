@@ -59,7 +59,8 @@ class Run:
         num_steps = recipe.epochs * -(-self.num_samples // recipe.batch_size)
         torch.manual_seed(seeded(recipe.seed, "weights").initial_seed())
         network = build(recipe, self.feed.in_channels, len(self.feed.classes))
-        self.method = Method(recipe, network, num_steps).to(self.device)
+        counts = torch.bincount(self.feed.rows.training_labels, minlength=len(self.feed.classes))
+        self.method = Method(recipe, network, num_steps, counts).to(self.device)
         if recipe.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = Optimizer(recipe, network, self.device)
