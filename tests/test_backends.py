@@ -256,6 +256,28 @@ EVERY_OPTION = covering(
 )
 
 
+@pytest.mark.parametrize("shape", [(5, 1), (40, 17), (9, 1000), (3, 19, 9, 8), (3, 700, 2)], ids=str)
+def test_predictions_are_the_first_of_the_largest_logits(shape, dtype, rng):
+    kernels = ladder.load("cpu")
+    skip_unless_available("cpu", dtype)
+    input = logits(shape, rng, dtype, scale=3.0).round()  # many are equal
+    input[1, :1], input[2, :1] = -INF, INF
+    f = input.movedim(1, -1)
+    target = torch.randint(shape[1], f.shape[:-1], generator=rng)
+    target[0], target[1] = -100, 0  # ignored; masked
+    stats, log_odds, ahead = kernels.predictions(f, target, -100)
+    assert (ahead[0] == -1).all() and (log_odds[0] == 0).all()
+    of_prediction = row_stats(input, f.argmax(-1), backend="cpu").log_odds
+    for got, same in zip((*stats, log_odds[1:]), (*row_stats(input, target, backend="cpu"), of_prediction[1:]), strict=True):
+        assert_within(got, same, 8 + same.abs().nan_to_num(), 2)
+    order = f.float().sort(dim=-1, descending=True, stable=True).indices
+    place = (order == target.unsqueeze(-1)).float().argmax(-1)
+    masked = f.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1) == -INF
+    assert torch.equal(ahead[1:], place.masked_fill(masked, torch.iinfo(torch.int64).max)[1:])
+    with pytest.raises(IndexError, match="labels are out of range"):
+        kernels.predictions(f, target + shape[1], -100)
+
+
 @pytest.mark.parametrize(("dtype", "shape", "divergence", "smoothing", "weighted", "reduction"), EVERY_OPTION, ids=str)
 def test_every_option_of_the_loss(dtype, backend, shape, divergence, smoothing, weighted, reduction, rng):
     problem = Problem(logits(shape, rng, dtype), rng, backend)

@@ -50,6 +50,9 @@ struct Job {
     float* stats[6];        // log_odds, neg_entropy, mean_log_q, rho, spread, num_nontargets
     float* state;           // (3, rows): max, S, E_q z; written with the statistics, read with their gradients
     const float* grads[4];  // upstream of log_odds, neg_entropy, mean_log_q, rho
+    // predictions: one number per row
+    int64_t* ahead;              // the number of classes before the target, -1 for an ignored row
+    float* prediction_log_odds;  // of the first of the largest logits
     // class probabilities, or null: then the loss is its expectation over them, and there is no target
     int64_t probabilities_strides[3], probabilities_gradient_strides[3];
     const void* probabilities;
@@ -66,7 +69,7 @@ struct Job {
     int32_t kind;              // the result wanted
 };
 
-enum Kind { STATISTICS = 0, STATISTICS_GRADIENT = 1, LOSS = 2 };
+enum Kind { STATISTICS = 0, STATISTICS_GRADIENT = 1, LOSS = 2, PREDICTIONS = 3 };  // predictions have statistics too
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum Divergence { SYMMETRIC = 0, KL_QU = 1, KL_UQ = 2 };
 
@@ -90,7 +93,7 @@ EXPORT int64_t largemargin_offset_of(const char* name) {
     SAME(probabilities); SAME(probabilities_gradient); SAME(probabilities_dtype);
     FIELD(log_odds, stats[0]); FIELD(neg_entropy, stats[1]); FIELD(mean_log_q, stats[2]); FIELD(rho, stats[3]); FIELD(spread, stats[4]);
     FIELD(num_nontargets, stats[5]); FIELD(log_odds_grad, grads[0]); FIELD(neg_entropy_grad, grads[1]); FIELD(mean_log_q_grad, grads[2]);
-    FIELD(rho_grad, grads[3]); SAME(upstream); SAME(lam); SAME(hard_bias); SAME(label_smoothing); SAME(reduced); SAME(divergence);
+    FIELD(rho_grad, grads[3]); SAME(ahead); SAME(prediction_log_odds); SAME(upstream); SAME(lam); SAME(hard_bias); SAME(label_smoothing); SAME(reduced); SAME(divergence);
     SAME(mean); SAME(kind);
     return -1;
 }
@@ -414,6 +417,7 @@ void finish_statistics(const Job& job, const Rows& rows) {
                                  s.mean_q_z - s.mean_u_z,
                                  static_cast<float>(rows.count[p])};
         for (int64_t i = 0; i < 6; ++i) job.stats[i][row] = kept ? fields[i] : 0.0f;
+        if (!job.state) continue;
         job.state[row] = rows.max[p];
         job.state[num_rows + row] = static_cast<float>(rows.sum_exp[p]);
         job.state[2 * num_rows + row] = s.mean_q_z;
@@ -530,7 +534,7 @@ void finish_others(const Options& options, Rows& rows, int64_t p, Others& others
 }
 
 double finish(const Job& job, const Options& options, double upstream, Rows& rows, Others* others = nullptr) {
-    if (job.kind == STATISTICS) {
+    if (job.kind != LOSS) {
         finish_statistics(job, rows);
         return 0;
     }
@@ -777,6 +781,53 @@ void gather_rows(const T* logits, int64_t num_classes, const float* w, bool keep
     }
 }
 
+// The first of the largest elements; 0 if there is none.
+template <class T>
+HOT int64_t first_max(const T* f, int64_t n) {
+    constexpr int64_t kChunk = 128;
+    float largest = -kInf;
+    int64_t first = 0;
+    for (int64_t from = 0; from < n; from += kChunk) {
+        const int64_t size = n - from < kChunk ? n - from : kChunk;
+        float max = -kInf;
+#pragma omp simd reduction(max : max)
+        for (int64_t c = 0; c < size; ++c) max = load(f[from + c]) > max ? load(f[from + c]) : max;
+        if (max > largest) largest = max, first = from;
+    }
+    for (int64_t c = first; c < n; ++c)
+        if (load(f[c]) == largest) return c;
+    return 0;
+}
+
+// The number of classes that come before y: those with a larger logit, and of equal logits the first. A masked class comes after any number.
+template <class T>
+HOT int64_t num_ahead(const T* f, int64_t num_classes, int64_t y) {
+    const float of_y = load(f[y]);
+    int32_t before = 0, after = 0;
+#pragma omp simd reduction(+ : before)
+    for (int64_t c = 0; c < y; ++c) before += load(f[c]) >= of_y;
+#pragma omp simd reduction(+ : after)
+    for (int64_t c = y + 1; c < num_classes; ++c) after += load(f[c]) > of_y;
+    return of_y == -kInf ? INT64_MAX : before + after;
+}
+
+// The log-odds of the predictions of the current rows, and the number of classes before their targets.
+template <class T>
+void predict(const Job& job, const T* logits, Rows& rows, Scratch& scratch) {
+    int32_t y[kRows];
+    for (int64_t p = 0; p < rows.size; ++p) {
+        const T* f = logits + rows.offset[p];
+        y[p] = rows.y[p];
+        job.ahead[rows.first + p] = y[p] >= 0 ? num_ahead(f, job.num_classes, y[p]) : -1;
+        if (y[p] >= 0) rows.y[p] = static_cast<int32_t>(first_max(f, job.num_classes));
+    }
+    gather_rows(logits, job.num_classes, nullptr, false, rows, scratch);
+    for (int64_t p = 0; p < rows.size; ++p) {
+        job.prediction_log_odds[rows.first + p] = y[p] >= 0 ? statistics(rows, p).log_odds : 0.0f;
+        rows.y[p] = y[p];
+    }
+}
+
 template <class T>
 double run_rows(const Job& job, const Options& options, double upstream, Rows& rows, Scratch& scratch, const T* logits, T* gradient) {
     const int64_t num_classes = job.num_classes;
@@ -784,6 +835,7 @@ double run_rows(const Job& job, const Options& options, double upstream, Rows& r
     const bool gather = job.kind != STATISTICS_GRADIENT;
     double sum = 0;
     if (gather) {
+        if (job.kind == PREDICTIONS) predict(job, logits, rows, scratch);
         gather_rows(logits, num_classes, w, gradient != nullptr, rows, scratch);
         sum = finish(job, options, upstream, rows);
     } else {
@@ -803,24 +855,6 @@ struct Targets {
     int64_t n;
     float *f, *exp_z, *shares;
 };
-
-// The first of the largest elements; 0 if there is none.
-template <class T>
-HOT int64_t first_max(const T* f, int64_t n) {
-    constexpr int64_t kChunk = 128;
-    float largest = -kInf;
-    int64_t first = 0;
-    for (int64_t from = 0; from < n; from += kChunk) {
-        const int64_t size = n - from < kChunk ? n - from : kChunk;
-        float max = -kInf;
-#pragma omp simd reduction(max : max)
-        for (int64_t c = 0; c < size; ++c) max = load(f[from + c]) > max ? load(f[from + c]) : max;
-        if (max > largest) largest = max, first = from;
-    }
-    for (int64_t c = first; c < n; ++c)
-        if (load(f[c]) == largest) return c;
-    return 0;
-}
 
 // The shares of the n targets of a block, 0 for j and for the padding.
 template <class P>
@@ -1291,7 +1325,7 @@ int64_t run(const Job& job) {
     const bool apart = !(job.logits_strides[2] == 1 && (!job.gradient || job.gradient_strides[2] == 1) &&
                          (!soft || job.probabilities_strides[2] == 1) &&
                          (!job.probabilities_gradient || job.probabilities_gradient_strides[2] == 1));
-    const bool tiled = apart && !soft && job.inner >= kLanes && num_classes <= kTile / kLanes;
+    const bool tiled = apart && !soft && job.kind != PREDICTIONS && job.inner >= kLanes && num_classes <= kTile / kLanes;
     const bool copied = (apart && !tiled) || (soft && (is_half<T> || job.probabilities_dtype == FLOAT16));
     const int64_t least = tiled || copied ? kLanes : 1;
     int64_t rows_a_task = (tiled ? kTile : kElementsATask) / (num_classes > 0 ? num_classes : 1);

@@ -13,7 +13,7 @@ from .. import _checks, backends
 from ..loss import DIVERGENCES, LossOptions
 from ..rowstats import Cotangents, Record, RowStats, Softmax
 from .layout import Layout, lay, lay_together
-from .protocol import TwoPasses, for_kernel, record_of
+from .protocol import Predictions, TwoPasses, for_kernel, record_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of Dtype in cpu.cpp
 _SUFFIXES = (".so", ".dylib", ".dll")
@@ -43,6 +43,8 @@ class _StatisticsJob(NamedTuple):
     neg_entropy_grad: _Address = 0
     mean_log_q_grad: _Address = 0
     rho_grad: _Address = 0
+    ahead: _Address = 0
+    prediction_log_odds: _Address = 0
 
 
 class _ProbabilitiesJob(NamedTuple):
@@ -71,7 +73,7 @@ class _LossJob(NamedTuple):
 
 
 _NO_STATISTICS, _NO_PROBABILITIES, _NO_LOSS = _StatisticsJob(), _ProbabilitiesJob(), _LossJob()
-_STATISTICS, _STATISTICS_GRADIENT, _LOSS = range(3)  # kinds of a job
+_STATISTICS, _STATISTICS_GRADIENT, _LOSS, _PREDICTIONS = range(4)  # kinds of a job
 
 
 def _codes(job: type) -> dict[str, str]:
@@ -199,6 +201,15 @@ def row_stats(logits: Tensor, target: Tensor) -> tuple[RowStats, Softmax]:
     softmax = Softmax(torch.empty((3, *shape), dtype=torch.float32, device="cpu"), stats.num_nontargets)
     _run(_STATISTICS, logits, target, -1, None, _StatisticsJob(*map(_address, (*stats, softmax.state))))
     return stats, softmax
+
+
+def predictions(logits: Tensor, target: Tensor, ignore_index: int) -> Predictions:
+    shape = logits.shape[:-1]
+    *stats, log_odds = torch.empty((7, *shape), dtype=torch.float32, device="cpu").unbind()
+    ahead = torch.empty(shape, dtype=torch.int64, device="cpu")
+    written = *map(_address, stats), *[0] * 5, _address(ahead), _address(log_odds)
+    _run(_PREDICTIONS, logits, target, ignore_index, None, _StatisticsJob(*written))
+    return Predictions(RowStats(*stats), log_odds, ahead)
 
 
 def record(logits: Tensor, target: Tensor) -> Record:
