@@ -24,6 +24,8 @@ from devices import HAS_KERNELS, device_of
 from largemargin import LargeMarginCrossEntropyLoss, crammer_singer_hinge, hard_margin_softplus, large_margin_cross_entropy, row_stats
 from largemargin._backend_names import BACKENDS
 from largemargin.backends import cpu, ladder
+from largemargin.loss import HingeOptions
+from largemargin.rows import whole
 from measure import INF, assert_within, compiles, roundings, same_bits, waiting_refused
 
 # the interpreter computes with numpy, which warns of infinities that are meant
@@ -431,6 +433,28 @@ def test_hinges_use_the_kernels_and_agree(hinge, kernel_device, rng):
     leaf, exact = input.clone().requires_grad_(), input.double().requires_grad_()
     got, truth = (torch.autograd.grad(hinge(f, target, reduction="sum"), f)[0] for f in (leaf, exact))
     assert_within(got, truth, 4.0, 2)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("soft", [True, False], ids=["hard margin", "hinge"])
+@pytest.mark.parametrize("shape", [(6, 1), (40, 17), (9, 1000), (6, 19, 5, 4), (6, 700, 2)], ids=str)
+def test_the_kernel_of_hinges_agrees(shape, soft, reduction, dtype, rng):
+    skip_unless_available("cpu", dtype)
+    input, weight = logits(shape, rng, dtype), torch.rand(shape[1], generator=rng)
+    target = torch.randint(shape[1], (shape[0], *shape[2:]), generator=rng)
+    target[0], target[1] = -100, 0
+    input[1, :1], input[2, :1], input[3, -1:], input[4] = -INF, INF, float("nan"), -INF
+    upstream = torch.rand(target.shape if reduction == "none" else (), generator=rng)
+    for rows in (slice(None), slice(5, None)) if reduction == "none" else (slice(5, None),):
+        found = []
+        for backend, cast in ((None, dtype), ("reference", torch.float64)):
+            leaf = input[rows].to(cast).requires_grad_()
+            loss = whole.hinge(leaf, target[rows], weight, HingeOptions(1.0, soft, reduction=reduction, backend=backend))
+            found.append((loss.detach(), *torch.autograd.grad(loss, leaf, upstream.to(loss.dtype)[rows] if loss.dim() else upstream)))
+        (got, gradient), (truth, true_gradient) = found
+        assert_within(got, truth, 8 + truth.abs().nan_to_num(), 2)
+        known = ~truth.isnan().expand(target[rows].shape)  # a row with NaN has no gradient
+        assert_rounded(gradient.movedim(1, -1)[known], true_gradient.movedim(1, -1)[known], torch.tensor(1.0), 4)
 
 
 # sharp cases 8, 9, 10: upstream gradients, second passes, inputs

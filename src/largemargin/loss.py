@@ -73,6 +73,17 @@ class LossOptions(NamedTuple):
         return self if self.reduction == "none" else self._replace(reduction="sum")
 
 
+class HingeOptions(NamedTuple):
+    """The options of a loss of the lead of the target over the largest other logit, ``l + rho``."""
+
+    margin: float
+    soft: bool  # softplus(margin - lead) instead of max(0, margin - lead)
+    ignore_index: int = -100
+    reduction: Reduction = "mean"
+    backend: BackendName | None = None
+    label_smoothing: float = 0.0
+
+
 class ClassSums(NamedTuple):
     target_weight: Tensor  # w_y
     sum_weight: Tensor  # sum of w_c over the non-targets
@@ -119,10 +130,12 @@ def divergence(stats: RowStats, kind: Divergence = "symmetric") -> Tensor:
     return log_num_nontargets + stats.neg_entropy if kind == "kl_qu" else -log_num_nontargets - stats.mean_log_q  # eq. (10)
 
 
-def loss_of_indices(stats: RowStats, labels: Labels, weight: Tensor | None, options: LossOptions, sums: ClassSums | None = None) -> Tensor:
+def loss_of_indices(
+    stats: RowStats, labels: Labels, weight: Tensor | None, options: LossOptions | HingeOptions, sums: ClassSums | None = None
+) -> Tensor:
     """Eqs. (3), (11), (13) and (15), weighted and reduced, for rows with one class each. Smoothing with ``weight`` needs ``sums``."""
     smoothing = options.label_smoothing * _mean_cross_entropy(stats, sums) if options.label_smoothing > 0 else None
-    losses = labels.mark(_margin_term(stats, options))
+    losses = labels.mark(hinge(stats, options) if isinstance(options, HingeOptions) else _margin_term(stats, options))
     return reduce_rows(losses, labels.class_index, weight, options.reduction, smoothing)
 
 
@@ -148,6 +161,12 @@ def loss_of_probabilities(
         cross_entropy = cross_entropy if weight is None else cross_entropy * weight.to(losses.dtype)
         losses = losses + options.label_smoothing * (cross_entropy.sum(-1) / (kept.sum(-1) if num_classes is None else num_classes))
     return reduce(losses, num_rows, options.reduction)
+
+
+def hinge(stats: RowStats, options: HingeOptions) -> Tensor:
+    """The hard margin of Sec. 3, and eq. (1)."""
+    missing = options.margin - (stats.log_odds + stats.rho)
+    return softplus(missing) if options.soft else missing.relu()
 
 
 def _margin_term(stats: RowStats, options: LossOptions) -> Tensor:

@@ -71,7 +71,7 @@ struct Job {
 
 enum Kind { STATISTICS = 0, STATISTICS_GRADIENT = 1, LOSS = 2, PREDICTIONS = 3 };  // predictions have statistics too
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
-enum Divergence { SYMMETRIC = 0, KL_QU = 1, KL_UQ = 2 };
+enum Divergence { SYMMETRIC = 0, KL_QU = 1, KL_UQ = 2, HARD_MARGIN = 3, HINGE = 4 };  // the last two have no divergence
 
 #ifndef LARGEMARGIN_ISA
 
@@ -355,6 +355,7 @@ struct Rows {
     double sum_exp[kRows], sum_exp_z[kRows], sum_z[kRows], count[kRows], sum_weight[kRows], sum_weight_z[kRows];
     float inv_sum_exp[kRows], mean_z[kRows], inv_count[kRows];
     float g_e[kRows], g_q[kRows], g_a[kRows], dense[kRows], on_target[kRows], at_max[kRows];
+    int32_t rival[kRows];  // the first class with the largest logit but for y, or -1; for losses of the hard margin alone
     int32_t live[kRows];  // if 0, the gradient is 0 except for on_target
     float losses[kRows];
     int32_t plain[kRows];  // no class is masked, and e^z > 0 for all
@@ -397,7 +398,7 @@ enum Terms { SOFTMAX_LOSS, DIVERGENCE, LOGARITHM };
 struct Options {
     float lam, lam_e, lam_a, lam_log_count;  // lam * divergence = lam_e e + lam_a a + lam_log_count log K
     float hard_bias, keep, smoothing;        // keep = 1 - smoothing
-    bool weighted_smoothing;
+    bool weighted_smoothing, has_rivals, is_hinge;
     Terms terms;
 };
 
@@ -475,6 +476,18 @@ HOT void finish_losses(const Options& options, Rows& rows) {
     }
 }
 
+// The losses of the lead of the target over its rival, and the gradient of the two.
+void finish_rivals(const Options& options, Rows& rows) {
+    for (int64_t p = 0; p < rows.size; ++p) {
+        const float missing = options.hard_bias - (rows.target_logit[p] - rows.max[p]), w_y = rows.target_weight[p];
+        const Softplus hinge = {missing <= 0 ? 0.0f : missing, missing > 0 ? 1.0f : missing <= 0 ? 0.0f : missing};
+        const Softplus term = options.is_hinge ? hinge : softplus(missing);
+        const bool kept = rows.y[p] >= 0;
+        rows.losses[p] = kept ? w_y * term.value : 0.0f;
+        rows.on_target[p] = kept ? -rows.upstream[p] * w_y * term.slope : 0.0f;
+    }
+}
+
 // The targets of a row but its largest logit f_j. In the symbols of rows/all_classes.py, with u the share of a target, which is its
 // probability times its weight: z = f - f_j, x = e^z, s = sum x, S = 1 + s - x, tau = (sum x z - x z) / S.
 struct Others {
@@ -539,7 +552,8 @@ double finish(const Job& job, const Options& options, double upstream, Rows& row
         return 0;
     }
     for (int64_t p = 0; p < rows.size; ++p) rows.upstream[p] = job.row_upstream ? job.row_upstream[rows.first + p] : static_cast<float>(upstream);
-    finish_losses(options, rows);
+    if (options.has_rivals) finish_rivals(options, rows);
+    else finish_losses(options, rows);
     for (int64_t p = 0; others && p < rows.size; ++p) finish_others(options, rows, p, others[p]);
     double sum = 0;
     for (int64_t p = 0; p < rows.size; ++p) sum += rows.losses[p];
@@ -794,9 +808,11 @@ HOT int64_t first_max(const T* f, int64_t n) {
         for (int64_t c = 0; c < size; ++c) max = load(f[from + c]) > max ? load(f[from + c]) : max;
         if (max > largest) largest = max, first = from;
     }
-    for (int64_t c = first; c < n; ++c)
-        if (load(f[c]) == largest) return c;
-    return 0;
+    const int64_t size = n - first < kChunk ? n - first : kChunk;
+    int32_t at = kChunk;
+#pragma omp simd reduction(min : at)
+    for (int32_t c = 0; c < static_cast<int32_t>(size); ++c) at = load(f[first + c]) == largest && c < at ? c : at;
+    return at < kChunk ? first + at : 0;
 }
 
 // The number of classes that come before y: those with a larger logit, and of equal logits the first. A masked class comes after any number.
@@ -828,13 +844,44 @@ void predict(const Job& job, const T* logits, Rows& rows, Scratch& scratch) {
     }
 }
 
+// NaN if the row holds NaN or +inf, else 0.
+template <class T>
+HOT float unknown(const T* f, int64_t num_classes) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t c = 0; c < num_classes; ++c) sum += load(f[c]) == -kInf ? 0.0f : load(f[c]) - load(f[c]);
+    return sum;
+}
+
+// The largest logit of each row but for its target, and the first class that has it.
+template <class T>
+void find_rivals(const T* logits, int64_t num_classes, Rows& rows) {
+    for (int64_t p = 0; p < rows.size; ++p) {
+        const T* f = logits + rows.offset[p];
+        const int64_t y = rows.y[p], after = y + 1, num_after = num_classes - after;
+        rows.rival[p] = -1;
+        if (y < 0) continue;
+        rows.target_logit[p] = load(f[y]);
+        rows.max[p] = -kInf + unknown(f, num_classes);
+        if (num_classes == 1) continue;
+        int64_t rival = first_max(f, y);
+        const int64_t later = num_after > 0 ? after + first_max(f + after, num_after) : rival;
+        if (y == 0 || load(f[later]) > load(f[rival])) rival = later;
+        if (rows.max[p] == -kInf) rows.max[p] = load(f[rival]);
+        rows.rival[p] = load(f[rival]) == -kInf ? -1 : static_cast<int32_t>(rival);
+    }
+}
+
 template <class T>
 double run_rows(const Job& job, const Options& options, double upstream, Rows& rows, Scratch& scratch, const T* logits, T* gradient) {
     const int64_t num_classes = job.num_classes;
     const float* w = options.weighted_smoothing ? scratch.weight : nullptr;
     const bool gather = job.kind != STATISTICS_GRADIENT;
     double sum = 0;
-    if (gather) {
+    if (options.has_rivals) {
+        find_rivals(logits, num_classes, rows);
+        sum = finish(job, options, upstream, rows);
+    } else if (gather) {
         if (job.kind == PREDICTIONS) predict(job, logits, rows, scratch);
         gather_rows(logits, num_classes, w, gradient != nullptr, rows, scratch);
         sum = finish(job, options, upstream, rows);
@@ -844,6 +891,7 @@ double run_rows(const Job& job, const Options& options, double upstream, Rows& r
     for (int64_t p = 0; gradient && p < rows.size; ++p) {
         const float* exp_z = gather ? scratch.exp_z + p * padded(num_classes) : nullptr;
         scatter_row(rows, p, logits + rows.offset[p], w, num_classes, exp_z, gradient + rows.gradient_offset[p]);
+        if (options.has_rivals && rows.rival[p] >= 0) store(gradient + rows.gradient_offset[p] + rows.rival[p], -rows.on_target[p]);
     }
     return sum;
 }
@@ -1317,6 +1365,8 @@ int64_t run(const Job& job) {
         options.hard_bias = static_cast<float>(job.hard_bias);
         options.keep = static_cast<float>(1 - job.label_smoothing);
         options.smoothing = static_cast<float>(job.label_smoothing);
+        options.has_rivals = job.divergence >= HARD_MARGIN;
+        options.is_hinge = job.divergence == HINGE;
         options.weighted_smoothing = job.weight && job.label_smoothing > 0;
         options.terms = lam == 0 ? SOFTMAX_LOSS : job.divergence == SYMMETRIC ? DIVERGENCE : LOGARITHM;
     }
@@ -1325,7 +1375,7 @@ int64_t run(const Job& job) {
     const bool apart = !(job.logits_strides[2] == 1 && (!job.gradient || job.gradient_strides[2] == 1) &&
                          (!soft || job.probabilities_strides[2] == 1) &&
                          (!job.probabilities_gradient || job.probabilities_gradient_strides[2] == 1));
-    const bool tiled = apart && !soft && job.kind != PREDICTIONS && job.inner >= kLanes && num_classes <= kTile / kLanes;
+    const bool tiled = apart && !soft && job.kind != PREDICTIONS && !options.has_rivals && job.inner >= kLanes && num_classes <= kTile / kLanes;
     const bool copied = (apart && !tiled) || (soft && (is_half<T> || job.probabilities_dtype == FLOAT16));
     const int64_t least = tiled || copied ? kLanes : 1;
     int64_t rows_a_task = (tiled ? kTile : kElementsATask) / (num_classes > 0 ? num_classes : 1);

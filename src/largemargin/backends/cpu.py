@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, backends
-from ..loss import DIVERGENCES, LossOptions
+from ..loss import DIVERGENCES, HingeOptions, LossOptions
 from ..rowstats import Cotangents, Record, RowStats, Softmax
 from .layout import Layout, lay, lay_together
 from .protocol import Predictions, TwoPasses, for_kernel, record_of
@@ -240,7 +240,7 @@ def loss(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    options: LossOptions,
+    options: LossOptions | HingeOptions,
     gradient: Tensor | None = None,
     target_gradient: Tensor | None = None,
     upstream: float | Tensor = 1.0,
@@ -275,7 +275,7 @@ def _run_on_probabilities(
             asked.copy_(computed)
 
 
-def _losses_of(logits: Tensor, options: LossOptions) -> Tensor:
+def _losses_of(logits: Tensor, options: LossOptions | HingeOptions) -> Tensor:
     """The memory of the result."""
     if options.reduction == "none":
         return logits.new_empty(logits.shape[:-1], dtype=torch.float32)
@@ -283,10 +283,15 @@ def _losses_of(logits: Tensor, options: LossOptions) -> Tensor:
 
 
 def _loss_job(
-    options: LossOptions, weight: Tensor | None, losses: Tensor, upstream: float | Tensor, row_upstream: Tensor | None
+    options: LossOptions | HingeOptions, weight: Tensor | None, losses: Tensor, upstream: float | Tensor, row_upstream: Tensor | None
 ) -> _LossJob:
-    lam, divergence, hard_bias, label_smoothing, _, reduction, _ = options
-    address, kind, factor = losses.data_ptr(), DIVERGENCES.index(divergence), 1.0 if isinstance(upstream, Tensor) else upstream
+    if isinstance(options, HingeOptions):
+        kind = len(DIVERGENCES) + (0 if options.soft else 1)
+        lam, hard_bias, label_smoothing, reduction = 0.0, options.margin, 0.0, options.reduction
+    else:
+        lam, divergence, hard_bias, label_smoothing, _, reduction, _ = options
+        kind = DIVERGENCES.index(divergence)
+    address, factor = losses.data_ptr(), 1.0 if isinstance(upstream, Tensor) else upstream
     a_row, reduced = (address, 0) if reduction == "none" else (0, address)
     # by position, in the order of the class: names take a microsecond in every call
     return _LossJob(

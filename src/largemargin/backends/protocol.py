@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..loss import LossOptions
+from ..loss import HingeOptions, LossOptions
 from ..rowstats import Cotangents, Record, RowStats, Softmax
 
 
@@ -15,7 +15,7 @@ class WholeLoss(Protocol):
         logits: Tensor,
         target: Tensor,
         weight: Tensor | None,
-        options: LossOptions,
+        options: LossOptions | HingeOptions,
         gradient: Tensor | None = None,
         target_gradient: Tensor | None = None,
         upstream: float | Tensor = 1.0,

@@ -66,6 +66,16 @@ def check_known(function: str, options: Iterable[str], known: Collection[str]) -
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
 
 
+def check_rows(input: Tensor, target: Tensor, weight: Tensor | None, *, ignore_index: int = -100, reduction: Reduction = "mean") -> None:
+    """The checks that every loss of class indices needs."""
+    _checks.check_word("reduction", reduction, REDUCTIONS)
+    _checks.check_indices_of(input, target, ignore_index)
+    _checks.check_weight(weight, input)
+    if not _checks.is_dtensor(input):
+        _checks.check_plain("target", target)
+        _checks.check_plain("weight", weight)
+
+
 class LossRows(NamedTuple):
     """The checked rows of a loss; for a DTensor, the rows and classes that this rank has."""
 
@@ -79,12 +89,8 @@ class LossRows(NamedTuple):
     def of(
         cls, input: Tensor, target: Tensor, weight: Tensor | None, *, ignore_index: int = -100, reduction: Reduction = "mean"
     ) -> "LossRows":
-        _checks.check_word("reduction", reduction, REDUCTIONS)
-        _checks.check_indices_of(input, target, ignore_index)
-        _checks.check_weight(weight, input)
+        check_rows(input, target, weight, ignore_index=ignore_index, reduction=reduction)
         if not _checks.is_dtensor(input):
-            _checks.check_plain("target", target)
-            _checks.check_plain("weight", weight)
             return cls(dense.Rows.of(input, target, ignore_index), weight, ignore_index, reduction, None)
         local, rows, whole_of = dtensors.rows_of(input, target, weight, ignore_index)
         return cls(rows, local.weight, ignore_index, reduction, (local, whole_of))

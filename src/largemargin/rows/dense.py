@@ -14,7 +14,7 @@ from .._backend_names import BackendName
 from .._reduce import Labels, weights_of
 from ..backends import ladder, reference
 from ..backends.protocol import Backend, Predictions
-from ..loss import ClassSums, LossOptions, loss_of_indices
+from ..loss import ClassSums, HingeOptions, LossOptions, loss_of_indices
 from ..rowstats import IGNORED, Cotangents, RowStats, Softmax
 
 
@@ -29,7 +29,7 @@ class Rows(NamedTuple):
         return cls(logits, Labels.of(target.long().reshape(logits.shape[:-1]), _checks.num_classes(input), ignore_index))
 
 
-def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
+def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions | HingeOptions) -> Tensor:
     """The loss of logits (C,), (N, C) or (N, C, d1, ...) and class indices, by the statistics of the rows."""
     if options.label_smoothing == 0 or weight is None or not weight.numel():
         rows = Rows.of(input, target, options.ignore_index)

@@ -21,13 +21,13 @@ from torch import Tensor
 from .. import _checks, _torch
 from ..backends import ladder, reference
 from ..backends.protocol import Backend, TwoPasses, WholeLoss
-from ..loss import LossOptions
+from ..loss import HingeOptions, LossOptions
 from . import all_classes, dense
 
 Gradients = tuple[Tensor | None, Tensor | None]  # of the logits and the target
 
 
-def kernels(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Backend:
+def kernels(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions | HingeOptions) -> Backend:
     """The backend whose kernels of the whole loss take these logits and this target; else the reference, which has none."""
     probabilities = target.is_floating_point()
     if not torch.compiler.is_compiling():
@@ -64,13 +64,25 @@ def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOpti
     return result
 
 
-def _by_statistics(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
-    if target.is_floating_point():
+def hinge(input: Tensor, target: Tensor, weight: Tensor | None, options: HingeOptions) -> Tensor:
+    """The loss of the lead of class indices, by a kernel that writes the gradient in the forward pass, or by the statistics."""
+    kernel = kernels(input, target, weight, options).loss
+    if kernel is None:
+        return dense.loss(input, target, weight, options)
+    target = target.long()
+    if not (torch.is_grad_enabled() and input.requires_grad):
+        return kernel(*_rows(input, target), weight, options)
+    result: Tensor = _apply(input, target, weight, options, kernel)
+    return result
+
+
+def _by_statistics(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions | HingeOptions) -> Tensor:
+    if isinstance(options, LossOptions) and target.is_floating_point():
         return all_classes.loss(input, target, weight, options)
     return dense.loss(input, target, weight, options)
 
 
-def _waits(input: Tensor, target: Tensor, options: LossOptions) -> bool:
+def _waits(input: Tensor, target: Tensor, options: LossOptions | HingeOptions) -> bool:
     """Whether gradients wait for the upstream gradient: one for each row, or the scale that keeps small entries of float16."""
     return options.reduction == "none" or input.dtype is torch.float16 or target.dtype is torch.float16
 
@@ -86,7 +98,9 @@ class LargeMarginCrossEntropy(torch.autograd.Function):
     """The loss whose gradients a kernel writes in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, kernel: WholeLoss) -> Tensor:
+    def forward(
+        ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions | HingeOptions, kernel: WholeLoss
+    ) -> Tensor:
         ctx.options, ctx.kernel, ctx.gradients = options, kernel, None
         ctx.save_for_backward(input, target, weight)
         if _waits(input, target, options) or _torch.has_saved_tensor_hooks():
