@@ -4,6 +4,7 @@ Those that this machine cannot have are skipped, and say why. Triton kernels run
 """
 
 import copy
+import math
 import os
 import subprocess
 import sys
@@ -644,20 +645,21 @@ def test_case_22_functorch_and_forward_mode_take_the_reference(kernel_device, rn
 
 
 def test_forcing_a_backend_warns_once_where_the_reference_steps_in(rng):
-    skip_unless_available("cpu")
+    skip_unless_available("triton")
     ladder.warn_once.cache_clear()
-    input, target = torch.randn(4, 5, generator=rng, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
-    with pytest.warns(UserWarning, match="backend='cpu' does not compute float64 logits"):
-        loss = large_margin_cross_entropy(input, target, backend="cpu")
+    target = torch.tensor([0, 1, 2, 3], device=device_of("triton"))
+    input = torch.randn(4, 5, generator=rng, dtype=torch.float64).to(target.device)
+    with pytest.warns(UserWarning, match="backend='triton' does not compute float64 logits"):
+        loss = large_margin_cross_entropy(input, target, backend="triton")
     assert same_bits(loss, large_margin_cross_entropy(input, target, backend="reference"))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        large_margin_cross_entropy(input, target, backend="cpu")
+        warnings.simplefilter("error", UserWarning)
+        large_margin_cross_entropy(input, target, backend="triton")
         large_margin_cross_entropy(input, target)  # nobody asked for the kernel
-        large_margin_cross_entropy(input.float(), input.softmax(1), backend="cpu")  # class probabilities: the kernel has them
-    weight = torch.ones(5, requires_grad=True)
-    with pytest.warns(UserWarning, match="backend='cpu' does not compute these class probabilities"):
-        large_margin_cross_entropy(input.float(), input.softmax(1), weight, backend="cpu")
+        large_margin_cross_entropy(input.float(), input.softmax(1), backend="triton")  # class probabilities: the kernel has them
+    weight = torch.ones(5, device=target.device, requires_grad=True)
+    with pytest.warns(UserWarning, match="backend='triton' does not compute these class probabilities"):
+        large_margin_cross_entropy(input.float(), input.softmax(1), weight, backend="triton")
     ladder.warn_once.cache_clear()
 
 
@@ -690,13 +692,15 @@ def test_compiled_code_asks_no_kernel_of_another_device(monkeypatch, rng):
     assert same_bits(loss, large_margin_cross_entropy(input, target, backend="reference"))
 
 
-def test_the_kernel_runs_unless_told_otherwise(rng):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES], ids=str)
+def test_the_kernel_runs_unless_told_otherwise(dtype, rng):
     skip_unless_available("cpu")
-    input, target = torch.randn(4, 5, generator=rng, requires_grad=True), torch.tensor([0, 1, 2, 3])
-    assert "LargeMarginCrossEntropy" in type(large_margin_cross_entropy(input, target).grad_fn).__name__
+    input, target = torch.randn(4, 5, generator=rng).to(dtype).requires_grad_(), torch.tensor([0, 1, 2, 3])
+    for loss in (large_margin_cross_entropy, crammer_singer_hinge, hard_margin_softplus):
+        assert "LargeMarginCrossEntropy" in type(loss(input, target).grad_fn).__name__
     assert "RowStatsByKernels" in type(row_stats(input, target).log_odds.grad_fn).__name__
-    for other in (input.double(),):
-        assert "LargeMarginCrossEntropy" not in type(large_margin_cross_entropy(other, target).grad_fn).__name__
+    loss = large_margin_cross_entropy(input, target, backend="reference")
+    assert "LargeMarginCrossEntropy" not in type(loss.grad_fn).__name__
 
 
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
@@ -1186,15 +1190,71 @@ def test_class_probabilities_do_not_depend_on_the_number_of_threads(rng):
         assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
 
 
+FLOAT64_OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"lam": 0.0, "reduction": "none"},
+    {"divergence": "kl_qu", "hard_bias": 1.0, "reduction": "none"},
+    {"divergence": "kl_uq", "label_smoothing": 0.1, "reduction": "sum"},
+    {"lam": 2.0, "hard_bias": -2.0, "label_smoothing": 1.0},
+]
+
+
+@pytest.mark.parametrize("options", FLOAT64_OPTIONS, ids=str)
+@pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("shape", [(6, 1), (40, 17), (9, 1000), (3, 3000), (6, 19, 5, 4), (2, 700, 2)], ids=str)
+def test_float64_is_right_to_its_last_digits(shape, soft, options, rng):
+    check_float64(shape, soft, options, rng)
+
+
+def check_float64(shape: tuple[int, ...], soft: bool, options: dict[str, Any], rng: torch.Generator) -> None:
+    problem = Soft(shape, rng, torch.float64, weighted=True) if soft else Problem(logits(shape, rng, torch.float64), rng, "cpu")
+    weight, leads = torch.rand(shape[1], generator=rng, dtype=torch.float64), torch.tensor([0.0, 30.0, 600.0, 720.0])
+    input = problem.input.movedim(1, -1)
+    input[..., shape[1] // 2] += leads[torch.randint(4, input.shape[:-1], generator=rng)]  # also beyond what e^z can tell
+    found = []
+    for backend in ("cpu", "reference"):
+        leaf, target = problem.leaf() if not soft else problem.leaves()[0], problem.target.detach().requires_grad_(soft)
+        loss = large_margin_cross_entropy(leaf, target, weight, backend=backend, **options)
+        found.append([loss.detach(), *torch.autograd.grad(loss.sum(), [leaf, target] if soft else [leaf])])
+    for got, truth in zip(*found, strict=True):
+        assert got.dtype == torch.float64
+        size = truth.abs().nan_to_num(posinf=0.0)
+        assert_within(got, truth, 8 + size.max() if truth is found[1][0] else 1 + size.max(), 8)
+
+
+def test_statistics_in_float64_are_right_to_their_last_digits(rng):
+    for shape in ((40, 17), (9, 1000), (6, 19, 5, 4), (2, 700, 2)):
+        problem = Problem(logits(shape, rng, torch.float64), rng, "cpu")
+        upstream = [torch.randn(problem.target.shape, generator=rng, dtype=torch.float64) for _ in range(5)]
+        leaves = problem.leaf(), problem.leaf()
+        stats, truth = (
+            row_stats(leaf, problem.target, backend=backend) for leaf, backend in zip(leaves, ("cpu", "reference"), strict=True)
+        )
+        for got, true in zip(stats, truth, strict=True):
+            assert_within(got, true.detach(), 8 + true.detach().abs().nan_to_num(posinf=0.0), 4)
+        finite = [u.masked_fill(~t.isfinite(), 0.0) for u, t in zip(upstream, truth, strict=False)]
+        gradients = [torch.autograd.grad(each[:5], leaf, finite)[0] for each, leaf in zip((stats, truth), leaves, strict=True)]
+        assert_within(gradients[0], gradients[1], vjp_scale(leaves[1], problem.target, finite) + 1e-300, 8)
+
+
+def test_the_tail_of_a_confident_row_in_float64(rng):
+    for lead in (12.0, 100.0, 700.0, 740.0):
+        others = torch.randn(300, generator=rng, dtype=torch.float64)
+        input = torch.cat([others[:100], (others.logsumexp(0) + lead)[None], others[100:]])[None].requires_grad_()
+        for target in (torch.tensor([100]), torch.nn.functional.one_hot(torch.tensor([100]), 301).double()):
+            loss = large_margin_cross_entropy(input, target, lam=0.0, backend="cpu")
+            assert_within(loss, math.exp(-lead) if lead > 40 else math.log1p(math.exp(-lead)), math.exp(-lead) * lead, 2)
+
+
 def test_the_kernel_takes_class_probabilities_unless_told_otherwise(rng):
     skip_unless_available("cpu")
     input, target = torch.randn(4, 5, generator=rng, requires_grad=True), torch.rand(4, 5, generator=rng)
-    assert type(large_margin_cross_entropy(input, target).grad_fn).__name__ == "LargeMarginCrossEntropyBackward"
+    for logits in (input, input.double()):
+        assert type(large_margin_cross_entropy(logits, target).grad_fn).__name__ == "LargeMarginCrossEntropyBackward"
     weight = torch.ones(5, requires_grad=True)
     for loss in (
         large_margin_cross_entropy(input, target, backend="reference"),
         large_margin_cross_entropy(input, target, weight),
-        large_margin_cross_entropy(input.double(), target),
     ):
         assert type(loss.grad_fn).__name__ != "LargeMarginCrossEntropyBackward"
 
@@ -1245,6 +1305,8 @@ def test_every_instruction_set_of_this_machine(isa, monkeypatch, rng):
         for dtype in (torch.float32, *HALVES):
             compare_statistics(Problem(logits(shape, rng, dtype), rng, "cpu"), rng)
             Soft(shape, rng, dtype).check(divergence="kl_qu", hard_bias=1.0)
+        for soft in (False, True):
+            check_float64(shape, soft, {"divergence": "kl_qu", "hard_bias": 1.0, "reduction": "none"}, rng)
 
 
 # the loss by Triton: one launch in each pass

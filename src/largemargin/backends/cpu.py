@@ -11,13 +11,13 @@ from torch import Tensor
 
 from .. import _checks, backends
 from ..loss import DIVERGENCES, HingeOptions, LossOptions
-from ..rowstats import Cotangents, Record, RowStats, Softmax
+from ..rowstats import Cotangents, Record, RowStats, Softmax, accumulation_dtype
 from .layout import Layout, lay, lay_together
 from .protocol import Predictions, TwoPasses, for_kernel, record_of
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of Dtype in cpu.cpp
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # in the order of Dtype in cpu.cpp
 _SUFFIXES = (".so", ".dylib", ".dll")
-_SCALAR = torch.empty((), dtype=torch.float32, device="cpu")
+_SCALARS = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 two_passes: TwoPasses | None = None
 
 
@@ -104,8 +104,13 @@ def offsets() -> dict[str, int]:
 
 class _Kernel(NamedTuple):
     run: Any
+    run_float64: Any
     isa: str
     path: Path
+
+    def __call__(self, dtype: torch.dtype, job: bytes) -> int:
+        status: int = (self.run_float64 if dtype is torch.float64 else self.run)(job)
+        return status
 
 
 @functools.cache
@@ -134,9 +139,10 @@ def kernel_for(isa: str | None = None) -> _Kernel | str:
     if isinstance(library, str):
         return library
     isa = isa or library[0].largemargin_isa().decode()
-    run = getattr(library[0], f"largemargin_run_{isa}")
-    run.argtypes, run.restype = (ctypes.c_char_p,), ctypes.c_int64
-    return _Kernel(run, isa, library[1])
+    run, run_float64 = (getattr(library[0], f"largemargin_run_{name}") for name in (isa, f"{isa}_float64"))
+    for function in (run, run_float64):
+        function.argtypes, function.restype = (ctypes.c_char_p,), ctypes.c_int64
+    return _Kernel(run, run_float64, isa, library[1])
 
 
 @functools.cache
@@ -181,7 +187,7 @@ def _run(
     dtype, num_threads = DTYPES.index(logits.dtype), torch.get_num_threads()
     pointers = logits.data_ptr(), _address(written), target.data_ptr()
     job = _JOB.pack(*rows, *pointers, ignore_index, dtype, num_threads, *statistics, *_NO_PROBABILITIES, *loss, kind)
-    status = kernel.run(job)
+    status = kernel(logits.dtype, job)
     if status == -1:
         if gradient is not None and written is not None and written is not gradient:
             gradient.copy_(written)
@@ -196,16 +202,16 @@ def _check_memory(status: int, logits: Tensor) -> None:
 
 
 def row_stats(logits: Tensor, target: Tensor) -> tuple[RowStats, Softmax]:
-    shape = logits.shape[:-1]
-    stats = RowStats(*(torch.empty(shape, dtype=torch.float32, device="cpu") for _ in RowStats._fields))
-    softmax = Softmax(torch.empty((3, *shape), dtype=torch.float32, device="cpu"), stats.num_nontargets)
+    shape, dtype = logits.shape[:-1], accumulation_dtype(logits.dtype)
+    stats = RowStats(*(torch.empty(shape, dtype=dtype, device="cpu") for _ in RowStats._fields))
+    softmax = Softmax(torch.empty((3, *shape), dtype=dtype, device="cpu"), stats.num_nontargets)
     _run(_STATISTICS, logits, target, -1, None, _StatisticsJob(*map(_address, (*stats, softmax.state))))
     return stats, softmax
 
 
 def predictions(logits: Tensor, target: Tensor, ignore_index: int) -> Predictions:
     shape = logits.shape[:-1]
-    *stats, log_odds = torch.empty((7, *shape), dtype=torch.float32, device="cpu").unbind()
+    *stats, log_odds = torch.empty((7, *shape), dtype=accumulation_dtype(logits.dtype), device="cpu").unbind()
     ahead = torch.empty(shape, dtype=torch.int64, device="cpu")
     written = *map(_address, stats), *[0] * 5, _address(ahead), _address(log_odds)
     _run(_PREDICTIONS, logits, target, ignore_index, None, _StatisticsJob(*written))
@@ -221,8 +227,9 @@ def row_stats_backward(logits: Tensor, target: Tensor, softmax: Softmax, cotange
         return gradient.copy_(row_stats_backward(logits, target, softmax, cotangents))
     if gradient is None:
         gradient = torch.empty_like(logits)
-    state, num_nontargets = softmax.state.contiguous(), softmax.num_nontargets.contiguous()
-    upstream = for_kernel(cotangents)  # keeps these tensors alive during the call
+    dtype = accumulation_dtype(logits.dtype)  # hooks on saved tensors may have changed that of the logits
+    state, num_nontargets = softmax.state.to(dtype).contiguous(), softmax.num_nontargets.to(dtype).contiguous()
+    upstream = [None if g is None else g.to(dtype) for g in for_kernel(cotangents)]  # keeps these tensors alive during the call
     of_l, of_e, of_a, of_rho = map(_address, upstream)
     statistics = _StatisticsJob(
         num_nontargets=num_nontargets.data_ptr(),
@@ -245,8 +252,9 @@ def loss(
     target_gradient: Tensor | None = None,
     upstream: float | Tensor = 1.0,
 ) -> Tensor:
-    weight = None if weight is None else weight.to(torch.float32).contiguous()
-    losses, row_upstream = _losses_of(logits, options), upstream.contiguous() if isinstance(upstream, Tensor) else None
+    dtype = accumulation_dtype(logits.dtype)
+    weight = None if weight is None else weight.to(dtype).contiguous()
+    losses, row_upstream = _losses_of(logits, options), upstream.to(dtype).contiguous() if isinstance(upstream, Tensor) else None
     job = _loss_job(options, weight, losses, upstream, row_upstream)
     if target.is_floating_point():
         _run_on_probabilities(logits, target, options.ignore_index, gradient, target_gradient, job)
@@ -260,7 +268,9 @@ def _run_on_probabilities(
 ) -> None:
     kernel = _kernel()
     assert isinstance(kernel, _Kernel), kernel
-    taken, wanted = probabilities if probabilities.dtype in DTYPES else probabilities.to(torch.float32), target_gradient
+    wide, wanted = accumulation_dtype(logits.dtype), target_gradient
+    # float64 goes with float64 alone
+    taken = probabilities if torch.float64 not in (wide, probabilities.dtype) else probabilities.to(wide)
     if wanted is not None and wanted.dtype is not taken.dtype:
         wanted = torch.empty_like(wanted, dtype=taken.dtype)
     laid = lay_together([logits, taken], [gradient, wanted])
@@ -269,7 +279,7 @@ def _run_on_probabilities(
     rows = Layout(laid.outer, laid.inner, logits.shape[-1], *of_f, *of_g)
     job = _ProbabilitiesJob(*of_t, *of_g_t, t.data_ptr(), _address(g_t), DTYPES.index(t.dtype))
     plain = f.data_ptr(), _address(g), 0, ignore_index, DTYPES.index(f.dtype), torch.get_num_threads()
-    _check_memory(kernel.run(_JOB.pack(*rows, *plain, *_NO_STATISTICS, *job, *loss, _LOSS)), logits)
+    _check_memory(kernel(f.dtype, _JOB.pack(*rows, *plain, *_NO_STATISTICS, *job, *loss, _LOSS)), logits)
     for asked, computed in ((gradient, g), (target_gradient, g_t)):
         if asked is not None and computed is not None and asked is not computed:
             asked.copy_(computed)
@@ -278,8 +288,8 @@ def _run_on_probabilities(
 def _losses_of(logits: Tensor, options: LossOptions | HingeOptions) -> Tensor:
     """The memory of the result."""
     if options.reduction == "none":
-        return logits.new_empty(logits.shape[:-1], dtype=torch.float32)
-    return torch.empty_like(_SCALAR)  # takes half the time of new_empty(())
+        return logits.new_empty(logits.shape[:-1], dtype=accumulation_dtype(logits.dtype))
+    return torch.empty_like(_SCALARS[accumulation_dtype(logits.dtype)])  # takes half the time of new_empty(())
 
 
 def _loss_job(

@@ -149,7 +149,11 @@ class _RowStatsByKernels(torch.autograd.Function):
         softmax, cotangents = Softmax(*saved), Cotangents(*grads[:-1])
         plain = all(g is None or _torch.is_plain_gradient(g) for g in cotangents)
         # hooks on saved tensors may return other tensors
-        kept = _torch.is_plain(logits) and logits.dtype in ctx.backend.DTYPES and all(x.dtype == torch.float32 for x in softmax)
+        kept = (
+            _torch.is_plain(logits)
+            and logits.dtype in ctx.backend.DTYPES
+            and all(x.dtype == rowstats.accumulation_dtype(logits.dtype) for x in softmax)
+        )
         if not (plain and kept):
             return rowstats.row_stats_vjp(logits, target, cotangents), None, None
         return ctx.backend.row_stats_backward(logits, target, softmax, cotangents), None, None

@@ -146,12 +146,12 @@ def _gradients(ctx: Any, upstream: Tensor) -> Gradients:
 
 
 def _scales(gradient: Tensor, factor: float | Tensor) -> bool:
-    """Whether the gradient of the forward pass may be scaled: by one finite number, with a product that is exact or in float32."""
+    """Whether the gradient of the forward pass may be scaled: by one finite number, with a product that is exact or in at least float32."""
     if not isinstance(factor, float) or not math.isfinite(factor):
         return False
     if gradient.dtype == torch.float16:  # its small numbers have lost their digits
         return False
-    return gradient.dtype == torch.float32 or abs(math.frexp(factor)[0]) == 0.5  # a power of two
+    return gradient.dtype in (torch.float32, torch.float64) or abs(math.frexp(factor)[0]) == 0.5  # a power of two
 
 
 def _reference_gradients(ctx: Any, upstream: Tensor) -> Gradients:
