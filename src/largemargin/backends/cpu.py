@@ -227,9 +227,12 @@ def row_stats_backward(logits: Tensor, target: Tensor, softmax: Softmax, cotange
         return gradient.copy_(row_stats_backward(logits, target, softmax, cotangents))
     if gradient is None:
         gradient = torch.empty_like(logits)
-    dtype = accumulation_dtype(logits.dtype)  # hooks on saved tensors may have changed that of the logits
-    state, num_nontargets = softmax.state.to(dtype).contiguous(), softmax.num_nontargets.to(dtype).contiguous()
-    upstream = [None if g is None else g.to(dtype) for g in for_kernel(cotangents)]  # keeps these tensors alive during the call
+    dtype = accumulation_dtype(logits.dtype)
+    if any(x is not None and x.dtype != dtype for x in (*softmax, *cotangents)):  # hooks on saved tensors may have changed the logits
+        softmax = Softmax(*(x.to(dtype) for x in softmax))
+        cotangents = Cotangents(*(None if g is None else g.to(dtype) for g in cotangents))
+    state, num_nontargets = softmax.state.contiguous(), softmax.num_nontargets.contiguous()
+    upstream = for_kernel(cotangents)  # keeps these tensors alive during the call
     of_l, of_e, of_a, of_rho = map(_address, upstream)
     statistics = _StatisticsJob(
         num_nontargets=num_nontargets.data_ptr(),
