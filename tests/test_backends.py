@@ -5,6 +5,7 @@ Those that this machine cannot have are skipped, and say why. Triton kernels run
 
 import copy
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from combinations import covering, every
 from devices import HAS_KERNELS, device_of
 from largemargin import LargeMarginCrossEntropyLoss, crammer_singer_hinge, hard_margin_softplus, large_margin_cross_entropy, row_stats
 from largemargin.backends import cpu, ladder
+from largemargin.loss import HingeOptions
+from largemargin.rows import whole
 from measure import INF, assert_within, compiles, roundings, same_bits, waiting_refused
 from problems import loss_and_gradient, vjp_scale
 from registry import DIVERGENCES, HALVES, KERNELS
@@ -35,6 +38,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 DTYPES = (torch.float32, *HALVES)
+ALL_DTYPES = (*DTYPES, torch.float64)
 
 
 def skip_unless_available(backend: str, dtype: torch.dtype | None = None) -> None:
@@ -251,6 +255,29 @@ EVERY_OPTION = combined(
 )
 
 
+@pytest.mark.parametrize("shape", [(5, 1), (40, 17), (9, 1000), (3, 19, 9, 8), (3, 700, 2)], ids=str)
+@every("dtype", ALL_DTYPES)
+def test_predictions_are_the_first_of_the_largest_logits(shape, dtype, rng):
+    kernels = ladder.load("cpu")
+    skip_unless_available("cpu", dtype)
+    input = logits(shape, rng, dtype, scale=3.0).round()  # many are equal
+    input[1, :1], input[2, :1] = -INF, INF
+    rows = input.movedim(1, -1)
+    target = torch.randint(shape[1], rows.shape[:-1], generator=rng)
+    target[0], target[1] = -100, 0  # ignored; masked
+    stats, log_odds, ahead = kernels.predictions(rows, target, -100)
+    assert (ahead[0] == -1).all() and (log_odds[0] == 0).all()
+    of_prediction = row_stats(input, rows.argmax(-1), backend="cpu").log_odds
+    for got, same in zip((*stats, log_odds[1:]), (*row_stats(input, target, backend="cpu"), of_prediction[1:]), strict=True):
+        assert_within(got, same, 8 + same.abs().nan_to_num(), 2)
+    order = rows.double().sort(dim=-1, descending=True, stable=True).indices
+    place = (order == target.unsqueeze(-1)).float().argmax(-1)
+    masked = rows.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1) == -INF
+    assert torch.equal(ahead[1:], place.masked_fill(masked, torch.iinfo(torch.int64).max)[1:])
+    with pytest.raises(IndexError, match="labels are out of range"):
+        kernels.predictions(rows, target + shape[1], -100)
+
+
 @every("dtype, shape, divergence, terms, smoothing, weighted, reduction", EVERY_OPTION)
 def test_every_option_of_the_loss(dtype, backend, shape, divergence, terms, smoothing, weighted, reduction, rng):
     problem = Problem(logits(shape, rng, dtype), rng, backend)
@@ -410,6 +437,29 @@ def test_hinges_use_the_kernels_and_agree(hinge, kernel_device, rng):
     leaf, exact = input.clone().requires_grad_(), input.double().requires_grad_()
     got, truth = (torch.autograd.grad(hinge(f, target, reduction="sum"), f)[0] for f in (leaf, exact))
     assert_within(got, truth, 4.0, 2)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("soft", [True, False], ids=["hard margin", "hinge"])
+@pytest.mark.parametrize("shape", [(6, 1), (40, 17), (9, 1000), (6, 19, 5, 4), (6, 700, 2)], ids=str)
+@every("dtype", ALL_DTYPES)
+def test_the_kernel_of_hinges_agrees(shape, soft, reduction, dtype, rng):
+    skip_unless_available("cpu", dtype)
+    input, weight = logits(shape, rng, dtype), torch.rand(shape[1], generator=rng)
+    target = torch.randint(shape[1], (shape[0], *shape[2:]), generator=rng)
+    target[0], target[1] = -100, 0
+    input[1, :1], input[2, :1], input[3, -1:], input[4] = -INF, INF, float("nan"), -INF
+    upstream = torch.rand(target.shape if reduction == "none" else (), generator=rng)
+    for rows in (slice(None), slice(5, None)) if reduction == "none" else (slice(5, None),):
+        found = []
+        for backend, cast in ((None, dtype), ("reference", torch.float64)):
+            leaf = input[rows].to(cast).requires_grad_()
+            loss = whole.loss(leaf, target[rows], weight, HingeOptions(1.0, soft, reduction=reduction, backend=backend))
+            found.append((loss.detach(), *torch.autograd.grad(loss, leaf, upstream.to(loss.dtype)[rows] if loss.dim() else upstream)))
+        (got, gradient), (truth, true_gradient) = found
+        assert_within(got, truth, 8 + truth.abs().nan_to_num(), 2)
+        known = ~truth.isnan().expand(target[rows].shape)  # a row with NaN has no gradient
+        assert_rounded(gradient.movedim(1, -1)[known], true_gradient.movedim(1, -1)[known], torch.tensor(1.0), 4)
 
 
 # upstream gradients, second passes, inputs
@@ -600,20 +650,21 @@ def test_functorch_and_forward_mode_take_the_reference(kernel_device, rng):
 
 
 def test_forcing_a_backend_warns_once_where_the_reference_steps_in(rng):
-    skip_unless_available("cpu")
+    skip_unless_available("triton")
     ladder.warn_once.cache_clear()
-    input, target = torch.randn(4, 5, generator=rng, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
-    with pytest.warns(UserWarning, match="backend='cpu' does not compute float64 logits"):
-        loss = large_margin_cross_entropy(input, target, backend="cpu")
+    target = torch.tensor([0, 1, 2, 3], device=device_of("triton"))
+    input = torch.randn(4, 5, generator=rng, dtype=torch.float64).to(target.device)
+    with pytest.warns(UserWarning, match="backend='triton' does not compute float64 logits"):
+        loss = large_margin_cross_entropy(input, target, backend="triton")
     assert same_bits(loss, large_margin_cross_entropy(input, target, backend="reference"))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        large_margin_cross_entropy(input, target, backend="cpu")
+        warnings.simplefilter("error", UserWarning)
+        large_margin_cross_entropy(input, target, backend="triton")
         large_margin_cross_entropy(input, target)  # nobody asked for the kernel
-        large_margin_cross_entropy(input.float(), input.softmax(1), backend="cpu")  # class probabilities: the kernel has them
-    weight = torch.ones(5, requires_grad=True)
-    with pytest.warns(UserWarning, match="backend='cpu' does not compute these class probabilities"):
-        large_margin_cross_entropy(input.float(), input.softmax(1), weight, backend="cpu")
+        large_margin_cross_entropy(input.float(), input.softmax(1), backend="triton")  # class probabilities: the kernel has them
+    weight = torch.ones(5, device=target.device, requires_grad=True)
+    with pytest.warns(UserWarning, match="backend='triton' does not compute these class probabilities"):
+        large_margin_cross_entropy(input.float(), input.softmax(1), weight, backend="triton")
     ladder.warn_once.cache_clear()
 
 
@@ -646,13 +697,15 @@ def test_compiled_code_asks_no_kernel_of_another_device(monkeypatch, rng):
     assert same_bits(loss, large_margin_cross_entropy(input, target, backend="reference"))
 
 
-def test_the_kernel_runs_unless_told_otherwise(rng):
+@every("dtype", ALL_DTYPES)
+def test_the_kernel_runs_unless_told_otherwise(dtype, rng):
     skip_unless_available("cpu")
-    input, target = torch.randn(4, 5, generator=rng, requires_grad=True), torch.tensor([0, 1, 2, 3])
-    assert "LargeMarginCrossEntropy" in type(large_margin_cross_entropy(input, target).grad_fn).__name__
+    input, target = torch.randn(4, 5, generator=rng).to(dtype).requires_grad_(), torch.tensor([0, 1, 2, 3])
+    for loss in (large_margin_cross_entropy, crammer_singer_hinge, hard_margin_softplus):
+        assert "LargeMarginCrossEntropy" in type(loss(input, target).grad_fn).__name__
     assert "RowStatsByKernels" in type(row_stats(input, target).log_odds.grad_fn).__name__
-    for other in (input.double(),):
-        assert "LargeMarginCrossEntropy" not in type(large_margin_cross_entropy(other, target).grad_fn).__name__
+    loss = large_margin_cross_entropy(input, target, backend="reference")
+    assert "LargeMarginCrossEntropy" not in type(loss.grad_fn).__name__
 
 
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
@@ -1154,15 +1207,72 @@ def test_class_probabilities_do_not_depend_on_the_number_of_threads(rng):
         assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
 
 
+FLOAT64_OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"lam": 0.0, "reduction": "none"},
+    {"divergence": "kl_qu", "hard_bias": 1.0, "reduction": "none"},
+    {"divergence": "kl_uq", "label_smoothing": 0.1, "reduction": "sum"},
+    {"lam": 2.0, "hard_bias": -2.0, "label_smoothing": 1.0},
+]
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("shape", [(6, 1), (40, 17), (9, 1000), (3, 3000), (6, 19, 5, 4), (2, 700, 2)], ids=str)
+@every("options", FLOAT64_OPTIONS)
+def test_float64_is_right_to_its_last_digits(shape, soft, options, rng):
+    check_float64(shape, soft, options, rng)
+
+
+def check_float64(shape: tuple[int, ...], soft: bool, options: dict[str, Any], rng: torch.Generator) -> None:
+    problem = Soft(shape, rng, torch.float64, weighted=True) if soft else Problem(logits(shape, rng, torch.float64), rng, "cpu")
+    weight, leads = torch.rand(shape[1], generator=rng, dtype=torch.float64), torch.tensor([0.0, 30.0, 600.0, 720.0])
+    input = problem.input.movedim(1, -1)
+    input[..., shape[1] // 2] += leads[torch.randint(4, input.shape[:-1], generator=rng)]  # also beyond what e^z can tell
+    found = []
+    for backend in ("cpu", "reference"):
+        leaf, target = problem.leaf() if not soft else problem.leaves()[0], problem.target.detach().requires_grad_(soft)
+        loss = large_margin_cross_entropy(leaf, target, weight, backend=backend, **options)
+        found.append([loss.detach(), *torch.autograd.grad(loss.sum(), [leaf, target] if soft else [leaf])])
+    for got, truth in zip(*found, strict=True):
+        assert got.dtype == torch.float64
+        size = truth.abs().nan_to_num(posinf=0.0)
+        assert_within(got, truth, 8 + size.max() if truth is found[1][0] else 1 + size.max(), 8)
+
+
+def test_statistics_in_float64_are_right_to_their_last_digits(rng):
+    for shape in ((40, 17), (9, 1000), (6, 19, 5, 4), (2, 700, 2)):
+        problem = Problem(logits(shape, rng, torch.float64), rng, "cpu")
+        upstream = [torch.randn(problem.target.shape, generator=rng, dtype=torch.float64) for _ in range(5)]
+        leaves = problem.leaf(), problem.leaf()
+        stats, truth = (
+            row_stats(leaf, problem.target, backend=backend) for leaf, backend in zip(leaves, ("cpu", "reference"), strict=True)
+        )
+        for got, true in zip(stats, truth, strict=True):
+            assert_within(got, true.detach(), 8 + true.detach().abs().nan_to_num(posinf=0.0), 4)
+        finite = [u.masked_fill(~t.isfinite(), 0.0) for u, t in zip(upstream, truth, strict=False)]
+        gradients = [torch.autograd.grad(each[:5], leaf, finite)[0] for each, leaf in zip((stats, truth), leaves, strict=True)]
+        assert_within(gradients[0], gradients[1], vjp_scale(leaves[1], problem.target, finite) + 1e-300, 8)
+
+
+def test_the_tail_of_a_confident_row_in_float64(rng):
+    skip_unless_available("cpu")
+    for lead in (12.0, 100.0, 700.0, 740.0):
+        others = torch.randn(300, generator=rng, dtype=torch.float64)
+        input = torch.cat([others[:100], (others.logsumexp(0) + lead)[None], others[100:]])[None].requires_grad_()
+        for target in (torch.tensor([100]), torch.nn.functional.one_hot(torch.tensor([100]), 301).double()):
+            loss = large_margin_cross_entropy(input, target, lam=0.0, backend="cpu")
+            assert_within(loss, math.exp(-lead) if lead > 40 else math.log1p(math.exp(-lead)), math.exp(-lead) * lead, 2)
+
+
 def test_the_kernel_takes_class_probabilities_unless_told_otherwise(rng):
     skip_unless_available("cpu")
     input, target = torch.randn(4, 5, generator=rng, requires_grad=True), torch.rand(4, 5, generator=rng)
-    assert type(large_margin_cross_entropy(input, target).grad_fn).__name__ == "LargeMarginCrossEntropyBackward"
+    for logits in (input, input.double()):
+        assert type(large_margin_cross_entropy(logits, target).grad_fn).__name__ == "LargeMarginCrossEntropyBackward"
     weight = torch.ones(5, requires_grad=True)
     for loss in (
         large_margin_cross_entropy(input, target, backend="reference"),
         large_margin_cross_entropy(input, target, weight),
-        large_margin_cross_entropy(input.double(), target),
     ):
         assert type(loss.grad_fn).__name__ != "LargeMarginCrossEntropyBackward"
 
@@ -1213,6 +1323,8 @@ def test_every_instruction_set_of_this_machine(isa, monkeypatch, rng):
         for dtype in (torch.float32, *HALVES):
             compare_statistics(Problem(logits(shape, rng, dtype), rng, "cpu"), rng)
             Soft(shape, rng, dtype).check(divergence="kl_qu", hard_bias=1.0)
+        for soft in (False, True):
+            check_float64(shape, soft, {"divergence": "kl_qu", "hard_bias": 1.0, "reduction": "none"}, rng)
 
 
 # the loss by Triton: one launch in each pass

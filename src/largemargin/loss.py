@@ -7,6 +7,7 @@ In the symbols of :mod:`.rowstats` (``l`` the log-odds of the target, ``e`` and 
     D(q||u), D(u||q), half sum  (10, 8)     log K + e,  -log K - a,  (e - a) / 2
     the large-margin loss       (11)        softplus(b - l) + lam * divergence
     label smoothing             (13)        (1 - eps) softplus(-l) + eps * mean over all classes of -log p_c
+    a hard margin, the hinge    (Sec. 3, 1) softplus(margin - (l + rho)),  max(0, margin - (l + rho))
 
 :mod:`.rows` computes the statistics that :func:`loss_of_indices` and :func:`loss_of_probabilities` take.
 """
@@ -71,6 +72,17 @@ class LossOptions(NamedTuple):
         return self if self.reduction == "none" else self._replace(reduction="sum")
 
 
+class HingeOptions(NamedTuple):
+    """The options of a loss of the lead of the target over the largest other logit, ``l + rho``."""
+
+    margin: float
+    soft: bool  # softplus(margin - lead) instead of max(0, margin - lead)
+    ignore_index: int = -100
+    reduction: Reduction = "mean"
+    backend: BackendName | None = None
+    label_smoothing: float = 0.0
+
+
 def softplus(x: Tensor) -> Tensor:
     """log(1 + e^x), the paper's L of eq. (3)."""
     # torch's default threshold of 20 has an error of 2e-9 in float64; log1p(exp(-|x|)) + max(x, 0) has the wrong derivative at 0
@@ -117,9 +129,13 @@ def divergence(stats: RowStats, kind: Divergence = "symmetric") -> Tensor:
 
 
 def loss_of_indices(
-    stats: RowStats, labels: Labels, weight: Tensor | None, options: LossOptions, weighted_cross_entropy: Tensor | None = None
+    stats: RowStats,
+    labels: Labels,
+    weight: Tensor | None,
+    options: LossOptions | HingeOptions,
+    weighted_cross_entropy: Tensor | None = None,
 ) -> Tensor:
-    """Eqs. (3), (11), (13) and (15), weighted and reduced, for rows with one class each.
+    """Eqs. (1), (3), (11), (13) and (15), weighted and reduced, for rows with one class each.
 
     Smoothing with ``weight`` needs ``weighted_cross_entropy``, the sum of ``-w_c log p_c`` over the classes of each row.
     """
@@ -129,7 +145,7 @@ def loss_of_indices(
         if weighted_cross_entropy is None:
             weighted_cross_entropy = cross_entropy_of(stats, torch.ones_like(count), count, count * stats.mean_log_q)
         smoothing = options.label_smoothing * (weighted_cross_entropy / (count + in_row))
-    losses = labels.mark(_margin_term(stats, options))
+    losses = labels.mark(hinge(stats, options) if isinstance(options, HingeOptions) else _margin_term(stats, options))
     return reduce_rows(losses, labels.class_index, weight, options.reduction, smoothing)
 
 
@@ -160,6 +176,12 @@ def loss_of_probabilities(
         cross_entropy = cross_entropy if weight is None else cross_entropy * weight.to(losses.dtype)
         losses = losses + options.label_smoothing * (cross_entropy.sum(-1) / (kept.sum(-1) if num_classes is None else num_classes))
     return reduce(losses, num_rows, options.reduction)
+
+
+def hinge(stats: RowStats, options: HingeOptions) -> Tensor:
+    """The hard margin of Sec. 3, or the hinge (1)."""
+    missing = options.margin - (stats.log_odds + stats.rho)
+    return softplus(missing) if options.soft else missing.relu()
 
 
 def _margin_term(stats: RowStats, options: LossOptions) -> Tensor:

@@ -8,21 +8,22 @@ probability. Metrics are not differentiable. DTensor logits are gathered: each r
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from . import _checks, _shared
-from ._reduce import REDUCTIONS, Labels, Reduction, reduce_rows
+from ._reduce import REDUCTIONS, Reduction, reduce_rows
+from .backends.protocol import Predictions
 from .loss import Divergence, softplus
 from .loss import divergence as divergence_of_stats
 from .rows import collectives, dense
-from .rows.dense import Rows
 from .rows.dtensors import gathered
-from .rowstats import IGNORED, RowStats
+from .rowstats import RowStats, accumulation_dtype
 from .tracing import as_one_call
 
 
@@ -30,53 +31,56 @@ class _Batch:
     """Rows of logits with class indices, and what several figures need."""
 
     def __init__(self, input: Tensor, target: Tensor, ignore_index: int) -> None:
-        input, target = gathered(input), gathered(target)
-        _checks.check_indices_of(input, target, ignore_index)
-        self.rows = Rows.of(input, target, ignore_index)
-        self.index = self.rows.labels.class_index
-        self.computed = dense.stats(self.rows, None)
-        self.invalid = self.computed.log_odds.isnan()  # a row without statistics
+        self.input, self.target, self.ignore_index = gathered(input), gathered(target), ignore_index
+        _checks.check_indices_of(self.input, self.target, ignore_index)
+
+    @functools.cached_property
+    def rows(self) -> dense.Rows:
+        return dense.Rows.of(self.input, self.target, self.ignore_index)
 
     @functools.cached_property
     def stats(self) -> RowStats:
-        """The statistics; NaN in every field of an invalid row."""
-        return RowStats(*(field.masked_fill(self.invalid, torch.nan) for field in self.computed))
+        """The statistics; NaN in every field of a row without statistics."""
+        computed = dense.stats(self.rows, None)
+        invalid = computed.log_odds.isnan()
+        return RowStats(*(field.masked_fill(invalid, torch.nan) for field in computed))
 
     @functools.cached_property
-    def kept(self) -> Tensor:
-        return self.index >= 0
+    def predictions(self) -> Predictions:
+        return dense.predictions(self.input, self.target, self.ignore_index)
 
     @functools.cached_property
-    def prediction(self) -> Tensor:
-        return self.rows.logits.argmax(-1)
-
-    @functools.cached_property
-    def right(self) -> Tensor:
-        return (self.prediction == self.index) & ~self.invalid
-
-    def outside_top(self, k: int) -> Tensor:
-        """Whether at least k classes come before the target; of equal logits the first comes first, as in argmax."""
-        logits, index = self.rows.logits, self.index.clamp(min=0).unsqueeze(-1)
-        of_target = logits.gather(-1, index)
-        before = torch.arange(logits.shape[-1], device=index.device) < index
-        ahead = ((logits > of_target) | ((logits == of_target) & before)).sum(-1, dtype=torch.int32)
-        return (ahead >= k) | (of_target.squeeze(-1) == -torch.inf) | self.invalid
-
-    def log_odds_of_prediction(self) -> Tensor:
-        prediction = torch.where(self.kept, self.prediction, IGNORED)
-        return _wide(dense.stats(Rows(self.rows.logits, Labels(prediction, None)), None).log_odds)
+    def invalid(self) -> Tensor:
+        """Whether a row has no statistics."""
+        return self.predictions.stats.log_odds.isnan()
 
 
-_MEANS: dict[str, Callable[[RowStats], Tensor]] = {
-    "margin": lambda stats: stats.log_odds + stats.rho,
-    "rho_hat": lambda stats: stats.rho,
-    "divergence": divergence_of_stats,
-    "kl_qu": lambda stats: divergence_of_stats(stats, "kl_qu"),
-    "kl_uq": lambda stats: divergence_of_stats(stats, "kl_uq"),
+# each figure that is a mean is a sum of these numbers of a row, times factors
+_PARTS: dict[str, Callable[[RowStats], Tensor]] = {
     "log_odds": lambda stats: stats.log_odds,
-    "nontarget_entropy": lambda stats: -stats.neg_entropy,
+    "neg_entropy": lambda stats: stats.neg_entropy,
+    "mean_log_q": lambda stats: stats.mean_log_q,
+    "rho": lambda stats: stats.rho,
+    "spread": lambda stats: stats.spread,
+    "log_count": lambda stats: stats.num_nontargets.clamp(min=1).log(),
     "nll": lambda stats: softplus(-stats.log_odds),
 }
+_MEANS: dict[str, dict[str, float]] = {
+    "margin": {"log_odds": 1.0, "rho": 1.0},
+    "rho_hat": {"rho": 1.0},
+    "divergence": {"spread": 0.5},  # eq. (8)
+    "kl_qu": {"log_count": 1.0, "neg_entropy": 1.0},  # eq. (10)
+    "kl_uq": {"log_count": -1.0, "mean_log_q": -1.0},
+    "log_odds": {"log_odds": 1.0},
+    "nontarget_entropy": {"neg_entropy": -1.0},
+    "nll": {"nll": 1.0},
+}
+
+
+def _mean(batch: _Batch, name: str) -> Tensor:
+    """The figure of each row."""
+    first, *rest = (_PARTS[part](batch.stats) * factor for part, factor in _MEANS[name].items())
+    return sum(rest, start=first)
 
 
 def _wide(values: Tensor) -> Tensor:
@@ -137,8 +141,8 @@ def _row_metric(values: Callable[..., Tensor]) -> _RowMetric:
         _checks.check_word("reduction", reduction, REDUCTIONS)
         batch = _Batch(input, target, ignore_index)
         found = values(batch, *given, **named)
-        found = found.to(batch.computed.rho.dtype) if reduction == "none" else _wide(found)
-        return reduce_rows(found, batch.index.to(found.device), None, reduction)
+        found = found.to(accumulation_dtype(input.dtype)) if reduction == "none" else _wide(found)
+        return reduce_rows(found, batch.rows.labels.class_index.to(found.device), None, reduction)
 
     _complete(metric, values, own, ["ignore_index", "reduction"])
     return metric
@@ -159,7 +163,7 @@ def margin(batch: _Batch, /) -> Tensor:
 
     Source: Kobayashi, *Large Margin In Softmax Cross-Entropy Loss*, BMVC 2019, Sec. 2.1.
     """
-    return _MEANS["margin"](batch.stats)
+    return _mean(batch, "margin")
 
 
 @_row_metric
@@ -177,7 +181,7 @@ def rho_hat(batch: _Batch, /) -> Tensor:
 
     Source: Kobayashi, *Large Margin In Softmax Cross-Entropy Loss*, BMVC 2019, eq. (7) and Fig. 3.
     """
-    return _MEANS["rho_hat"](batch.stats)
+    return _mean(batch, "rho_hat")
 
 
 @_row_metric
@@ -216,7 +220,7 @@ def log_odds(batch: _Batch, /) -> Tensor:
 
     Source: Kobayashi, *Large Margin In Softmax Cross-Entropy Loss*, BMVC 2019, eq. (3): the loss is softplus(-l).
     """
-    return _MEANS["log_odds"](batch.stats)
+    return _mean(batch, "log_odds")
 
 
 @_row_metric
@@ -234,7 +238,7 @@ def nontarget_entropy(batch: _Batch, /) -> Tensor:
 
     Source: Kobayashi, *Large Margin In Softmax Cross-Entropy Loss*, BMVC 2019, eqs. (9) and (10).
     """
-    return _MEANS["nontarget_entropy"](batch.stats)
+    return _mean(batch, "nontarget_entropy")
 
 
 @_row_metric
@@ -252,7 +256,7 @@ def nll(batch: _Batch, /) -> Tensor:
 
     Source: Kobayashi, *Large Margin In Softmax Cross-Entropy Loss*, BMVC 2019, eqs. (2) and (3).
     """
-    return _MEANS["nll"](batch.stats)
+    return _mean(batch, "nll")
 
 
 @_row_metric
@@ -270,7 +274,7 @@ def accuracy(batch: _Batch, /) -> Tensor:
 
     Source: the errors of Kobayashi, *Large Margin In Softmax Cross-Entropy Loss*, BMVC 2019, Tables 1 to 4, are 100 (1 - accuracy).
     """
-    return batch.right
+    return (batch.predictions.ahead == 0) & ~batch.invalid
 
 
 @_row_metric
@@ -294,26 +298,11 @@ def topk_error(batch: _Batch, /, k: int = 5) -> Tensor:
     Source: the top-5 errors of Kobayashi, *Large Margin In Softmax Cross-Entropy Loss*, BMVC 2019, Table 4, are in percent.
     """
     _checks.check_at_least_1("k", k)
-    return batch.outside_top(k)
+    return (batch.predictions.ahead >= k) | batch.invalid
 
 
 # adaptive_ece sorts log-odds of confidences into cells of 1/256 nat from -16 to 48, because sums over cells can be merged
 _LOWEST_LOG_ODDS, _CELLS_PER_NAT, _NUM_CELLS = -16, 256, 64 * 256
-
-
-def _calibration_sums(batch: _Batch, num_bins: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Float64 sums over valid rows: confidence minus correctness in each bin and each cell, and the rows of each cell."""
-    log_odds = batch.log_odds_of_prediction().flatten()
-    valid = (batch.kept & ~batch.invalid).flatten().to(log_odds.device)
-    log_odds = torch.where(valid, log_odds, 0.0)
-    confidence = log_odds.sigmoid()
-    gap = torch.where(valid, confidence - _wide(batch.right).flatten(), 0.0)
-    # bins are closed on the right; the rounding of a confidence on an edge, such as 1/3, must not decide its bin
-    bins = (confidence * num_bins - 1e-6).ceil().long().clamp(1, num_bins) - 1
-    cells = ((log_odds.clamp(-1e4, 1e4) - _LOWEST_LOG_ODDS) * _CELLS_PER_NAT + 1e-3).floor().long().clamp(0, _NUM_CELLS - 1)
-    of_bins = gap.new_zeros(num_bins).index_add_(0, bins, gap)
-    of_cells = gap.new_zeros(_NUM_CELLS).index_add_(0, cells, gap)
-    return of_bins, of_cells, gap.new_zeros(_NUM_CELLS).index_add_(0, cells, valid.double())
 
 
 def _equal_width(of_bins: Tensor, num_rows: Tensor) -> Tensor:
@@ -340,8 +329,7 @@ def _calibration(error: Callable[[_Batch, int], Tensor]) -> Callable[..., Tensor
         _checks.check_at_least_1("num_bins", num_bins)
         batch = _Batch(input, target, ignore_index)
         found = error(batch, num_bins)
-        poisoned = (batch.invalid & batch.kept).any()
-        return found.masked_fill(poisoned.to(found.device), torch.nan)
+        return found.masked_fill(batch.invalid.any().to(found.device), torch.nan)
 
     num_bins = inspect.Parameter("num_bins", inspect.Parameter.KEYWORD_ONLY, default=15, annotation=int)
     _complete(metric, error, [num_bins], ["ignore_index"])
@@ -368,8 +356,7 @@ def ece(batch: _Batch, num_bins: int) -> Tensor:
 
     Source: Guo, Pleiss, Sun and Weinberger, *On Calibration of Modern Neural Networks*, ICML 2017, eq. (3).
     """
-    of_bins, _, rows_of_cells = _calibration_sums(batch, num_bins)
-    return _equal_width(of_bins, rows_of_cells.sum())
+    return _figures(_added(_zeros(num_bins), batch, num_bins, 1), num_bins, 1)["ece"]
 
 
 @_calibration
@@ -393,8 +380,7 @@ def adaptive_ece(batch: _Batch, num_bins: int) -> Tensor:
 
     Source: Nguyen and O'Connor, *Posterior calibration and exploratory analysis for natural language processing models*, EMNLP 2015.
     """
-    _, of_cells, rows_of_cells = _calibration_sums(batch, 1)
-    return _equal_mass(of_cells, rows_of_cells, num_bins)
+    return _figures(_added(_zeros(num_bins), batch, num_bins, 1), num_bins, 1)["adaptive_ece"]
 
 
 @as_one_call
@@ -447,19 +433,82 @@ def super_symmetry(weight: Tensor) -> Tensor:
     return distance / size
 
 
-def _sums(input: Tensor, target: Tensor, ignore_index: int, num_bins: int, top_k: int) -> Tensor:
-    """All sums of a batch: rows, invalid rows, rows right, rows outside the top k, the figures of _MEANS, and the calibration sums."""
-    batch = _Batch(input, target, ignore_index)
-    kept, valid = batch.kept, batch.kept & ~batch.invalid
-    counts = torch.stack([kept, kept & batch.invalid, kept & batch.right, kept & batch.outside_top(top_k)]).flatten(1).sum(1)
-    values = torch.stack([value(batch.computed) for value in _MEANS.values()])
-    sums = _wide(torch.where(valid, values, 0.0)).flatten(1).sum(1)
-    return torch.cat([counts.to(sums), sums, *_calibration_sums(batch, num_bins)])
+# what a stream counts of the rows of a batch, beside _PARTS; a row without statistics counts in "rows" alone
+_COUNTS = ("right", "behind", "valid", "rows")
+_SUMS: dict[str, dict[str, float]] = {
+    "rows": {"rows": 1.0},
+    "invalid_rows": {"rows": 1.0, "valid": -1.0},
+    "right": {"right": 1.0},
+    "outside": {"behind": 1.0, "rows": 1.0, "valid": -1.0},
+    **_MEANS,
+}
+
+
+class _Places(NamedTuple):
+    """Where the sums of a batch and its rows belong in the vector of all sums; the same for every batch."""
+
+    of_invalid: Tensor  # what a row without statistics has in the place of _PARTS, _COUNTS and log-odds
+    # a row is added to its bin and to its cell, and counted in its cell; these make the three places from its confidence and log-odds
+    scale: Tensor
+    shift: Tensor
+    first: Tensor
+    last: Tensor
+    # the sums over rows, times `factor`, are added to the sums at `goal`
+    factor: Tensor
+    part: Tensor
+    goal: Tensor
+
+
+@functools.cache
+@torch.inference_mode(False)
+def _places(num_bins: int, device: torch.device) -> _Places:
+    parts = [*_PARTS, *_COUNTS]
+    terms = [(parts.index(part), factor, goal) for goal, figure in enumerate(_SUMS.values()) for part, factor in figure.items()]
+    part, factor, goal = zip(*terms, strict=True)
+    bins, cells, counts, end = itertools.accumulate((len(_SUMS), num_bins, _NUM_CELLS, _NUM_CELLS))
+    in_cells = 1e-3 - _LOWEST_LOG_ODDS * _CELLS_PER_NAT
+
+    def column(*numbers: float) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.float64, device=device).unsqueeze(1)
+
+    return _Places(
+        of_invalid=column(*(part == "rows" for part in parts), 0.0),
+        scale=column(num_bins, _CELLS_PER_NAT, _CELLS_PER_NAT),
+        # bins are closed on the right; the rounding of a confidence on an edge, such as 1/3, must not decide its bin
+        shift=column(bins - 1e-6, cells + in_cells, counts + in_cells),
+        first=column(bins, cells, counts),
+        last=column(cells - 1, counts - 1, end - 1),
+        factor=torch.tensor(factor, dtype=torch.float64, device=device),
+        part=torch.tensor(part, device=device),
+        goal=torch.tensor(goal, device=device),
+    )
+
+
+def _added(totals: Tensor, batch: _Batch, num_bins: int, top_k: int) -> Tensor:
+    """``totals``, with the rows of a batch added in place."""
+    stats, log_odds, ahead = batch.predictions
+    dtype = log_odds.dtype
+    kept = (ahead >= 0).to(dtype)
+    parts = [part(stats) for part in _PARTS.values()]
+    parts[-1] = parts[-1] * kept  # the statistics of an ignored row are 0, but not its nll
+    # in one dtype, because torch stacks several ten times as slowly
+    rows = _wide(torch.stack([*parts, (ahead == 0).to(dtype), (ahead >= top_k).to(dtype), kept, kept, log_odds]))
+    rows = rows.reshape(len(rows), -1)
+    places = _places(num_bins, rows.device)
+    rows = torch.where(rows[0].isnan(), places.of_invalid, rows)
+    *_, right, _, valid, _, log_odds = rows.unbind()
+    confidence = log_odds.sigmoid()
+    gap = (confidence - right) * valid
+    at = torch.addcmul(places.shift, torch.stack([confidence, log_odds, log_odds]), places.scale)
+    at = at.clamp(places.first, places.last).long().flatten()
+    index = torch.cat([places.goal, at])
+    values = torch.cat([rows.sum(1)[places.part] * places.factor, gap, gap, valid])
+    return totals.index_add_(0, index.to(totals.device), values.to(totals.device))
 
 
 @torch.inference_mode(False)  # else only inference mode could add to them
 def _zeros(num_bins: int, device: torch.device | str | None = None) -> Tensor:
-    return torch.zeros(4 + len(_MEANS) + num_bins + 2 * _NUM_CELLS, dtype=torch.float64, device=device)
+    return torch.zeros(len(_SUMS) + num_bins + 2 * _NUM_CELLS, dtype=torch.float64, device=device)
 
 
 def _figures(sums: Tensor, num_bins: int, top_k: int) -> dict[str, Tensor]:
@@ -520,7 +569,7 @@ class MarginMetrics:
     @torch.no_grad()
     def update(self, input: Tensor, target: Tensor) -> None:
         """Count a batch: logits (N, C) or (N, C, d1, ..., dk) with class indices (N,) or (N, d1, ..., dk)."""
-        self._totals += _sums(input, target, self.ignore_index, self.num_bins, self.top_k).to(self._totals.device)
+        _added(self._totals, _Batch(input, target, self.ignore_index), self.num_bins, self.top_k)
 
     def compute(self) -> dict[str, float]:
         """The figures by name: counts, shares in [0, 1] and nats; NaN if nothing was counted."""
@@ -575,7 +624,7 @@ def _torchmetric(base: Any, num_bins: int, top_k: int, ignore_index: int) -> Any
         def update(self, preds: Tensor, target: Tensor) -> None:
             with torch.no_grad():
                 # not in place: reset() in inference mode leaves a tensor that only inference mode may write
-                self.sums = self.sums + _sums(preds, target, ignore_index, num_bins, top_k).to(self.sums.device)
+                self.sums = _added(self.sums.clone(), _Batch(preds, target, ignore_index), num_bins, top_k)
 
         def compute(self) -> dict[str, Tensor]:
             return _figures(self.sums, num_bins, top_k)

@@ -36,6 +36,17 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
+// The numbers of logits in float64 are double, all others float; the file is compiled for both.
+#ifdef LARGEMARGIN_FLOAT64
+typedef double real;
+typedef uint64_t Bits;
+typedef int64_t Integer;
+#else
+typedef float real;
+typedef uint32_t Bits;
+typedef int32_t Integer;
+#endif
+
 // Mirrored field by field in cpu.py, which checks each offset with largemargin_offset_of.
 struct Job {
     // logits and gradient: rows (outer, inner) of num_classes, with the strides of outer, inner and class in elements
@@ -47,28 +58,31 @@ struct Job {
     int64_t ignore_index;
     int32_t dtype, num_threads;
     // statistics: each null or one number per row
-    float* stats[6];        // log_odds, neg_entropy, mean_log_q, rho, spread, num_nontargets
-    float* state;           // (3, rows): max, S, E_q z; written with the statistics, read with their gradients
-    const float* grads[4];  // upstream of log_odds, neg_entropy, mean_log_q, rho
+    real* stats[6];        // log_odds, neg_entropy, mean_log_q, rho, spread, num_nontargets
+    real* state;           // (3, rows): max, S, E_q z; written with the statistics, read with their gradients
+    const real* grads[4];  // upstream of log_odds, neg_entropy, mean_log_q, rho
+    // predictions: one number per row
+    int64_t* ahead;              // the number of classes before the target, -1 for an ignored row
+    real* prediction_log_odds;  // of the first of the largest logits
     // class probabilities, or null: then the loss is its expectation over them, and there is no target
     int64_t probabilities_strides[3], probabilities_gradient_strides[3];
     const void* probabilities;
     void* probabilities_gradient;  // or null
     int32_t probabilities_dtype;
     // loss
-    const float* weight;  // one per class, or null
-    float* losses;        // one per row, or null
-    const float* row_upstream;
+    const real* weight;  // one per class, or null
+    real* losses;        // one per row, or null
+    const real* row_upstream;
     double upstream;  // of the reduced loss; used if row_upstream is null
     double lam, hard_bias, label_smoothing;
-    float* reduced;            // the reduced loss, or null
+    real* reduced;            // the reduced loss, or null
     int32_t divergence, mean;  // mean: divide by the summed weights of the kept rows
     int32_t kind;              // the result wanted
 };
 
-enum Kind { STATISTICS = 0, STATISTICS_GRADIENT = 1, LOSS = 2 };
-enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
-enum Divergence { SYMMETRIC = 0, KL_QU = 1, KL_UQ = 2 };
+enum Kind { STATISTICS = 0, STATISTICS_GRADIENT = 1, LOSS = 2, PREDICTIONS = 3 };  // predictions have statistics too
+enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, FLOAT64 = 3 };
+enum Divergence { SYMMETRIC = 0, KL_QU = 1, KL_UQ = 2, HARD_MARGIN = 3, HINGE = 4 };  // the last two have no divergence
 
 #ifndef LARGEMARGIN_ISA
 
@@ -90,7 +104,7 @@ EXPORT int64_t largemargin_offset_of(const char* name) {
     SAME(probabilities); SAME(probabilities_gradient); SAME(probabilities_dtype);
     FIELD(log_odds, stats[0]); FIELD(neg_entropy, stats[1]); FIELD(mean_log_q, stats[2]); FIELD(rho, stats[3]); FIELD(spread, stats[4]);
     FIELD(num_nontargets, stats[5]); FIELD(log_odds_grad, grads[0]); FIELD(neg_entropy_grad, grads[1]); FIELD(mean_log_q_grad, grads[2]);
-    FIELD(rho_grad, grads[3]); SAME(upstream); SAME(lam); SAME(hard_bias); SAME(label_smoothing); SAME(reduced); SAME(divergence);
+    FIELD(rho_grad, grads[3]); SAME(ahead); SAME(prediction_log_odds); SAME(upstream); SAME(lam); SAME(hard_bias); SAME(label_smoothing); SAME(reduced); SAME(divergence);
     SAME(mean); SAME(kind);
     return -1;
 }
@@ -119,7 +133,7 @@ constexpr int64_t kLanes = 16;             // loops run over multiples of this m
 constexpr int64_t kElementsATask = 16384;   // rows are finished together up to this many elements
 constexpr int64_t kElementsAThread = 4096;
 constexpr int64_t kHugePages = 8 << 20;    // gradients from this many bytes ask for huge pages
-constexpr float kInf = INFINITY;
+constexpr real kInf = INFINITY;
 constexpr int32_t kIgnored = -1, kElsewhere = -2;  // targets that are not an index, as in rowstats.py
 
 // Hot loops are separate functions: compilers leave some loops scalar if they inline or clone them.
@@ -143,29 +157,67 @@ inline To bits_as(From from) {
 // Vectors of the width of a register. The hottest loops are written with them: compilers would use half of the register for 16-bit numbers,
 // and would add up the lanes one after the other. Scalar functions that loops inline are templates, for vectors too.
 #if defined(__AVX512F__)
-constexpr int64_t kWidth = 16;
+constexpr int64_t kBytes = 64;
 #elif defined(__AVX2__)
-constexpr int64_t kWidth = 8;
+constexpr int64_t kBytes = 32;
 #else
-constexpr int64_t kWidth = 4;
+constexpr int64_t kBytes = 16;
 #endif
-constexpr int64_t kBlock = 64 * kWidth;  // classes of a row summed in float32 before the sum goes to float64
-typedef float Floats __attribute__((vector_size(4 * kWidth)));
-typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
-typedef int32_t Mask __attribute__((vector_size(4 * kWidth)));
-typedef uint16_t Shorts __attribute__((vector_size(2 * kWidth)));
+constexpr int64_t kWidth = kBytes / sizeof(real);
+constexpr int64_t kBlock = 64 * kWidth;  // classes of a row summed in the precision of the logits before the sum goes to float64
+typedef real Reals __attribute__((vector_size(kBytes)));
+typedef Bits Words __attribute__((vector_size(kBytes)));
+typedef Integer Mask __attribute__((vector_size(kBytes)));
 
-inline float as_float(uint32_t bits) { return bits_as<float>(bits); }
-inline Floats as_float(Words bits) { return bits_as<Floats>(bits); }
-inline uint32_t as_bits(float x) { return bits_as<uint32_t>(x); }
-inline Words as_bits(Floats x) { return bits_as<Words>(x); }
-inline float select(bool which, float a, float b) { return which ? a : b; }
-inline uint32_t select(bool which, uint32_t a, uint32_t b) { return which ? a : b; }
-inline Floats select(Mask which, Floats a, Floats b) { return which ? a : b; }
+inline real as_real(Bits bits) { return bits_as<real>(bits); }
+inline Reals as_real(Words bits) { return bits_as<Reals>(bits); }
+inline Bits as_bits(real x) { return bits_as<Bits>(x); }
+inline Words as_bits(Reals x) { return bits_as<Words>(x); }
+inline real select(bool which, real a, real b) { return which ? a : b; }
+inline Bits select(bool which, Bits a, Bits b) { return which ? a : b; }
+inline Reals select(Mask which, Reals a, Reals b) { return which ? a : b; }
 inline Words select(Mask which, Words a, Words b) { return which ? a : b; }
-inline Floats all(float x) { return x - Floats{}; }
-inline float larger(float a, float b) { return a > b ? a : b; }  // NaN gives b
-inline float smaller(float a, float b) { return a < b ? a : b; }
+inline Reals all(real x) { return x - Reals{}; }
+inline real larger(real a, real b) { return a > b ? a : b; }  // NaN gives b
+inline real smaller(real a, real b) { return a < b ? a : b; }
+
+// Compilers take too many steps for these; NaN gives b.
+#if defined(__AVX512F__) && defined(LARGEMARGIN_FLOAT64)
+inline Reals larger(Reals a, Reals b) { return bits_as<Reals>(_mm512_max_pd(bits_as<__m512d>(a), bits_as<__m512d>(b))); }
+inline Reals smaller(Reals a, Reals b) { return bits_as<Reals>(_mm512_min_pd(bits_as<__m512d>(a), bits_as<__m512d>(b))); }
+#elif defined(__AVX512F__)
+inline Reals larger(Reals a, Reals b) { return bits_as<Reals>(_mm512_max_ps(bits_as<__m512>(a), bits_as<__m512>(b))); }
+inline Reals smaller(Reals a, Reals b) { return bits_as<Reals>(_mm512_min_ps(bits_as<__m512>(a), bits_as<__m512>(b))); }
+#elif defined(__AVX2__) && defined(LARGEMARGIN_FLOAT64)
+inline Reals larger(Reals a, Reals b) { return bits_as<Reals>(_mm256_max_pd(bits_as<__m256d>(a), bits_as<__m256d>(b))); }
+inline Reals smaller(Reals a, Reals b) { return bits_as<Reals>(_mm256_min_pd(bits_as<__m256d>(a), bits_as<__m256d>(b))); }
+#elif defined(__AVX2__)
+inline Reals larger(Reals a, Reals b) { return bits_as<Reals>(_mm256_max_ps(bits_as<__m256>(a), bits_as<__m256>(b))); }
+inline Reals smaller(Reals a, Reals b) { return bits_as<Reals>(_mm256_min_ps(bits_as<__m256>(a), bits_as<__m256>(b))); }
+#else
+inline Reals larger(Reals a, Reals b) { return select(a > b, a, b); }
+inline Reals smaller(Reals a, Reals b) { return select(a < b, a, b); }
+#endif
+
+template <class X>
+inline X load_as(const void* from) {
+    X x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+
+template <class X>
+inline void store_as(void* to, X x) { std::memcpy(to, &x, sizeof x); }
+inline Reals load_vector(const real* from) { return load_as<Reals>(from); }
+inline void store_vector(real* to, Reals x) { store_as(to, x); }
+inline real load(real x) { return x; }
+inline void store(real* to, real x) { *to = x; }
+
+template <class T>
+constexpr bool is_half = false;
+
+#ifndef LARGEMARGIN_FLOAT64
+typedef uint16_t Shorts __attribute__((vector_size(2 * kWidth)));
 
 template <class V>
 inline auto rounded_bfloat16(V x) {  // to nearest, ties to even; NaN stays NaN
@@ -173,37 +225,31 @@ inline auto rounded_bfloat16(V x) {  // to nearest, ties to even; NaN stays NaN
     return select(x == x, (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, bits - bits + 0x7fc0u);
 }
 
-// What compilers take too many steps for: NaN in larger() and smaller() gives b; narrowed() takes numbers below 2^16.
+// narrowed() takes numbers below 2^16
 #if defined(__AVX512F__)
-inline Floats larger(Floats a, Floats b) { return bits_as<Floats>(_mm512_max_ps(bits_as<__m512>(a), bits_as<__m512>(b))); }
-inline Floats smaller(Floats a, Floats b) { return bits_as<Floats>(_mm512_min_ps(bits_as<__m512>(a), bits_as<__m512>(b))); }
 inline Words widened(Shorts x) { return bits_as<Words>(_mm512_cvtepu16_epi32(bits_as<__m256i>(x))); }
 inline Shorts narrowed(Words x) { return bits_as<Shorts>(_mm512_cvtepi32_epi16(bits_as<__m512i>(x))); }
-inline Floats from_half(Shorts x) { return bits_as<Floats>(_mm512_cvtph_ps(bits_as<__m256i>(x))); }
-inline Shorts to_half(Floats x) { return bits_as<Shorts>(_mm512_cvtps_ph(bits_as<__m512>(x), _MM_FROUND_TO_NEAREST_INT)); }
+inline Reals from_half(Shorts x) { return bits_as<Reals>(_mm512_cvtph_ps(bits_as<__m256i>(x))); }
+inline Shorts to_half(Reals x) { return bits_as<Shorts>(_mm512_cvtps_ph(bits_as<__m512>(x), _MM_FROUND_TO_NEAREST_INT)); }
 #elif defined(__AVX2__)
-inline Floats larger(Floats a, Floats b) { return bits_as<Floats>(_mm256_max_ps(bits_as<__m256>(a), bits_as<__m256>(b))); }
-inline Floats smaller(Floats a, Floats b) { return bits_as<Floats>(_mm256_min_ps(bits_as<__m256>(a), bits_as<__m256>(b))); }
 inline Words widened(Shorts x) { return bits_as<Words>(_mm256_cvtepu16_epi32(bits_as<__m128i>(x))); }
 inline Shorts narrowed(Words x) {
     const __m256i bits = bits_as<__m256i>(x);
     return bits_as<Shorts>(_mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1)));
 }
-inline Floats from_half(Shorts x) { return bits_as<Floats>(_mm256_cvtph_ps(bits_as<__m128i>(x))); }
-inline Shorts to_half(Floats x) { return bits_as<Shorts>(_mm256_cvtps_ph(bits_as<__m256>(x), _MM_FROUND_TO_NEAREST_INT)); }
+inline Reals from_half(Shorts x) { return bits_as<Reals>(_mm256_cvtph_ps(bits_as<__m128i>(x))); }
+inline Shorts to_half(Reals x) { return bits_as<Shorts>(_mm256_cvtps_ph(bits_as<__m256>(x), _MM_FROUND_TO_NEAREST_INT)); }
 #else
-inline Floats larger(Floats a, Floats b) { return select(a > b, a, b); }
-inline Floats smaller(Floats a, Floats b) { return select(a < b, a, b); }
 inline Words widened(Shorts x) { return __builtin_convertvector(x, Words); }
 inline Shorts narrowed(Words x) { return __builtin_convertvector(x, Shorts); }
-inline Floats from_half(Shorts x) {
+inline Reals from_half(Shorts x) {
     const Words bits = widened(x), size = (bits & 0x7fffu) << 13;
     const Mask special = bits_as<Mask>(size) >= 0x0f800000;  // infinity and NaN
-    return as_float(as_bits(as_float(size) * 0x1p112f) | (bits_as<Words>(special) & 0x7f800000u) | (bits & 0x8000u) << 16);
+    return as_real(as_bits(as_real(size) * 0x1p112f) | (bits_as<Words>(special) & 0x7f800000u) | (bits & 0x8000u) << 16);
 }
-inline Shorts to_half(Floats x) {  // to nearest, ties to even
+inline Shorts to_half(Reals x) {  // to nearest, ties to even
     const Words bits = as_bits(x), size = bits & 0x7fffffffu;
-    const Words normal = (size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13, subnormal = as_bits(as_float(size) + 0.5f) - 0x3f000000u;
+    const Words normal = (size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13, subnormal = as_bits(as_real(size) + 0.5f) - 0x3f000000u;
     const Mask compared = bits_as<Mask>(size);
     const Words finite = select(compared < 0x38800000, subnormal, normal);
     const Words large = 0x7c00u + (bits_as<Words>(compared > 0x7f800000) & 0x200u);  // infinity or NaN
@@ -219,67 +265,86 @@ struct Half {
     uint16_t bits;
 };
 
-template <class T>
-constexpr bool is_half = false;
 template <>
 constexpr bool is_half<Half> = true;
 
-template <class X>
-inline X load_as(const void* from) {
-    X x;
-    std::memcpy(&x, from, sizeof x);
-    return x;
-}
-
-inline Floats load_vector(const float* from) { return load_as<Floats>(from); }
-inline Floats load_vector(const BFloat16* from) { return as_float(widened(load_as<Shorts>(from)) << 16); }
-inline Floats load_vector(const Half* from) { return from_half(load_as<Shorts>(from)); }
-template <class X>
-inline void store_as(void* to, X x) { std::memcpy(to, &x, sizeof x); }
-inline void store_vector(float* to, Floats x) { store_as(to, x); }
-inline void store_vector(BFloat16* to, Floats x) { store_as(to, narrowed(rounded_bfloat16(x))); }
-inline void store_vector(Half* to, Floats x) { store_as(to, to_half(x)); }
-
-inline float load(float x) { return x; }
-inline float load(BFloat16 x) { return as_float(static_cast<uint32_t>(x.bits) << 16); }
-inline float load(Half x) { return from_half(Shorts{x.bits})[0]; }
-inline void store(float* to, float x) { *to = x; }
-inline void store(BFloat16* to, float x) { to->bits = static_cast<uint16_t>(rounded_bfloat16(x)); }
-inline void store(Half* to, float x) { to->bits = to_half(Floats{x})[0]; }
+inline Reals load_vector(const BFloat16* from) { return as_real(widened(load_as<Shorts>(from)) << 16); }
+inline Reals load_vector(const Half* from) { return from_half(load_as<Shorts>(from)); }
+inline void store_vector(BFloat16* to, Reals x) { store_as(to, narrowed(rounded_bfloat16(x))); }
+inline void store_vector(Half* to, Reals x) { store_as(to, to_half(x)); }
+inline real load(BFloat16 x) { return as_real(static_cast<uint32_t>(x.bits) << 16); }
+inline real load(Half x) { return from_half(Shorts{x.bits})[0]; }
+inline void store(BFloat16* to, real x) { to->bits = static_cast<uint16_t>(rounded_bfloat16(x)); }
+inline void store(Half* to, real x) { to->bits = to_half(Reals{x})[0]; }
+#endif
 
 // The lanes of a vector put together.
-inline float sum(Floats x) {
-    typedef float Four __attribute__((vector_size(16)));
-    Four parts[kWidth / 4], total = {};
+inline real sum(Reals x) {
+    typedef real Part __attribute__((vector_size(16)));
+    Part parts[kBytes / 16], total = {};
     std::memcpy(parts, &x, sizeof x);
-    for (Four part : parts) total += part;
-    return (total[0] + total[2]) + (total[1] + total[3]);
+    for (Part part : parts) total += part;
+    real two[2] = {total[0], total[1]};
+    for (size_t i = 2; i < 16 / sizeof(real); i += 2) two[0] += total[i], two[1] += total[i + 1];
+    return two[0] + two[1];
 }
 
-template <float (*of_two)(float, float)>
-inline float reduced(Floats x) {
-    float two[2] = {x[0], x[1]};
+template <real (*of_two)(real, real)>
+inline real reduced(Reals x) {
+    real two[2] = {x[0], x[1]};
     for (int64_t i = 2; i < kWidth; i += 2) two[0] = of_two(x[i], two[0]), two[1] = of_two(x[i + 1], two[1]);
     return of_two(two[0], two[1]);
 }
 
-constexpr float kLow = -87.3365f;  // e^x is a normal number from here up
+// e^r = 1 + r + r^2 p(r) for |r| <= log(2)/2, and 2 artanh(s) = 2s + s tail(s^2) for s up to that of a number between sqrt(1/2) and sqrt(2)
+#ifdef LARGEMARGIN_FLOAT64
+constexpr real kLow = -708.39641, kLowest = -746;  // e^x is a normal number from kLow up, and 0 below kLowest
+constexpr int kMantissa = 52;
+constexpr Bits kBias = 1023, kRootHalf = 0x3fe6a09e667f3bcdu;
+constexpr real kLog2High = 6.93147180369123816490e-01, kLog2Low = 1.90821492927058770002e-10;
 
 template <class V>
-inline V at_least(float low, V x) {  // NaN stays NaN
+inline V exp_polynomial(V r, V) {  // Taylor's, error 4e-18
+    constexpr real kFactorials[] = {479001600, 39916800, 3628800, 362880, 40320, 5040, 720, 120, 24, 6, 2};
+    V p = V{} + 1 / 6227020800.0;  // 1 / 13!
+    for (real factorial : kFactorials) p = p * r + 1 / factorial;
+    return p;
+}
+
+inline real artanh_tail(real s2) {
+    real tail = 0;
+    for (int k = 11; k > 0; --k) tail = s2 * (2.0 / (2 * k + 1) + tail);
+    return tail;
+}
+#else
+constexpr real kLow = -87.3365f, kLowest = -104;
+constexpr int kMantissa = 23;
+constexpr Bits kBias = 127, kRootHalf = 0x3f3504f3u;
+constexpr real kLog2High = 0.693359375f, kLog2Low = -2.12194440e-4f;
+
+template <class V>
+inline V exp_polynomial(V r, V r2) {  // Chebyshev's fit, error 8e-9
+    return (0.001392692661f * r2 + (0.008363773874f * r + 0.04166655011f)) * r2 + (0.1666657338f * r + 0.5f);
+}
+
+inline real artanh_tail(real s2) {
+    return s2 * (0.666666667f + s2 * (0.4f + s2 * (0.285714286f + s2 * 0.222222222f)));
+}
+#endif
+
+template <class V>
+inline V at_least(real low, V x) {  // NaN stays NaN
     return larger(low - V{}, x);
 }
 
-// y, with e^x = 2^n y for |x| < 105; n is in the low bits of `n_bits`. y = e^r = 1 + r + r^2 p(r), to 0.75 units in the last place, with p the
-// Chebyshev fit on |r| <= log(2)/2 (error 8e-9).
+// y, with e^x = 2^n y down to kLowest; n is in the low bits of `n_bits`. y is right to 0.75 units in the last place.
 template <class V, class B>
 inline V reduced_exp(V x, B& n_bits) {
-    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-    const V shifted = x * 1.44269504f + magic, n = shifted - magic;
-    const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f, r2 = r * r;
-    const V p = (0.001392692661f * r2 + (0.008363773874f * r + 0.04166655011f)) * r2 + (0.1666657338f * r + 0.5f);
+    const real magic = static_cast<real>(Bits{3} << (kMantissa - 1));  // adding it leaves the nearest integer in the low bits
+    const V shifted = x * static_cast<real>(1.4426950408889634) + magic, n = shifted - magic;
+    const V r = (x - n * kLog2High) - n * kLog2Low, r2 = r * r;
     n_bits = as_bits(shifted);
-    return p * r2 + r + 1.0f;
+    return exp_polynomial(r, r2) * r2 + r + static_cast<real>(1);
 }
 
 // e^x for kLow <= x <= 0; NaN gives any number.
@@ -287,51 +352,49 @@ template <class V>
 inline V plain_exp(V x) {
     decltype(as_bits(x)) n;
     const V y = reduced_exp(x, n);
-    return as_float(as_bits(y) + (n << 23));
+    return as_real(as_bits(y) + (n << kMantissa));
 }
 
 // e^x for x <= 0. It is 0 below kLow unless the caller wants subnormal numbers; NaN stays NaN.
 template <bool subnormal = false, class V>
 inline V exp_(V x) {
     decltype(as_bits(x)) n;
-    V y = reduced_exp(subnormal ? at_least(-104.0f, x) : x, n);
-    if (!subnormal) return select(x < kLow, V{}, y * as_float((n << 23) + (127u << 23)));
+    V y = reduced_exp(subnormal ? at_least(kLowest, x) : x, n);
+    if (!subnormal) return select(x < kLow, V{}, y * as_real((n << kMantissa) + (kBias << kMantissa)));
     // 2^n in two factors: one alone is not a normal number
-    y = y * as_float((n << 23) + (191u << 23)) * as_float(63u << 23);
-    return select(x < -104.0f, V{}, y);
+    y = y * as_real((n << kMantissa) + ((kBias + 64) << kMantissa)) * as_real((kBias - 64) << kMantissa);
+    return select(x < kLowest, V{}, y);
 }
 
 // log x for normal x > 0; NaN and +inf give NaN. log m = 2 artanh((m - 1) / (m + 1)), sqrt(1/2) <= m < sqrt(2).
-inline float log_(float x) {
-    uint32_t bits = as_bits(x) - 0x3f3504f3u;
-    float n = static_cast<float>(static_cast<int32_t>(bits) >> 23);
-    float m = as_float((bits & 0x7fffffu) + 0x3f3504f3u);
-    float s = (m - 1.0f) / (m + 1.0f);
-    float s2 = s * s;
-    float tail = s2 * (0.666666667f + s2 * (0.4f + s2 * (0.285714286f + s2 * 0.222222222f)));
-    return n * 0.693359375f + (2.0f * s + (s * tail - n * 2.12194440e-4f)) + (x - x);
+inline real log_(real x) {
+    Bits bits = as_bits(x) - kRootHalf;
+    real n = static_cast<real>(static_cast<Integer>(bits) >> kMantissa);
+    real m = as_real((bits & ((Bits{1} << kMantissa) - 1)) + kRootHalf);
+    real s = (m - 1) / (m + 1);
+    return n * kLog2High + (2 * s + (s * artanh_tail(s * s) + n * kLog2Low)) + (x - x);
 }
 
 // log(1 + x) for x >= 0
-inline float log1p_(float x) {
-    float u = 1.0f + x;
+inline real log1p_(real x) {
+    real u = 1.0f + x;
     return log_(u) + (x - (u - 1.0f)) / u;
 }
 
 // softplus(x) = log(1 + e^x) and its derivative
 struct Softplus {
-    float value, slope;
+    real value, slope;
 };
 
-inline Softplus softplus(float x) {
-    float t = exp_<true>(x > 0 ? -x : x);
+inline Softplus softplus(real x) {
+    real t = exp_<true>(x > 0 ? -x : x);
     return {(x > 0 ? x : 0.0f) + log1p_(t), (x > 0 ? 1.0f : t) / (1.0f + t)};
 }
 
 // softplus(b - l) and its derivative at d = z - b, where l = z - log S and S >= 1: one logarithm for both of them.
-inline Softplus hard_term(float d, float S) {
-    const float t = exp_<true>(d > 0 ? -d : d), pull = d > 0 ? S * t : S, other = d > 0 ? 1.0f : t;
-    const float u = pull + other, rounded = d > 0 ? pull - (u - 1.0f) : 0.0f;
+inline Softplus hard_term(real d, real S) {
+    const real t = exp_<true>(d > 0 ? -d : d), pull = d > 0 ? S * t : S, other = d > 0 ? 1.0f : t;
+    const real u = pull + other, rounded = d > 0 ? pull - (u - 1.0f) : 0.0f;
     return {(d > 0 ? 0.0f : -d) + (log_(u) + rounded / u), pull / u};
 }
 
@@ -344,38 +407,39 @@ inline V near(V z) {
 // Rows finished together: the results of gather and the inputs of scatter. Each quantity has its own array, so loops over rows vectorise.
 struct Rows {
     int64_t offset[kRows], gradient_offset[kRows], probabilities_offset[kRows], probabilities_gradient_offset[kRows];  // in elements
-    int32_t y[kRows];     // kIgnored beyond the last row too
-    float target_logit[kRows], target_weight[kRows], upstream[kRows];
-    float class_weight[kRows];  // of y: its target_weight, unless the target is probabilities
-    float margin_term[kRows];   // the loss before target_weight and smoothing
-    float max[kRows];
+    Integer y[kRows];     // kIgnored beyond the last row too
+    real target_logit[kRows], target_weight[kRows], upstream[kRows];
+    real class_weight[kRows];  // of y: its target_weight, unless the target is probabilities
+    real margin_term[kRows];   // the loss before target_weight and smoothing
+    real max[kRows];
     double sum_exp[kRows], sum_exp_z[kRows], sum_z[kRows], count[kRows], sum_weight[kRows], sum_weight_z[kRows];
-    float inv_sum_exp[kRows], mean_z[kRows], inv_count[kRows];
-    float g_e[kRows], g_q[kRows], g_a[kRows], dense[kRows], on_target[kRows], at_max[kRows];
-    int32_t live[kRows];  // if 0, the gradient is 0 except for on_target
-    float losses[kRows];
-    int32_t plain[kRows];  // no class is masked, and e^z > 0 for all
+    real inv_sum_exp[kRows], mean_z[kRows], inv_count[kRows];
+    real g_e[kRows], g_q[kRows], g_a[kRows], dense[kRows], on_target[kRows], at_max[kRows];
+    Integer rival[kRows];  // the first class with the largest logit but for y, or -1; for losses of the hard margin alone
+    Integer live[kRows];  // if 0, the gradient is 0 except for on_target
+    real losses[kRows];
+    Integer plain[kRows];  // no class is masked, and e^z > 0 for all
     int64_t size, first;   // the rows [first, first + size)
 };
 
 // The statistics of a row from its record, as finish() in rowstats.py.
 struct Stats {
-    float log_odds, mean_q_z, mean_u_z, rho, inv_sum_exp, inv_count;
+    real log_odds, mean_q_z, mean_u_z, rho, inv_sum_exp, inv_count;
 };
 
 inline Stats statistics(const Rows& rows, int64_t p) {
     const bool alone = rows.count[p] == 0;
     const double sum_exp = alone ? 1.0 : rows.sum_exp[p], inv_sum_exp = 1.0 / sum_exp, inv_count = 1.0 / (alone ? 1.0 : rows.count[p]);
-    const float f_y = rows.target_logit[p], rho = log_(static_cast<float>(sum_exp));
-    float l = (f_y - rows.max[p]) - rho;
+    const real f_y = rows.target_logit[p], rho = log_(static_cast<real>(sum_exp));
+    real l = (f_y - rows.max[p]) - rho;
     l = alone ? (f_y - f_y) + kInf : l;  // certain, unless the target is itself -inf, +inf or NaN
     l = f_y == kInf ? NAN : l;
     return {l,
-            static_cast<float>(rows.sum_exp_z[p] * inv_sum_exp),
-            static_cast<float>(rows.sum_z[p] * inv_count),
+            static_cast<real>(rows.sum_exp_z[p] * inv_sum_exp),
+            static_cast<real>(rows.sum_z[p] * inv_count),
             rho,
-            static_cast<float>(inv_sum_exp),
-            static_cast<float>(inv_count)};
+            static_cast<real>(inv_sum_exp),
+            static_cast<real>(inv_count)};
 }
 
 // One element of the gradient, off the target. In a plain row no class is masked and no z below kLow.
@@ -392,13 +456,13 @@ inline V element(V f, V q, V z, C mean_z, C g_e, C g_q, C g_a, C inv_count, C de
 enum Terms { SOFTMAX_LOSS, DIVERGENCE, LOGARITHM };
 
 struct Options {
-    float lam, lam_e, lam_a, lam_log_count;  // lam * divergence = lam_e e + lam_a a + lam_log_count log K
-    float hard_bias, keep, smoothing;        // keep = 1 - smoothing
-    bool weighted_smoothing;
+    real lam, lam_e, lam_a, lam_log_count;  // lam * divergence = lam_e e + lam_a a + lam_log_count log K
+    real hard_bias, keep, smoothing;        // keep = 1 - smoothing
+    bool weighted_smoothing, has_rivals, is_hinge;
     Terms terms;
 };
 
-inline float times(float factor, float x) { return factor != 0 ? factor * x : 0.0f; }  // avoids 0 * inf
+inline real times(real factor, real x) { return factor != 0 ? factor * x : 0.0f; }  // avoids 0 * inf
 
 // The statistics of a few rows.
 void finish_statistics(const Job& job, const Rows& rows) {
@@ -407,50 +471,51 @@ void finish_statistics(const Job& job, const Rows& rows) {
         const int64_t row = rows.first + p;
         const bool kept = rows.y[p] != kIgnored;
         const Stats s = statistics(rows, p);
-        const float fields[6] = {s.log_odds,
+        const real fields[6] = {s.log_odds,
                                  s.mean_q_z - s.rho,
                                  s.mean_u_z - s.rho,
                                  s.rho,
                                  s.mean_q_z - s.mean_u_z,
-                                 static_cast<float>(rows.count[p])};
+                                 static_cast<real>(rows.count[p])};
         for (int64_t i = 0; i < 6; ++i) job.stats[i][row] = kept ? fields[i] : 0.0f;
+        if (!job.state) continue;
         job.state[row] = rows.max[p];
-        job.state[num_rows + row] = static_cast<float>(rows.sum_exp[p]);
+        job.state[num_rows + row] = static_cast<real>(rows.sum_exp[p]);
         job.state[2 * num_rows + row] = s.mean_q_z;
     }
 }
 
 // The losses of a few rows and the coefficients of their gradients.
 HOT void finish_losses(const Options& options, Rows& rows) {
-    const float hard_bias = options.hard_bias, keep = options.keep, smoothing = options.smoothing;
-    const float lam = options.lam, lam_e = options.lam_e, lam_a = options.lam_a, lam_log_count = options.lam_log_count;
+    const real hard_bias = options.hard_bias, keep = options.keep, smoothing = options.smoothing;
+    const real lam = options.lam, lam_e = options.lam_e, lam_a = options.lam_a, lam_log_count = options.lam_log_count;
     const int64_t lanes = padded(rows.size);
 #pragma omp simd
     for (int64_t p = 0; p < lanes; ++p) {
         const bool kept = rows.y[p] >= 0, alone = rows.count[p] == 0;
         const Stats stats = statistics(rows, p);
-        const float l = stats.log_odds, rho = stats.rho, count = static_cast<float>(rows.count[p]);
-        const float w_y = rows.target_weight[p], s = rows.upstream[p];
+        const real l = stats.log_odds, rho = stats.rho, count = static_cast<real>(rows.count[p]);
+        const real w_y = rows.target_weight[p], s = rows.upstream[p];
         const Softplus hard = softplus(hard_bias - l);
         // a smoothing of 1 drops the first term, but a masked target stays infinite
-        const float kept_share = keep > 0 ? keep : (hard.value < kInf ? 0.0f : 1.0f);
-        float loss = kept_share > 0 ? kept_share * hard.value : 0.0f;
+        const real kept_share = keep > 0 ? keep : (hard.value < kInf ? 0.0f : 1.0f);
+        real loss = kept_share > 0 ? kept_share * hard.value : 0.0f;
         // lam_e e + lam_a a + lam_log_count log K; if e and a both count, their common log S is left out
-        const float e_term = lam_e != 0 ? lam_e * (stats.mean_q_z - rho) : 0.0f, a_term = lam_a != 0 ? lam_a * (stats.mean_u_z - rho) : 0.0f;
-        const float mean_z = lam_a == -lam_e ? lam_e * (stats.mean_q_z - stats.mean_u_z) : e_term + a_term;
-        const float log_count = log_(alone ? 1.0f : count);
+        const real e_term = lam_e != 0 ? lam_e * (stats.mean_q_z - rho) : 0.0f, a_term = lam_a != 0 ? lam_a * (stats.mean_u_z - rho) : 0.0f;
+        const real mean_z = lam_a == -lam_e ? lam_e * (stats.mean_q_z - stats.mean_u_z) : e_term + a_term;
+        const real log_count = log_(alone ? 1.0f : count);
         loss = lam > 0 ? loss + (mean_z + lam_log_count * log_count) : loss;
         rows.margin_term[p] = loss;
         loss *= w_y;
-        const float g_l = -s * w_y * kept_share * hard.slope;
-        float g_q = -g_l, on_target = g_l, dense = 0.0f;
+        const real g_l = -s * w_y * kept_share * hard.slope;
+        real g_q = -g_l, on_target = g_l, dense = 0.0f;
         if (smoothing > 0) {
             const Softplus off = softplus(l), on = softplus(-l);
             const bool masked = rows.target_logit[p] == -kInf;  // then y is not a class of the row
-            const float w_n = static_cast<float>(rows.sum_weight[p]), w_z = static_cast<float>(rows.sum_weight_z[p]);
-            const float w_t = masked ? 0.0f : rows.class_weight[p];
-            const float each = smoothing / (count + (masked ? 0.0f : 1.0f));
-            const float off_target = alone ? 0.0f : w_n * (off.value + rho) - w_z;
+            const real w_n = static_cast<real>(rows.sum_weight[p]), w_z = static_cast<real>(rows.sum_weight_z[p]);
+            const real w_t = masked ? 0.0f : rows.class_weight[p];
+            const real each = smoothing / (count + (masked ? 0.0f : 1.0f));
+            const real off_target = alone ? 0.0f : w_n * (off.value + rho) - w_z;
             loss += each * (off_target + (masked ? 0.0f : w_t * on.value));
             g_q += s * each * (w_n + w_t) * on.slope;
             on_target += s * each * (w_n * off.slope - w_t * on.slope);
@@ -471,29 +536,41 @@ HOT void finish_losses(const Options& options, Rows& rows) {
     }
 }
 
+// The losses of the lead of the target over its rival, and the gradient of the two.
+void finish_rivals(const Options& options, Rows& rows) {
+    for (int64_t p = 0; p < rows.size; ++p) {
+        const real missing = options.hard_bias - (rows.target_logit[p] - rows.max[p]), w_y = rows.target_weight[p];
+        const Softplus hinge = {missing <= 0 ? 0.0f : missing, missing > 0 ? 1.0f : missing <= 0 ? 0.0f : missing};
+        const Softplus term = options.is_hinge ? hinge : softplus(missing);
+        const bool kept = rows.y[p] >= 0;
+        rows.losses[p] = kept ? w_y * term.value : 0.0f;
+        rows.on_target[p] = kept ? -rows.upstream[p] * w_y * term.slope : 0.0f;
+    }
+}
+
 // The targets of a row but its largest logit f_j. In the symbols of rows/all_classes.py, with u the share of a target, which is its
 // probability times its weight: z = f - f_j, x = e^z, s = sum x, S = 1 + s - x, tau = (sum x z - x z) / S.
 struct Others {
     // what their terms need
-    float top, scale, sum_x, sum_xz, sum_z, log_sum;  // f_j, e^(max - f_j), s, sum x z, sum z, log(1 + s)
+    real top, scale, sum_x, sum_xz, sum_z, log_sum;  // f_j, e^(max - f_j), s, sum x z, sum z, log(1 + s)
     // sums over the targets: of u, u z, u (sum z - z), u/S, u tau, u tau/S and u log S; the third is exactly 0 if j is the only non-target
     double share, share_z, share_rest, share_over_S, share_tau, share_tau_over_S, share_log_S;
     double share_hard, share_pull;  // with a hard bias b: of u softplus(b - l) and of u softplus'(b - l) / S
     double masked, lost;            // the shares of masked targets, and their loss, which is infinite
     // coefficients of the gradient: the sums over all targets, and what a class takes out as its own target
-    float e_sum, m_sum, on_each, own_lam_e, own_lam_a, own_on_each, pull, masked_pull;
-    float unknown;  // NaN in a row with NaN or without a class, which has no finite gradient; else 0
+    real e_sum, m_sum, on_each, own_lam_e, own_lam_a, own_on_each, pull, masked_pull;
+    real unknown;  // NaN in a row with NaN or without a class, which has no finite gradient; else 0
 };
 
 inline Others peel(const Rows& rows, int64_t p) {
     Others others = {};
     const bool alone = rows.count[p] == 0;
-    const float lead = alone ? 0.0f : rows.max[p] - rows.target_logit[p];
+    const real lead = alone ? 0.0f : rows.max[p] - rows.target_logit[p];
     others.top = rows.target_logit[p];
     others.scale = alone ? 0.0f : exp_(lead);
-    others.sum_x = static_cast<float>(others.scale * rows.sum_exp[p]);
-    others.sum_xz = static_cast<float>(others.scale * (rows.sum_exp_z[p] + near(lead) * rows.sum_exp[p]));
-    others.sum_z = static_cast<float>(rows.sum_z[p] + rows.count[p] * lead);
+    others.sum_x = static_cast<real>(others.scale * rows.sum_exp[p]);
+    others.sum_xz = static_cast<real>(others.scale * (rows.sum_exp_z[p] + near(lead) * rows.sum_exp[p]));
+    others.sum_z = static_cast<real>(rows.sum_z[p] + rows.count[p] * lead);
     others.log_sum = log1p_(others.sum_x);
     return others;
 }
@@ -512,41 +589,42 @@ void finish_others(const Options& options, Rows& rows, int64_t p, Others& others
         if (lam_a != 0) loss += lam_a * (others.share_rest / count + (masked != 0 ? others.sum_z * masked / whole : 0));
         if (options.lam_log_count != 0) loss += options.lam_log_count * (present * std::log(count) + masked * std::log(whole));
     }
-    rows.losses[p] = static_cast<float>(rows.losses[p] + loss);
+    rows.losses[p] = static_cast<real>(rows.losses[p] + loss);
 
-    const float s = rows.upstream[p];
-    others.e_sum = times(options.lam_e, s) * static_cast<float>(others.share_over_S);
-    others.m_sum = options.lam > 0 ? static_cast<float>(s * (lam_e * others.share_tau_over_S + lam_a * others.share_over_S)) : 0.0f;
-    others.on_each = times(options.lam_a, s) * static_cast<float>(present / count + masked / whole);
+    const real s = rows.upstream[p];
+    others.e_sum = times(options.lam_e, s) * static_cast<real>(others.share_over_S);
+    others.m_sum = options.lam > 0 ? static_cast<real>(s * (lam_e * others.share_tau_over_S + lam_a * others.share_over_S)) : 0.0f;
+    others.on_each = times(options.lam_a, s) * static_cast<real>(present / count + masked / whole);
     others.own_lam_e = times(options.lam_e, s);
     others.own_lam_a = times(options.lam_a, s);
-    others.own_on_each = times(options.lam_a, s) / static_cast<float>(count);
+    others.own_on_each = times(options.lam_a, s) / static_cast<real>(count);
     others.pull = options.keep * s;
     others.unknown = rows.margin_term[p] == rows.margin_term[p] ? 0.0f : NAN;
     others.masked_pull = (options.keep > 0 ? options.keep * s : s) + others.unknown;
-    rows.g_q[p] += static_cast<float>(s * pull * others.sum_x);
+    rows.g_q[p] += static_cast<real>(s * pull * others.sum_x);
     // of the other targets' gradient, at x = 1 and z = 0; j has no own term to take out
-    rows.on_target[p] = static_cast<float>(rows.on_target[p] + s * pull + (static_cast<double>(others.on_each) - others.m_sum));
+    rows.on_target[p] = static_cast<real>(rows.on_target[p] + s * pull + (static_cast<double>(others.on_each) - others.m_sum));
 }
 
 double finish(const Job& job, const Options& options, double upstream, Rows& rows, Others* others = nullptr) {
-    if (job.kind == STATISTICS) {
+    if (job.kind != LOSS) {
         finish_statistics(job, rows);
         return 0;
     }
-    for (int64_t p = 0; p < rows.size; ++p) rows.upstream[p] = job.row_upstream ? job.row_upstream[rows.first + p] : static_cast<float>(upstream);
-    finish_losses(options, rows);
+    for (int64_t p = 0; p < rows.size; ++p) rows.upstream[p] = job.row_upstream ? job.row_upstream[rows.first + p] : static_cast<real>(upstream);
+    if (options.has_rivals) finish_rivals(options, rows);
+    else finish_losses(options, rows);
     for (int64_t p = 0; others && p < rows.size; ++p) finish_others(options, rows, p, others[p]);
     double sum = 0;
     for (int64_t p = 0; p < rows.size; ++p) sum += rows.losses[p];
-    if (job.losses) std::memcpy(job.losses + rows.first, rows.losses, static_cast<size_t>(rows.size) * sizeof(float));
+    if (job.losses) std::memcpy(job.losses + rows.first, rows.losses, static_cast<size_t>(rows.size) * sizeof(real));
     return sum;
 }
 
 // The gradient at c* with a gradient of rho: its terms q g_rho and -g_rho nearly cancel if q is close to 1.
-inline float at_first_max(const Rows& rows, int64_t p) {
-    const float q = rows.inv_sum_exp[p];
-    return element(rows.max[p], q, 0.0f, rows.mean_z[p], rows.g_e[p], -rows.on_target[p], rows.g_a[p], rows.inv_count[p], 0.0f) +
+inline real at_first_max(const Rows& rows, int64_t p) {
+    const real q = rows.inv_sum_exp[p];
+    return element(rows.max[p], q, real{}, rows.mean_z[p], rows.g_e[p], -rows.on_target[p], rows.g_a[p], rows.inv_count[p], real{}) +
            rows.at_max[p] * (q - 1.0f);
 }
 
@@ -555,8 +633,8 @@ void resume(const Job& job, Rows& rows) {
     const int64_t stride = job.outer * job.inner;
     for (int64_t p = 0; p < rows.size; ++p) {
         const int64_t row = rows.first + p;
-        const float count = job.stats[5][row];
-        float g[4];
+        const real count = job.stats[5][row];
+        real g[4];
         for (int64_t i = 0; i < 4; ++i) g[i] = job.grads[i] ? job.grads[i][row] : 0.0f;
         rows.max[p] = job.state[row];
         rows.inv_sum_exp[p] = 1.0f / job.state[stride + row];
@@ -573,14 +651,14 @@ void resume(const Job& job, Rows& rows) {
 }
 
 struct Scratch {
-    float* exp_z;         // e^z of the current rows
-    float* edges;         // of the current rows
-    float* block;         // the logits of a tile, or with probabilities of one block, or of the rows together
-    const float* weight;  // of the classes, padded
+    real* exp_z;         // e^z of the current rows
+    real* edges;         // of the current rows
+    real* block;         // the logits of a tile, or with probabilities of one block, or of the rows together
+    const real* weight;  // of the classes, padded
     // for probabilities
-    float* shares;   // as the block
-    float* values;   // of the gradient of a block
-    float* copies;   // of rows whose classes are not neighbours: logits, then probabilities
+    real* shares;   // as the block
+    real* values;   // of the gradient of a block
+    real* copies;   // of rows whose classes are not neighbours: logits, then probabilities
     Others* others;  // of the current rows
 };
 
@@ -588,14 +666,14 @@ struct Scratch {
 
 // The largest and the smallest of some logits, lane by lane, without NaN.
 struct Range {
-    Floats max, min;
+    Reals max, min;
 };
 
 template <class T>
 HOT void widen(const T* f, int64_t n, Range& range) {
-    Floats max = range.max, min = range.min;
+    Reals max = range.max, min = range.min;
     for (int64_t c = 0; c < n; c += kWidth) {
-        const Floats x = load_vector(f + c);
+        const Reals x = load_vector(f + c);
         max = larger(x, max);
         min = smaller(x, min);
     }
@@ -608,16 +686,16 @@ struct Sums {
 };
 
 template <bool plain, class T>
-HOT void gather_classes(const T* RESTRICT f, float shift, int64_t n, float* RESTRICT exp_z, bool keep_exp, Sums& sums) {
+HOT void gather_classes(const T* RESTRICT f, real shift, int64_t n, real* RESTRICT exp_z, bool keep_exp, Sums& sums) {
     for (int64_t left = n; left > 0; left -= kBlock, f += kBlock, exp_z += keep_exp ? kBlock : 0) {
         const int64_t size = left < kBlock ? left : kBlock;
-        Floats s = {}, t = {}, a = {};
+        Reals s = {}, t = {}, a = {};
         for (int64_t c = 0; c < size; c += kWidth) {
-            const Floats x = load_vector(f + c), z = x - shift, e = plain ? plain_exp(z) : exp_(z);
+            const Reals x = load_vector(f + c), z = x - shift, e = plain ? plain_exp(z) : exp_(z);
             store_vector(exp_z + c, e);
             s += e;
             t += e * (plain ? z : near(z));
-            a += plain ? z : select(x == -kInf, Floats{}, z);
+            a += plain ? z : select(x == -kInf, Reals{}, z);
         }
         sums.exp_z += sum(s);
         sums.exp_z_z += sum(t);
@@ -627,12 +705,12 @@ HOT void gather_classes(const T* RESTRICT f, float shift, int64_t n, float* REST
 
 // The number of classes of a row beside its target, and their summed weights.
 template <class T>
-HOT void count_classes(const T* f, const float* w, int64_t num_classes, int64_t y, float shift, double& count, double& sum_weight,
+HOT void count_classes(const T* f, const real* w, int64_t num_classes, int64_t y, real shift, double& count, double& sum_weight,
                        double& sum_weight_z) {
     double k = 0, b = 0, bz = 0;
 #pragma omp simd reduction(+ : k, b, bz)
     for (int64_t c = 0; c < num_classes; ++c) {
-        const float x = load(f[c]);
+        const real x = load(f[c]);
         const bool present = x != -kInf && c != y;
         const double weight = present ? (w ? w[c] : 1.0f) : 0.0f;
         k += present ? 1.0 : 0.0;
@@ -651,7 +729,7 @@ void copy_row(const T* from, int64_t n, U* to) {
 
 // The n logits of a block, the target masked, padded with absent classes.
 template <class T>
-HOT void load_block(const T* RESTRICT from, int64_t n, int64_t target, float* RESTRICT to) {
+HOT void load_block(const T* RESTRICT from, int64_t n, int64_t target, real* RESTRICT to) {
     copy_row(from, n, to);
     for (int64_t c = n; c < padded(n); ++c) to[c] = -kInf;
     if (target >= 0 && target < n) to[target] = -kInf;
@@ -660,18 +738,18 @@ HOT void load_block(const T* RESTRICT from, int64_t n, int64_t target, float* RE
 enum Way { PLAIN, MASKED, WEIGHTED, AGAIN };  // rows: plain; any; any, with smoothed weights; any, without e^z
 
 template <Way way, class T>
-HOT void scatter_classes(const Rows& rows, int64_t p, const T* f, const float* exp_z, const float* w, int64_t n, T* gradient) {
-    const float max = rows.max[p], mean_z = rows.mean_z[p], inv_count = rows.inv_count[p], scale = rows.inv_sum_exp[p];
-    const float g_e = rows.g_e[p], g_q = rows.g_q[p], g_a = rows.g_a[p], dense = rows.dense[p];
+HOT void scatter_classes(const Rows& rows, int64_t p, const T* f, const real* exp_z, const real* w, int64_t n, T* gradient) {
+    const real max = rows.max[p], mean_z = rows.mean_z[p], inv_count = rows.inv_count[p], scale = rows.inv_sum_exp[p];
+    const real g_e = rows.g_e[p], g_q = rows.g_q[p], g_a = rows.g_a[p], dense = rows.dense[p];
     for (int64_t c = 0; c < n; c += kWidth) {  // f and gradient may be the same memory: the loop reads an element before it writes it
-        const Floats x = load_vector(f + c), z = x - max, q = (way == AGAIN ? exp_(z) : load_vector(exp_z + c)) * scale;
-        const Floats each = way == WEIGHTED ? dense * load_vector(w + c) : all(dense);
+        const Reals x = load_vector(f + c), z = x - max, q = (way == AGAIN ? exp_(z) : load_vector(exp_z + c)) * scale;
+        const Reals each = way == WEIGHTED ? dense * load_vector(w + c) : all(dense);
         store_vector(gradient + c, element<way == PLAIN>(x, q, z, all(mean_z), all(g_e), all(g_q), all(g_a), all(inv_count), each));
     }
 }
 
 template <class T>
-void scatter_row(const Rows& rows, int64_t p, const T* f, const float* w, int64_t num_classes, const float* exp_z, T* gradient) {
+void scatter_row(const Rows& rows, int64_t p, const T* f, const real* w, int64_t num_classes, const real* exp_z, T* gradient) {
     const int64_t y = rows.y[p], whole = num_classes / kLanes * kLanes, rest = num_classes - whole;
     if (!rows.live[p]) {
         for (int64_t c = 0; c < num_classes; ++c) store(gradient + c, 0.0f);
@@ -715,7 +793,7 @@ struct Edges {
 };
 
 template <class T>
-inline void load_edges(const T* f, const Edges& edges, int64_t y, float* to) {
+inline void load_edges(const T* f, const Edges& edges, int64_t y, real* to) {
     const int64_t size = edges.size();
     for (int64_t c = 0; c < size; c += kWidth) store_vector(to + c, load_vector(f + edges.begin + c));
     for (int64_t c = 0; edges.rest > 0 && c < kLanes; ++c) to[size + c] = c < edges.rest ? load(f[edges.whole + c]) : -kInf;
@@ -724,24 +802,24 @@ inline void load_edges(const T* f, const Edges& edges, int64_t y, float* to) {
 
 // The sums of a row about its target, and e^z.
 template <class T>
-void gather_row(const T* f, int64_t num_classes, const float* w, bool keep_exp, const float* edge, float* exp_z, Rows& rows, int64_t p) {
+void gather_row(const T* f, int64_t num_classes, const real* w, bool keep_exp, const real* edge, real* exp_z, Rows& rows, int64_t p) {
     const int64_t y = rows.y[p], has_target = y >= 0;
     const Edges edges(num_classes, y);
     const int64_t begin = edges.begin, end = edges.end, whole = edges.whole, size = edges.padded_size();
     Range range = {all(-kInf), all(kInf)};
-    Floats present = {};
+    Reals present = {};
     for (int64_t c = 0; c < size; c += kWidth) {
-        const Floats x = load_vector(edge + c);
+        const Reals x = load_vector(edge + c);
         range.max = larger(x, range.max);
         range.min = smaller(select(x == -kInf, all(kInf), x), range.min);
-        present += select(x == -kInf, Floats{}, all(1.0f));
+        present += select(x == -kInf, Reals{}, all(1.0f));
     }
     if (begin > 0) widen(f, begin, range);
     if (whole > end) widen(f + end, whole - end, range);
-    const float max = reduced<larger>(range.max), shift = max == -kInf ? 0.0f : max;
+    const real max = reduced<larger>(range.max), shift = max == -kInf ? 0.0f : max;
     const int64_t num_present = static_cast<int64_t>(sum(present));
     const bool plain = num_present == edges.size() + edges.rest - has_target && reduced<smaller>(range.min) - max >= kLow;
-    alignas(kAlignment) float exp_edges[2 * kLanes];
+    alignas(kAlignment) real exp_edges[2 * kLanes];
     const bool apart = num_classes > kShort;
     Sums sums = {0, 0, 0};
     gather_classes<false>(edge, shift, size, apart ? exp_edges : exp_z, false, sums);
@@ -749,8 +827,8 @@ void gather_row(const T* f, int64_t num_classes, const float* w, bool keep_exp, 
     if (begin > 0) gather(f, shift, begin, exp_z, keep_exp, sums);
     if (whole > end) gather(f + end, shift, whole - end, exp_z + (keep_exp ? end : 0), keep_exp, sums);
     if (keep_exp && apart) {
-        std::memcpy(exp_z + begin, exp_edges, static_cast<size_t>(edges.size()) * sizeof(float));
-        std::memcpy(exp_z + whole, exp_edges + edges.size(), static_cast<size_t>(size - edges.size()) * sizeof(float));
+        std::memcpy(exp_z + begin, exp_edges, static_cast<size_t>(edges.size()) * sizeof(real));
+        std::memcpy(exp_z + whole, exp_edges + edges.size(), static_cast<size_t>(size - edges.size()) * sizeof(real));
     }
     rows.max[p] = max;
     rows.plain[p] = plain;
@@ -763,7 +841,7 @@ void gather_row(const T* f, int64_t num_classes, const float* w, bool keep_exp, 
 
 // The same for the current rows.
 template <class T>
-void gather_rows(const T* logits, int64_t num_classes, const float* w, bool keep_exp, Rows& rows, Scratch& scratch) {
+void gather_rows(const T* logits, int64_t num_classes, const real* w, bool keep_exp, Rows& rows, Scratch& scratch) {
     const int64_t lanes = padded(num_classes), edge_size = Edges::stride(num_classes);
     for (int64_t p = 0; p < rows.size; ++p) {  // a separate loop: what was stored in parts can be loaded as a whole only after a while
         const T* f = logits + rows.offset[p];
@@ -772,26 +850,108 @@ void gather_rows(const T* logits, int64_t num_classes, const float* w, bool keep
     }
     for (int64_t p = 0; p < rows.size; ++p) {
         if (rows.y[p] == kIgnored) continue;
-        float* exp_z = scratch.exp_z + (keep_exp ? p * lanes : 0);
+        real* exp_z = scratch.exp_z + (keep_exp ? p * lanes : 0);
         gather_row(logits + rows.offset[p], num_classes, w, keep_exp, scratch.edges + p * edge_size, exp_z, rows, p);
+    }
+}
+
+// The first of the largest elements; 0 if there is none.
+template <class T>
+HOT int64_t first_max(const T* f, int64_t n) {
+    constexpr int64_t kChunk = 128;
+    real largest = -kInf;
+    int64_t first = 0;
+    for (int64_t from = 0; from < n; from += kChunk) {
+        const int64_t size = n - from < kChunk ? n - from : kChunk;
+        real max = -kInf;
+#pragma omp simd reduction(max : max)
+        for (int64_t c = 0; c < size; ++c) max = load(f[from + c]) > max ? load(f[from + c]) : max;
+        if (max > largest) largest = max, first = from;
+    }
+    const int64_t size = n - first < kChunk ? n - first : kChunk;
+    int32_t at = kChunk;
+#pragma omp simd reduction(min : at)
+    for (int32_t c = 0; c < static_cast<int32_t>(size); ++c) at = load(f[first + c]) == largest && c < at ? c : at;
+    return at < kChunk ? first + at : 0;
+}
+
+// The number of classes that come before y: those with a larger logit, and of equal logits the first. A masked class comes after any number.
+template <class T>
+HOT int64_t num_ahead(const T* f, int64_t num_classes, int64_t y) {
+    const real of_y = load(f[y]);
+    int32_t before = 0, after = 0;
+#pragma omp simd reduction(+ : before)
+    for (int64_t c = 0; c < y; ++c) before += load(f[c]) >= of_y;
+#pragma omp simd reduction(+ : after)
+    for (int64_t c = y + 1; c < num_classes; ++c) after += load(f[c]) > of_y;
+    return of_y == -kInf ? INT64_MAX : before + after;
+}
+
+// The log-odds of the predictions of the current rows, and the number of classes before their targets.
+template <class T>
+void predict(const Job& job, const T* logits, Rows& rows, Scratch& scratch) {
+    Integer y[kRows];
+    for (int64_t p = 0; p < rows.size; ++p) {
+        const T* f = logits + rows.offset[p];
+        y[p] = rows.y[p];
+        job.ahead[rows.first + p] = y[p] >= 0 ? num_ahead(f, job.num_classes, y[p]) : -1;
+        if (y[p] >= 0) rows.y[p] = static_cast<Integer>(first_max(f, job.num_classes));
+    }
+    gather_rows(logits, job.num_classes, nullptr, false, rows, scratch);
+    for (int64_t p = 0; p < rows.size; ++p) {
+        job.prediction_log_odds[rows.first + p] = y[p] >= 0 ? statistics(rows, p).log_odds : 0.0f;
+        rows.y[p] = y[p];
+    }
+}
+
+// NaN if the row holds NaN or +inf, else 0.
+template <class T>
+HOT real unknown(const T* f, int64_t num_classes) {
+    real sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t c = 0; c < num_classes; ++c) sum += load(f[c]) == -kInf ? 0.0f : load(f[c]) - load(f[c]);
+    return sum;
+}
+
+// The largest logit of each row but for its target, and the first class that has it.
+template <class T>
+void find_rivals(const T* logits, int64_t num_classes, Rows& rows) {
+    for (int64_t p = 0; p < rows.size; ++p) {
+        const T* f = logits + rows.offset[p];
+        const int64_t y = rows.y[p], after = y + 1, num_after = num_classes - after;
+        rows.rival[p] = -1;
+        if (y < 0) continue;
+        rows.target_logit[p] = load(f[y]);
+        rows.max[p] = -kInf + unknown(f, num_classes);
+        if (num_classes == 1) continue;
+        int64_t rival = first_max(f, y);
+        const int64_t later = num_after > 0 ? after + first_max(f + after, num_after) : rival;
+        if (y == 0 || load(f[later]) > load(f[rival])) rival = later;
+        if (rows.max[p] == -kInf) rows.max[p] = load(f[rival]);
+        rows.rival[p] = load(f[rival]) == -kInf ? -1 : static_cast<Integer>(rival);
     }
 }
 
 template <class T>
 double run_rows(const Job& job, const Options& options, double upstream, Rows& rows, Scratch& scratch, const T* logits, T* gradient) {
     const int64_t num_classes = job.num_classes;
-    const float* w = options.weighted_smoothing ? scratch.weight : nullptr;
+    const real* w = options.weighted_smoothing ? scratch.weight : nullptr;
     const bool gather = job.kind != STATISTICS_GRADIENT;
     double sum = 0;
-    if (gather) {
+    if (options.has_rivals) {
+        find_rivals(logits, num_classes, rows);
+        sum = finish(job, options, upstream, rows);
+    } else if (gather) {
+        if (job.kind == PREDICTIONS) predict(job, logits, rows, scratch);
         gather_rows(logits, num_classes, w, gradient != nullptr, rows, scratch);
         sum = finish(job, options, upstream, rows);
     } else {
         resume(job, rows);
     }
     for (int64_t p = 0; gradient && p < rows.size; ++p) {
-        const float* exp_z = gather ? scratch.exp_z + p * padded(num_classes) : nullptr;
+        const real* exp_z = gather ? scratch.exp_z + p * padded(num_classes) : nullptr;
         scatter_row(rows, p, logits + rows.offset[p], w, num_classes, exp_z, gradient + rows.gradient_offset[p]);
+        if (options.has_rivals && rows.rival[p] >= 0) store(gradient + rows.gradient_offset[p] + rows.rival[p], -rows.on_target[p]);
     }
     return sum;
 }
@@ -801,30 +961,12 @@ double run_rows(const Job& job, const Options& options, double upstream, Rows& r
 // A block of the classes of a row, for its targets.
 struct Targets {
     int64_t n;
-    float *f, *exp_z, *shares;
+    real *f, *exp_z, *shares;
 };
-
-// The first of the largest elements; 0 if there is none.
-template <class T>
-HOT int64_t first_max(const T* f, int64_t n) {
-    constexpr int64_t kChunk = 128;
-    float largest = -kInf;
-    int64_t first = 0;
-    for (int64_t from = 0; from < n; from += kChunk) {
-        const int64_t size = n - from < kChunk ? n - from : kChunk;
-        float max = -kInf;
-#pragma omp simd reduction(max : max)
-        for (int64_t c = 0; c < size; ++c) max = load(f[from + c]) > max ? load(f[from + c]) : max;
-        if (max > largest) largest = max, first = from;
-    }
-    for (int64_t c = first; c < n; ++c)
-        if (load(f[c]) == largest) return c;
-    return 0;
-}
 
 // The shares of the n targets of a block, 0 for j and for the padding.
 template <class P>
-HOT void load_shares(const P* RESTRICT from, const float* RESTRICT w, int64_t n, int64_t j, float* RESTRICT to) {
+HOT void load_shares(const P* RESTRICT from, const real* RESTRICT w, int64_t n, int64_t j, real* RESTRICT to) {
     if (w) {
 #pragma omp simd
         for (int64_t c = 0; c < n; ++c) to[c] = load(from[c]) * w[c];
@@ -838,19 +980,19 @@ HOT void load_shares(const P* RESTRICT from, const float* RESTRICT w, int64_t n,
 
 // Adds the sums over the targets of a block.
 template <Terms terms, bool has_bias>
-HOT void add_targets(const Targets& targets, float hard_bias, Others& others) {
-    const float *RESTRICT f = targets.f, *RESTRICT exp_z = targets.exp_z, *RESTRICT shares = targets.shares, scale = others.scale;
-    const float top = others.top, sum_x = others.sum_x, sum_xz = others.sum_xz, sum_z = others.sum_z;
+HOT void add_targets(const Targets& targets, real hard_bias, Others& others) {
+    const real *RESTRICT f = targets.f, *RESTRICT exp_z = targets.exp_z, *RESTRICT shares = targets.shares, scale = others.scale;
+    const real top = others.top, sum_x = others.sum_x, sum_xz = others.sum_xz, sum_z = others.sum_z;
     const int64_t lanes = padded(targets.n);
-    float share = 0, share_z = 0, rest = 0, over_S = 0, share_tau = 0, tau_over_S = 0, share_log = 0, hard = 0, pull = 0;
+    real share = 0, share_z = 0, rest = 0, over_S = 0, share_tau = 0, tau_over_S = 0, share_log = 0, hard = 0, pull = 0;
 #pragma omp simd reduction(+ : share, share_z, rest, over_S, share_tau, tau_over_S, share_log, hard, pull)
     for (int64_t c = 0; c < lanes; ++c) {
-        const float u = shares[c], z = f[c] - top, x = exp_z[c] * scale, S = 1.0f + (sum_x - x), u_over_S = u / S;
+        const real u = shares[c], z = f[c] - top, x = exp_z[c] * scale, S = 1.0f + (sum_x - x), u_over_S = u / S;
         const bool counts = u != 0.0f && f[c] != -kInf;
         share += u;
         share_z += counts ? u * z : 0.0f;
         if constexpr (terms >= DIVERGENCE) {
-            const float tau = (sum_xz - x * near(z)) / S;
+            const real tau = (sum_xz - x * near(z)) / S;
             over_S += u_over_S;
             share_tau += u * tau;
             rest += counts ? u * (sum_z - z) : 0.0f;
@@ -876,32 +1018,32 @@ HOT void add_targets(const Targets& targets, float hard_bias, Others& others) {
 
 // The gradient of a block. Every class takes the term of its own target out of the sums over all.
 template <bool has_divergence, bool has_bias>
-HOT void scatter_targets(const Rows& rows, int64_t p, const Others& others, const Targets& targets, const float* RESTRICT w, float hard_bias,
-                         float* RESTRICT values) {
-    const float *RESTRICT f = targets.f, *RESTRICT exp_z = targets.exp_z, *RESTRICT shares = targets.shares;
-    const float max = rows.max[p], mean_z = rows.mean_z[p], inv_count = rows.inv_count[p];
-    const float g_e = rows.g_e[p], g_q = rows.g_q[p], g_a = rows.g_a[p], dense = w ? 0.0f : rows.dense[p];
-    const float top = others.top, sum_x = others.sum_x, sum_xz = others.sum_xz, e_sum = others.e_sum, m_sum = others.m_sum;
-    const float on_each = others.on_each, own_lam_e = others.own_lam_e, own_lam_a = others.own_lam_a, own_on_each = others.own_on_each;
-    const float pull = others.pull, masked_pull = others.masked_pull;
-    const float q_scale = rows.inv_sum_exp[p], x_scale = others.scale;
+HOT void scatter_targets(const Rows& rows, int64_t p, const Others& others, const Targets& targets, const real* RESTRICT w, real hard_bias,
+                         real* RESTRICT values) {
+    const real *RESTRICT f = targets.f, *RESTRICT exp_z = targets.exp_z, *RESTRICT shares = targets.shares;
+    const real max = rows.max[p], mean_z = rows.mean_z[p], inv_count = rows.inv_count[p];
+    const real g_e = rows.g_e[p], g_q = rows.g_q[p], g_a = rows.g_a[p], dense = w ? 0.0f : rows.dense[p];
+    const real top = others.top, sum_x = others.sum_x, sum_xz = others.sum_xz, e_sum = others.e_sum, m_sum = others.m_sum;
+    const real on_each = others.on_each, own_lam_e = others.own_lam_e, own_lam_a = others.own_lam_a, own_on_each = others.own_on_each;
+    const real pull = others.pull, masked_pull = others.masked_pull;
+    const real q_scale = rows.inv_sum_exp[p], x_scale = others.scale;
     const int64_t lanes = padded(targets.n);
 #pragma omp simd
     for (int64_t c = 0; c < lanes; ++c) {
-        const float u = shares[c], z = near(f[c] - top), x = exp_z[c] * x_scale, S = 1.0f + (sum_x - x);
-        float value = element(f[c], exp_z[c] * q_scale, f[c] - max, mean_z, g_e, g_q, g_a, inv_count, dense), own_pull = pull * u;
+        const real u = shares[c], z = near(f[c] - top), x = exp_z[c] * x_scale, S = 1.0f + (sum_x - x);
+        real value = element(f[c], exp_z[c] * q_scale, f[c] - max, mean_z, g_e, g_q, g_a, inv_count, dense), own_pull = pull * u;
         if constexpr (has_divergence) {
-            const float tau = (sum_xz - x * z) / S;
+            const real tau = (sum_xz - x * z) / S;
             value += x * ((z * e_sum - m_sum) - u / S * (own_lam_e * (z - tau) - own_lam_a)) + (on_each - own_on_each * u);
         }
         if constexpr (has_bias) own_pull *= hard_term((f[c] - top) - hard_bias, S).slope * (1.0f + x / S);
         values[c] = f[c] == -kInf ? -masked_pull * u : value - own_pull;
     }
     if (!w) return;
-    const float weighted = rows.dense[p];
+    const real weighted = rows.dense[p];
 #pragma omp simd
     for (int64_t c = 0; c < lanes; ++c) {
-        const float smoothed = weighted * w[c];
+        const real smoothed = weighted * w[c];
         values[c] -= f[c] == -kInf ? 0.0f : smoothed;
     }
 }
@@ -909,17 +1051,17 @@ HOT void scatter_targets(const Rows& rows, int64_t p, const Others& others, cons
 // The margin terms of the targets of a block.
 template <Terms terms, bool has_bias>
 HOT void margin_terms(const Options& options, const Rows& rows, int64_t p, const Others& others, const Targets& targets,
-                      float* RESTRICT values) {
-    const float *RESTRICT f = targets.f, *RESTRICT exp_z = targets.exp_z, scale = others.scale;
+                      real* RESTRICT values) {
+    const real *RESTRICT f = targets.f, *RESTRICT exp_z = targets.exp_z, scale = others.scale;
     const int64_t lanes = padded(targets.n);
-    const float top = others.top, sum_x = others.sum_x, sum_xz = others.sum_xz, log_sum = others.log_sum;
-    const float hard_bias = options.hard_bias, keep = options.keep, count = static_cast<float>(rows.count[p] > 0 ? rows.count[p] : 1.0);
-    const float lam_e = options.lam_e, lam_u = options.lam_a / count, lam_log_S = options.lam_e + options.lam_a;
-    const float sum_z = lam_u != 0 ? others.sum_z : 0.0f, log_count = times(options.lam_log_count, log_(count));
+    const real top = others.top, sum_x = others.sum_x, sum_xz = others.sum_xz, log_sum = others.log_sum;
+    const real hard_bias = options.hard_bias, keep = options.keep, count = static_cast<real>(rows.count[p] > 0 ? rows.count[p] : 1.0);
+    const real lam_e = options.lam_e, lam_u = options.lam_a / count, lam_log_S = options.lam_e + options.lam_a;
+    const real sum_z = lam_u != 0 ? others.sum_z : 0.0f, log_count = times(options.lam_log_count, log_(count));
 #pragma omp simd
     for (int64_t c = 0; c < lanes; ++c) {
-        const float z = f[c] - top, x = exp_z[c] * scale, S = 1.0f + (sum_x - x);
-        float term = keep * (has_bias ? hard_term(z - hard_bias, S).value : log_sum - z);
+        const real z = f[c] - top, x = exp_z[c] * scale, S = 1.0f + (sum_x - x);
+        real term = keep * (has_bias ? hard_term(z - hard_bias, S).value : log_sum - z);
         if constexpr (terms >= DIVERGENCE) term += lam_e * ((sum_xz - x * near(z)) / S) + lam_u * (sum_z - z);
         if constexpr (terms == LOGARITHM) term += log_count - lam_log_S * log_(S);
         values[c] = term;
@@ -928,11 +1070,11 @@ HOT void margin_terms(const Options& options, const Rows& rows, int64_t p, const
 
 // The masked targets of a row. Those with a share have an infinite loss, so few rows have any.
 template <bool weighted, class T, class P>
-HOT void add_masked(const T* RESTRICT f, const P* RESTRICT probabilities, const float* RESTRICT w, int64_t num_classes, Others& others) {
-    float masked = 0, lost = 0;
+HOT void add_masked(const T* RESTRICT f, const P* RESTRICT probabilities, const real* RESTRICT w, int64_t num_classes, Others& others) {
+    real masked = 0, lost = 0;
 #pragma omp simd reduction(+ : masked, lost)
     for (int64_t c = 0; c < num_classes; ++c) {
-        const float share = load(f[c]) == -kInf ? load(probabilities[c]) : 0.0f, u = weighted ? share * w[c] : share;
+        const real share = load(f[c]) == -kInf ? load(probabilities[c]) : 0.0f, u = weighted ? share * w[c] : share;
         masked += u;
         lost += (share != 0.0f ? kInf : 0.0f) * u;  // 0, infinite, or NaN
     }
@@ -942,11 +1084,11 @@ HOT void add_masked(const T* RESTRICT f, const P* RESTRICT probabilities, const 
 
 // The gradient of the shares of a block, from its margin terms in `values`. A masked class without a share has none.
 template <class P>
-HOT void scatter_shares(const float* RESTRICT f, const P* RESTRICT probabilities, const float* RESTRICT w, float upstream, float unknown,
-                        int64_t n, float* RESTRICT values) {
+HOT void scatter_shares(const real* RESTRICT f, const P* RESTRICT probabilities, const real* RESTRICT w, real upstream, real unknown,
+                        int64_t n, real* RESTRICT values) {
 #pragma omp simd
     for (int64_t c = 0; c < n; ++c) {
-        const float of_masked = load(probabilities[c]) == 0.0f ? unknown : unknown + kInf;
+        const real of_masked = load(probabilities[c]) == 0.0f ? unknown : unknown + kInf;
         values[c] = (f[c] == -kInf ? of_masked : values[c]) * upstream;
     }
     if (!w) return;
@@ -968,23 +1110,23 @@ Targets targets_of(const Job& job, const Rows& rows, int64_t p, int64_t from, co
 }
 
 void add(const Options& options, const Targets& targets, Others& others) {
-    using Sums = void (*)(const Targets&, float, Others&);
+    using Sums = void (*)(const Targets&, real, Others&);
     static constexpr Sums kSums[3][2] = {{add_targets<SOFTMAX_LOSS, false>, add_targets<SOFTMAX_LOSS, true>},
                                          {add_targets<DIVERGENCE, false>, add_targets<DIVERGENCE, true>},
                                          {add_targets<LOGARITHM, false>, add_targets<LOGARITHM, true>}};
     kSums[options.terms][options.hard_bias != 0](targets, options.hard_bias, others);
 }
 
-void margins(const Options& options, const Rows& rows, int64_t p, const Others& others, const Targets& targets, float* values) {
-    using Terms_ = void (*)(const Options&, const Rows&, int64_t, const Others&, const Targets&, float*);
+void margins(const Options& options, const Rows& rows, int64_t p, const Others& others, const Targets& targets, real* values) {
+    using Terms_ = void (*)(const Options&, const Rows&, int64_t, const Others&, const Targets&, real*);
     static constexpr Terms_ kTerms[3][2] = {{margin_terms<SOFTMAX_LOSS, false>, margin_terms<SOFTMAX_LOSS, true>},
                                             {margin_terms<DIVERGENCE, false>, margin_terms<DIVERGENCE, true>},
                                             {margin_terms<LOGARITHM, false>, margin_terms<LOGARITHM, true>}};
     kTerms[options.terms][options.hard_bias != 0](options, rows, p, others, targets, values);
 }
 
-void scatter(const Options& options, const Rows& rows, int64_t p, const Others& others, const Targets& targets, const float* w, float* values) {
-    using Gradient = void (*)(const Rows&, int64_t, const Others&, const Targets&, const float*, float, float*);
+void scatter(const Options& options, const Rows& rows, int64_t p, const Others& others, const Targets& targets, const real* w, real* values) {
+    using Gradient = void (*)(const Rows&, int64_t, const Others&, const Targets&, const real*, real, real*);
     static constexpr Gradient kGradients[2][2] = {{scatter_targets<false, false>, scatter_targets<false, true>},
                                                   {scatter_targets<true, false>, scatter_targets<true, true>}};
     kGradients[options.terms != SOFTMAX_LOSS][options.hard_bias != 0](rows, p, others, targets, w, options.hard_bias, values);
@@ -995,11 +1137,11 @@ template <class T, class P>
 double run_targets(const Job& job, const Options& options, double upstream, Rows& rows, Scratch& scratch, const T* logits,
                    const P* probabilities, T* gradient, P* probabilities_gradient) {
     const int64_t num_classes = job.num_classes;
-    const float* w = options.weighted_smoothing ? scratch.weight : nullptr;
-    float* values = scratch.values;
+    const real* w = options.weighted_smoothing ? scratch.weight : nullptr;
+    real* values = scratch.values;
     for (int64_t p = 0; p < rows.size; ++p) {
         const int64_t j = first_max(logits + rows.offset[p], num_classes);
-        rows.y[p] = static_cast<int32_t>(j);  // it alone can have more than half of the softmax
+        rows.y[p] = static_cast<Integer>(j);  // it alone can have more than half of the softmax
         rows.class_weight[p] = job.weight ? job.weight[j] : 1.0f;
         rows.target_weight[p] = load(probabilities[rows.probabilities_offset[p] + j]) * rows.class_weight[p];
     }
@@ -1040,7 +1182,7 @@ double run_targets(const Job& job, const Options& options, double upstream, Rows
 template <class T, class U>
 __attribute__((always_inline)) inline void copy_square(const T* from, int64_t from_i, int64_t from_j, U* to, int64_t to_i, int64_t to_j,
                                                        int64_t num_i, int64_t num_j) {
-    alignas(kAlignment) float square[kLanes][kLanes], column[kLanes];
+    alignas(kAlignment) real square[kLanes][kLanes], column[kLanes];
     const bool reads_vectors = from_j == 1 && num_j == kLanes, writes_vectors = to_i == 1 && num_i == kLanes;
     for (int64_t i = 0; i < num_i; ++i) {
         for (int64_t j = 0; reads_vectors && j < kLanes; j += kWidth) store_vector(square[i] + j, load_vector(from + i * from_i + j));
@@ -1068,13 +1210,13 @@ HOT void copy(const T* from, int64_t from_i, int64_t from_j, U* to, int64_t to_i
 
 // Rows to and from rows of `width` floats. If their classes are not neighbours, mostly the rows are.
 template <class T>
-void copy_in(const T* from, const int64_t* strides, int64_t num_rows, int64_t num_classes, int64_t width, float* to) {
+void copy_in(const T* from, const int64_t* strides, int64_t num_rows, int64_t num_classes, int64_t width, real* to) {
     if (strides[2] != 1) return copy(from, strides[2], strides[1], to, 1, width, num_classes, num_rows);
     for (int64_t p = 0; p < num_rows; ++p) copy_row(from + p * strides[1], num_classes, to + p * width);
 }
 
 template <class T>
-void copy_out(const float* from, const int64_t* strides, int64_t num_rows, int64_t num_classes, int64_t width, T* to) {
+void copy_out(const real* from, const int64_t* strides, int64_t num_rows, int64_t num_classes, int64_t width, T* to) {
     if (strides[2] != 1) return copy(from, width, 1, to, strides[1], strides[2], num_rows, num_classes);
     for (int64_t p = 0; p < num_rows; ++p) copy_row(from + p * width, num_classes, to + p * strides[1]);
 }
@@ -1085,7 +1227,7 @@ double run_indices(const Job& job, const Options& options, double upstream, Rows
     T* gradient = static_cast<T*>(job.gradient);
     if (!scratch.copies) return run_rows(job, options, upstream, rows, scratch, logits, gradient);
     const int64_t width = copy_width(job.num_classes), g = rows.gradient_offset[0];
-    float *f = scratch.copies, *of_f = f + rows.size * width;
+    real *f = scratch.copies, *of_f = f + rows.size * width;
     copy_in(logits + rows.offset[0], job.logits_strides, rows.size, job.num_classes, width, f);
     for (int64_t p = 0; p < rows.size; ++p) rows.offset[p] = rows.gradient_offset[p] = p * width;
     const double sum = run_rows(job, options, upstream, rows, scratch, f, gradient ? of_f : nullptr);
@@ -1102,7 +1244,7 @@ double run_probabilities(const Job& job, const Options& options, double upstream
     if constexpr (!is_half<T> && !is_half<P>)
         if (!scratch.copies) return run_targets(job, options, upstream, rows, scratch, logits, probabilities, gradient, probabilities_gradient);
     const int64_t width = copy_width(job.num_classes), g = rows.gradient_offset[0], g_t = rows.probabilities_gradient_offset[0];
-    float *f = scratch.copies, *t = f + rows.size * width;
+    real *f = scratch.copies, *t = f + rows.size * width;
     copy_in(logits + rows.offset[0], job.logits_strides, rows.size, job.num_classes, width, f);
     copy_in(probabilities + rows.probabilities_offset[0], job.probabilities_strides, rows.size, job.num_classes, width, t);
     for (int64_t p = 0; p < rows.size; ++p)
@@ -1123,7 +1265,7 @@ constexpr int64_t kDeep = 8;
 
 // The logits of a tile, the targets masked, with the largest and smallest logit of each row but for its target.
 template <class T>
-HOT void load_tile(const T* from, const int64_t* strides, int64_t num_classes, float* RESTRICT tile, float* RESTRICT min, Rows& rows) {
+HOT void load_tile(const T* from, const int64_t* strides, int64_t num_classes, real* RESTRICT tile, real* RESTRICT min, Rows& rows) {
     const int64_t lanes = padded(rows.size);
     for (int64_t p = 0; p < lanes; ++p) rows.max[p] = -kInf, min[p] = kInf;
     for (int64_t first = 0; first < num_classes; first += kDeep) {
@@ -1133,11 +1275,11 @@ HOT void load_tile(const T* from, const int64_t* strides, int64_t num_classes, f
             for (int64_t c = first; !whole && c < last; ++c)
                 for (int64_t i = p; i < p + kWidth; ++i) tile[c * lanes + i] = i < rows.size ? load(from[c * strides[2] + i * strides[1]]) : 0.0f;
             const Mask y = load_as<Mask>(rows.y + p);
-            Floats most = load_vector(rows.max + p), least = load_vector(min + p);
+            Reals most = load_vector(rows.max + p), least = load_vector(min + p);
             for (int64_t c = first; c < last; ++c) {
-                const Floats x = whole ? load_vector(from + c * strides[2] + p) : load_vector(tile + c * lanes + p);
-                const Mask is_target = y == static_cast<int32_t>(c);
-                const Floats other = select(is_target, all(-kInf), x);
+                const Reals x = whole ? load_vector(from + c * strides[2] + p) : load_vector(tile + c * lanes + p);
+                const Mask is_target = y == static_cast<Integer>(c);
+                const Reals other = select(is_target, all(-kInf), x);
                 store_vector(tile + c * lanes + p, other);
                 most = larger(other, most);
                 least = smaller(select(is_target, all(kInf), x), least);
@@ -1150,21 +1292,21 @@ HOT void load_tile(const T* from, const int64_t* strides, int64_t num_classes, f
 
 // The sums over a few classes of a vector of rows, added to theirs. In a plain tile only targets are masked.
 template <bool plain>
-HOT void gather_tile(const float* RESTRICT tile, const float* RESTRICT w, int64_t lanes, int64_t num_classes, float* RESTRICT exp_z,
+HOT void gather_tile(const real* RESTRICT tile, const real* RESTRICT w, int64_t lanes, int64_t num_classes, real* RESTRICT exp_z,
                      int64_t p, Rows& rows) {
-    const Floats max = load_vector(rows.max + p), shift = select(max == -kInf, Floats{}, max);
-    Floats s = {}, t = {}, a = {}, k = {}, b = {}, bz = {};
+    const Reals max = load_vector(rows.max + p), shift = select(max == -kInf, Reals{}, max);
+    Reals s = {}, t = {}, a = {}, k = {}, b = {}, bz = {};
     for (int64_t c = 0; c < num_classes; ++c) {
-        const Floats x = load_vector(tile + c * lanes);
+        const Reals x = load_vector(tile + c * lanes);
         const Mask absent = x == -kInf;
-        const Floats z = select(absent, Floats{}, x - shift), e = select(absent, Floats{}, plain ? plain_exp(z) : exp_(z));
+        const Reals z = select(absent, Reals{}, x - shift), e = select(absent, Reals{}, plain ? plain_exp(z) : exp_(z));
         store_vector(exp_z + c * lanes, e);
         s += e;
         t += e * (plain ? z : near(z));
         a += z;
-        if (!plain) k += select(absent, Floats{}, all(1.0f));
+        if (!plain) k += select(absent, Reals{}, all(1.0f));
         if (!w) continue;
-        b += select(absent, Floats{}, all(w[c]));
+        b += select(absent, Reals{}, all(w[c]));
         bz += w[c] * z;
     }
     for (int64_t i = 0; i < kWidth; ++i) {
@@ -1178,7 +1320,7 @@ HOT void gather_tile(const float* RESTRICT tile, const float* RESTRICT w, int64_
 }
 
 // The sums of the rows of a tile, and e^z.
-void gather_rows_of_tile(const float* tile, const float* min, const float* w, int64_t num_classes, float* exp_z, Rows& rows) {
+void gather_rows_of_tile(const real* tile, const real* min, const real* w, int64_t num_classes, real* exp_z, Rows& rows) {
     const int64_t lanes = padded(rows.size);
     bool plain = true;
     for (int64_t p = 0; p < rows.size; ++p) plain = plain && (rows.y[p] == kIgnored || min[p] - rows.max[p] >= kLow);
@@ -1198,31 +1340,31 @@ void gather_rows_of_tile(const float* tile, const float* min, const float* w, in
 
 // The gradient of a tile.
 template <Way way, class T>
-HOT void scatter_tile(const float* RESTRICT tile, const float* RESTRICT exp_z, const float* w, int64_t num_classes, Rows& rows,
+HOT void scatter_tile(const real* RESTRICT tile, const real* RESTRICT exp_z, const real* w, int64_t num_classes, Rows& rows,
                       const int64_t* strides, T* to) {
     const int64_t lanes = padded(rows.size);
-    alignas(kAlignment) float at_first[kRows];
+    alignas(kAlignment) real at_first[kRows];
     for (int64_t p = 0; p < lanes; ++p) at_first[p] = way == AGAIN ? at_first_max(rows, p) : 0.0f;
     for (int64_t first = 0; first < num_classes; first += kDeep) {
         const int64_t last = first + kDeep < num_classes ? first + kDeep : num_classes;
         for (int64_t p = 0; p < lanes; p += kWidth) {
             const bool whole = strides[1] == 1 && p + kWidth <= rows.size;
-            const Floats max = load_vector(rows.max + p), scale = load_vector(rows.inv_sum_exp + p), mean_z = load_vector(rows.mean_z + p);
-            const Floats g_e = load_vector(rows.g_e + p), g_q = load_vector(rows.g_q + p), g_a = load_vector(rows.g_a + p);
-            const Floats inv_count = load_vector(rows.inv_count + p), dense = load_vector(rows.dense + p);
-            const Floats on_target = load_vector(rows.on_target + p);
+            const Reals max = load_vector(rows.max + p), scale = load_vector(rows.inv_sum_exp + p), mean_z = load_vector(rows.mean_z + p);
+            const Reals g_e = load_vector(rows.g_e + p), g_q = load_vector(rows.g_q + p), g_a = load_vector(rows.g_a + p);
+            const Reals inv_count = load_vector(rows.inv_count + p), dense = load_vector(rows.dense + p);
+            const Reals on_target = load_vector(rows.on_target + p);
             const Mask y = load_as<Mask>(rows.y + p), live = load_as<Mask>(rows.live + p) != 0;
-            Floats at_max = load_vector(rows.at_max + p);
+            Reals at_max = load_vector(rows.at_max + p);
             for (int64_t c = first; c < last; ++c) {
-                const Floats x = load_vector(tile + c * lanes + p), z = x - max;
-                const Floats q = (way == AGAIN ? exp_(z) : load_vector(exp_z + c * lanes + p)) * scale;
-                Floats value = element<way == PLAIN>(x, q, z, mean_z, g_e, g_q, g_a, inv_count, way == WEIGHTED ? dense * w[c] : dense);
+                const Reals x = load_vector(tile + c * lanes + p), z = x - max;
+                const Reals q = (way == AGAIN ? exp_(z) : load_vector(exp_z + c * lanes + p)) * scale;
+                Reals value = element<way == PLAIN>(x, q, z, mean_z, g_e, g_q, g_a, inv_count, way == WEIGHTED ? dense * w[c] : dense);
                 if (way == AGAIN) {  // the first class with the maximum gets the gradient of rho
                     const Mask found = (x == max) & (at_max != 0.0f);
                     value = select(found, load_vector(at_first + p), value);
-                    at_max = select(found, Floats{}, at_max);
+                    at_max = select(found, Reals{}, at_max);
                 }
-                value = select(y == static_cast<int32_t>(c), on_target, select(live, value, Floats{}));
+                value = select(y == static_cast<Integer>(c), on_target, select(live, value, Reals{}));
                 for (int64_t i = 0; !whole && i < kWidth && p + i < rows.size; ++i) store(to + c * strides[2] + (p + i) * strides[1], value[i]);
                 if (whole) store_vector(to + c * strides[2] + p, value);
             }
@@ -1235,9 +1377,9 @@ template <class T>
 double run_tile(const Job& job, const Options& options, double upstream, Rows& rows, Scratch& scratch) {
     const int64_t num_classes = job.num_classes;
     const T* f = static_cast<const T*>(job.logits) + rows.offset[0];
-    const float* w = options.weighted_smoothing ? scratch.weight : nullptr;
+    const real* w = options.weighted_smoothing ? scratch.weight : nullptr;
     const bool gather = job.kind != STATISTICS_GRADIENT;
-    alignas(kAlignment) float min[kRows];
+    alignas(kAlignment) real min[kRows];
     double sum = 0;
     for (int64_t p = 0; p < rows.size; ++p)
         if (rows.y[p] >= 0) rows.target_logit[p] = load(f[p * job.logits_strides[1] + rows.y[p] * job.logits_strides[2]]);
@@ -1275,14 +1417,16 @@ int64_t run(const Job& job) {
     }
     Options options = {};
     if (job.kind == LOSS) {
-        const float lam = static_cast<float>(job.lam);
+        const real lam = static_cast<real>(job.lam);
         options.lam = lam;
         options.lam_log_count = job.divergence == KL_QU ? lam : job.divergence == KL_UQ ? -lam : 0.0f;
         options.lam_e = job.divergence == SYMMETRIC ? lam / 2 : job.divergence == KL_QU ? lam : 0.0f;
         options.lam_a = job.divergence == SYMMETRIC ? -lam / 2 : job.divergence == KL_UQ ? -lam : 0.0f;
-        options.hard_bias = static_cast<float>(job.hard_bias);
-        options.keep = static_cast<float>(1 - job.label_smoothing);
-        options.smoothing = static_cast<float>(job.label_smoothing);
+        options.hard_bias = static_cast<real>(job.hard_bias);
+        options.keep = static_cast<real>(1 - job.label_smoothing);
+        options.smoothing = static_cast<real>(job.label_smoothing);
+        options.has_rivals = job.divergence >= HARD_MARGIN;
+        options.is_hinge = job.divergence == HINGE;
         options.weighted_smoothing = job.weight && job.label_smoothing > 0;
         options.terms = lam == 0 ? SOFTMAX_LOSS : job.divergence == SYMMETRIC ? DIVERGENCE : LOGARITHM;
     }
@@ -1291,7 +1435,7 @@ int64_t run(const Job& job) {
     const bool apart = !(job.logits_strides[2] == 1 && (!job.gradient || job.gradient_strides[2] == 1) &&
                          (!soft || job.probabilities_strides[2] == 1) &&
                          (!job.probabilities_gradient || job.probabilities_gradient_strides[2] == 1));
-    const bool tiled = apart && !soft && job.inner >= kLanes && num_classes <= kTile / kLanes;
+    const bool tiled = apart && !soft && job.kind != PREDICTIONS && !options.has_rivals && job.inner >= kLanes && num_classes <= kTile / kLanes;
     const bool copied = (apart && !tiled) || (soft && (is_half<T> || job.probabilities_dtype == FLOAT16));
     const int64_t least = tiled || copied ? kLanes : 1;
     int64_t rows_a_task = (tiled ? kTile : kElementsATask) / (num_classes > 0 ? num_classes : 1);
@@ -1309,19 +1453,19 @@ int64_t run(const Job& job) {
     const int64_t lanes = padded(num_classes), row_length = (tiled ? padded(rows_a_task) : rows_a_task) * lanes;
     const int64_t block_size = tiled || (soft && num_classes <= kBlock) ? row_length : soft ? kBlock : 0;
     const int64_t exp_size = job.gradient || soft || tiled ? row_length : kBlock + kShort, weight_size = options.weighted_smoothing ? lanes : 0;
-    const int64_t rows_size = padded(sizeof(Rows) / sizeof(float) + 1), others_size = soft ? padded(rows_a_task * sizeof(Others) / sizeof(float)) : 0;
+    const int64_t rows_size = padded(sizeof(Rows) / sizeof(real) + 1), others_size = soft ? padded(rows_a_task * sizeof(Others) / sizeof(real)) : 0;
     const int64_t copies_size = copied ? 2 * rows_a_task * copy_width(num_classes) : 0, soft_size = soft ? block_size + kBlock : 0;
     const int64_t edges_size = tiled ? 0 : rows_a_task * Edges::stride(num_classes);
     const int64_t scratch_size = exp_size + edges_size + block_size + rows_size + others_size + copies_size + soft_size;
     double* sums = static_cast<double*>(std::calloc(static_cast<size_t>(num_tasks + 1), sizeof(double)));
-    void* allocated = std::malloc(static_cast<size_t>(num_threads * scratch_size + weight_size) * sizeof(float) + kAlignment);
+    void* allocated = std::malloc(static_cast<size_t>(num_threads * scratch_size + weight_size) * sizeof(real) + kAlignment);
     if (!sums || !allocated) {
         std::free(sums);
         std::free(allocated);
         return -2;
     }
-    float* memory = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(allocated) + kAlignment - 1) / kAlignment * kAlignment);
-    float* weight = memory + num_threads * scratch_size;
+    real* memory = reinterpret_cast<real*>((reinterpret_cast<uintptr_t>(allocated) + kAlignment - 1) / kAlignment * kAlignment);
+    real* weight = memory + num_threads * scratch_size;
     for (int64_t c = 0; c < weight_size; ++c) weight[c] = c < num_classes ? job.weight[c] : 0.0f;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     const int64_t bytes = num_rows * num_classes * static_cast<int64_t>(sizeof(T));
@@ -1337,9 +1481,9 @@ int64_t run(const Job& job) {
 #ifdef _OPENMP
         thread = omp_get_thread_num();
 #endif
-        float* mine = memory + thread * scratch_size;
-        float *edges = mine + exp_size, *block = edges + edges_size, *rows_at = block + block_size, *others = rows_at + rows_size;
-        float *copies = others + others_size, *shares = copies + copies_size;
+        real* mine = memory + thread * scratch_size;
+        real *edges = mine + exp_size, *block = edges + edges_size, *rows_at = block + block_size, *others = rows_at + rows_size;
+        real *copies = others + others_size, *shares = copies + copies_size;
         Scratch scratch = {mine,   edges, block, weight, shares, shares + block_size, copied ? copies : nullptr,
                            reinterpret_cast<Others*>(others)};
         // in the scratch too, where it is aligned; aligning it on the stack costs more than it saves
@@ -1359,24 +1503,28 @@ int64_t run(const Job& job) {
             }
             for (int64_t p = 0; p < padded(rows.size); ++p) {
                 const int64_t y = p < rows.size && !soft ? job.target[rows.first + p] : job.ignore_index;
-                rows.y[p] = y == job.ignore_index ? kIgnored : static_cast<int32_t>(y);
+                rows.y[p] = y == job.ignore_index ? kIgnored : static_cast<Integer>(y);
                 rows.target_logit[p] = rows.upstream[p] = rows.at_max[p] = 0;
                 rows.live[p] = 0;
                 rows.target_weight[p] = rows.class_weight[p] = job.weight && rows.y[p] >= 0 ? job.weight[y] : 1.0f;
                 rows.max[p] = -kInf;
                 rows.sum_exp[p] = rows.sum_exp_z[p] = rows.sum_z[p] = rows.count[p] = rows.sum_weight[p] = rows.sum_weight_z[p] = 0;
             }
+#ifdef LARGEMARGIN_FLOAT64
+            const auto run_task = tiled ? run_tile<T> : !soft ? run_indices<T> : run_probabilities<T, real>;
+#else
             const auto run_task = tiled                                 ? run_tile<T>
                                   : !soft                               ? run_indices<T>
                                   : job.probabilities_dtype == FLOAT16  ? run_probabilities<T, Half>
                                   : job.probabilities_dtype == BFLOAT16 ? run_probabilities<T, BFloat16>
-                                                                        : run_probabilities<T, float>;
+                                                                        : run_probabilities<T, real>;
+#endif
             sums[task] = run_task(job, options, upstream, rows, scratch);
         }
     }
     double sum = 0;  // in the order of the rows, for any number of threads
     for (int64_t task = 0; task < num_tasks; ++task) sum += sums[task];
-    if (job.reduced) *job.reduced = static_cast<float>(job.mean ? sum / total_weight : sum);
+    if (job.reduced) *job.reduced = static_cast<real>(job.mean ? sum / total_weight : sum);
     std::free(sums);
     std::free(allocated);
     return -1;
@@ -1386,7 +1534,11 @@ int64_t run(const Job& job) {
 
 // Returns -1 for success, -2 without memory, or else the first row whose label is out of range (nothing was written).
 EXPORT int64_t CONCATENATE(largemargin_run_, LARGEMARGIN_ISA)(const Job* job) {
-    return job->dtype == FLOAT16 ? run<Half>(*job) : job->dtype == BFLOAT16 ? run<BFloat16>(*job) : run<float>(*job);
+#ifdef LARGEMARGIN_FLOAT64
+    return run<real>(*job);
+#else
+    return job->dtype == FLOAT16 ? run<Half>(*job) : job->dtype == BFLOAT16 ? run<BFloat16>(*job) : run<real>(*job);
+#endif
 }
 
 #endif

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from .. import _checks, backends
-from ..loss import DIVERGENCES, LossOptions
-from ..rowstats import Cotangents, Record, RowStats, Softmax
+from ..loss import DIVERGENCES, HingeOptions, LossOptions
+from ..rowstats import Cotangents, Record, RowStats, Softmax, accumulation_dtype
 from .layout import lay_together
-from .protocol import TwoPasses, for_kernel, record_of
+from .protocol import Predictions, TwoPasses, for_kernel, record_of
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of Dtype in cpu.cpp
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # in the order of Dtype in cpu.cpp
 _SUFFIXES = (".so", ".dylib", ".dll")
-_SCALAR = torch.empty((), dtype=torch.float32, device="cpu")
+_SCALARS = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 two_passes: TwoPasses | None = None
 
 
@@ -44,6 +44,8 @@ class _StatisticsJob(NamedTuple):
     neg_entropy_grad: _Address = 0
     mean_log_q_grad: _Address = 0
     rho_grad: _Address = 0
+    ahead: _Address = 0
+    prediction_log_odds: _Address = 0
 
 
 class _ProbabilitiesJob(NamedTuple):
@@ -72,7 +74,7 @@ class _LossJob(NamedTuple):
 
 
 _NO_STATISTICS, _NO_PROBABILITIES, _NO_LOSS = _StatisticsJob(), _ProbabilitiesJob(), _LossJob()
-_STATISTICS, _STATISTICS_GRADIENT, _LOSS = range(3)  # kinds of a job
+_STATISTICS, _STATISTICS_GRADIENT, _LOSS, _PREDICTIONS = range(4)  # kinds of a job
 
 
 def _codes(job: type) -> dict[str, str]:
@@ -101,6 +103,7 @@ def offsets() -> dict[str, int]:
 
 class _Kernel(NamedTuple):
     run: Any
+    run_float64: Any
     isa: str
     path: Path
 
@@ -131,9 +134,10 @@ def kernel_for(isa: str | None = None) -> _Kernel | str:
     if isinstance(library, str):
         return library
     isa = isa or library[0].largemargin_isa().decode()
-    run = getattr(library[0], f"largemargin_run_{isa}")
-    run.argtypes, run.restype = (ctypes.c_char_p,), ctypes.c_int64
-    return _Kernel(run, isa, library[1])
+    run, run_float64 = (getattr(library[0], f"largemargin_run_{name}") for name in (isa, f"{isa}_float64"))
+    for function in (run, run_float64):
+        function.argtypes, function.restype = (ctypes.c_char_p,), ctypes.c_int64
+    return _Kernel(run, run_float64, isa, library[1])
 
 
 def why_not() -> str | None:
@@ -167,7 +171,9 @@ def _run(
     asked = written = [gradient, target_gradient]
     probabilities, labels = _NO_PROBABILITIES, 0
     if target.is_floating_point():
-        target = target if target.dtype in DTYPES else target.to(torch.float32)
+        wide = accumulation_dtype(logits.dtype)
+        if torch.float64 in (wide, target.dtype):  # float64 goes with float64 alone
+            target = target.to(wide)
         if target_gradient is not None and target_gradient.dtype is not target.dtype:
             target_gradient = torch.empty_like(target_gradient, dtype=target.dtype)
         laid = lay_together([logits, target], [gradient, target_gradient])
@@ -186,7 +192,8 @@ def _run(
             (logits,), written, (of_logits, of_gradient) = laid.read, laid.written, laid.strides
             rows = laid.outer, laid.inner, logits.shape[-1], *of_logits, *of_gradient
     plain = logits.data_ptr(), _address(written[0]), labels, ignore_index, DTYPES.index(logits.dtype), torch.get_num_threads()
-    status = kernel.run(_JOB.pack(*rows, *plain, *statistics, *probabilities, *loss, kind))
+    run = kernel.run_float64 if logits.dtype is torch.float64 else kernel.run
+    status = run(_JOB.pack(*rows, *plain, *statistics, *probabilities, *loss, kind))
     if status == -2:
         raise MemoryError(f"no memory for the scratch of the CPU kernel: a few rows of {logits.shape[-1]} classes per thread")
     if status != -1:
@@ -198,11 +205,20 @@ def _run(
 
 
 def row_stats(logits: Tensor, target: Tensor) -> tuple[RowStats, Softmax]:
-    shape = logits.shape[:-1]
-    stats = RowStats(*(torch.empty(shape, dtype=torch.float32, device="cpu") for _ in RowStats._fields))
-    softmax = Softmax(torch.empty((3, *shape), dtype=torch.float32, device="cpu"), stats.num_nontargets)
+    shape, dtype = logits.shape[:-1], accumulation_dtype(logits.dtype)
+    stats = RowStats(*(torch.empty(shape, dtype=dtype, device="cpu") for _ in RowStats._fields))
+    softmax = Softmax(torch.empty((3, *shape), dtype=dtype, device="cpu"), stats.num_nontargets)
     _run(_STATISTICS, logits, target, -1, None, statistics=_StatisticsJob(*map(_address, (*stats, softmax.state))))
     return stats, softmax
+
+
+def predictions(logits: Tensor, target: Tensor, ignore_index: int) -> Predictions:
+    shape = logits.shape[:-1]
+    *stats, log_odds = torch.empty((7, *shape), dtype=accumulation_dtype(logits.dtype), device="cpu").unbind()
+    ahead = torch.empty(shape, dtype=torch.int64, device="cpu")
+    written = *map(_address, stats), *[0] * 5, _address(ahead), _address(log_odds)
+    _run(_PREDICTIONS, logits, target, ignore_index, None, statistics=_StatisticsJob(*written))
+    return Predictions(RowStats(*stats), log_odds, ahead)
 
 
 def record(logits: Tensor, target: Tensor) -> Record:
@@ -214,6 +230,10 @@ def row_stats_backward(logits: Tensor, target: Tensor, softmax: Softmax, cotange
         return gradient.copy_(row_stats_backward(logits, target, softmax, cotangents))
     if gradient is None:
         gradient = torch.empty_like(logits)
+    dtype = accumulation_dtype(logits.dtype)
+    if any(x is not None and x.dtype != dtype for x in (*softmax, *cotangents)):  # hooks on saved tensors may have changed the logits
+        softmax = Softmax(*(x.to(dtype) for x in softmax))
+        cotangents = Cotangents(*(None if g is None else g.to(dtype) for g in cotangents))
     state, num_nontargets = softmax.state.contiguous(), softmax.num_nontargets.contiguous()
     upstream = for_kernel(cotangents)  # keeps these tensors alive during the call
     of_l, of_e, of_a, of_rho = map(_address, upstream)
@@ -233,22 +253,26 @@ def loss(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    options: LossOptions,
+    options: LossOptions | HingeOptions,
     gradient: Tensor | None = None,
     target_gradient: Tensor | None = None,
     upstream: float | Tensor = 1.0,
 ) -> Tensor:
-    lam, divergence, hard_bias, label_smoothing, ignore_index, reduction, _ = options
-    weight = None if weight is None else weight.to(torch.float32).contiguous()
-    factor, row_upstream = (1.0, upstream.contiguous()) if isinstance(upstream, Tensor) else (upstream, None)
+    dtype, reduction = accumulation_dtype(logits.dtype), options.reduction
+    weight = None if weight is None else weight.to(dtype).contiguous()
+    factor, row_upstream = (1.0, upstream.to(dtype).contiguous()) if isinstance(upstream, Tensor) else (upstream, None)
     if reduction == "none":
-        losses = logits.new_empty(logits.shape[:-1], dtype=torch.float32)
+        losses = logits.new_empty(logits.shape[:-1], dtype=dtype)
         a_row, reduced = losses.data_ptr(), 0
     else:
-        losses = torch.empty_like(_SCALAR)  # takes half the time of new_empty(())
+        losses = torch.empty_like(_SCALARS[dtype])  # takes half the time of new_empty(())
         a_row, reduced = 0, losses.data_ptr()
+    if isinstance(options, HingeOptions):
+        lam, hard_bias, divergence = 0.0, options.margin, len(DIVERGENCES) + (not options.soft)
+    else:
+        lam, hard_bias, divergence = options.lam, options.hard_bias, DIVERGENCES.index(options.divergence)
     # by position, in the order of the class: names take a microsecond in every call
-    numbers = factor, lam, hard_bias, label_smoothing, reduced, DIVERGENCES.index(divergence), reduction == "mean"
+    numbers = factor, lam, hard_bias, options.label_smoothing, reduced, divergence, reduction == "mean"
     job = _LossJob(_address(weight), a_row, _address(row_upstream), *numbers)
-    _run(_LOSS, logits, target, ignore_index, gradient, target_gradient, loss=job)
+    _run(_LOSS, logits, target, options.ignore_index, gradient, target_gradient, loss=job)
     return losses

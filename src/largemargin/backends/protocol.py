@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..loss import LossOptions
+from ..loss import HingeOptions, LossOptions
 from ..rowstats import Cotangents, Record, RowStats, Softmax
 
 
@@ -15,7 +15,7 @@ class WholeLoss(Protocol):
         logits: Tensor,
         target: Tensor,
         weight: Tensor | None,
-        options: LossOptions,
+        options: LossOptions | HingeOptions,
         gradient: Tensor | None = None,
         target_gradient: Tensor | None = None,
         upstream: float | Tensor = 1.0,
@@ -61,6 +61,19 @@ class TwoPasses(NamedTuple):
     backward: LossBackward
 
 
+class Predictions(NamedTuple):
+    """What rows of logits predict: the first of their largest logits. Every field is shaped like the target."""
+
+    stats: RowStats  # about the target
+    log_odds: Tensor  # of the prediction
+    ahead: Tensor  # int64: how many classes come before the target; more than any number if it is masked, -1 if it is ignored
+
+
+class Predict(Protocol):
+    def __call__(self, logits: Tensor, target: Tensor, ignore_index: int) -> Predictions:
+        """The predictions of ``logits`` (..., C) with int64 labels (...). A label out of range raises."""
+
+
 class Backend(Protocol):
     @property
     def DTYPES(self) -> tuple[torch.dtype, ...]:
@@ -85,6 +98,10 @@ class Backend(Protocol):
 
         It is written to ``gradient`` if given, which may be ``logits`` itself unless rho has a cotangent.
         """
+
+    @property
+    def predictions(self) -> Predict | None:
+        """The predictions of rows in one call, or None."""
 
     @property
     def loss(self) -> WholeLoss | None:

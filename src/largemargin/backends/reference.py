@@ -5,9 +5,10 @@ from torch import Tensor
 
 from .. import rowstats
 from ..rowstats import Cotangents, Record, RowStats, Softmax
-from .protocol import TwoPasses, WholeLoss
+from .protocol import Predict, TwoPasses, WholeLoss
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+predictions: Predict | None = None
 loss: WholeLoss | None = None
 two_passes: TwoPasses | None = None
 

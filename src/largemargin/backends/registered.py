@@ -23,9 +23,9 @@ def row_stats(logits: Tensor, target: Tensor) -> Seven:
 
 @row_stats.register_fake
 def _(logits: Tensor, target: Tensor) -> Seven:
-    shape = logits.shape[:-1]
-    l, e, a, rho, spread, count = (logits.new_empty(shape, dtype=torch.float32) for _ in range(6))
-    return l, e, a, rho, spread, count, logits.new_empty((3, *shape), dtype=torch.float32)
+    shape, dtype = logits.shape[:-1], torch.float64 if logits.dtype == torch.float64 else torch.float32
+    l, e, a, rho, spread, count = (logits.new_empty(shape, dtype=dtype) for _ in range(6))
+    return l, e, a, rho, spread, count, logits.new_empty((3, *shape), dtype=dtype)
 
 
 @torch.library.custom_op("largemargin::row_stats_backward", mutates_args=())

@@ -23,13 +23,14 @@ from .. import _checks
 from ..loss import LossOptions
 from ..rowstats import Cotangents, Record, RowStats, Softmax
 from .layout import lay_together
-from .protocol import TwoPasses, WholeLoss, for_kernel, record_of
+from .protocol import Predict, TwoPasses, WholeLoss, for_kernel, record_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_TILE = 16384  # elements of a tile held on chip
 SUMMED = tl.constexpr(2048)  # numbers that the last program of a launch adds up at a time
 # what the forward pass of a loss saves of a row: these for class indices, and for probabilities as many again
 FIELDS = tl.constexpr(8)
+predictions: Predict | None = None
 loss: WholeLoss | None = None
 
 

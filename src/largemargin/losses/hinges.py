@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..loss import softplus
-from ..rows import collectives
+from ..loss import HingeOptions, hinge
+from ..rows import collectives, whole
 from ..rows.collectives import Shard, once
 from ..rows.dense import Rows
 from ..rowstats import IGNORED, accumulation_dtype
-from .rows import LossRows, RowLoss, RowOptions, row_loss
+from .rows import LossRows, RowLoss, RowOptions, check_rows, row_loss
 
 
 @row_loss
@@ -42,9 +42,7 @@ def hard_margin_softplus(
     Source: Kobayashi, BMVC 2019, Sec. 3.
     """
     _checks.check_number("margin", margin)
-    rows = LossRows.of(input, target, weight, **options)
-    stats = rows.stats()
-    return rows.reduce(softplus(margin - (stats.log_odds + stats.rho)))
+    return _of_lead(input, target, weight, HingeOptions(margin, True, **options))
 
 
 class HardMarginSoftplusLoss(RowLoss, function=hard_margin_softplus):
@@ -72,9 +70,7 @@ def crammer_singer_hinge(
     Source: Crammer and Singer, JMLR 2, 2001; eq. (1) with the hinge in Kobayashi, BMVC 2019.
     """
     _checks.check_number("margin", margin)
-    rows = LossRows.of(input, target, weight, **options)
-    stats = rows.stats()
-    return rows.reduce((margin - (stats.log_odds + stats.rho)).relu())
+    return _of_lead(input, target, weight, HingeOptions(margin, False, **options))
 
 
 class CrammerSingerHingeLoss(RowLoss, function=crammer_singer_hinge):
@@ -112,6 +108,15 @@ class MulticlassHingeLoss(RowLoss, function=multiclass_hinge):
     """:func:`.multiclass_hinge` as a module."""
 
     margin: float
+
+
+def _of_lead(input: Tensor, target: Tensor, weight: Tensor | None, options: HingeOptions) -> Tensor:
+    shared: RowOptions = {"ignore_index": options.ignore_index, "reduction": options.reduction}
+    if _checks.is_dtensor(input):
+        rows = LossRows.of(input, target, weight, **shared)
+        return rows.reduce(hinge(rows.stats(), options))
+    check_rows(input, target, weight, **shared)
+    return whole.loss(input, target, weight, options)
 
 
 def _dense_hinge(rows: Rows, shard: Shard | None, margin: float) -> Tensor:

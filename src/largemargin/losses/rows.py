@@ -67,6 +67,16 @@ def row_loss(function: Documented) -> Documented:
     return as_one_call(cast(Documented, call))
 
 
+def check_rows(input: Tensor, target: Tensor, weight: Tensor | None, *, ignore_index: int = -100, reduction: Reduction = "mean") -> None:
+    """The checks that every loss of class indices needs."""
+    _checks.check_word("reduction", reduction, REDUCTIONS)
+    _checks.check_indices_of(input, target, ignore_index)
+    _checks.check_weight(weight, input)
+    if not _checks.is_dtensor(input):
+        _checks.check_plain("target", target)
+        _checks.check_plain("weight", weight)
+
+
 class LossRows(NamedTuple):
     """The checked rows of a loss; for a DTensor, the rows and classes that this rank has."""
 
@@ -89,12 +99,8 @@ class LossRows(NamedTuple):
         reduction: Reduction = "mean",
     ) -> "LossRows":
         _checks.check_number("lam", lam, low=0)
-        _checks.check_word("reduction", reduction, REDUCTIONS)
-        _checks.check_indices_of(input, target, ignore_index)
-        _checks.check_weight(weight, input)
+        check_rows(input, target, weight, ignore_index=ignore_index, reduction=reduction)
         if not _checks.is_dtensor(input):
-            _checks.check_plain("target", target)
-            _checks.check_plain("weight", weight)
             return cls(dense.Rows.of(input, target, ignore_index), weight, ignore_index, reduction, lam, None)
         local = dtensors.local_rows(input, target, weight)
         return cls(local.rows(ignore_index), local.weight, ignore_index, reduction, lam, local)

@@ -13,9 +13,9 @@ from .. import _checks, _torch, rowstats
 from .._backend_names import BackendName
 from .._reduce import Labels
 from ..backends import ladder, reference
-from ..backends.protocol import Backend
-from ..loss import LossOptions, loss_of_indices
-from ..rowstats import Cotangents, RowStats, Softmax
+from ..backends.protocol import Backend, Predictions
+from ..loss import HingeOptions, LossOptions, loss_of_indices
+from ..rowstats import IGNORED, Cotangents, RowStats, Softmax
 
 
 class Rows(NamedTuple):
@@ -29,7 +29,7 @@ class Rows(NamedTuple):
         return cls(logits, Labels.of(target.long().reshape(logits.shape[:-1]), _checks.num_classes(input), ignore_index))
 
 
-def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
+def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions | HingeOptions) -> Tensor:
     """The loss of logits (C,), (N, C) or (N, C, d1, ...) and class indices, by the statistics of the rows."""
     if options.label_smoothing == 0 or weight is None or not weight.numel():
         rows = Rows.of(input, target, options.ignore_index)
@@ -50,6 +50,28 @@ def _weighted_cross_entropy(rows: Rows, weight: Tensor) -> Tensor:
 def stats(rows: Rows, backend: BackendName | None) -> RowStats:
     """The statistics of each row about its target; 0 if it is ignored, NaN if its label is out of range."""
     return rows.labels.mark_stats(_stats(rows, backend))
+
+
+def predictions(input: Tensor, target: Tensor, ignore_index: int) -> Predictions:
+    """What the rows predict, without a gradient. ``input`` and ``target`` are as for :meth:`Rows.of`."""
+    kernels = reference if torch.compiler.is_compiling() else ladder.pick(input, None)
+    if kernels.predictions is not None and _torch.is_plain(target):
+        logits = _checks.classes_last(input)
+        return kernels.predictions(logits, target.long().reshape(logits.shape[:-1]), ignore_index)
+    rows = Rows.of(input, target, ignore_index)
+    index = rows.labels.class_index
+    prediction = torch.where(index >= 0, rows.logits.argmax(-1), IGNORED)
+    log_odds = _stats(Rows(rows.logits, Labels(prediction, None)), None).log_odds
+    return Predictions(stats(rows, None), log_odds, _ahead(rows.logits, index))
+
+
+def _ahead(logits: Tensor, index: Tensor) -> Tensor:
+    at = index.clamp(min=0).unsqueeze(-1)
+    of_target = logits.gather(-1, at)
+    before = torch.arange(logits.shape[-1], device=index.device) < at
+    ahead = ((logits > of_target) | ((logits == of_target) & before)).sum(-1)
+    ahead = ahead.masked_fill(of_target.squeeze(-1) == -torch.inf, torch.iinfo(torch.int64).max)
+    return ahead.masked_fill(index < 0, -1)
 
 
 def _stats(rows: Rows, backend: BackendName | None) -> RowStats:
@@ -125,7 +147,11 @@ class _RowStatsByKernels(torch.autograd.Function):
         softmax, cotangents = Softmax(*saved), Cotangents(*grads[:-1])
         plain = all(g is None or _torch.is_plain_gradient(g) for g in cotangents)
         # hooks on saved tensors may return other tensors
-        kept = _torch.is_plain(logits) and logits.dtype in ctx.backend.DTYPES and all(x.dtype == torch.float32 for x in softmax)
+        kept = (
+            _torch.is_plain(logits)
+            and logits.dtype in ctx.backend.DTYPES
+            and all(x.dtype == rowstats.accumulation_dtype(logits.dtype) for x in softmax)
+        )
         if not (plain and kept):
             return rowstats.row_stats_vjp(logits, target, cotangents), None, None
         return ctx.backend.row_stats_backward(logits, target, softmax, cotangents), None, None

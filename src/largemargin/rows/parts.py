@@ -144,8 +144,9 @@ def gradient_of(
         return torch.zeros_like(logits) if out is None else out
     extra = _of_weights_and_rho(logits, target, weight, merged, grads, has_largest)
     plain = all(grad is None or _torch.is_plain_gradient(grad) for grad in grads.stats) and _torch.is_plain(logits)
-    single = all(field is None or field.dtype == torch.float32 for field in merged)  # hooks on saved tensors may return other dtypes
-    if not plain or not single or logits.dtype not in backend.DTYPES:
+    wide = accumulation_dtype(logits.dtype)
+    same = all(field is None or field.dtype == wide for field in merged)  # hooks on saved tensors may return other dtypes
+    if not plain or not same or logits.dtype not in backend.DTYPES:
         backend = reference
     cotangents, softmax = grads.stats._replace(rho=None), Softmax.of(merged.record)
     if extra is None:

@@ -22,17 +22,17 @@ from torch import Tensor
 from .. import _checks, _torch
 from ..backends import ladder
 from ..backends.protocol import TwoPasses, WholeLoss
-from ..loss import LossOptions
+from ..loss import HingeOptions, LossOptions
 from . import all_classes, dense
 
 Gradients = tuple[Tensor | None, Tensor | None]  # of the logits and the target
 
 
-def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, donate: bool = False) -> Tensor:
+def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions | HingeOptions, donate: bool = False) -> Tensor:
     """The loss of logits (C,), (N, C) or (N, C, d1, ...) and class indices or probabilities, by a kernel or by the statistics."""
     found = ladder.pick_for_loss(input, target, weight, options.backend)
     differentiated = torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)
-    if found.two_passes is not None:
+    if found.two_passes is not None and isinstance(options, LossOptions):
         if not differentiated:
             return found.two_passes.forward(*_rows(input, target), weight, options, False)[0]
         result: Tensor = LargeMarginInTwoPasses.apply(input, target, weight, options, found.two_passes, donate)
@@ -48,13 +48,13 @@ def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOpti
     return result
 
 
-def _by_statistics(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
-    if target.is_floating_point():
+def _by_statistics(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions | HingeOptions) -> Tensor:
+    if isinstance(options, LossOptions) and target.is_floating_point():
         return all_classes.loss(input, target, weight, options)
     return dense.loss(input, target, weight, options)
 
 
-def _waits(input: Tensor, target: Tensor, options: LossOptions) -> bool:
+def _waits(input: Tensor, target: Tensor, options: LossOptions | HingeOptions) -> bool:
     """Whether gradients wait for the upstream gradient: one for each row, or the scale that keeps small entries of float16."""
     return options.reduction == "none" or input.dtype is torch.float16 or target.dtype is torch.float16
 
@@ -70,7 +70,9 @@ class LargeMarginCrossEntropy(torch.autograd.Function):
     """The loss whose gradients a kernel writes in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, kernel: WholeLoss) -> Tensor:
+    def forward(
+        ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions | HingeOptions, kernel: WholeLoss
+    ) -> Tensor:
         ctx.options, ctx.kernel, ctx.gradients = options, kernel, None
         ctx.save_for_backward(input, target, weight)
         if _waits(input, target, options) or _torch.has_saved_tensor_hooks():
@@ -116,12 +118,12 @@ def _gradients(ctx: Any, upstream: Tensor) -> Gradients:
 
 
 def _scales(gradient: Tensor, factor: float | Tensor) -> bool:
-    """Whether the gradient of the forward pass may be scaled: by one finite number, with a product that is exact or in float32."""
+    """Whether the gradient of the forward pass may be scaled: by one finite number, with a product that is exact or in at least float32."""
     if not isinstance(factor, float) or not math.isfinite(factor):
         return False
     if gradient.dtype == torch.float16:  # its small numbers have lost their digits
         return False
-    return gradient.dtype == torch.float32 or abs(math.frexp(factor)[0]) == 0.5  # a power of two
+    return gradient.dtype in (torch.float32, torch.float64) or abs(math.frexp(factor)[0]) == 0.5  # a power of two
 
 
 def _reference_gradients(ctx: Any, upstream: Tensor) -> Gradients:
