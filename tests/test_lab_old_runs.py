@@ -31,10 +31,16 @@ def files(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def given(recipe):
+    """Its fields that are set: a later version has more, which are not."""
+    return {name: value for name, value in recipe.items() if value is not None}
+
+
 @pytest.mark.parametrize("folder", RUNS, ids=lambda folder: folder.name)
 def test_a_recipe_has_the_identity_that_it_had(folder):
-    recipe = Recipe(**json.loads((folder / "recipe.json").read_text()))
-    assert recipe.id == folder.name and recipe.to_dict() == {**json.loads((folder / "recipe.json").read_text()), "milestones": ()}
+    written = json.loads((folder / "recipe.json").read_text())
+    recipe = Recipe(**written)
+    assert recipe.id == folder.name and given(recipe.to_dict()) == given({**written, "milestones": ()})
 
 
 def test_compare_goes_on_from_old_runs_without_training(out, capsys):
@@ -60,5 +66,5 @@ def test_a_run_that_is_missing_is_trained_as_it_was(out):
     shutil.rmtree(missing)
     assert cli.main(["compare", *OPTIONS, "--out", str(out)]) == 0
     now, then = (json.loads((folder / missing.name / "result.json").read_text()) for folder in (out / "runs", OLD / "runs"))
-    assert now["recipe"] == then["recipe"] and now["classes"] == then["classes"]
+    assert given(now["recipe"]) == given(then["recipe"]) and now["classes"] == then["classes"]
     assert now["test"]["error"] == pytest.approx(then["test"]["error"], abs=1.0)  # another processor rounds otherwise

@@ -41,7 +41,7 @@ def test_the_rows_of_json_are_those_of_the_table(commands, capsys):
     assert [row["loss"] for row in document["rows"]] == ["softmax", "large_margin"] and document["runs"] == {"finished": 4, "planned": 4}
     softmax, ours = document["rows"]
     assert softmax["verdict"] is None and ours["verdict"] == "inconclusive"
-    assert ours["difference"]["mean"] == pytest.approx(ours["error"] - softmax["error"])
+    assert ours["judged"]["paired"]["mean"] == pytest.approx(ours["error"] - softmax["error"])
 
 
 @pytest.mark.parametrize("command", ["compare", "report", "inspect"])
