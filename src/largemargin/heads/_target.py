@@ -53,7 +53,9 @@ class Head(nn.Module):
                     _state.check_evaluation(child.step)
         if target is None or not self.training or not self._has_margin:
             return logits
-        return with_logit_of_target(logits, target, self._target_logit(features, target, logit_of_target(logits, target)))
+        plain = logit_of_target(logits, target)
+        edited = self._target_logit(features, target, plain.to(accumulation_dtype(plain.dtype)))
+        return with_logit_of_target(logits, target, torch.where(target >= 0, edited.to(plain.dtype), plain))
 
     def _check(self, features: Tensor, target: Tensor | None) -> None:
         check_features(features, target, self.in_features, self.num_classes, **{self._factor: getattr(self, self._factor)})
@@ -96,16 +98,10 @@ def rows_of_target(weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def logit_of_target(logits: Tensor, labels: Tensor) -> Tensor:
-    """The target's logit of each row (...), in at least float32; an arbitrary one for a negative label."""
-    return _at(logits, labels).squeeze(-1).to(accumulation_dtype(logits.dtype))
-
-
-def _at(logits: Tensor, labels: Tensor) -> Tensor:
-    return summed(logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)))  # (..., 1)
+    """The target's logit of each row (...); an arbitrary one for a negative label."""
+    return summed(logits.gather(-1, labels.clamp(min=0).unsqueeze(-1))).squeeze(-1)
 
 
 def with_logit_of_target(logits: Tensor, labels: Tensor, edited: Tensor) -> Tensor:
-    """The logits with ``edited`` at each row's target; rows with a negative label do not change."""
-    at = labels.clamp(min=0).unsqueeze(-1)
-    kept = (labels >= 0).unsqueeze(-1)
-    return logits.scatter(-1, at, torch.where(kept, edited.unsqueeze(-1).to(logits.dtype), _at(logits, labels)))
+    """The logits with ``edited`` at each row's target; for a negative label this is what :func:`logit_of_target` gave."""
+    return logits.scatter(-1, labels.clamp(min=0).unsqueeze(-1), edited.unsqueeze(-1))

@@ -151,12 +151,16 @@ class GaussianMixtureHead(Head):
         center = means.detach().mean(0)
         x, means = features.to(dtype) - center, means - center
         if self.log_variances is None:
-            distances = 0.5 * (x.square().sum(-1, keepdim=True) + means.square().sum(-1)) - linear(x, means)
-            return -distances / self._divisor
+            # the halves before their sum, which has a number for each class and row
+            half_squares = 0.5 * x.square().sum(-1, keepdim=True) + 0.5 * means.square().sum(-1)
+            return self._divided(linear(x, means) - half_squares)
         log_covariance = self._log_covariance(dtype)
         precision = torch.exp(-log_covariance)
-        distances = 0.5 * (linear(x.square(), precision) + (means.square() * precision).sum(-1)) - linear(x, means * precision)
-        return -(distances + 0.5 * log_covariance.sum(-1)) / self._divisor
+        half_squares = 0.5 * (linear(x.square(), precision) + (means.square() * precision).sum(-1))
+        return self._divided(linear(x, means * precision) - half_squares - 0.5 * log_covariance.sum(-1))
+
+    def _divided(self, logits: Tensor) -> Tensor:
+        return logits / self._divisor if self.scale_by_dimension else logits
 
     def _distance_to_target(self, features: Tensor, target: Tensor) -> Tensor:
         """d_y, (...); 0 for a negative target."""
