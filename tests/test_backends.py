@@ -339,7 +339,7 @@ def test_nan_and_infinity_in_a_kept_row_give_nan(backend, value, where, shape, r
 
 
 @every("divergence", DIVERGENCES)
-@every("row", [[1.0], [1.0, -INF], [-INF, 2.0], [-INF, -INF], [5.0, 5.0], [0.0, -1e38, 1e38], [1.0, -INF, -INF]])
+@every("row", [[1.0], [1.0, -INF], [-INF, 2.0], [-INF, -INF], [5.0, 5.0], [0.0, -1e38, 1e38], [1.0, -INF, -INF], [-3e38, -INF]])
 def test_rows_with_hardly_any_class(backend, row, divergence):
     input = torch.tensor([row], device=device_of(backend))
     for target in range(len(row)):
@@ -1038,6 +1038,15 @@ def test_nan_and_infinity_beside_class_probabilities(kernel, shape, value, place
     soft.input[1] = -INF
     for options in ({}, {"lam": 0.0}, {"divergence": "kl_qu", "hard_bias": 1.0}, {"label_smoothing": 1.0}):
         soft.check(reduction="none", **options)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_certain_probabilities_beside_masks_of_the_lowest_number(kernel, divergence, rng):
+    soft = Soft((4, 7), rng, backend=kernel).with_(wanted=(True, False))
+    soft.input[:, 4:] = torch.finfo(torch.float32).min  # their sum is infinite
+    soft = soft.with_(target=torch.nn.functional.one_hot(soft.input.argmax(1), 7).float())
+    losses, their_losses = (each.results(reduction="none", divergence=divergence)[0] for each in (soft, soft.reference()))
+    assert not losses.isnan().any() and torch.equal(losses.isinf(), their_losses.isinf())
 
 
 def test_one_hot_probabilities_are_class_indices_in_the_kernel(kernel, rng):
