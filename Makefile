@@ -46,6 +46,7 @@ bench: $(READY) ## time, memory and accuracy beside torch's cross-entropy: resul
 	$(BIN)/python benchmarks/floor_cpu.py
 	$(BIN)/python benchmarks/memory_cpu.py
 	$(BIN)/python benchmarks/surface.py
+	$(BIN)/python benchmarks/costs.py
 	$(BIN)/python benchmarks/accuracy.py
 	$(BIN)/python benchmarks/linear_cpu.py
 	$(BIN)/python benchmarks/scaling.py

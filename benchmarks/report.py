@@ -136,6 +136,31 @@ def floor_section(record: dict[str, Any] | None) -> list[str]:
     ]
 
 
+def costs_section(record: dict[str, Any] | None) -> list[str]:
+    if record is None:
+        return []
+    calls = []
+    for name, shape in (("small call", "96×100"), ("small linear", "64×16×100")):
+        parts = record[name]
+        rest = parts["ours"] - sum(parts.get(part, 0) for part in ("kernel", "products", "autograd"))
+        cells = [parts.get(part) for part in ("F.cross_entropy", "ours", "kernel", "products", "autograd")]
+        calls.append([shape, *("–" if cell is None else f"{cell:.0f}" for cell in cells), f"{rest:.0f}"])
+    heads = []
+    for name, parts in record["heads"].items():
+        beyond = parts["logits"] - parts["nn.Linear"]
+        heads.append([name, f"{parts['logits'] / 1e3:.2f}", f"{beyond / 1e3:.2f}", f"{parts['loss'] / 1e3:.2f}"])
+    return [
+        "## Where the time goes",
+        f"{record['claim']} {words_of_machine(record)}. Forward and backward, float32; of each part the fastest tenth of its turns.",
+        "A call without much to compute, in microseconds. The kernel includes its call from Python; autograd is a function of the same\n"
+        "inputs whose results are there already; the rest is checks, the choice of a backend and, for a linear layer, tiles.",
+        table(["logits, or rows×width×classes", "F.cross_entropy", "ours", "kernel", "products", "autograd", "the rest"], calls),
+        "A head with 256 rows, 128 features and 1,000 classes, in milliseconds: its logits with the margin, how much longer they take\n"
+        "than those of `nn.Linear`, and the large-margin loss of such logits.",
+        table(["head", "its logits", "beyond nn.Linear", "loss"], heads),
+    ]
+
+
 def main() -> None:
     """Write the page."""
     names = ("time_cpu", "memory_cpu", "accuracy", "linear_cpu", "training_cpu", "surface")
@@ -167,6 +192,7 @@ def main() -> None:
         "`nn.CrossEntropyLoss`, with `nn.Linear` for layers, or the function named. Memory is the most that torch holds beside the\n"
         "inputs.",
         surface_page(surface),
+        *costs_section(load("costs")),
         "## Linear layer and loss in one",
         linear["claim"],
         "float32, forward and backward. Memory excludes inputs and gradients.",
