@@ -48,7 +48,7 @@ def main(folder, batch_size, loss="large_margin", network="plain", step=0):
     parts = {name: getattr(whole, name)[:200] for name in ("train_images", "train_labels", "test_images", "test_labels")}
     world = int(os.environ["WORLD_SIZE"])
     if network == "plain":
-        module: Any = train
+        module: Any = trainer
         module.build = lambda *_: Plain()
     if step and int(os.environ["RANK"]) == world - 1:
         stop_at(step)

@@ -462,4 +462,6 @@ def test_each_run_keeps_its_model_and_its_events_where_that_is_asked(tmp_path):
 @every("loss", LOSSES)
 def test_rho_is_no_margin_of_a_cosine(loss):
     label = Recipe(loss, 0, **LOSSES[loss]).loss_label
-    assert ("m=" in label) == (loss in ("lsoftmax", "cosface", "arcface")) and not ("s=" in label and "ρ" in label)
+    assert ("m=" in label) == (loss in ("lsoftmax", "cosface", "arcface", "subcenter_arcface", "sphereface", "mbls")) and not (
+        "s=" in label and "ρ" in label
+    )
