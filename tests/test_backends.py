@@ -265,7 +265,7 @@ def test_predictions_are_the_first_of_the_largest_logits(shape, dtype, rng):
     rows = input.movedim(1, -1)
     target = torch.randint(shape[1], rows.shape[:-1], generator=rng)
     target[0], target[1] = -100, 0  # ignored; masked
-    stats, log_odds, ahead = kernels.predictions(rows, target, -100)
+    stats, log_odds, ahead = kernels.predictions(rows, target, -100)  # type: ignore[union-attr]
     assert (ahead[0] == -1).all() and (log_odds[0] == 0).all()
     of_prediction = row_stats(input, rows.argmax(-1), backend="cpu").log_odds
     for got, same in zip((*stats, log_odds[1:]), (*row_stats(input, target, backend="cpu"), of_prediction[1:]), strict=True):
@@ -275,7 +275,7 @@ def test_predictions_are_the_first_of_the_largest_logits(shape, dtype, rng):
     masked = rows.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1) == -INF
     assert torch.equal(ahead[1:], place.masked_fill(masked, torch.iinfo(torch.int64).max)[1:])
     with pytest.raises(IndexError, match="labels are out of range"):
-        kernels.predictions(rows, target + shape[1], -100)
+        kernels.predictions(rows, target + shape[1], -100)  # type: ignore[union-attr]
 
 
 @every("dtype, shape, divergence, terms, smoothing, weighted, reduction", EVERY_OPTION)
@@ -704,8 +704,8 @@ def test_the_kernel_runs_unless_told_otherwise(dtype, rng):
     for loss in (large_margin_cross_entropy, crammer_singer_hinge, hard_margin_softplus):
         assert "LargeMarginCrossEntropy" in type(loss(input, target).grad_fn).__name__
     assert "RowStatsByKernels" in type(row_stats(input, target).log_odds.grad_fn).__name__
-    loss = large_margin_cross_entropy(input, target, backend="reference")
-    assert "LargeMarginCrossEntropy" not in type(loss.grad_fn).__name__
+    loss = large_margin_cross_entropy(input, target, backend="reference")  # type: ignore[assignment]
+    assert "LargeMarginCrossEntropy" not in type(loss.grad_fn).__name__  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
@@ -1233,7 +1233,7 @@ def test_float64_is_right_to_its_last_digits(shape, soft, options, rng):
 
 
 def check_float64(shape: tuple[int, ...], soft: bool, options: dict[str, Any], rng: torch.Generator) -> None:
-    problem = Soft(shape, rng, torch.float64, weighted=True) if soft else Problem(logits(shape, rng, torch.float64), rng, "cpu")
+    problem: Any = Soft(shape, rng, torch.float64, weighted=True) if soft else Problem(logits(shape, rng, torch.float64), rng, "cpu")
     weight, leads = torch.rand(shape[1], generator=rng, dtype=torch.float64), torch.tensor([0.0, 30.0, 600.0, 720.0])
     input = problem.input.movedim(1, -1)
     input[..., shape[1] // 2] += leads[torch.randint(4, input.shape[:-1], generator=rng)]  # also beyond what e^z can tell
