@@ -17,7 +17,7 @@ from gpu_common import Record, Work, start
 from common import ROOT
 
 WORK = Work(cases=("tests", "-m", "not slow"), rounds=1, tests=None)
-TINY = Work(cases=("tests/test_backends.py", "-k", "triton and awkward and float32"), rounds=1, tests=None)
+TINY = Work(cases=("tests/test_backends.py", "-k", "triton and awkward"), rounds=1, tests=None)
 PROCESSES = min(8, (os.cpu_count() or 1) // 2)
 OPTIONS = ("-q", "--tb=short", "--continue-on-collection-errors", "-p", "no:cacheprovider", "-p", "gpu_tests")
 SECONDS = 5.0  # between two writings of the record
