@@ -24,10 +24,10 @@ def test_a_loop_runs_over_every_pair_with_the_same_random_numbers(rng):
 
     @every("one", [1, 2])
     @every("two, three", [("a", None), ("b", None), ("c", None)])
-    def test(one, two, three, rng):
+    def draw(one, two, three, rng):
         met.append((one, two, torch.rand(1, generator=rng).item()))
 
-    test(rng=rng)
+    draw(rng=rng)
     assert [case[:2] for case in met] == list(product([1, 2], "abc"))
     assert len({case[2] for case in met}) == 1
 
@@ -35,11 +35,11 @@ def test_a_loop_runs_over_every_pair_with_the_same_random_numbers(rng):
 def test_a_loop_names_the_case_that_failed():
     @every("one", [1, 2])
     @every("two", [int, str])
-    def test(one, two):
+    def law(one, two):
         assert (one, two) != (2, str)
 
     with pytest.raises(AssertionError) as caught:
-        test()
+        law()
     assert caught.value.__notes__ == ["with two=str", "with one=2"]
 
 
@@ -47,12 +47,12 @@ def test_a_loop_is_skipped_where_all_its_cases_are():
     met = []
 
     @every("one", [1, 2, 3])
-    def test(one, least):
+    def at_least(one, least):
         if one < least:
             pytest.skip("too small")
         met.append(one)
 
-    test(least=2)
+    at_least(least=2)
     assert met == [2, 3]
     with pytest.raises(pytest.skip.Exception, match="too small"):
-        test(least=4)
+        at_least(least=4)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from .errors import LabError
 from .files import write_atomically
+from .stopping import interrupts_end_at_once
 
 NAME = "predictions.npz"
 HALF_ABOVE = 32 << 20  # bytes of float32 logits; larger ones are kept in float16
@@ -34,9 +35,10 @@ class Predictions:
 
     @property
     def probabilities(self) -> NDArray[np.float64]:
-        z = self.logits.astype(np.float64)
-        z = np.exp(z - z.max(1, keepdims=True))
-        return np.asarray(z / z.sum(1, keepdims=True))
+        with interrupts_end_at_once():
+            from scipy.special import softmax
+
+        return np.asarray(softmax(self.logits.astype(np.float64), axis=1))
 
     def save(self, path: Path) -> None:
         logits = self.logits.astype(np.float32)

@@ -202,13 +202,15 @@ def compare(
         stage(comparison.validating_recipes(), "validating run", **options | {"save": False})
         print_choices(comparison, choose(finished_records(comparison, out)[0]), console)
     chosen = chosen_of(choose(finished_records(comparison, out)[0]))
-    recipes = comparison.recipes(chosen)
     for seeds in comparison.looks:
-        comparison = dataclasses.replace(comparison, seeds=tuple(range(seeds)) if comparison.max_seeds else comparison.seeds)
-        write_json(out / MARKER, {"largemargin": "compare", "comparison": vars(comparison)})
+        if seeds > len(comparison.seeds):
+            comparison = dataclasses.replace(comparison, seeds=tuple(range(seeds)))
+            write_json(out / MARKER, {"largemargin": "compare", "comparison": vars(comparison)})
         recipes = comparison.recipes(chosen)
         if len(recipes) == comparison.num_runs:  # there was time for all choices
             stage(recipes, "run", **options)
+        if seeds == comparison.looks[-1]:
+            break
         records = finished_records(comparison, out)[1]
         if len(records) < comparison.num_runs or is_clear(summarise(records, looks=len(comparison.looks))):
             break

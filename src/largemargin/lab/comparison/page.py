@@ -19,7 +19,7 @@ from . import evidence
 from .choose import CHOICE_COLUMNS, Choice, choice_cells, choice_note, ties
 from .figures import by_loss, class_errors_figure, figures_of, lambda_curve, overview, reliability_figure
 from .folder import predictions_of
-from .pictures import thumbnails
+from .pictures import Pictures
 from .plan import Comparison
 from .recommendation import advice, basis, shown
 from .table import COLUMNS, NOTE, Row, cells, remarks
@@ -52,7 +52,7 @@ class Evidence:
 
 def render(comparison: Comparison, out: Path, records: Records, rows: Sequence[Row], choices: Sequence[Choice] = ()) -> tuple[str, str]:
     """The page as HTML that needs nothing from outside, and as Markdown."""
-    sections = []
+    sections, pictures = [], Pictures(comparison)
     for noise in dict.fromkeys(row.label_noise for row in rows):
         group = [row for row in rows if row.label_noise == noise]
         of_noise = [record for record in records if record.recipe.noise == noise]
@@ -65,7 +65,7 @@ def render(comparison: Comparison, out: Path, records: Records, rows: Sequence[R
                 "rows": [(row, cells(row)) for row in group],
                 "figures": figures_of(kept(of_noise), colors),
                 "judged": [row.judged for row in group if row.judged is not None],
-                "evidence": evidence_at(comparison, out, of_noise, shown(group), colors),
+                "evidence": evidence_at(pictures, out, of_noise, shown(group), colors),
             }
         )
     first = records[0]
@@ -99,7 +99,7 @@ def render(comparison: Comparison, out: Path, records: Records, rows: Sequence[R
     return page("report.html.j2", **content), page("report.md.j2", **content)
 
 
-def evidence_at(comparison: Comparison, out: Path, records: Records, row: Row | None, colors: Mapping[str, str]) -> Evidence | None:
+def evidence_at(pictures: Pictures, out: Path, records: Records, row: Row | None, colors: Mapping[str, str]) -> Evidence | None:
     """Of the runs that the loss of ``row`` and the baseline have in common; None without their predictions."""
     if row is None:
         return None
@@ -114,13 +114,13 @@ def evidence_at(comparison: Comparison, out: Path, records: Records, row: Row | 
     gained, lost = evidence.disagreements(theirs, ours)
     remark = ""
     try:
-        uris = thumbnails(comparison, ours[0], [found.index for found in (*gained, *lost)])
-        pictures = [
+        uris = pictures.thumbnails(ours[0], [found.index for found in (*gained, *lost)])
+        found_pictures = [
             Picture(uri, classes[found.label], classes[found.taken_for], str(ours[0].ids[found.index]))
             for uri, found in zip(uris, (*gained, *lost), strict=True)
         ]
     except LabError as error:
-        pictures, remark = [], f"No pictures of images, because {error}."
+        found_pictures, remark = [], f"There are no pictures, because {error}."
     label = row.label
     return Evidence(
         method=label,
@@ -130,8 +130,8 @@ def evidence_at(comparison: Comparison, out: Path, records: Records, row: Row | 
             {BASELINE: colors[BASELINE], label: colors[row.loss]},
         ),
         confusions=[(classes[p.label], classes[p.predicted], f"{p.baseline:.1f}", f"{p.method:.1f}") for p in pairs],
-        gained=pictures[: len(gained)],
-        lost=pictures[len(gained) :],
+        gained=found_pictures[: len(gained)],
+        lost=found_pictures[len(gained) :],
         remark=remark,
     )
 

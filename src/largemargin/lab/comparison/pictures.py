@@ -1,6 +1,7 @@
 """Small pictures of test images, as data URIs for a page that needs nothing from outside."""
 
 import base64
+import functools
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,18 +19,26 @@ from .plan import Comparison
 SIDE = 96  # pixels
 
 
-def thumbnails(comparison: Comparison, predictions: Predictions, indices: Sequence[int]) -> list[str]:
-    """The held-out images of these places; raises LabError if they are not where they were."""
-    if not indices:
-        return []
-    ids = [predictions.ids[i] for i in indices]
-    if comparison.is_folder or isinstance(ids[0], np.str_):
-        folder = Path(comparison.data).expanduser() if comparison.is_folder else Path(comparison.data_root).expanduser() / comparison.data
-        return [_uri(read_image(folder / str(name)).image) for name in ids]
-    images = data.load_of(comparison.example)
-    if not isinstance(images, ImageSet) or images.digest() != comparison.data_digest:
-        raise LabError(f"data {comparison.data} are not those of the runs any more")
-    return [_uri(_image_of(images.test_images[int(i)].numpy())) for i in ids]
+class Pictures:
+    """The held-out images of a comparison; a data set in memory is read once, when the first picture is asked for."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        self.comparison = comparison
+
+    @functools.cached_property
+    def _in_memory(self) -> ImageSet:
+        images = data.load_of(self.comparison.example)
+        if not isinstance(images, ImageSet) or images.digest() != self.comparison.data_digest:
+            raise LabError(f"data {self.comparison.data} are not those of the runs any more")
+        return images
+
+    def thumbnails(self, predictions: Predictions, indices: Sequence[int]) -> list[str]:
+        """The images of these samples as data URIs; raises LabError if they are not where they were."""
+        ids, comparison = [predictions.ids[i] for i in indices], self.comparison
+        if ids and isinstance(ids[0], np.str_):
+            inside = Path(comparison.data) if comparison.is_folder else Path(comparison.data_root) / comparison.data
+            return [_uri(read_image(inside.expanduser() / str(name)).image) for name in ids]
+        return [_uri(_image_of(self._in_memory.test_images[int(i)].numpy())) for i in ids]
 
 
 def _image_of(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> Any:

@@ -21,7 +21,7 @@ from ..predictions import NAME as PREDICTIONS
 from ..words import counted
 
 LARGEST = np.float64(np.finfo(np.float32).max)
-CHECKED_AT_ONCE = 2**18  # logits, so that most files are told apart by few of them
+CHECKED_AT_ONCE = 2**18  # logits; for most files the first ones show what kind of numbers they hold
 SEPARATORS = (",", ";", "\t")
 ENOUGH_ROWS = 5  # from here on a column of whole numbers is no accident
 SORTED_ROWS = 20  # differences of one sign: by chance once in half a million columns

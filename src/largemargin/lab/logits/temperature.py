@@ -25,16 +25,16 @@ class Fitted(NamedTuple):
 
 def probabilities(logits: Array, temperature: float = 1.0) -> Array:
     """The softmax of ``logits / temperature``."""
-    z = logits / temperature
-    z = np.exp(z - z.max(1, keepdims=True))
-    return np.asarray(z / z.sum(1, keepdims=True))
+    from scipy.special import softmax
+
+    return np.asarray(softmax(logits / temperature, axis=1))
 
 
 def nll(logits: Array, labels: NDArray[np.int64], temperature: float = 1.0) -> float:
     """The mean negative log-likelihood."""
-    z = logits / temperature
-    z = z - z.max(1, keepdims=True)
-    return float((np.log(np.exp(z).sum(1)) - z[np.arange(len(z)), labels]).mean())
+    from scipy.special import log_softmax
+
+    return -float(log_softmax(logits / temperature, axis=1)[np.arange(len(logits)), labels].mean())
 
 
 def fit(logits: Array, labels: NDArray[np.int64]) -> Fitted:

@@ -153,7 +153,7 @@ def _known_of_folder(path: Path) -> _Known:
     if recipe.streamed:
         return _Known(recipe, classes, pixels_of(recipe))
     try:
-        images = data.load(recipe.data, recipe.data_root, recipe.image_size)
+        images = data.load_of(recipe)
     except LabError as error:
         raise LabError(f"MODEL {path} is of an earlier version, which needs its data for mean and std of the pixels: {error}") from error
     if recipe.data_digest not in ("", images.digest()) or not isinstance(images, ImageSet):
