@@ -187,3 +187,10 @@ def test_it_runs_on_meta_tensors_in_half_precision(name):
     if isinstance(function, torch.nn.Module):
         function.bfloat16()
     assert all(tensor.is_meta for tensor in tensors_of(function(*halved)))
+
+
+def test_what_runs_under_fake_tensors_leaves_nothing_behind_for_real_ones():
+    options = {"num_bins": 7}  # the constants of as many bins have not been made yet
+    with FakeTensorMode():
+        metrics.ece(torch.randn(4, 5), torch.zeros(4, dtype=torch.long), **options)
+    assert metrics.ece(torch.zeros(4, 5), torch.zeros(4, dtype=torch.long), **options) == pytest.approx(0.8)

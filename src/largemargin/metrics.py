@@ -356,7 +356,7 @@ def ece(batch: _Batch, num_bins: int) -> Tensor:
 
     Source: Guo, Pleiss, Sun and Weinberger, *On Calibration of Modern Neural Networks*, ICML 2017, eq. (3).
     """
-    return _figures(_added(_zeros(num_bins), batch, num_bins, 1), num_bins, 1)["ece"]
+    return _of_batch(batch, num_bins)["ece"]
 
 
 @_calibration
@@ -380,7 +380,7 @@ def adaptive_ece(batch: _Batch, num_bins: int) -> Tensor:
 
     Source: Nguyen and O'Connor, *Posterior calibration and exploratory analysis for natural language processing models*, EMNLP 2015.
     """
-    return _figures(_added(_zeros(num_bins), batch, num_bins, 1), num_bins, 1)["adaptive_ece"]
+    return _of_batch(batch, num_bins)["adaptive_ece"]
 
 
 @as_one_call
@@ -494,7 +494,8 @@ def _added(totals: Tensor, batch: _Batch, num_bins: int, top_k: int) -> Tensor:
     # in one dtype, because torch stacks several ten times as slowly
     rows = _wide(torch.stack([*parts, (ahead == 0).to(dtype), (ahead >= top_k).to(dtype), kept, kept, log_odds]))
     rows = rows.reshape(len(rows), -1)
-    places = _places(num_bins, rows.device)
+    # a tensor of a subclass, such as a fake one, goes with constants of its own kind, which must not stay for later calls
+    places = (_places if type(rows) is Tensor else _places.__wrapped__)(num_bins, rows.device)
     rows = torch.where(rows[0].isnan(), places.of_invalid, rows)
     *_, right, _, valid, _, log_odds = rows.unbind()
     confidence = log_odds.sigmoid()
@@ -526,6 +527,12 @@ def _figures(sums: Tensor, num_bins: int, top_k: int) -> dict[str, Tensor]:
     }
 
 
+def _of_batch(batch: _Batch, num_bins: int) -> dict[str, Tensor]:
+    device = batch.target.device
+    totals = _zeros(num_bins, "cpu" if device.type == "mps" else device)
+    return _figures(_added(totals, batch, num_bins, 1), num_bins, 1)
+
+
 class MarginMetrics:
     r"""All metrics of this module over a stream of batches, from one vector of float64 sums.
 
@@ -547,7 +554,7 @@ class MarginMetrics:
         >>> for logits, target in [(torch.tensor([[2.0, 1.0, -1.0]]), [0]), (torch.tensor([[0.0, 0.5, 0.5]]), [0])]:
         ...     metrics.update(logits, torch.tensor(target))
         >>> figures = metrics.compute()
-        >>> figures["rows"], figures["accuracy"], figures["top2_error"], figures["margin"]
+        >>> figures["rows"], figures["accuracy"], figures["top2_error"], round(figures["margin"], 6)
         (2.0, 0.5, 0.5, 0.25)
     """
 
