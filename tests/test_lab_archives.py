@@ -136,6 +136,14 @@ def test_archives_can_come_from_files(publish, tmp_path):
     assert len(data.load("svhn", str(tmp_path / "root"), 32).test_labels) == 2
 
 
+def test_among_several_files_an_archive_is_known_by_its_name(publish, tmp_path):
+    names = ["first.bin", "second.bin"]
+    for name in names:
+        (tmp_path / name).write_bytes((publish() / "cifar-100-python.tar.gz").read_bytes())
+    with pytest.raises(LabError, match=r"none of first.bin, second.bin is cifar-100-python.tar.gz"):
+        fetch("cifar100", tmp_path / "root", given=[tmp_path / name for name in names])
+
+
 def test_a_broken_file_is_replaced_and_the_rest_is_left_alone(publish, tmp_path):
     published = publish()
     fetch("cifar100", tmp_path / "root", given=[published / "cifar-100-python.tar.gz"])

@@ -136,7 +136,8 @@ def test_the_same_command_repeats_nothing(finished):
     out, command, _ = finished
     before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*") if path.is_file()}
     again = in_process(*command)
-    assert again.returncode == 0 and "8 already done" in " ".join(again.stdout.split())  # long paths wrap the line
+    said = " ".join(again.stdout.split())  # long paths wrap the line
+    assert again.returncode == 0 and "8 already done" in said and "held a comparison with other options" not in said
     assert before == {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*") if path.is_file()}
 
 
@@ -146,6 +147,7 @@ def test_more_seeds_add_runs_to_those_there(finished, tmp_path):
     more = in_process(*[{"0": "0", "1": "2"}.get(word, word) for word in command[:4]], *command[4:-1], str(tmp_path / "more"))
     said = " ".join(more.stdout.split())  # long paths wrap the line
     assert more.returncode == 0 and "8 runs" in said and "4 already done" in said
+    assert "held a comparison with other options" in said
     assert len(list((tmp_path / "more" / "runs").glob("*/result.json"))) == 12
 
 

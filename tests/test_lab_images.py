@@ -274,6 +274,11 @@ def test_all_broken_files_are_named_at_once(tmp_path):
     said = str(caught.value)
     assert said.startswith("cannot read 13 of 25 images: ") and "; and 3 more; mend or remove them" in said
     assert sum(f"broken{i:02}.jpg" in said for i in range(13)) == 10
+    for i in range(10, 13):
+        (folder / "cat" / f"broken{i:02}.jpg").unlink()
+    with pytest.raises(LabError) as caught:
+        data.load(str(folder), "data", 8)
+    assert " more" not in str(caught.value)
 
 
 def test_all_files_that_are_gone_are_named_at_once(tmp_path):

@@ -256,6 +256,14 @@ def test_a_reproduction_goes_through_the_queue_to_its_report(tmp_path, capsys, i
     assert all(len(entry.records) == 2 for entry in entries)
 
 
+def test_within_minutes_the_runs_that_are_left_are_counted(tmp_path, capsys, done, written, monkeypatch):
+    every_run = progress.run_all
+    monkeypatch.setattr(progress, "run_all", lambda recipes, *rest, **options: every_run(recipes[:1], *rest, **options))
+    command = ["reproduce", "table2", "--cells", "*/softmax", "--seeds", "0", "1", "--minutes", "5", "--out", str(tmp_path / "out"), *QUICK]
+    assert cli.main(command) == 0
+    assert len(done) == 1 and "1 of 2 runs left" in capsys.readouterr().out
+
+
 def test_the_command_that_is_kept_computes_the_same(tmp_path, capsys, done, written):
     out = tmp_path / "a folder"
     assert cli.main(["reproduce", "table3a", "--cells", "*/0.5", "--seeds", "3", "--scale", "reduced", "--out", str(out), *QUICK]) == 0

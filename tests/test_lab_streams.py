@@ -270,6 +270,16 @@ def test_the_streamed_feed_of_a_device_is_that_of_the_cpu(folder, channels_last,
     assert_same_feeds(streamed(folder, device=device, **fields), streamed(folder, **fields), device)
 
 
+def test_the_border_of_a_random_crop_has_the_mean_colour():
+    black = Image.new("RGB", (8, 8))
+    moved = streams.training_transform(recipe_of(image_size=8, crop_padding=8, crop_fill="mean", flip=False))(black)
+    colours = {
+        tuple(pixel)
+        for pixel in (moved.flatten(1).t() * torch.tensor(streams.STD) + torch.tensor(streams.MEAN)).mul(255).round().int().tolist()
+    }
+    assert (124, 116, 104) in colours or (123, 116, 103) in colours
+
+
 def test_an_image_is_augmented_alike_wherever_it_stands(folder):
     few, many = (torch.cat([batch.images for batch in streamed(folder, batch_size=n).training(0)]) for n in (3, 14))
     assert torch.equal(few, many)

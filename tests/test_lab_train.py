@@ -350,6 +350,13 @@ def test_schedules(schedule, expected):
     np.testing.assert_allclose(learning_rates(recipe(epochs=5, **schedule)), expected, atol=1e-15)
 
 
+@pytest.mark.parametrize("schedule", ["log", "cosine"])
+@pytest.mark.parametrize("epochs", [2, 3, 7])
+def test_the_last_epoch_has_the_final_factor(schedule, epochs):
+    rates = learning_rates(recipe(epochs=epochs, schedule=schedule, final_factor=0.01))
+    np.testing.assert_allclose([rates[0], rates[-1]], [0.1, 0.001], rtol=1e-12)
+
+
 def test_decay_can_leave_out_biases_and_normalisation():
     network = models.build(recipe(), 1, 10)
     groups = methods.parameter_groups(recipe(decay_all=False), network)

@@ -155,6 +155,17 @@ def test_higher_derivatives_and_batched_gradients(tile, rng, device):
     )
 
 
+def test_under_hooks_on_saved_tensors_the_loss_keeps_nothing_else(rng, device):
+    problem = Problem((7, 5, 13), rng, device)
+    leaves = problem.leaves()
+    with torch.autograd.graph.save_on_cpu():
+        loss = fused(leaves, problem.target)
+    kept = [value for value in vars(loss.grad_fn).values() if isinstance(value, tuple)]
+    assert not any(isinstance(entry, Tensor) for value in kept for entry in value)
+    for got, expected in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(plain(leaves, problem.target), leaves), strict=True):
+        assert_within(got, expected, 16.0, 2)
+
+
 def test_hooks_run_once(tile, rng, device):
     problem = Problem((7, 5, 13), rng, device)
     for create_graph in (False, True):

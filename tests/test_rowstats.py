@@ -542,3 +542,13 @@ def test_a_difference_of_finite_logits_may_overflow(device):
     gradient = vjp(f, y, torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0], device=device))
     truth = vjp(f.double(), y, torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0], device=device).double())
     assert_within(gradient, truth, 4.0, 1)
+
+
+def test_the_statistics_of_stored_programs_are_the_statistics(rng):
+    logits = torch.randn(6, 5, generator=rng, dtype=torch.float64)
+    logits[1, 1:] = -INF  # a lone class, if it is the target
+    target = torch.tensor([0, 0, 4, -1, 2, 1])
+    for name, got, expected in zip(
+        RowStats._fields, rowstats.row_stats_by_autograd(logits, target), rowstats.row_stats(logits, target), strict=True
+    ):
+        assert same_bits(got, expected), name
