@@ -9,7 +9,7 @@ from scipy import stats as scipy_stats
 
 from common import write
 from largemargin.lab import stats
-from largemargin.lab.comparison.plan import looks_of
+from largemargin.lab.comparison.design import looks_of
 
 Array = NDArray[np.float64]
 

@@ -17,11 +17,12 @@ from largemargin.lab.errors import LabError
 from largemargin.lab.queue import budget
 from largemargin.lab.queue import runs as queue
 from largemargin.lab.queue.attempt import Outcome
-from largemargin.lab.queue.budget import Budget, Cost, cost_key, finish, pair_key, work
+from largemargin.lab.queue.budget import Budget, Cost, cost_key, finish, pair_key
 from largemargin.lab.queue.plan import Plan
 from largemargin.lab.queue.runs import run_all
 from largemargin.lab.run import environment
 from largemargin.lab.run.methods import LOSSES
+from largemargin.lab.run.planned import Planned
 from largemargin.lab.run.recipe import Recipe
 
 THREE = ("softmax", "label_smoothing", "large_margin")
@@ -183,7 +184,7 @@ def test_runs_of_the_same_cost_have_one_key():
         assert cost_key(dataclasses.replace(one, **{name: value})) == cost_key(one)
     for name, value in {"network": "layer13", "precision": "bfloat16", "batch_size": 7, "device": "cuda", "width": 0.5}.items():
         assert cost_key(dataclasses.replace(one, **{name: value})) != cost_key(one)
-    assert work(dataclasses.replace(one, train_fraction=0.5, validation_fraction=0.2)) == pytest.approx(0.4 * work(one))
+    assert dataclasses.replace(one, train_fraction=0.5, validation_fraction=0.2).work == pytest.approx(0.4 * one.work)
 
 
 # the queue, the commands
@@ -192,7 +193,7 @@ def test_runs_of_the_same_cost_have_one_key():
 class Charged(Budget):
     """A budget that is charged what a run was measured to take, however short it is in a test."""
 
-    def ended(self, recipe: Recipe, done: bool) -> None:
+    def ended(self, recipe: Planned, done: bool) -> None:
         super().ended(recipe, done)
         self.deadline -= self.seconds(recipe)
 

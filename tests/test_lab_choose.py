@@ -22,6 +22,13 @@ COMMAND = ["compare", "--losses", "softmax", "large_margin", "--lam", "0.1", "1"
 COMMAND += ["--epochs", "2", "--label-noise", "0", "0.3", "--train-fraction", "0.3", "--device", "cpu"]  # runs are repeated bit for bit
 
 
+def reopened(out):
+    """The comparison on images in a folder."""
+    comparison = reopen(out)
+    assert isinstance(comparison, Comparison)
+    return comparison
+
+
 def record(loss, seed, lam, error, noise=0.0):
     recipe = Recipe(loss=loss, seed=seed, label_noise=noise, **LOSSES[loss] | {"lam": lam}).to_dict()
     return RunRecord.from_dict({"recipe": recipe, "test": None, "validation": {"error": error}, "environment": {}})
@@ -99,7 +106,7 @@ def test_validating_runs_never_see_the_test_set_and_the_others_see_it_once(finis
 
 
 def test_the_runs_compared_have_the_chosen_lam(finished):
-    validating, compared = finished_records(reopen(finished), finished)
+    validating, compared = finished_records(reopened(finished), finished)
     chosen = chosen_of(choose(validating))
     assert len(chosen) == 2 and len(compared) == 8
     for record in compared:
@@ -113,7 +120,7 @@ def test_the_test_labels_have_no_part_in_the_choice(finished, tmp_path, monkeypa
     digits = data.load("digits", "", 32)
     assert isinstance(digits, ImageSet)
     other = dataclasses.replace(digits, test_labels=digits.test_labels.roll(7), test_images=torch.zeros_like(digits.test_images))
-    validating, _ = finished_records(reopen(finished), finished)
+    validating, _ = finished_records(reopened(finished), finished)
     again = []
     for record in validating:
         recipe = dataclasses.replace(record.recipe, data_digest=other.digest())
@@ -134,7 +141,7 @@ def test_a_second_time_nothing_is_repeated(finished, capsys):
 
 def test_a_choice_that_lacks_a_run_is_not_made(finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "out")
-    comparison = reopen(tmp_path / "out")
+    comparison = reopened(tmp_path / "out")
     missing = next(recipe for recipe in comparison.validating_recipes() if recipe.loss == "large_margin" and recipe.label_noise == 0.3)
     shutil.rmtree(tmp_path / "out" / "runs" / missing.id)
     validating, compared = finished_records(comparison, tmp_path / "out")

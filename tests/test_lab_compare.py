@@ -34,6 +34,13 @@ from largemargin.lab.run.recipe import Recipe
 LARGEMARGIN = [sys.executable, "-W", "error", "-m", "largemargin.lab.cli"]
 
 
+def reopened(out):
+    """The comparison on images in a folder."""
+    comparison = reopen(out)
+    assert isinstance(comparison, Comparison)
+    return comparison
+
+
 def record(loss, seed, error, noise=0.0, margin=1.0, nll=0.1):
     test = {"error": error, "margin": margin, "rho": 0.5, "ece": 2.0, "nll": nll, "margin_histogram": [0] * 160}
     recipe = Recipe(loss=loss, seed=seed, label_noise=noise, **LOSSES[loss]).to_dict()
@@ -44,7 +51,7 @@ def test_pairs_are_matched_by_seed_whatever_the_order():
     records = [record("softmax", s, 10.0 + s) for s in (0, 1, 2)] + [record("large_margin", s, 9.0 + s) for s in (2, 0, 1)]
     row = summarise(records)[1]
     assert row.judged.text == "-1.00 (no spread)"
-    assert row.error == 10.0 and row.error_std == 1.0  # n - 1
+    assert row.mean == 10.0 and row.std == 1.0  # n - 1
 
 
 def test_only_seeds_that_both_have_are_paired():
@@ -60,7 +67,7 @@ def test_equal_differences_are_no_evidence():
 
 def test_one_seed_has_no_interval_and_a_missing_baseline_no_difference():
     one = summarise([record("softmax", 0, 10.0), record("large_margin", 0, 9.0)])
-    assert one[1].judged is None and one[1].error_std is None
+    assert one[1].judged is None and one[1].std is None
     assert "n/a" in cells(one[1])
     alone = summarise([record("large_margin", s, 9.0 + s) for s in (0, 1)])
     assert alone[0].judged is None
@@ -260,7 +267,7 @@ def test_odd_values_in_a_config_file_get_one_line(text, tmp_path, capsys, monkey
 def test_no_number_is_cut_in_the_table(finished, width, tmp_path):
     out, _, _ = finished
     output = io.StringIO()
-    _, records = finished_records(reopen(out), out)
+    _, records = finished_records(reopened(out), out)
     rows = summarise(records)
     print_tables(rows, Console(width=width, file=output))
     text = output.getvalue()
@@ -439,7 +446,7 @@ def test_a_comparison_passes_through_json_and_those_of_one_lam_still_open(tmp_pa
     assert Comparison.from_dict(json.loads(json.dumps(vars(comparison)))) == comparison
     old = {"data": "digits", "losses": ["softmax", "large_margin"], "lam": 0.5, "seeds": [0], "label_noise": [0.0], "device": "cpu"}
     (tmp_path / "compare.json").write_text(json.dumps({"largemargin": "compare", "comparison": old}))
-    assert [recipe.lam for recipe in reopen(tmp_path).recipes()] == [None, 0.5]
+    assert [recipe.lam for recipe in reopened(tmp_path).recipes()] == [None, 0.5]
 
 
 def test_the_file_on_the_page_is_understood(tmp_path):

@@ -17,7 +17,8 @@ from largemargin.lab.data.images import digits
 from largemargin.lab.errors import LabError
 from largemargin.lab.predictions import Predictions
 from largemargin.lab.run import model, train
-from largemargin.lab.run.recipe import LOSSES, Recipe
+from largemargin.lab.run.methods import LOSSES
+from largemargin.lab.run.recipe import Recipe
 
 CLASSES = ("cat", "dog", "emu")
 ORIENTATION = 0x0112

@@ -403,8 +403,8 @@ def test_a_diverged_loss_is_not_recommended():
     pairs = paired_by_seed({0: 1.0, 1: 1.1, 2: 1.2}, {0: 5.0, 1: 5.1, 2: 5.25})
     (better,) = judge([("b", "a", pairs, 3)])
     rows = [
-        Row("a", "softmax", 0.0, 3, 0, 5.0, 0.1, None, *[1.0] * 4),
-        Row("b", "large_margin", 0.0, 3, 3, nan, None, better, *[nan] * 4),
+        Row("a", "softmax", 0.0, 3, 0, 5.0, 0.1, None, {}),
+        Row("b", "large_margin", 0.0, 3, 3, nan, None, better, {}),
     ]
     assert advised(rows).loss == "softmax"
     assert advised([row for row in rows if row.diverged]) is None

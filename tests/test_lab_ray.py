@@ -42,7 +42,7 @@ def test_both_nodes_work_and_what_fails_once_is_done_again(cluster, tmp_path):
     records = run_all(
         RECIPES, runs, 2, lambda recipe, _: heard.append(recipe.seed), "ray", work="lab_work:on_node", attempts=str(attempts), shared=True
     )
-    assert [record.test.error for record in records] == [0, 1, 2, 3]
+    assert [record.scores["error"] for record in records] == [0, 1, 2, 3]
     assert sorted(heard) == [0, 1, 2, 3]
     assert len({record.environment["node"] for record in records}) == 2
     assert len((attempts / RECIPES[0].id).read_text().splitlines()) == 2

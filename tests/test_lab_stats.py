@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from largemargin.lab import stats
-from largemargin.lab.comparison.plan import looks_of
+from largemargin.lab.comparison.design import looks_of
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -1,5 +1,7 @@
 """The records of runs, as they are read back from ``result.json``: what has another form is refused before it is counted with.
 
+A :class:`RunRecord` is of a network for images, a :class:`TrialRecord` of a function of the user's own. A table takes either.
+
 A diverged run has no error that a mean may hold, and its loss is never called better.
 """
 
@@ -9,18 +11,53 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar, overload
 
 from .errors import LabError
 from .run.evaluate import Evaluation
-from .run.noise import text_of
+from .run.planned import Planned, text_of
 from .run.recipe import Recipe
+from .trial.trial import Trial
 from .words import counted
 
 NOT_FINITE = "its numbers are not finite"
 ONE_CLASS = "it predicts one class for every sample"
+SCORES = ("error", "margin", "rho", "ece", "nll")  # as a table has them
 NUMBERS = ("error", "nll", "ece", "margin", "rho")
 OF_A_REPORT = ("num_train", "num_test", "classes", "seconds", "rho_of_batches", "epochs", "environment")
+
+
+class Record(Protocol):
+    """What a queue and a table read of a finished run."""
+
+    @property
+    def recipe(self) -> Planned: ...
+
+    @property
+    def scores(self) -> Mapping[str, float]:
+        """Its numbers by their names."""
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    @property
+    def num_test(self) -> int: ...
+
+    @property
+    def seconds(self) -> float: ...
+
+    @property
+    def environment(self) -> Mapping[str, Any]: ...
+
+    @property
+    def why_diverged(self) -> str:
+        """The reason, or an empty string for a run that did not diverge."""
+
+    def check_complete(self) -> None:
+        """Raises ValueError for a record that lacks what a report needs."""
+
+
+OfRecords = TypeVar("OfRecords", bound=Record)
 
 
 @dataclass(frozen=True)
@@ -71,6 +108,11 @@ class RunRecord:
         return of_split
 
     @property
+    def scores(self) -> Mapping[str, float]:
+        """Means over the samples; NaN where nothing was measured."""
+        return {name: getattr(self.measured, name) if self.test or self.validation else math.nan for name in SCORES}
+
+    @property
     def why_diverged(self) -> str:
         """The reason, or an empty string for a run that did not diverge."""
         if not (self.test or self.validation):
@@ -79,6 +121,46 @@ class RunRecord:
         if loss is None or not all(map(math.isfinite, (loss, *(getattr(of_split, name) for name in NUMBERS)))):
             return NOT_FINITE
         return ONE_CLASS if of_split.predicted_classes < 2 <= of_split.target_classes else ""
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """What a finished run of a function left of itself. A number that was not finite is NaN."""
+
+    recipe: Trial
+    scores: Mapping[str, float]
+    digest: str = ""  # of the source of the function and its loss
+    measured: Evaluation | None = None  # what run.score() computed
+    asked_to_hold_out: bool = False  # whether the function asked which samples are held out
+    num_test: int = 0  # samples of run.score(); 0 where it was not called
+    num_classes: int = 0
+    seconds: float = 0.0
+    environment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    log: Sequence[Mapping[str, Any]] = ()  # what run.log() was given
+
+    @classmethod
+    def from_dict(cls, record: Any) -> "TrialRecord":
+        """The record in a file; raises ValueError, and says what is wrong, for one that no run has written."""
+        _check(record | {"recipe": record["trial"]})
+        _check_numbers("scores", record["scores"].items())
+        names = {field.name for field in dataclasses.fields(cls)} - {"recipe", "scores", "measured"}
+        plain = {name: value for name, value in record.items() if name in names}
+        scores = {name: math.nan if value is None else float(value) for name, value in record["scores"].items()}
+        return cls(Trial(**record["trial"]), scores, measured=_evaluation(record.get("measured")), **plain)
+
+    def check_complete(self) -> None:
+        """Nothing that a report needs can be lacking."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(map(str, range(self.num_classes)))
+
+    @property
+    def why_diverged(self) -> str:
+        """The reason, or an empty string for a run that did not diverge."""
+        if not all(map(math.isfinite, self.scores.values())):
+            return NOT_FINITE
+        return ONE_CLASS if self.measured and self.measured.predicted_classes < 2 <= self.measured.target_classes else ""
 
 
 def _evaluation(values: dict[str, Any] | None) -> Evaluation | None:
@@ -124,37 +206,50 @@ def _list(where: str, value: Any) -> list[Any]:
     return value
 
 
-def result_of(recipe: Recipe, runs: Path) -> RunRecord | None:
+@overload
+def result_of(recipe: Recipe, runs: Path) -> RunRecord | None: ...
+
+
+@overload
+def result_of(recipe: Trial, runs: Path) -> TrialRecord | None: ...
+
+
+@overload
+def result_of(recipe: Planned, runs: Path) -> Record | None: ...
+
+
+def result_of(recipe: Planned, runs: Path) -> Record | None:
     """The record of a finished run, or None."""
     path = runs / recipe.id / "result.json"
     if not path.is_file():
         return None
+    record: Record
     try:
         found = json.loads(path.read_text())
-        record = RunRecord.from_dict(found)
-        if record.recipe.id != recipe.id or not {"test", "epochs"} <= found.keys():
+        record = TrialRecord.from_dict(found) if isinstance(recipe, Trial) else RunRecord.from_dict(found)
+        if record.recipe.id != recipe.id or not (isinstance(recipe, Trial) or {"test", "epochs"} <= found.keys()):
             raise ValueError("it is of another run")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise LabError(f"{path} is not the record of its run ({error}); remove it to run it again") from error
     return record
 
 
-def num_finished(recipes: Sequence[Recipe], runs: Path) -> int:
+def num_finished(recipes: Sequence[Planned], runs: Path) -> int:
     """How many of these runs have their record."""
     return sum(result_of(recipe, runs) is not None for recipe in recipes)
 
 
-def kept(records: Sequence[RunRecord]) -> list[RunRecord]:
+def kept(records: Sequence[OfRecords]) -> list[OfRecords]:
     """The records of the runs that did not diverge."""
     return [record for record in records if not record.why_diverged]
 
 
-def who_diverged(records: Sequence[RunRecord]) -> list[str]:
+def who_diverged(records: Sequence[Record]) -> list[str]:
     """A sentence that names the runs that diverged, if any did."""
     found = [(record.recipe, record.why_diverged) for record in records if record.why_diverged]
     if not found:
         return []
-    names = [f"{recipe.loss_label}, label noise {text_of(recipe.noise)}, seed {recipe.seed} ({reason})" for recipe, reason in found[:10]]
+    names = [f"{text_of(recipe)} ({reason})" for recipe, reason in found[:10]]
     rest = f"; and {len(found) - 10} more" if len(found) > 10 else ""
     return [
         f"{len(found)} of {counted(len(records), 'run')} diverged: {'; '.join(names)}{rest}. Means and pairs leave them out, and a loss "
@@ -162,7 +257,7 @@ def who_diverged(records: Sequence[RunRecord]) -> list[str]:
     ]
 
 
-def software(records: Sequence[RunRecord]) -> list[str]:
+def software(records: Sequence[Record]) -> list[str]:
     """The versions the runs were made with; more than one where a comparison went on after an update."""
     environments = (record.environment for record in records)
     texts = (f"largemargin {e['largemargin']} (commit {e['commit'][:10]}), torch {e['torch']}, Python {e['python']}" for e in environments)

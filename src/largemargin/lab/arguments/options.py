@@ -116,7 +116,7 @@ def add_budget(parser: ArgumentParser, everything: bool) -> None:
         type=number_type(POSITIVE),
         default=None,
         metavar="M",
-        help="start only runs that can finish within M minutes, all losses of a seed or none; repeat the command for the rest",
+        help="start only runs that can end within M minutes, all losses of a seed or none; repeat for the rest",
     )
     add_eager(parser, everything)
 

@@ -10,7 +10,7 @@ from ... import __version__
 from ..comparison.plan import Comparison
 from ..data import ARCHIVED, STREAMED
 from ..directions import LOWER_IS_BETTER
-from ..options import NON_NEGATIVE_INT, POSITIVE_INT
+from ..options import NON_NEGATIVE_INT, POSITIVE, POSITIVE_INT
 from ..paper.cells import SCALES, TARGETS
 from ..queue import EXECUTORS
 from ..run.methods import METHODS, OF_SOME_LOSSES
@@ -44,6 +44,12 @@ def compare_parser(everything: bool = True) -> ArgumentParser:
     compare = new_parser(COMPARED)
     compare.add_argument("--config", action="config", help="a YAML file with any of these options")
     add_fields(compare, Comparison, everything=everything, unset=False)
+    own = "package.module:function, your own training loop"
+    compare.add_argument("--train", type=str, default=None, metavar="FUNCTION", help=own)
+    again = "with --train, keep finished runs where the source of the function has changed since"
+    compare.add_argument("--reuse", action="store_true", help=rare(again))
+    late = "end a run that takes longer than these seconds; it counts as failed"
+    compare.add_argument("--timeout", type=number_type(POSITIVE), default=None, metavar="S", help=rare(late))
     compare.add_argument("--device", type=str, default=None, help=DEVICE_HELP)
     compare.add_argument("--jobs", type=number_type(POSITIVE_INT), default=None, metavar="N", help=JOBS.format(2))
     add_budget(compare, everything)

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..comparison.recommendation import recommended
+from ..comparison.recommendation import rank, recommended
 from ..comparison.table import Row
 from ..results import RunRecord, kept
 from ..run.methods import BASELINE
@@ -17,7 +17,7 @@ def advised(rows: Sequence[Row]) -> Row | None:
     least = min((row.label_noise for row in rows), key=order_of, default=0.0)
     rows = [row for row in rows if row.label_noise == least and row.diverged < row.n]
     softmax = next((row for row in rows if row.loss == BASELINE), None)
-    return recommended(rows) or softmax or min(rows, key=lambda row: row.error, default=None)
+    return recommended(rows) or softmax or min(rows, key=rank, default=None)
 
 
 def next_command(rows: Sequence[Row], records: Sequence[RunRecord], runs: Path) -> list[str]:

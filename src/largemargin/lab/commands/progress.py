@@ -12,20 +12,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..errors import LabError
 from ..queue.budget import Budget
 from ..queue.runs import run_all, threads_note
-from ..results import RunRecord, num_finished, result_of
-from ..run.noise import text_of
-from ..run.recipe import Recipe
+from ..results import Record, num_finished, result_of
+from ..run.planned import Note, Planned, text_of
 from ..words import counted
 
 
-def interrupted(recipes: Sequence[Recipe], runs: Path) -> LabError:
+def interrupted(recipes: Sequence[Planned], runs: Path) -> LabError:
     """What to say in place of a KeyboardInterrupt."""
     done = num_finished(recipes, runs)
     kept = f"{done} of {counted(len(recipes), 'run')} {'is' if done == 1 else 'are'} done and kept in {runs.parent}"
     return LabError(f"interrupted; {kept}. The same command goes on from here.")
 
 
-def say_what_is_left(recipes: Sequence[Recipe], runs: Path, budget: Budget, console: Console) -> None:
+def say_what_is_left(recipes: Sequence[Planned], runs: Path, budget: Budget, console: Console) -> None:
     """Where the budget did not allow all runs; raises LabError where there is not a single record."""
     left = [recipe for recipe in recipes if result_of(recipe, runs) is None]
     if not left:
@@ -64,8 +63,8 @@ def reading_images(console: Console) -> Iterator[Callable[[int, int], None]]:
 
 
 def run_with_progress(
-    recipes: Sequence[Recipe], runs: Path, jobs: int, console: Console, executor: str = "local", **options: Any
-) -> list[RunRecord]:
+    recipes: Sequence[Planned], runs: Path, jobs: int, console: Console, executor: str = "local", **options: Any
+) -> list[Record]:
     """A live display on a terminal; elsewhere a line for each finished run, and one a minute. ``options`` are of :func:`run_all`."""
 
     def on_message(line: str) -> None:
@@ -78,8 +77,10 @@ def run_with_progress(
         last = time.monotonic()
         epochs, total_epochs = 0, sum(recipe.epochs for recipe in recipes if recipe.id not in finished)
 
-        def on_epoch(recipe: Recipe, epoch: int) -> None:
+        def on_epoch(recipe: Planned, epoch: int | Note) -> None:
             nonlocal last, epochs
+            if isinstance(epoch, Note):
+                return
             epochs += 1
             if time.monotonic() - last > 60:
                 last = time.monotonic()
@@ -87,7 +88,7 @@ def run_with_progress(
             if epoch == recipe.epochs:
                 finished.add(recipe.id)
                 console.print(
-                    f"[{len(finished)}/{len(recipes)}] {recipe.loss_label}, label noise {text_of(recipe.noise)}, seed {recipe.seed}",
+                    f"[{len(finished)}/{len(recipes)}] {text_of(recipe)}",
                     markup=False,
                 )
 
@@ -99,10 +100,13 @@ def run_with_progress(
         bars: dict[str, Any] = {}
         seen: dict[str, int] = {}
 
-        def on_epoch(recipe: Recipe, epoch: int) -> None:
+        def on_epoch(recipe: Planned, epoch: int | Note) -> None:
+            label = text_of(recipe)
             if recipe.id not in bars:
-                label = f"{recipe.loss_label}, noise {text_of(recipe.noise)}, seed {recipe.seed}"
                 bars[recipe.id] = progress.add_task(label, total=recipe.epochs)
+            if isinstance(epoch, Note):
+                progress.update(bars[recipe.id], description=f"{label}: {epoch}")
+                return
             progress.update(bars[recipe.id], completed=epoch)
             progress.update(total, advance=epoch - seen.get(recipe.id, 0))
             seen[recipe.id] = epoch

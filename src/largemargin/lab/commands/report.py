@@ -7,7 +7,7 @@ from rich.console import Console
 from ..arguments.options import path_of
 from ..comparison.folder import reopen
 from ..paper import page, plan
-from .compare import as_json, print_and_write
+from .comparing import as_json, print_and_write
 from .screen import print_json
 
 

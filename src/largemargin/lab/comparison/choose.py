@@ -1,17 +1,20 @@
 """The choice among several lambdas, by runs that never see the test set."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..results import RunRecord, kept
-from ..run.noise import Noise, order_of, text_of
+from ..metrics import ERROR, Metric
+from ..results import Record, kept
+from ..run.noise import UNTOLD, Noise, order_of, text_of
 from ..stats import spread
-from .plan import Comparison
+from .design import Design
 
 
 @dataclass(frozen=True)
@@ -20,17 +23,26 @@ class Choice:
 
     loss: str
     label_noise: Noise
-    errors: dict[float, list[float]]  # lam: the validation errors of the seeds that did not diverge
+    errors: dict[float, list[float]]  # lam: the metric on held-out data, of the seeds that did not diverge
     diverged: dict[float, int]  # lam: how many seeds did
+    metric: Metric = ERROR
 
     def _rank(self, lam: float) -> tuple[int, float]:
         """The smallest is the best: seeds that diverged count before errors."""
-        return self.diverged[lam], round(statistics.fmean(self.errors[lam]), 9) if self.errors[lam] else 100.0
+        if not self.errors[lam]:
+            return self.diverged[lam], math.inf
+        sign = 1 if self.metric.lower_is_better else -1
+        return self.diverged[lam], round(sign * statistics.fmean(self.errors[lam]), 9)
 
     @property
     def lam(self) -> float:
-        """The one of fewest diverged seeds and least mean error; of equals the smallest."""
+        """The one of fewest diverged seeds and best mean; of equals the smallest."""
         return min(self.errors, key=lambda lam: (*self._rank(lam), lam))
+
+    def as_json(self) -> dict[str, Any]:
+        """What ``--json`` prints of it."""
+        names = ("loss", "label_noise", "errors", "diverged", "lam")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def ties(self) -> list[float]:
@@ -38,16 +50,16 @@ class Choice:
         return [lam for lam in sorted(self.errors) if lam != self.lam and self._rank(lam) == self._rank(self.lam)]
 
 
-def choose(records: Sequence[RunRecord]) -> list[Choice]:
+def choose(records: Sequence[Record], metric: Metric = ERROR) -> list[Choice]:
     """The choices that validating runs make, in the order in which losses and noise first come."""
-    groups: dict[tuple[str, Noise], dict[float, list[RunRecord]]] = {}
+    groups: dict[tuple[str, Noise], dict[float, list[Record]]] = {}
     for record in records:
         group = groups.setdefault((record.recipe.loss, record.recipe.noise), {})
         group.setdefault(record.recipe.settings["lam"], []).append(record)
     choices = []
     for (loss, noise), by_lam in sorted(groups.items(), key=lambda item: order_of(item[0][1])):
-        errors = {lam: [record.measured.error for record in kept(group)] for lam, group in by_lam.items()}
-        choices.append(Choice(loss, noise, errors, {lam: len(group) - len(errors[lam]) for lam, group in by_lam.items()}))
+        errors = {lam: [record.scores[metric.name] for record in kept(group)] for lam, group in by_lam.items()}
+        choices.append(Choice(loss, noise, errors, {lam: len(group) - len(errors[lam]) for lam, group in by_lam.items()}, metric))
     return choices
 
 
@@ -55,15 +67,15 @@ def chosen_of(choices: Sequence[Choice]) -> dict[tuple[str, Noise], float]:
     return {(choice.loss, choice.label_noise): choice.lam for choice in choices}
 
 
-CHOICE_COLUMNS = ("loss", "label noise", "lam", "validation error %", "")
+def choice_columns(choices: Sequence[Choice]) -> tuple[str, ...]:
+    metric = choices[0].metric if choices else ERROR
+    what = "validation error %" if metric == ERROR else f"{metric.header}, held out"
+    return _told(choices, ("loss", "label noise", "lam", what, ""))
 
 
-def choice_note(comparison: Comparison) -> str:
-    return (
-        f"lam was chosen by the error on a part of the training set ({100 * comparison.validation_fraction:g}%, held out from these runs), "
-        "mean ± std (n-1) over seeds; its labels are as noisy as the others. The test set had no part in it: it is measured once, after "
-        "the last epoch of the runs with the chosen lam, which train on the whole training set."
-    )
+def _told(choices: Sequence[Choice], line: tuple[str, ...]) -> tuple[str, ...]:
+    """A line of the table of choices, without the label noise where the lab knows of none."""
+    return line if any(choice.label_noise != UNTOLD for choice in choices) else (line[0], *line[2:])
 
 
 def ties(choices: Sequence[Choice]) -> list[str]:
@@ -74,38 +86,40 @@ def ties(choices: Sequence[Choice]) -> list[str]:
             *first, last = [f"{lam:g}" for lam in sorted([choice.lam, *choice.ties])]
             noise = f" at label noise {text_of(choice.label_noise)}" if choice.label_noise else ""
             name = choice.loss.replace("_", " ")
+            what = "the validation error" if choice.metric == ERROR else f"{choice.metric.name} on held-out data"
             sentences.append(
-                f"lam {', '.join(first)} and {last} are equally good for {name}{noise}: the smallest was taken, and the validation error "
-                "does not say that it is the best."
+                f"lam {', '.join(first)} and {last} are equally good for {name}{noise}: the smallest was taken, and {what} does not say "
+                "that it is the best."
             )
     return sentences
 
 
 def choice_cells(choices: Sequence[Choice]) -> list[tuple[str, ...]]:
-    """The lines of the table of choices as text, under CHOICE_COLUMNS."""
+    """The lines of the table of choices as text, under :func:`choice_columns`."""
     lines: list[tuple[str, ...]] = []
     for choice in choices:
         for lam, errors in choice.errors.items():
-            error = spread(statistics.fmean(errors), statistics.stdev(errors) if len(errors) > 1 else None) if errors else "diverged"
+            std, decimals = statistics.stdev(errors) if len(errors) > 1 else None, choice.metric.decimals
+            error = spread(statistics.fmean(errors), std, decimals) if errors else "diverged"
             if errors and choice.diverged[lam]:
                 error += f" ({choice.diverged[lam]} diverged)"
             name = choice.loss.replace("_", " ")
             mark = "chosen" if lam == choice.lam else "as good" if lam in choice.ties else ""
-            lines.append((name, f"{text_of(choice.label_noise)}", f"{lam:g}", error, mark))
+            lines.append(_told(choices, (name, text_of(choice.label_noise), f"{lam:g}", error, mark)))
     return lines
 
 
-def print_choices(comparison: Comparison, choices: Sequence[Choice], console: Console) -> None:
+def print_choices(comparison: Design[Any], choices: Sequence[Choice], console: Console) -> None:
     """What was chosen, and by what."""
     if not choices:
         return
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, column in enumerate(CHOICE_COLUMNS):
-        result.add_column(column, justify="left" if i in (0, 4) else "right", no_wrap=True)
+    for column in choice_columns(choices):
+        result.add_column(column, justify="left" if column in ("loss", "") else "right", no_wrap=True)
     for line in choice_cells(choices):
         result.add_row(*line)
     console.print("\nthe choice of lam", style="bold", highlight=False)
     console.print(result)
     for sentence in ties(choices):
         console.print(sentence, markup=False, highlight=False)
-    console.print(choice_note(comparison), style="dim")
+    console.print(comparison.choice_note, style="dim")

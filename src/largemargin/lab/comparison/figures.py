@@ -10,13 +10,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..drawing import BASELINE_COLOR, STYLE, axes, color_of, svg
-from ..results import RunRecord
+from ..results import OfRecords, RunRecord, TrialRecord
 from ..run.evaluate import MARGIN_EDGES
 from ..run.methods import BASELINE
-from ..run.noise import text_of
-from .choose import Choice
+from ..run.noise import UNTOLD, text_of
+from .choose import Choice, choice_columns
 from .evidence import Array, Reliability
-from .table import Row, error_text
+from .table import Row, score_text
 
 Records = Sequence[RunRecord]
 MOST_CLASSES = 24  # in a figure
@@ -47,15 +47,47 @@ def figures_of(records: Records, colors: Mapping[str, str]) -> list[tuple[str, s
     ]
 
 
-def by_loss(records: Records) -> dict[str, list[RunRecord]]:
-    groups: dict[str, list[RunRecord]] = {}
+def figures_of_trials(records: Sequence[TrialRecord], colors: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """The same of runs of a function: what it logged, and margins where it gave its logits."""
+    found = []
+    logged = next((name for name in ("loss", "train_loss") if records and all(curve_of(record, name) for record in records)), None)
+    if logged is not None and len(curve_of(records[0], logged)) > 1:
+        found.append(
+            ("Learning curves", logged_curves(records, logged, colors), f"What run.log was given as {logged}: the mean over seeds.")
+        )
+    if records and all(record.measured is not None for record in records):
+        caption = "f<sub>y</sub> − max f<sub>c</sub> of the samples of all seeds; left of 0 they are misclassified."
+        found.append(("Margins", margin_histograms(records, colors), caption))
+    return found
+
+
+def curve_of(record: TrialRecord, name: str) -> dict[float, float]:
+    """What was logged under this name, by the epoch."""
+    return {row["epoch"]: row[name] for row in record.log if isinstance(row.get(name), int | float) and row.get("epoch") is not None}
+
+
+def logged_curves(records: Sequence[TrialRecord], name: str, colors: Mapping[str, str]) -> str:
+    """A number that the function logged, after each epoch that all seeds of a loss have: the mean over seeds."""
+    with matplotlib.rc_context(STYLE):
+        figure, ax = axes()
+        for loss, group in by_loss(records).items():
+            curves = [curve_of(record, name) for record in group]
+            epochs = sorted(set.intersection(*(set(curve) for curve in curves)))
+            ax.plot(epochs, [statistics.fmean(curve[epoch] for curve in curves) for epoch in epochs], color=colors[loss], linewidth=1.6)
+        ax.set_xlabel("epoch")
+        ax.set_ylabel(name)
+        return svg(figure)
+
+
+def by_loss(records: Sequence[OfRecords]) -> dict[str, list[OfRecords]]:
+    groups: dict[str, list[OfRecords]] = {}
     for record in records:
         groups.setdefault(record.recipe.loss, []).append(record)
     return groups
 
 
 def overview(rows: Sequence[Row], background: str = "none") -> str:
-    """Test error of every loss: each with its standard deviation over seeds, grouped by label noise."""
+    """The metric of every loss: each with its standard deviation over seeds, grouped by label noise."""
     with matplotlib.rc_context(STYLE):
         noises = list(dict.fromkeys(row.label_noise for row in rows))
         colors = color_of(list(dict.fromkeys(row.loss for row in rows)))
@@ -64,16 +96,18 @@ def overview(rows: Sequence[Row], background: str = "none") -> str:
         for panel, noise in zip(panels, noises, strict=True):
             group = [row for row in rows if row.label_noise == noise][::-1]
             for y, row in enumerate(group):
-                error, note = (0.0, error_text(row)) if row.diverged == row.n else (row.error, f"{row.error:.2f}")
-                panel.barh(y, error, 0.62, color=colors[row.loss], alpha=0.85)
-                panel.errorbar(error, y, xerr=row.error_std, color="#222222", capsize=3, linewidth=1)
-                panel.annotate(note, (error + (row.error_std or 0), y), (5, 0), textcoords="offset points", va="center", fontsize=9)
+                mean, note = (0.0, score_text(row)) if row.diverged == row.n else (row.mean, row.metric.number(row.mean))
+                panel.barh(y, mean, 0.62, color=colors[row.loss], alpha=0.85)
+                panel.errorbar(mean, y, xerr=row.std, color="#222222", capsize=3, linewidth=1)
+                panel.annotate(note, (mean + (row.std or 0), y), (5, 0), textcoords="offset points", va="center", fontsize=9)
             panel.set_yticks(range(len(group)), [row.label for row in group])
             panel.grid(axis="y", visible=False)
             panel.margins(x=0.12)
-            panel.set_xlim(left=0)
-            panel.set_title(f"label noise {text_of(noise)}")
-        panels[-1].set_xlabel("test error % (mean ± std over seeds)")
+            if all(row.mean >= 0 for row in group if row.diverged < row.n):
+                panel.set_xlim(left=0)
+            if noise != UNTOLD:
+                panel.set_title(f"label noise {text_of(noise)}")
+        panels[-1].set_xlabel(f"{rows[0].metric.header} (mean ± std over seeds)")
         figure.tight_layout()
         return svg(figure, background)
 
@@ -104,14 +138,17 @@ def learning_curves(records: Records, colors: Mapping[str, str]) -> str:
         return svg(figure)
 
 
-def margin_histograms(records: Records, colors: Mapping[str, str]) -> str:
+def margin_histograms(records: Sequence[RunRecord] | Sequence[TrialRecord], colors: Mapping[str, str]) -> str:
     """The margins of the test samples of all seeds."""
     with matplotlib.rc_context(STYLE):
         figure, ax = axes()
         edges = MARGIN_EDGES.tolist()
         used = [0.0]
-        for loss, group in by_loss(records).items():
-            counts = [sum(bins) for bins in zip(*(record.measured.margin_histogram for record in group), strict=True)]
+        histograms: dict[str, list[Sequence[int]]] = {}
+        for record in records:
+            histograms.setdefault(record.recipe.loss, []).append(record.measured.margin_histogram if record.measured else [])
+        for loss, group in histograms.items():
+            counts = [sum(bins) for bins in zip(*group, strict=True)]
             total = sum(counts) or 1
             ax.stairs([100 * count / total for count in counts], edges, color=colors[loss], linewidth=1.4)
             used += [edge for edge, count in zip(edges, counts, strict=False) if count / total > 5e-4]
@@ -201,7 +238,7 @@ def lambda_curve(choices: Sequence[Choice], colors: Mapping[str, str]) -> str:
                 ax.scatter([places[choice.lam] + shift], [means[list(found).index(choice.lam)]], s=40, color=color, zorder=5)
         ax.set_xticks(list(places.values()), [f"{lam:g}" for lam in places])
         ax.set_xlabel("λ")
-        ax.set_ylabel("validation error %")
+        ax.set_ylabel(choice_columns(choices)[-2])
         ax.legend(fontsize=9)
         return svg(figure)
 

@@ -8,23 +8,23 @@ from pathlib import Path
 from ..data import SETS
 from ..drawing import color_of
 from ..errors import LabError
+from ..metrics import ERROR
 from ..pages import page
 from ..predictions import same_samples
-from ..results import RunRecord, kept, software
+from ..results import Record, RunRecord, TrialRecord, kept, software
 from ..run.methods import BASELINE, OF_SOME_LOSSES
-from ..run.noise import phrase_of
+from ..run.noise import UNTOLD, phrase_of
 from ..run.recipe import Recipe
 from ..words import counted
 from . import evidence
-from .choose import CHOICE_COLUMNS, Choice, choice_cells, choice_note, ties
-from .figures import by_loss, class_errors_figure, figures_of, lambda_curve, overview, reliability_figure
+from .choose import Choice, choice_cells, choice_columns, ties
+from .figures import by_loss, class_errors_figure, figures_of, figures_of_trials, lambda_curve, overview, reliability_figure
 from .folder import predictions_of
+from .own import OwnComparison
 from .pictures import Pictures
 from .plan import Comparison
 from .recommendation import advice, basis, shown
-from .table import COLUMNS, NOTE, Row, cells, remarks
-
-Records = Sequence[RunRecord]
+from .table import Row, cells, columns_of, note_of, remarks
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,11 @@ class Evidence:
     remark: str = ""  # why there are no pictures
 
 
-def render(comparison: Comparison, out: Path, records: Records, rows: Sequence[Row], choices: Sequence[Choice] = ()) -> tuple[str, str]:
+def render(
+    comparison: Comparison | OwnComparison, out: Path, records: Sequence[Record], rows: Sequence[Row], choices: Sequence[Choice] = ()
+) -> tuple[str, str]:
     """The page as HTML that needs nothing from outside, and as Markdown."""
-    sections, pictures = [], Pictures(comparison)
+    sections, pictures = [], Pictures(comparison) if isinstance(comparison, Comparison) else None
     for noise in dict.fromkeys(row.label_noise for row in rows):
         group = [row for row in rows if row.label_noise == noise]
         of_noise = [record for record in records if record.recipe.noise == noise]
@@ -60,48 +62,86 @@ def render(comparison: Comparison, out: Path, records: Records, rows: Sequence[R
         colors = color_of(list(groups))
         sections.append(
             {
-                "noise": phrase_of(noise)[0].upper() + phrase_of(noise)[1:],
-                "legend": [(label_of(runs), colors[loss]) for loss, runs in groups.items()],
-                "rows": [(row, cells(row)) for row in group],
-                "figures": figures_of(kept(of_noise), colors),
+                "noise": phrase_of(noise)[0].upper() + phrase_of(noise)[1:] if noise != UNTOLD else "The losses",
+                "legend": [(runs[0].recipe.loss_label, colors[loss]) for loss, runs in groups.items()],
+                "rows": [(row, cells(row, group)) for row in group],
+                "figures": drawn(kept(of_noise), colors),
                 "judged": [row.judged for row in group if row.judged is not None],
                 "evidence": evidence_at(pictures, out, of_noise, shown(group), colors),
             }
         )
-    first = records[0]
+    first, date = records[0], date_of(records, out)
     known = next((found for record in records if (found := predictions_of(record, out)) is not None), None)
     losses = list(dict.fromkeys(choice.loss for choice in choices))
     content = dict(
+        title=comparison.title,
         advice=[*advice(rows), *remarks(records)],
-        basis=basis(len(comparison.seeds), first.classes, None if known is None else known.labels, first.num_test),
+        basis=basis(len(comparison.seeds), first.classes, None if known is None else known.labels, first.num_test, comparison.noun),
         overview=overview(rows),
         sections=sections,
-        columns=COLUMNS,
-        note=NOTE,
+        columns=columns_of(rows),
+        note=note_of(rows[0].metric),
+        of_logits="margin" in rows[0].others,
         choice=choice_cells(choices),
-        choice_columns=CHOICE_COLUMNS,
-        choice_note=" ".join([*ties(choices), choice_note(comparison)]),
+        choice_columns=choice_columns(choices),
+        choice_note=" ".join([*ties(choices), comparison.choice_note]) if choices else "",
         choice_curve=lambda_curve(choices, color_of([BASELINE, *losses])) if choices else "",
-        changed=changed(first.recipe),
+        made=made_with(comparison, records, date),
+        num_epochs=f"; {first.num_train} training images, {first.recipe.epochs} epochs" if isinstance(first, RunRecord) else "",
         command=comparison.command(),
-        date=date_of(records, out),
+        date=date,
         comparison=comparison,
-        first=first,
-        recipe=first.recipe,
-        schedule=schedule(first.recipe),
-        augmentation=augmentation(first.recipe),
-        software=software(records),
-        pixels=SETS[comparison.data].pixels if first.recipe.data in SETS and not first.recipe.streamed else first.recipe.image_size,
         num_runs=len(records),
-        seconds=sum(record.seconds for record in records),
         baseline=BASELINE,
+        noun=comparison.noun,
     )
     return page("report.html.j2", **content), page("report.md.j2", **content)
 
 
-def evidence_at(pictures: Pictures, out: Path, records: Records, row: Row | None, colors: Mapping[str, str]) -> Evidence | None:
+def drawn(records: Sequence[Record], colors: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """The figures of these runs."""
+    trials = [record for record in records if isinstance(record, TrialRecord)]
+    return figures_of_trials(trials, colors) if trials else figures_of([r for r in records if isinstance(r, RunRecord)], colors)
+
+
+def made_with(comparison: Comparison | OwnComparison, records: Sequence[Record], date: str) -> list[tuple[str, str]]:
+    """How the runs were made: a term and what it was, each."""
+    first = records[0]
+    seeds = ", ".join(map(str, comparison.seeds))
+    made = [
+        ("command" if isinstance(comparison, Comparison) else "call", comparison.command()),
+        ("date", f"{date}, when the last run ended"),
+    ]
+    if isinstance(comparison, Comparison) and isinstance(first, RunRecord):
+        made += of_images(comparison, first)
+        made.append(("seeds", f"{seeds}; a seed fixes weights, order, augmentation, subset and noise, so runs of one seed are pairs"))
+    if isinstance(comparison, OwnComparison):
+        made.append(("seeds", f"{seeds}; runs of one seed are pairs"))
+        made += [("settings", ", ".join(f"{name} = {value}" for name, value in comparison.settings.items()))] if comparison.settings else []
+    processor, seconds = first.environment.get("processor", "unknown"), sum(record.seconds for record in records)
+    made.append(("software", "; other runs: ".join(software(records))))
+    made.append(("hardware", f"{first.recipe.device} ({processor}), {seconds:.0f} s of training in all"))
+    return made
+
+
+def of_images(comparison: Comparison, first: RunRecord) -> list[tuple[str, str]]:
+    """What is told of a comparison on images alone."""
+    recipe = first.recipe
+    pixels = SETS[comparison.data].pixels if recipe.data in SETS and not recipe.streamed else recipe.image_size
+    share = f", {100 * recipe.train_fraction:g}% of them all, drawn by the seed" if recipe.train_fraction < 1 else ""
+    optimiser = f"SGD, batch {recipe.batch_size}, momentum {recipe.momentum}, weight decay {recipe.weight_decay}, {schedule(recipe)}"
+    made = [("images", f"{pixels} × {pixels} pixels, {len(first.classes)} classes"), ("network", recipe.network), ("optimiser", optimiser)]
+    made.append(("augmentation", augmentation(recipe)))
+    made += [("other settings", ", ".join(changed(recipe)))] if changed(recipe) else []
+    made.append(("training set", f"{first.num_train} images{share}"))
+    return made
+
+
+def evidence_at(
+    pictures: Pictures | None, out: Path, records: Sequence[Record], row: Row | None, colors: Mapping[str, str]
+) -> Evidence | None:
     """Of the runs that the loss of ``row`` and the baseline have in common; None without their predictions."""
-    if row is None:
+    if row is None or row.metric != ERROR:
         return None
     of_loss = {loss: {record.recipe.seed: record for record in kept(runs)} for loss, runs in by_loss(records).items()}
     seeds = sorted(of_loss[row.loss].keys() & of_loss[BASELINE].keys())
@@ -114,10 +154,10 @@ def evidence_at(pictures: Pictures, out: Path, records: Records, row: Row | None
     gained, lost = evidence.disagreements(theirs, ours)
     remark = ""
     try:
-        uris = pictures.thumbnails(ours[0], [found.index for found in (*gained, *lost)])
+        uris = pictures.thumbnails(ours[0], [found.index for found in (*gained, *lost)]) if pictures else []
         found_pictures = [
             Picture(uri, classes[found.label], classes[found.taken_for], str(ours[0].ids[found.index]))
-            for uri, found in zip(uris, (*gained, *lost), strict=True)
+            for uri, found in zip(uris, (*gained, *lost) if pictures else (), strict=True)
         ]
     except LabError as error:
         found_pictures, remark = [], f"There are no pictures, because {error}."
@@ -136,7 +176,7 @@ def evidence_at(pictures: Pictures, out: Path, records: Records, row: Row | None
     )
 
 
-def date_of(records: Records, out: Path) -> str:
+def date_of(records: Sequence[Record], out: Path) -> str:
     """The day on which the last run ended."""
     last = max((out / "runs" / record.recipe.id / "result.json").stat().st_mtime for record in records)
     return datetime.date.fromtimestamp(last).isoformat()
@@ -171,7 +211,3 @@ def augmentation(recipe: Recipe) -> str:
     fill = "its reflection" if recipe.crop_fill == "reflect" else "the mean of the channel"
     moved = f"moved by up to {counted(recipe.crop_padding, 'pixel')} with {fill} at the border"
     return ", ".join([moved] * (recipe.crop_padding > 0) + ["mirrored half the time"] * recipe.flip) or "none"
-
-
-def label_of(group: Records) -> str:
-    return group[0].recipe.loss_label

@@ -4,10 +4,8 @@ This module is read by the command line before anything heavy is imported, so it
 """
 
 import dataclasses
-import itertools
 import json
 import shlex
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,21 +15,14 @@ from ..options import NON_NEGATIVE, OPEN_SHARE, PIXELS, POSITIVE, POSITIVE_INT, 
 from ..run.methods import LOSSES, METHODS, OF_SOME_LOSSES, has_setting
 from ..run.noise import Noise, fields_of
 from ..run.recipe import Recipe
-
-Chosen = Mapping[tuple[str, Noise], float]  # the lam of a loss at a share of label noise
-
+from ..words import counted
+from .design import Design
 
 AUTO = "auto"  # of --seeds
-FIRST_LOOK, MAX_SEEDS = 5, 20  # of --seeds auto
-
-
-def looks_of(first: int, most: int) -> tuple[int, ...]:
-    """How many pairs there are at each of at most 4 looks, evenly spaced."""
-    return tuple(sorted({first, *(first + (most - first) * step // 3 for step in (1, 2, 3))}))
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Design[Recipe]):
     """What is compared: every loss with every seed at every share of label noise."""
 
     data: str = option("digits", help=f"{', '.join(SETS)}, or the path of an image folder; scikit-learn has the digits", usual=True)
@@ -98,6 +89,7 @@ class Comparison:
     )
     unverified: bool = option(False, help="take files of svhn whose md5 is not the published one, also from svhn-first")
     max_seeds: int | None = option(None, help="with --seeds auto: no more pairs than these; default: 20", type=POSITIVE_INT, metavar="N")
+    noun = "image"
     device: str = "cpu"
     overrides: dict[str, Any] = field(default_factory=dict)  # other fields of the recipes; of a loss only where it has them
 
@@ -114,50 +106,28 @@ class Comparison:
         return cls(**values)
 
     @property
-    def choosing(self) -> tuple[str, ...]:
-        """The losses whose lam has to be chosen."""
-        return tuple(loss for loss in self.losses if "lam" in LOSSES[loss]) if len(self.lam) > 1 else ()
+    def title(self) -> str:
+        return f"What a margin buys on {self.data}"
 
     @property
-    def looks(self) -> tuple[int, ...]:
-        """How many seeds there are at each look at the verdicts; one look where the seeds are given."""
-        return looks_of(FIRST_LOOK, self.max_seeds) if self.max_seeds else (len(self.seeds),)
+    def subject(self) -> str:
+        return f"{counted(self.example.epochs, 'epoch')} on {self.data}"
+
+    def told(self) -> dict[str, Any]:
+        return {"comparison": vars(self)}
+
+    def has_lam(self, loss: str) -> bool:
+        return "lam" in LOSSES[loss]
 
     @property
-    def num_runs(self) -> int:
-        """Runs that measure themselves on the test set, when all are done."""
-        return len(self.losses) * len(self.seeds) * len(self.label_noise)
+    def choice_note(self) -> str:
+        return (
+            f"lam was chosen by the error on a part of the training set ({100 * self.validation_fraction:g}%, held out from these runs), "
+            "mean ± std (n-1) over seeds; its labels are as noisy as the others. The test set had no part in it: it is measured once, "
+            "after the last epoch of the runs with the chosen lam, which train on the whole training set."
+        )
 
-    def validating_recipes(self) -> list[Recipe]:
-        """The runs by which lam is chosen: each measures itself on a part of its training set and never sees the test set."""
-        return [
-            self._recipe(loss, seed, noise, lam=lam, validation_fraction=self.validation_fraction)
-            for seed in self.seeds[: self.looks[0]]  # seeds that are added change no choice
-            for noise in self.label_noise
-            for loss in self.choosing
-            for lam in self.lam
-        ]
-
-    def recipes(self, chosen: Chosen | None = None) -> list[Recipe]:
-        """The runs compared, seed by seed, so that pairs are finished together; without those whose lam is not chosen yet."""
-        runs = []
-        for seed, noise, loss in itertools.product(self.seeds, self.label_noise, self.losses):
-            recipe = self._recipe(loss, seed, noise, lam=self.lam[0])
-            if self.choosing:  # the test set is read once
-                recipe = dataclasses.replace(recipe, evaluate_every=recipe.epochs)
-            if loss in self.choosing:
-                if (loss, noise) not in (chosen or {}):
-                    continue
-                recipe = dataclasses.replace(recipe, lam=(chosen or {})[loss, noise])
-            runs.append(recipe)
-        return runs
-
-    @property
-    def example(self) -> Recipe:
-        """One of its recipes, for what they share."""
-        return self._recipe(self.losses[0], self.seeds[0], self.label_noise[0], lam=self.lam[0])
-
-    def _recipe(self, loss: str, seed: int, noise: Noise, *, lam: float, **more: Any) -> Recipe:
+    def planned(self, loss: str, seed: int, noise: Noise, *, lam: float, **more: Any) -> Recipe:
         values: dict[str, Any] = {"data": self.data, "data_root": self.data_root, "data_digest": self.data_digest, "network": self.network}
         values |= fields_of(noise) | {"train_fraction": self.train_fraction, "device": self.device}
         values |= {"long_tail": self.long_tail, "labels": self.labels, "unverified": self.unverified or None}
@@ -167,7 +137,10 @@ class Comparison:
         if "lam" in LOSSES[loss]:
             values["lam"] = lam
         values |= {name: value for name, value in self.overrides.items() if name not in OF_SOME_LOSSES or has_setting(loss, name)}
-        return Recipe(loss=loss, seed=seed, **values | more)
+        recipe = Recipe(loss=loss, seed=seed, **values | more)
+        if self.choosing and not more:  # the test set is read once
+            recipe = dataclasses.replace(recipe, evaluate_every=recipe.epochs)
+        return recipe
 
     def command(self) -> str:
         """The command that makes this comparison: what differs from the defaults."""

@@ -2,12 +2,14 @@
 
 import contextlib
 import datetime
+import faulthandler
 import importlib
 import os
 import platform
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,7 +18,11 @@ from .. import data
 from ..data.images import ImageSet
 from ..errors import LabError
 from ..files import write_text
+from ..run.planned import Planned
 from ..run.recipe import Recipe
+
+TIMED_OUT = "Timeout ("  # as faulthandler begins
+inside = threading.Event()  # set in a process that does runs for another
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,9 @@ class Job:
     runs: Path  # absolute
     work: str  # "module:function", called as train() is
     options: dict[str, Any] = field(default_factory=dict)  # its keyword arguments
+    sent: bytes | None = None  # what it works on, by cloudpickle; None: the data set of its recipe
+    alone: bool = False  # whether each run has a process of its own
+    timeout: float | None = None  # seconds of a run
 
 
 class Outcome(NamedTuple):
@@ -40,13 +49,19 @@ def decoded_images(recipe: Recipe, runs: Path) -> Path:
     return runs / f"images-{recipe.data_digest}.pt"
 
 
-class DataSets:
-    """The data sets of a process, each loaded once and checked against the digest of its recipes."""
+class Inputs:
+    """What the runs of a process work on, each loaded once: data sets, checked against the digest of their recipes, or what was sent."""
 
     def __init__(self) -> None:
-        self._loaded: dict[tuple[Any, ...], Any] = {}
+        self._loaded: dict[Hashable, Any] = {}
 
-    def of(self, recipe: Recipe, runs: Path) -> Any:
+    def of(self, recipe: Planned, job: Job) -> Any:
+        if job.sent is not None:
+            return received(job.sent)
+        assert isinstance(recipe, Recipe)
+        return self.data_set(recipe, job.runs)
+
+    def data_set(self, recipe: Recipe, runs: Path) -> Any:
         key = (recipe.data, recipe.data_root, recipe.image_size, recipe.data_digest, recipe.streamed, recipe.labels, recipe.unverified)
         if key not in self._loaded:
             decoded = decoded_images(recipe, runs)
@@ -64,25 +79,37 @@ class DataSets:
         return self._loaded[key]
 
 
-def attempt(
-    recipe: Recipe, job: Job, data_sets: DataSets, on_epoch: Callable[[int], object], on_message: Callable[[str], object]
-) -> Outcome:
+def received(sent: bytes) -> Any:
+    """What :class:`Job` carries, in the process of a run."""
+    import cloudpickle
+
+    try:
+        return cloudpickle.loads(sent)
+    except Exception as error:
+        raise LabError(
+            f"the process of a run cannot load the training function or a loss ({type(error).__name__}: {error}); the modules that it "
+            "imports must be installed, or stand in a folder of PYTHONPATH"
+        ) from error
+
+
+def attempt(recipe: Planned, job: Job, inputs: Inputs, on_epoch: Callable[[int], object], on_message: Callable[[str], object]) -> Outcome:
     """Do the run in its folder. A failure is an outcome: its traceback is ``error.txt``, all that was printed is in ``log.txt``."""
     folder = job.runs / recipe.id
     try:
         with printed_into(folder / "log.txt"):
             (folder / "error.txt").unlink(missing_ok=True)
             try:
-                module, _, function = job.work.partition(":")
-                train = getattr(importlib.import_module(module), function)
-                train(
-                    recipe,
-                    data_sets.of(recipe, job.runs),
-                    folder,
-                    on_epoch=lambda row: on_epoch(row["epoch"]),
-                    on_message=on_message,
-                    **job.options,
-                )
+                with ended_after(job.timeout, folder / "error.txt"):
+                    module, _, function = job.work.partition(":")
+                    train = getattr(importlib.import_module(module), function)
+                    train(
+                        recipe,
+                        inputs.of(recipe, job),
+                        folder,
+                        on_epoch=lambda row: on_epoch(row["epoch"]),
+                        on_message=on_message,
+                        **job.options,
+                    )
                 return Outcome("done")
             except Exception:
                 traceback.print_exc()
@@ -91,6 +118,21 @@ def attempt(
     except Exception as error:
         reason = traceback.format_exception_only(error)[-1].strip()
         return Outcome("refused" if isinstance(error, LabError) else "failed", reason)
+
+
+@contextlib.contextmanager
+def ended_after(seconds: float | None, place: Path) -> Iterator[None]:
+    """End the process if what follows takes longer; the file ``place`` then says where it was. It needs no turn of the interpreter."""
+    if seconds is None:
+        yield
+        return
+    with place.open("w", encoding="utf-8") as file:
+        faulthandler.dump_traceback_later(seconds, file=file, exit=True)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            place.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -119,14 +161,23 @@ def printed_into(log: Path) -> Iterator[None]:
         os.close(file)
 
 
-def died(recipe: Recipe, runs: Path, how: str) -> Outcome:
+def died(recipe: Planned, job: Job, how: str) -> Outcome:
     """The outcome of an attempt whose process is gone, said in its folder too."""
-    folder = runs / recipe.id
+    folder = job.runs / recipe.id
+    if job.timeout is not None and _begins_with(folder / "error.txt", TIMED_OUT):
+        return Outcome("refused", f"the run took longer than the timeout of {job.timeout:g} s; give more time, or mend what hangs")
     with contextlib.suppress(OSError):  # a full disk, say: the reason is reported all the same
         write_text(folder / "error.txt", how + "\n")
         with (folder / "log.txt").open("a", encoding="utf-8", errors="backslashreplace") as log:
             log.write(stamped(how))
     return Outcome("failed", how)
+
+
+def _begins_with(path: Path, text: str) -> bool:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").startswith(text)
+    except OSError:
+        return False
 
 
 def stamped(text: str) -> str:

@@ -4,38 +4,31 @@ import dataclasses
 import functools
 import multiprocessing
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import LabError
-from ..run.methods import BASELINE, OF_SOME_LOSSES
 from ..run.pace import measured_pace
+from ..run.planned import Planned
 from ..run.recipe import Recipe
 from ..words import counted, hours
-from .attempt import DataSets
+from .attempt import Inputs
 
 CPU_BATCHES, GPU_BATCHES = 2, 40  # of a measured epoch
 PATIENCE = 0.25  # of the time left: longer than this no measurement takes
 
 
 @functools.cache
-def cost_key(recipe: Recipe) -> tuple[Any, ...]:
-    """Recipes with the same key take the same time for the same :func:`work`."""
-    names = "network width dropout data data_digest image_size batch_size evaluate_every device threads precision channels_last compile"
-    return (bool(recipe.validation_fraction), *(getattr(recipe, name) for name in names.split()))
-
-
-def work(recipe: Recipe) -> float:
-    """Passes over the whole training set."""
-    return recipe.epochs * recipe.train_fraction * (1 - recipe.validation_fraction)
+def cost_key(run: Planned) -> Hashable:
+    """Kept, because a budget asks for it again and again."""
+    return run.cost_key
 
 
 @functools.cache
-def pair_key(recipe: Recipe) -> str:
-    """The same for runs that differ in their loss alone: they are compared as pairs."""
-    of_the_loss: dict[str, Any] = dict.fromkeys(OF_SOME_LOSSES)
-    return dataclasses.replace(recipe, loss=BASELINE, **of_the_loss).id
+def pair_key(run: Planned) -> Hashable:
+    """Kept, because a budget asks for it again and again."""
+    return run.pair_key
 
 
 def finish(places: Iterable[float], durations: Iterable[float]) -> float:
@@ -58,7 +51,7 @@ class Cost(NamedTuple):
 class _Running:
     """A run that was started, and when its last epoch ended."""
 
-    def __init__(self, recipe: Recipe, start: float) -> None:
+    def __init__(self, recipe: Planned, start: float) -> None:
         self.recipe, self.begun, self.epochs = recipe, time.monotonic() + start, 0
 
 
@@ -69,19 +62,19 @@ class Budget:
     itself. As soon as a run has done two epochs, these say it.
     """
 
-    def __init__(self, minutes: float, measure: "Callable[[Recipe, Path, float], Cost] | None" = None, graph: bool = True) -> None:
+    def __init__(self, minutes: float, measure: "Callable[[Planned, Path, float], Cost] | None" = None, graph: bool = True) -> None:
         self.minutes, self.deadline = minutes, time.monotonic() + 60 * minutes
-        self._measure = functools.partial(measured_cost, graph=graph) if measure is None else measure
-        self._costs: dict[tuple[Any, ...], Cost] = {}
+        self._measure: Callable[[Any, Path, float], Cost] = measure or functools.partial(measured_cost, graph=graph)
+        self._costs: dict[Hashable, Cost] = {}
         self._running: dict[str, _Running] = {}
         self._processes = 0  # that were started
         self._accepted: set[str] = set()
 
-    def plan(self, waiting: Sequence[Recipe], runs: Path, jobs: int, say: Callable[[str], object] = lambda _: None) -> None:
+    def plan(self, waiting: Sequence[Planned], runs: Path, jobs: int, say: Callable[[str], object] = lambda _: None) -> None:
         """Take the runs to be planned, of which ``jobs`` are done at a time, and measure what they take."""
         self._jobs, self._processes = min(jobs, len(waiting)), 0
         new = {cost_key(recipe): recipe for recipe in waiting if cost_key(recipe) not in self._costs}
-        if new:
+        if new and self._measure is not nothing_known:
             say(f"measuring how long {'a run takes' if len(new) == 1 else f'{len(new)} kinds of runs take'} here")
         for key, recipe in new.items():
             start, of_a_pass = self._measure(recipe, runs, PATIENCE * self.left)
@@ -93,15 +86,15 @@ class Budget:
         """Seconds."""
         return self.deadline - time.monotonic()
 
-    def seconds(self, recipe: Recipe) -> float:
+    def seconds(self, recipe: Planned) -> float:
         """What a run takes, in a process that is there."""
-        return self._costs[cost_key(recipe)].of_a_pass * work(recipe)
+        return self._costs[cost_key(recipe)].of_a_pass * recipe.work
 
-    def choose(self, waiting: Sequence[Recipe]) -> Recipe | None:
+    def choose(self, waiting: Sequence[Planned]) -> Planned | None:
         """The first of the waiting runs that may start now."""
         if accepted := next((recipe for recipe in waiting if recipe.id in self._accepted), None):
             return accepted
-        pairs: dict[str, list[Recipe]] = {}
+        pairs: dict[Hashable, list[Planned]] = {}
         for recipe in waiting:
             pairs.setdefault(pair_key(recipe), []).append(recipe)
         for pair in pairs.values():
@@ -110,7 +103,7 @@ class Budget:
                 return pair[0]
         return None
 
-    def _places(self, recipe: Recipe) -> list[float]:
+    def _places(self, recipe: Planned) -> list[float]:
         """After how long each process is free; one that is not there yet has to start."""
         busy = [self._remaining(running) for running in self._running.values()]
         idle = max(0, self._processes - len(busy))
@@ -122,39 +115,47 @@ class Budget:
         left = (running.recipe.epochs - running.epochs) * of_an_epoch
         return max(0.0, left - (time.monotonic() - running.begun))
 
-    def started(self, recipe: Recipe) -> None:
+    def started(self, recipe: Planned) -> None:
         """Hear that a run was started."""
         new = len(self._running) >= self._processes
         self._processes += new
         self._running[recipe.id] = _Running(recipe, self._costs[cost_key(recipe)].start if new else 0.0)
 
-    def epoch(self, recipe: Recipe, epoch: int) -> None:
+    def epoch(self, recipe: Planned, epoch: int) -> None:
         """Hear that an epoch has ended. A run that goes on from a checkpoint does not begin with the first."""
         if (running := self._running.get(recipe.id)) is None:
             return
         now = time.monotonic()
         if running.epochs:
             of_an_epoch, key = (now - running.begun) / (epoch - running.epochs), cost_key(recipe)
-            self._costs[key] = self._costs[key]._replace(of_a_pass=of_an_epoch * recipe.epochs / work(recipe))
+            self._costs[key] = self._costs[key]._replace(of_a_pass=of_an_epoch * recipe.epochs / recipe.work)
         running.begun, running.epochs = now, epoch
 
-    def ended(self, recipe: Recipe, done: bool) -> None:
+    def ended(self, recipe: Planned, done: bool) -> None:
         """Hear that a run has ended."""
-        self._running.pop(recipe.id, None)
+        running = self._running.pop(recipe.id, None)
+        if running is not None and done and not running.epochs:  # it told of no epoch: its whole time says what a run takes
+            self._costs[cost_key(recipe)] = Cost(0.0, (time.monotonic() - running.begun) / recipe.work)
         if not done:  # its time is spent: a second attempt must fit in the time left
             self._accepted.discard(recipe.id)
 
-    def what_is_left(self, left: Sequence[Recipe], whole: int) -> str:
+    def what_is_left(self, left: Sequence[Planned], whole: int) -> str:
         """A line for the user: ``left`` of the ``whole`` runs, and about how long they take."""
         seeds = sorted({recipe.seed for recipe in left})
         of_seeds = f"seed{'s' * (len(seeds) > 1)} {' '.join(map(str, seeds))}"
         line = f"--minutes {self.minutes:g}: {len(left)} of {counted(whole, 'run')} left ({of_seeds})"
-        if all(cost_key(recipe) in self._costs for recipe in left):  # others were not planned: there was no time for what comes before them
+        known = all(self._costs.get(cost_key(recipe), Cost(0.0, 0.0)).of_a_pass for recipe in left)
+        if known:  # others were not planned: there was no time for what comes before them
             seconds = finish([0.0] * self._jobs, map(self.seconds, left))
-            line += f", about {hours(seconds)}" if seconds < float("inf") else ", and there was no time to measure how long they take"
+            line += f", about {hours(seconds)}" if 0 < seconds < float("inf") else ", and there was no time to measure how long they take"
         if len(left) == whole:
             return f"{line}. None was started: the runs of one seed are started together or not at all. Give more minutes."
         return f"{line}. The same command goes on with them; the runs of one seed are started together or not at all."
+
+
+def nothing_known(recipe: Planned, runs: Path, patience: float) -> Cost:
+    """Of a run that cannot be measured beforehand: the first of them start, and those that ended say what the others take."""
+    return Cost(0.0, 0.0)
 
 
 def measured_cost(recipe: Recipe, runs: Path, patience: float, graph: bool = True) -> Cost:
@@ -192,7 +193,7 @@ def _measure_a_pass(pipe: Any, recipe: Recipe, runs: Path, graph: bool) -> None:
 
 def _measured_pass(recipe: Recipe, runs: Path, graph: bool) -> tuple[float, float]:
     """The seconds of a pass, and those of the epoch from which they follow."""
-    whole = DataSets().of(recipe, runs)
+    whole = Inputs().data_set(recipe, runs)
     few = whole.few(recipe.batch_size * (CPU_BATCHES if recipe.device == "cpu" else GPU_BATCHES))
     alone = dataclasses.replace(recipe, train_fraction=1.0, label_noise=0.0, validation_fraction=0.0, milestones=())
     pace = measured_pace(alone, few, graph)

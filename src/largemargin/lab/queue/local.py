@@ -4,24 +4,27 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from multiprocessing import connection, resource_tracker
 from typing import Any
 
-from ..run.recipe import Recipe
+from ..run.planned import Note, Planned
 from ..stopping import GRACE_SECONDS, interrupted_by_sigterm
-from .attempt import DataSets, Job, Outcome, attempt, died
+from .attempt import Inputs, Job, Outcome, attempt, died, inside
 from .locks import Lock
 from .plan import Plan
 
 CONTEXT = multiprocessing.get_context("spawn")
 
 
-def execute(plan: Plan, job: Job, jobs: int, on_epoch: Callable[[Recipe, int], object]) -> None:
+def execute(plan: Plan, job: Job, jobs: int, on_epoch: Callable[[Planned, int | Note], object]) -> None:
     """Empty the plan, ``jobs`` runs at a time. An interrupt lets the processes write their checkpoints before they are ended."""
     workers: list[_Worker] = []
+    leaving: list[_Worker] = []
     with interrupted_by_sigterm():
         try:
             while plan.unfinished:
@@ -34,19 +37,34 @@ def execute(plan: Plan, job: Job, jobs: int, on_epoch: Callable[[Recipe, int], o
                 for worker in list(workers):
                     alive = worker.process.is_alive()  # asked first: a last message may still be in the pipe
                     for recipe, message in worker.messages():
-                        if isinstance(message, int):
-                            plan.epoch(recipe, message)
+                        if isinstance(message, Outcome):
+                            plan.ended(recipe, message)
+                        elif isinstance(message, Note):
                             on_epoch(recipe, message)
                         elif isinstance(message, str):
                             plan.say(recipe, message)
                         else:
-                            plan.ended(recipe, message)
+                            plan.epoch(recipe, message)
+                            on_epoch(recipe, message)
                     if not alive:
                         workers.remove(worker)
                         if worker.recipe is not None:
-                            plan.ended(worker.recipe, died(worker.recipe, job.runs, worker.end()))
+                            plan.ended(worker.recipe, died(worker.recipe, job, worker.end()))
+                    elif job.alone and worker.recipe is None:
+                        workers.remove(worker)
+                        leaving.append(worker)
         finally:
             _stop(workers)
+            _see_off(leaving)
+
+
+def _see_off(leaving: "list[_Worker]") -> None:
+    """Wait for processes that have done their run; one that a thread of its own keeps from ending is killed."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    for worker in leaving:
+        worker.process.join(max(0.0, deadline - time.monotonic()))
+        worker.process.kill()
+        worker.process.join()
 
 
 def _stop(workers: "list[_Worker]") -> None:
@@ -66,26 +84,27 @@ class _Worker:
     """A process, the pipe to it, and the run it has."""
 
     def __init__(self, job: Job) -> None:
-        self.recipe: Recipe | None = None
+        self.recipe: Planned | None = None
         self.pipe, other = CONTEXT.Pipe()
         # not daemonic: it may have loader processes of its own
         self.process = CONTEXT.Process(target=_work, args=(other, job))
         resource_tracker.ensure_running()  # which would lift the mask
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C in a terminal reaches the parent alone
         try:
-            self.process.start()
+            with _without_main():
+                self.process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             other.close()
 
-    def give(self, recipe: Recipe) -> None:
+    def give(self, recipe: Planned) -> None:
         self.recipe = recipe
         with contextlib.suppress(OSError):  # it has just died, which is noticed soon
             self.pipe.send(recipe)
 
-    def messages(self) -> list[tuple[Recipe, int | str | Outcome]]:
+    def messages(self) -> list[tuple[Planned, int | str | Outcome]]:
         """What it has said of its run: epochs, lines for the user, and at last how it ended."""
-        said: list[tuple[Recipe, int | str | Outcome]] = []
+        said: list[tuple[Planned, int | str | Outcome]] = []
         with contextlib.suppress(EOFError, OSError):
             while self.recipe is not None and self.pipe.poll():
                 message: int | str | Outcome = self.pipe.recv()
@@ -103,10 +122,22 @@ class _Worker:
         return f"the process of this run died ({how})"
 
 
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Let a process start without importing the script of this one, which then needs no ``if __name__ == "__main__"``."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 def _work(pipe: Any, job: Job) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    data_sets = DataSets()
+    inside.set()
+    inputs = Inputs()
 
     def say(message: int | str | Outcome) -> None:
         with contextlib.suppress(OSError):  # the parent is gone: _end_with_parent sees to it
@@ -114,16 +145,18 @@ def _work(pipe: Any, job: Job) -> None:
 
     while True:
         try:
-            recipe: Recipe = pipe.recv()
+            recipe: Planned = pipe.recv()
         except (EOFError, OSError):
             return
-        outcome = _locked_attempt(recipe, job, data_sets, say)
+        outcome = _locked_attempt(recipe, job, inputs, say)
         say(outcome)
+        if job.alone:
+            return
         if outcome.kind == "failed" and recipe.device != "cpu":
             return  # an accelerator may be of no more use to a process that met an error on it
 
 
-def _locked_attempt(recipe: Recipe, job: Job, data_sets: DataSets, say: Callable[[int | str | Outcome], None]) -> Outcome:
+def _locked_attempt(recipe: Planned, job: Job, inputs: Inputs, say: Callable[[int | str | Outcome], None]) -> Outcome:
     folder = job.runs / recipe.id
     try:
         lock = Lock.take(folder)
@@ -135,7 +168,7 @@ def _locked_attempt(recipe: Recipe, job: Job, data_sets: DataSets, say: Callable
         if (folder / "result.json").is_file():  # another process has done it meanwhile
             say(recipe.epochs)
             return Outcome("done")
-        return attempt(recipe, job, data_sets, say, say)
+        return attempt(recipe, job, inputs, say, say)
 
 
 def _end_with_parent() -> None:

@@ -4,7 +4,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
-from ..run.recipe import Recipe
+from ..run.planned import Planned
 from .attempt import Outcome
 from .budget import Budget
 
@@ -19,10 +19,10 @@ class Plan:
     """
 
     def __init__(
-        self, recipes: Sequence[Recipe], on_message: Callable[[str], object] = lambda _: None, budget: Budget | None = None
+        self, recipes: Sequence[Planned], on_message: Callable[[str], object] = lambda _: None, budget: Budget | None = None
     ) -> None:
         self._waiting = deque(recipes)
-        self._held: deque[tuple[float, Recipe]] = deque()
+        self._held: deque[tuple[float, Planned]] = deque()
         self._running: set[str] = set()
         self._failures: Counter[str] = Counter()
         self._on_message = on_message
@@ -37,7 +37,7 @@ class Plan:
         waits = bool(self._held) and (self._budget is None or self._budget.left > 0)  # for another process
         return waits or bool(self._running) or self._next() is not None
 
-    def take(self) -> Recipe | None:
+    def take(self) -> Planned | None:
         """The next run, or None where there is none now."""
         if self._held and self._held[0][0] <= time.monotonic() and (self._budget is not None or not self._waiting):
             self._waiting.append(self._held.popleft()[1])
@@ -50,23 +50,23 @@ class Plan:
             self._budget.started(recipe)
         return recipe
 
-    def _next(self) -> Recipe | None:
+    def _next(self) -> Planned | None:
         if self._budget is None:
             return self._waiting[0] if self._waiting else None
         return self._budget.choose(self._waiting)
 
-    def epoch(self, recipe: Recipe, epoch: int) -> None:
+    def epoch(self, recipe: Planned, epoch: int) -> None:
         """Hear that a run has done an epoch."""
         if self._budget is not None:
             self._budget.epoch(recipe, epoch)
 
-    def say(self, recipe: Recipe, line: str) -> None:
+    def say(self, recipe: Planned, line: str) -> None:
         """Pass on what a run has to say, once for all runs of its loss."""
         if (line := f"{recipe.loss}: {line}") not in self._said:
             self._said.add(line)
             self._on_message(line)
 
-    def ended(self, recipe: Recipe, outcome: Outcome) -> None:
+    def ended(self, recipe: Planned, outcome: Outcome) -> None:
         """Hear how an attempt at a run that was taken ended."""
         self._running.remove(recipe.id)
         if self._budget is not None:

@@ -1,6 +1,7 @@
 """Runs as tasks of a Ray cluster. Its nodes need not share a disk with this machine, nor be alike."""
 
 import contextlib
+import dataclasses
 import logging
 import os
 import shutil
@@ -14,16 +15,16 @@ from typing import Any
 
 from ..errors import LabError, how_to_install
 from ..files import write_atomically
-from ..run.recipe import Recipe
+from ..run.planned import Note, Planned
 from ..stopping import GRACE_SECONDS, interrupted_by_sigterm
-from .attempt import DataSets, Job, Outcome, attempt, died
+from .attempt import Inputs, Job, Outcome, attempt, died, inside
 from .locks import Lock
 from .plan import Plan
 
-_data_sets = DataSets()  # of a process of the cluster, which does task after task
+_inputs = Inputs()  # of a process of the cluster, which does task after task
 
 
-def execute(plan: Plan, job: Job, jobs: int, on_epoch: Callable[[Recipe, int], object]) -> None:
+def execute(plan: Plan, job: Job, jobs: int, on_epoch: Callable[[Planned, int | Note], object]) -> None:
     """Empty the plan: Ray decides how many tasks run at a time, ``jobs`` of them share a GPU."""
     ray = _imported()
     with contextlib.ExitStack() as stack:
@@ -34,14 +35,15 @@ def execute(plan: Plan, job: Job, jobs: int, on_epoch: Callable[[Recipe, int], o
         events = Queue(actor_options={"num_cpus": 0})
         stack.callback(events.shutdown, force=True)
         token = stack.enter_context(_token(job.runs))
-        task = ray.remote(_task)
-        tasks: dict[Any, tuple[Recipe, Lock]] = {}
-        recipes: dict[str, Recipe] = {}
+        # a task that has its process alone ends it
+        task = ray.remote(max_calls=1 if job.alone else 0)(_task)
+        tasks: dict[Any, tuple[Planned, Lock]] = {}
+        recipes: dict[str, Planned] = {}
 
         def hear() -> None:
             with contextlib.suppress(ray.exceptions.RayError):  # progress is not worth a run
                 for run_id, message in events.get_nowait_batch(events.qsize()):
-                    if isinstance(message, str):
+                    if isinstance(message, str) and not isinstance(message, Note):
                         plan.say(recipes[run_id], message)
                     else:
                         on_epoch(recipes[run_id], message)
@@ -113,7 +115,7 @@ def _token(runs: Path) -> Iterator[str]:
         (runs / name).unlink(missing_ok=True)
 
 
-def _resources(ray: Any, recipe: Recipe, jobs: int) -> dict[str, Any]:
+def _resources(ray: Any, recipe: Planned, jobs: int) -> dict[str, Any]:
     """What a task asks of a node; a task that no node can ever do would wait for ever."""
     kind, _, index = recipe.device.partition(":")
     if index:
@@ -127,20 +129,21 @@ def _resources(ray: Any, recipe: Recipe, jobs: int) -> dict[str, Any]:
     return {"num_cpus": recipe.threads, "num_gpus": gpus, "max_retries": 0, "scheduling_strategy": "SPREAD"}
 
 
-def _task(recipe: Recipe, job: Job, token: str, events: Any) -> tuple[Outcome, dict[str, bytes]]:
+def _task(recipe: Planned, job: Job, token: str, events: Any) -> tuple[Outcome, dict[str, bytes]]:
     """One attempt on a node: in the queue's own folder where it is seen from here, else in a temporary one whose files are returned."""
     # ray cancels by what looks like Ctrl-C; the training loop writes its checkpoint on SIGTERM
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    inside.set()
 
     def say(message: int | str) -> None:
         with contextlib.suppress(Exception):
             events.put_nowait((recipe.id, message))
 
     if (job.runs / token).is_file() and os.access(job.runs, os.W_OK):
-        return attempt(recipe, job, _data_sets, say, say), {}
+        return attempt(recipe, job, _inputs, say, say), {}
     runs = Path(tempfile.mkdtemp(prefix="largemargin-"))
     try:
-        outcome = attempt(recipe, Job(runs, job.work, job.options), _data_sets, say, say)
+        outcome = attempt(recipe, dataclasses.replace(job, runs=runs), _inputs, say, say)
         folder = runs / recipe.id
         paths = (path for path in folder.rglob("*") if path.is_file() and path.name != "checkpoint.pt")
         return outcome, {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
@@ -148,14 +151,14 @@ def _task(recipe: Recipe, job: Job, token: str, events: Any) -> tuple[Outcome, d
         shutil.rmtree(runs, ignore_errors=True)
 
 
-def _outcome(ray: Any, reference: Any, recipe: Recipe, job: Job) -> Outcome:
+def _outcome(ray: Any, reference: Any, recipe: Planned, job: Job) -> Outcome:
     """How a task ended; the files it returned are in the run's folder then, the record last."""
     outcome: Outcome
     files: dict[str, bytes]
     try:
         outcome, files = ray.get(reference)
     except ray.exceptions.RayError as error:  # its process or its node is gone
-        return died(recipe, job.runs, f"the task of this run died: {type(error).__name__}: {' '.join(str(error).split())}")
+        return died(recipe, job, f"the task of this run died: {type(error).__name__}: {' '.join(str(error).split())}")
     folder = job.runs / recipe.id
     if files or outcome.kind == "done":
         (folder / "error.txt").unlink(missing_ok=True)
@@ -167,7 +170,7 @@ def _outcome(ray: Any, reference: Any, recipe: Recipe, job: Job) -> Outcome:
     return outcome
 
 
-def _cancel(ray: Any, tasks: dict[Any, tuple[Recipe, Lock]]) -> None:
+def _cancel(ray: Any, tasks: dict[Any, tuple[Planned, Lock]]) -> None:
     try:
         for reference in tasks:
             ray.cancel(reference)

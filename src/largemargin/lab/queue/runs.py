@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ..errors import LabError, RunFailed
-from ..results import RunRecord, result_of
-from ..run.recipe import Recipe
+from ..errors import LabError, NotDone, RunFailed
+from ..results import Record, result_of
+from ..run.planned import Note, Planned
 from ..words import counted
 from . import EXECUTORS, local, ray
 from .attempt import Job
@@ -20,24 +20,27 @@ MEMORY_OF_A_RUN = 12 * 2**30  # bytes of a GPU: a guess, above the largest netwo
 
 
 def run_all(
-    recipes: Sequence[Recipe],
+    recipes: Sequence[Planned],
     runs: Path,
     jobs: int,
-    on_epoch: Callable[[Recipe, int], object],
+    on_epoch: Callable[[Planned, int | Note], object],
     executor: str = "local",
     *,
     on_message: Callable[[str], object] = lambda _: None,
     work: str = "largemargin.lab.run.train:train",
     budget: Budget | None = None,
+    sent: bytes | None = None,
+    timeout: float | None = None,
     **options_of_a_run: Any,
-) -> list[RunRecord]:
+) -> list[Record]:
     """Do the runs that are not finished, ``jobs`` at a time; the records of all, in order.
 
     ``on_epoch(recipe, epoch)`` hears of every epoch that ends, ``on_message`` a line for the user; ``options_of_a_run`` are keyword
     arguments of ``work``, by name the function that does a run. A run that fails leaves its traceback in its folder, does not stop the
     others and is tried once more after them. An interrupt, or SIGTERM, ends the processes and leaves finished runs and checkpoints in
     place. With ``executor="ray"``, ``jobs`` runs share each GPU and a Ray cluster decides how many are done at a time. With a ``budget``
-    the runs that it does not allow are left for another time.
+    the runs that it does not allow are left for another time. With ``sent``, ``work`` gets what was sent in place of a data set, and each
+    run has a process of its own. A run that takes longer than ``timeout`` seconds is ended.
     """
     if executor not in EXECUTORS:
         raise LabError(f"--executor {executor}: choose one of {', '.join(EXECUTORS)}")
@@ -47,15 +50,16 @@ def run_all(
         if budget is not None:
             budget.plan(waiting, runs.resolve(), jobs, on_message)
         execute = ray.execute if executor == "ray" else local.execute
-        execute(plan, Job(runs.resolve(), work, options_of_a_run), jobs, on_epoch)
+        execute(plan, Job(runs.resolve(), work, options_of_a_run, sent, alone=sent is not None, timeout=timeout), jobs, on_epoch)
     failed = [recipe for recipe in recipes if result_of(recipe, runs) is None and (budget is None or recipe.id in plan.reasons)]
     if failed:
         reason = plan.reasons.get(failed[0].id, "it left no record")
         if (text := runs / failed[0].id / "error.txt").is_file():
             reason += f" (whole text: {text})"
-        kind = LabError if all(recipe.id in plan.refused for recipe in failed) else RunFailed
+        kind = NotDone if all(recipe.id in plan.refused for recipe in failed) else RunFailed
         raise kind(
-            f"{len(failed)} of {counted(len(recipes), 'run')} could not be done: {reason}. The others are kept; the same command goes on."
+            f"{len(failed)} of {counted(len(recipes), 'run')} could not be done: {reason}. The others are kept; the same command goes on.",
+            {recipe.id: plan.reasons.get(recipe.id, "it left no record") for recipe in failed},
         )
     return [record for recipe in recipes if (record := result_of(recipe, runs)) is not None]
 
@@ -77,7 +81,7 @@ def default_jobs(device: str, streamed: bool, on_cpu: int) -> int:
     return 1 if streamed else max(1, min(3, num_cores() // 2, free // MEMORY_OF_A_RUN))
 
 
-def threads_note(recipes: Sequence[Recipe], jobs: int) -> str | None:
+def threads_note(recipes: Sequence[Planned], jobs: int) -> str | None:
     """A line of warning where the runs of the CPU want more threads at a time than there are cores."""
     cores, threads = num_cores(), max((recipe.threads for recipe in recipes if recipe.device == "cpu"), default=0)
     jobs = min(jobs, len(recipes))

@@ -12,15 +12,19 @@ from .recipe import Recipe
 
 
 def environment(recipe: Recipe) -> dict[str, str | int]:
+    of_a_process = {"processes": recipe.processes, "batch_of_a_process": -(-recipe.batch_size // recipe.processes)}
+    return environment_of(recipe.device, recipe.threads) | of_a_process
+
+
+def environment_of(device: str, threads: int) -> dict[str, str | int]:
+    """The software and the machine."""
     return {
         "largemargin": __version__,
         "commit": commit(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "processor": torch.cuda.get_device_name(recipe.device) if recipe.device.startswith("cuda") else processor(),
-        "threads": recipe.threads,
-        "processes": recipe.processes,
-        "batch_of_a_process": -(-recipe.batch_size // recipe.processes),
+        "processor": torch.cuda.get_device_name(device) if device.startswith("cuda") else processor(),
+        "threads": threads,
     }
 
 

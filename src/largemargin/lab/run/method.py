@@ -11,23 +11,23 @@ from ... import gather_rows
 from ...heads import CenterLoss, GaussianMixtureHead, super_symmetry_penalty
 from ...schedules import GradualWeight
 from . import losses
-from .methods import METHODS
+from .methods import METHODS, Chosen
 from .recipe import Recipe
 
 
-def build_loss(recipe: Recipe, class_counts: Tensor) -> nn.Module:
+def build_loss(chosen: Chosen, class_counts: Tensor) -> nn.Module:
     """The loss of logits; ``class_counts`` (C,) are those of the training set."""
-    known = METHODS[recipe.loss]
+    known = METHODS[chosen.loss]
     # a class without a training sample counts as one: its margin and its shift stay finite
     counts = {"class_counts": class_counts.clamp(min=1).float()} if known.of_counts else {}
-    divergence = {"divergence": recipe.divergence} if recipe.divergence is not None and "lam" in recipe.settings else {}
-    loss: nn.Module = getattr(losses, known.loss)(**recipe.settings, **divergence, **counts)
+    divergence = {"divergence": chosen.divergence} if chosen.divergence is not None and "lam" in chosen.settings else {}
+    loss: nn.Module = getattr(losses, known.loss)(**chosen.settings, **divergence, **counts)
     return loss
 
 
-def build_head(recipe: Recipe, in_features: int, num_classes: int, num_steps: int) -> nn.Module:
+def build_head(chosen: Chosen, in_features: int, num_classes: int, num_steps: int) -> nn.Module:
     """The classifier, with its schedule for so many training steps."""
-    head: nn.Module = getattr(losses, METHODS[recipe.loss].head)(in_features, num_classes, num_steps, **recipe.settings)
+    head: nn.Module = getattr(losses, METHODS[chosen.loss].head)(in_features, num_classes, num_steps, **chosen.settings)
     return head
 
 

@@ -112,6 +112,26 @@ OF_SOME_LOSSES = tuple(setting.name for setting in fields(Settings))
 SYMBOLS = {setting.name: setting.metadata["symbol"] for setting in fields(Settings) if "symbol" in setting.metadata}
 
 
+@dataclass(frozen=True)
+class Chosen(Settings):
+    """A word of --losses with its settings."""
+
+    loss: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those that LOSSES names of its loss."""
+        return {name: getattr(self, name) for name in LOSSES[self.loss]}
+
+    @property
+    def loss_label(self) -> str:
+        """The loss and its settings, as a row of a table is called."""
+        symbols = SYMBOLS | dict(METHODS[self.loss].symbols)
+        settings = [f"{symbols[name]}={value:g}" for name, value in self.settings.items()]
+        settings += [{"kl_qu": "D(q‖u)", "kl_uq": "D(u‖q)"}[self.divergence]] if self.divergence in ("kl_qu", "kl_uq") else []
+        return " ".join([self.loss.replace("_", " "), *settings])
+
+
 def has_setting(loss: str, name: str) -> bool:
     """Whether a field of OF_SOME_LOSSES is a setting of this loss."""
     return name in LOSSES[loss] or (name == "divergence" and "lam" in LOSSES[loss])

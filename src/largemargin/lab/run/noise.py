@@ -11,6 +11,7 @@ Noise = float | str
 HUMAN = "human"
 HUMAN_SHARE = 0.402  # of the labels of CIFAR-100N that are wrong
 ASYMMETRIC = "asymmetric"
+UNTOLD: Noise = ""  # of labels that the lab has not made
 
 
 def parsed(noise: Any) -> Noise:
@@ -54,6 +55,8 @@ def text_of(noise: Noise) -> str:
 
 def phrase_of(noise: Noise) -> str:
     """In a sentence, after "with"."""
+    if noise == UNTOLD:
+        return "the labels of the training function"
     if noise == HUMAN:
         return f"human training labels, {100 * HUMAN_SHARE:g}% of them wrong"
     if isinstance(noise, str):

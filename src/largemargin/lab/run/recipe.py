@@ -13,7 +13,7 @@ from typing import Any
 from ..data import SETS
 from ..models import NAMES
 from ..options import NON_NEGATIVE, NON_NEGATIVE_INT, PIXELS, POSITIVE, POSITIVE_INT, POSITIVE_SHARE, SHARE, SHARE_BELOW_1, option
-from .methods import LOSSES, METHODS, SYMBOLS, Settings
+from .methods import BASELINE, METHODS, OF_SOME_LOSSES, Chosen
 from .noise import Noise, noise_of
 
 PLACES = ("data", "data_root", "weights", "labels")  # fields that say where, not what
@@ -23,7 +23,7 @@ PRECISIONS = ("float32", "tf32", "bfloat16")
 
 
 @dataclass(frozen=True)
-class Recipe(Settings):
+class Recipe(Chosen):
     """One run. The seed fixes initial weights, order, augmentation, subset and noise, so runs of the same seed are pairs."""
 
     loss: str = option(help=" ".join(METHODS), type=tuple(METHODS), metavar="LOSS", usual=True)
@@ -142,17 +142,21 @@ class Recipe(Settings):
         return self.augmentation == "inception"
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """Those that LOSSES names of its loss."""
-        return {name: getattr(self, name) for name in LOSSES[self.loss]}
+    def cost_key(self) -> tuple[Any, ...]:
+        """Recipes with the same key take the same time for the same :attr:`work`."""
+        names = "network width dropout data data_digest image_size batch_size evaluate_every device threads precision channels_last compile"
+        return (bool(self.validation_fraction), *(getattr(self, name) for name in names.split()))
 
     @property
-    def loss_label(self) -> str:
-        """The loss and its settings, as a row of a table is called."""
-        symbols = SYMBOLS | dict(METHODS[self.loss].symbols)
-        settings = [f"{symbols[name]}={value:g}" for name, value in self.settings.items()]
-        settings += [{"kl_qu": "D(q‖u)", "kl_uq": "D(u‖q)"}[self.divergence]] if self.divergence in ("kl_qu", "kl_uq") else []
-        return " ".join([self.loss.replace("_", " "), *settings])
+    def work(self) -> float:
+        """Passes over the whole training set."""
+        return self.epochs * self.train_fraction * (1 - self.validation_fraction)
+
+    @property
+    def pair_key(self) -> str:
+        """The same for runs that differ in their loss alone."""
+        of_the_loss: dict[str, Any] = dict.fromkeys(OF_SOME_LOSSES)
+        return dataclasses.replace(self, loss=BASELINE, **of_the_loss).id
 
 
 def unread(recipe: Recipe, given: Iterable[str]) -> list[str]:

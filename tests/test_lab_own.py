@@ -1,0 +1,575 @@
+"""``lab.compare``: losses compared in a training function of the user's own."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("cloudpickle")
+pytest.importorskip("jsonargparse")
+pytest.importorskip("rich")
+pytest.importorskip("sklearn")
+
+import largemargin
+from combinations import every
+from largemargin import lab
+from largemargin.lab import cli
+from largemargin.lab.commands import own
+from largemargin.lab.commands.comparing import summarised
+from largemargin.lab.comparison.folder import write_marker
+from largemargin.lab.comparison.own import OwnComparison
+from largemargin.lab.comparison.table import as_json
+from largemargin.lab.errors import LabError
+from largemargin.lab.predictions import Predictions
+from largemargin.lab.results import TrialRecord
+from largemargin.lab.run.methods import METHODS
+from largemargin.lab.trial.digest import digest_of
+from largemargin.lab.trial.losses import given_losses
+from largemargin.lab.trial.run import Run
+from largemargin.lab.trial.trial import Trial
+from largemargin.lab.trial.work import Sent, do, scores_of
+
+FEATURES, LABELS = torch.randn(60, 8, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
+
+
+def fit(run, rows=slice(None), steps=4):
+    """A linear classifier of random features; its logits."""
+    model = run.head(8, 3, num_steps=steps)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for step in range(steps):
+        optimizer.zero_grad()
+        logits = model(FEATURES[rows])
+        loss = run.loss(logits, LABELS[rows], features=FEATURES[rows], head=model)
+        loss.backward()
+        optimizer.step()
+        run.log(epoch=step, loss=loss.item())
+    with torch.no_grad():
+        return model.eval()(FEATURES)
+
+
+def train(run):
+    run.seed_everything()
+    return run.score(fit(run), LABELS)
+
+
+def sent(function=train, factories=None, losses=("softmax", "large_margin", "mine")):
+    return Sent(function, factories or {}, {**dict.fromkeys(losses, "d"), **dict.fromkeys(METHODS, "d")})
+
+
+SOFTMAX = Trial("softmax", 0, word="softmax")
+
+
+def done(tmp_path, function=train, trial=SOFTMAX, factories=None, **options):
+    """The record of a run, done in this process."""
+    return do(trial, sent(function, factories), tmp_path, **options)
+
+
+# one run
+
+
+@every("word", list(METHODS))
+def test_every_word_trains_in_a_loop_of_ones_own(word, tmp_path):
+    def counted(run):
+        run.class_counts = torch.bincount(LABELS)
+        return train(run)
+
+    record = done(tmp_path, counted, Trial(word, 0, word=word))
+    assert record["scores"].keys() == {"error", "margin", "rho", "ece", "nll"}
+    assert all(torch.tensor(list(record["scores"].values())).isfinite()) and len(record["log"]) == 4
+
+
+@every("word", ["softmax", "label_smoothing", "large_margin", "gce", "focal"])
+def test_the_loss_of_a_word_is_that_of_the_library(word, rng, tmp_path):
+    logits, target = torch.randn(5, 3, generator=rng), torch.tensor([0, 1, 2, 0, 1])
+    ours = {
+        "softmax": nn.CrossEntropyLoss(),
+        "label_smoothing": nn.CrossEntropyLoss(label_smoothing=0.1),
+        "large_margin": largemargin.LargeMarginCrossEntropyLoss(lam=0.7),
+        "gce": largemargin.GeneralizedCrossEntropyLoss(q=0.7),
+        "focal": largemargin.FocalCrossEntropyLoss(gamma=2.0),
+    }
+    trial = Trial(word, 0, word=word, of_loss={"lam": 0.7} if word == "large_margin" else {})
+    torch.testing.assert_close(Run(trial, None, tmp_path).loss(logits, target), ours[word](logits, target))
+
+
+def test_the_margin_of_a_head_is_in_the_loss_and_not_in_the_logits(rng, tmp_path):
+    run = Run(Trial("cosface", 0, word="cosface"), None, tmp_path)
+    head, features, target = run.head(8, 3), FEATURES[:6], LABELS[:6]
+    plain = head(features)
+    loss = run.loss(plain, target, features=features, head=head)
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(head(features, target), target))
+    assert loss > nn.functional.cross_entropy(plain, target)
+
+
+@every(
+    "word",
+    [word for word, known in METHODS.items() if known.head != "linear" or "center" in known.settings or "symmetry" in known.settings],
+)
+def test_a_loss_that_needs_more_than_logits_says_so_in_one_sentence(word, tmp_path):
+    run = Run(Trial(word, 0, word=word), None, tmp_path)
+    with pytest.raises(LabError, match=rf"the loss {word} .*run\.loss\(logits, target, features=features") as said:
+        run.loss(torch.zeros(2, 3), torch.tensor([0, 1]))
+    assert "\n" not in str(said.value)
+
+
+def test_a_loss_of_class_sizes_asks_for_them(tmp_path):
+    run = Run(Trial("logit_adjusted", 0, word="logit_adjusted"), None, tmp_path)
+    with pytest.raises(LabError, match=r"set run\.class_counts"):
+        run.loss(torch.zeros(2, 3), torch.tensor([0, 1]))
+
+
+def test_a_plain_layer_in_place_of_a_head_is_refused(tmp_path):
+    run = Run(Trial("cosface", 0, word="cosface"), None, tmp_path)
+    with pytest.raises(LabError, match=r"needs the head that run\.head\(in_features, num_classes\) makes, got Linear"):
+        run.loss(torch.zeros(2, 3), torch.tensor([0, 1]), features=torch.zeros(2, 8), head=nn.Linear(8, 3))
+
+
+def test_a_loss_of_ones_own_is_a_name_and_what_makes_it(tmp_path):
+    trial = Trial("mine", 0, named=True)
+    run = Run(trial, lambda: nn.MultiMarginLoss(), tmp_path)
+    logits, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    assert run.loss(logits, target) == nn.MultiMarginLoss()(logits, target) and type(run.head(8, 3)) is nn.Linear
+    assert run.lam is None and run.name == "mine"
+    with pytest.raises(LabError, match="returned 3, which cannot be called"):
+        Run(trial, lambda: 3, tmp_path)
+
+
+def test_seeds_and_splits_are_those_of_the_pair(tmp_path):
+    def of(word, seed, share=0.25):
+        run = Run(Trial(word, seed, word=word, validation_fraction=share), None, tmp_path)
+        run.seed_everything()
+        return run.head(8, 3).weight, run.split(40)
+
+    (first, split), (other, same), (_, elsewhere) = of("softmax", 1), of("large_margin", 1), of("softmax", 2)
+    assert torch.equal(first, other)
+    assert all(map(torch.equal, split, same)) and not torch.equal(split[1], elsewhere[1])
+    assert len(split[1]) == 10 and sorted(torch.cat(split).tolist()) == list(range(40))
+    training, held_out = of("softmax", 1, 0.0)[1]
+    assert training.tolist() == list(range(40)) and not len(held_out)
+
+
+def test_ids_make_samples_the_same_in_any_order(tmp_path):
+    logits, shuffled = torch.randn(6, 3), torch.tensor([3, 1, 5, 0, 2, 4])
+    for name, order in (("a", torch.arange(6)), ("b", shuffled)):
+        run = Run(Trial("softmax", 0, word="softmax"), None, tmp_path)
+        run.score(logits[order], LABELS[:6][order], ids=[f"image-{i}" for i in order.tolist()])
+        run.predictions.save(tmp_path / name)
+    first, second = (Predictions.load(tmp_path / name) for name in "ab")
+    assert (first.ids == second.ids).all() and (first.logits == second.logits).all() and (first.labels == second.labels).all()
+
+
+# what train may return
+
+
+@every(
+    "case",
+    [
+        (lambda run: None, "train returned nothing; return run.score"),
+        (lambda run: 0.3, "train returned float 0.3; return run.score"),
+        (lambda run: {}, "train returned an empty dictionary"),
+        (lambda run: {"error": "low"}, "train returned 'low' as error, which is no number"),
+        (lambda run: {"error": torch.zeros(3)}, "as error, which is no number"),
+        (lambda run: {3: 0.5}, "train returned a number under 3; names must be text"),
+        (lambda run: run.score(torch.zeros(4), LABELS[:4]), r"logits must be floating-point numbers of shape \(N, C\)"),
+        (lambda run: run.score(torch.zeros(4, 3), torch.zeros(4)), r"target must be class indices of shape \(4,\)"),
+        (lambda run: run.score(torch.zeros(4, 3), LABELS[:3]), r"target must be class indices of shape \(4,\), got .* \(3,\)"),
+        (lambda run: run.score(torch.zeros(2, 3), torch.tensor([0, 3])), "target must be from 0 to 2, got 0 to 3"),
+        (lambda run: run.score(torch.zeros(2, 3), torch.tensor([0, 1]), ids=["a", "a"]), "ids must be 2 different names"),
+        (lambda run: run.score("logits", LABELS), "logits must be"),
+        (lambda run: run.log(loss="low"), "run.log: loss must be a number, got 'low'"),
+        (lambda run: sys.exit(3), r"train called sys.exit\(3\); let it return its scores"),
+    ],
+)
+def test_what_is_no_score_is_refused_in_one_sentence(case, tmp_path):
+    function, said = case
+    with pytest.raises(LabError, match=said) as caught:
+        done(tmp_path, function)
+    assert "\n" not in str(caught.value) and not (tmp_path / "result.json").exists()
+
+
+def test_numbers_of_numpy_and_torch_are_numbers():
+    import numpy as np
+
+    assert scores_of({"f1": np.float32(0.5), "loss": torch.tensor(2.0), "n": 3}) == {"f1": 0.5, "loss": 2.0, "n": 3.0}
+
+
+def test_a_function_that_changes_the_folder_is_brought_back(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def moves(run):
+        os.chdir("/")
+        return {"error": 1.0}
+
+    done(tmp_path / "run", moves)
+    assert Path.cwd() == tmp_path and (tmp_path / "run" / "result.json").is_file()
+
+
+def test_several_lam_need_a_function_that_holds_out(tmp_path):
+    validating = Trial("large_margin", 0, word="large_margin", of_loss={"lam": 1.0}, validation_fraction=0.2)
+    with pytest.raises(LabError, match=r"with several lam, train must leave out a part .* ask run\.split"):
+        done(tmp_path, train, validating)
+    done(tmp_path, lambda run: {"error": run.validation}, validating)
+
+
+# losses
+
+
+@every(
+    "case",
+    [
+        ("softmax", "losses must be a list, got 'softmax'"),
+        ([], "losses is empty"),
+        (["softmax", "nosuch"], '"nosuch", which is no loss of largemargin'),
+        (["softmax", "softmax"], 'two losses have the name "softmax"'),
+        (["softmax", ("softmax", nn.CrossEntropyLoss)], 'two losses have the name "softmax"'),
+        ([("mine", 3)], "each loss is a word"),
+        ([3], "losses has 3; each loss is a word"),
+        ([{"lam": 1.0}], 'a dictionary of losses needs "loss"'),
+        ([{"loss": "softmax", "lam": 1.0}], "lam is not a setting of softmax, which has none"),
+        ([{"loss": "large_margin", "lam": -1}], "lam of the loss large_margin must be a finite number from 0 on, got -1"),
+        ([{"loss": "large_margin", "divergence": "x"}], "divergence of the loss large_margin must be one of symmetric, kl_qu, kl_uq"),
+    ],
+)
+def test_what_is_no_loss_is_refused_in_one_sentence(case):
+    losses, said = case
+    with pytest.raises(LabError, match=said):
+        given_losses(losses)
+
+
+def test_settings_name_a_row_and_its_run():
+    strong, weak = given_losses([{"loss": "large_margin", "lam": 1.0}, {"loss": "large_margin", "lam": 0.1, "name": "weak"}])
+    comparison = OwnComparison("train", (strong.name, weak.name), OwnComparison.words_of([strong, weak]), lam=(0.3, 3.0))
+    runs = [comparison.planned(loss, 0, "", lam=0.3) for loss in comparison.losses]
+    assert [run.loss_label for run in runs] == ["large margin λ=1", "weak"] and [run.settings["lam"] for run in runs] == [1.0, 0.1]
+    assert not comparison.choosing  # a lam that is given is not chosen
+
+
+# identity
+
+
+def test_a_run_is_its_loss_its_seed_and_its_settings():
+    trial = Trial("large_margin", 0, word="large_margin", of_loss={"lam": 0.3}, given={"epochs": 3})
+    changes: list[dict[str, Any]] = [{"seed": 1}, {"of_loss": {"lam": 1.0}}, {"given": {"epochs": 4}}, {"validation_fraction": 0.2}]
+    changes += [{"device": "cuda"}, {"threads": 2}, {"loss": "other"}]
+    ids = {dataclasses.replace(trial, **change).id for change in [{}, *changes]}
+    assert len(ids) == 1 + len(changes)
+    assert Trial(**json.loads(json.dumps(trial.to_dict()))).id == trial.id  # through a record
+    assert dataclasses.replace(trial, device="cuda").id == dataclasses.replace(trial, device="cuda:1").id  # of another GPU of the machine
+    assert Trial("../../x y", 0).id.startswith("x-y-seed0")
+
+
+def test_the_digest_is_of_the_source():
+    def one(run):
+        return {"error": 1.0}
+
+    def other(run):
+        return {"error": 2.0}
+
+    assert digest_of(one) == digest_of(one) != digest_of(other)
+    assert digest_of(one, None) == digest_of(one) != digest_of(one, nn.MultiMarginLoss)
+    namespaces: list[dict[str, Any]] = [{}, {}]
+    for value, namespace in enumerate(namespaces):
+        exec(f"def train(run): return {{'error': {value}}}", namespace)  # without a source
+    assert digest_of(namespaces[0]["train"]) != digest_of(namespaces[1]["train"])
+
+
+# a whole comparison, whose runs are done here
+
+
+def finish(out, function=train, losses=("softmax", "large_margin"), seeds=range(3), lam=(0.3,), **fields):
+    """Do the runs of a comparison in this process, as ``lab.compare`` would have left them."""
+    given = given_losses(losses)
+    comparison = OwnComparison(
+        "train", tuple(one.name for one in given), OwnComparison.words_of(given), lam, tuple(seeds), device="cpu", **fields
+    )
+    digests = {one.name: digest_of(function, one.factory) for one in given}
+    factories = {one.name: one.factory for one in given if one.factory}
+    for trial in [
+        *comparison.validating_recipes(),
+        *(comparison.planned(loss, s, "", lam=one) for loss in comparison.losses for s in seeds for one in lam),
+    ]:
+        do(trial, Sent(function, factories, digests), out / "runs" / trial.id)
+    write_marker(comparison, out)
+    return comparison
+
+
+def compare(out, function=train, losses=("softmax", "large_margin"), **options):
+    return lab.compare(function, losses, **{"seeds": range(3), "out": out, "device": "cpu", "quiet": True, **options})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("own")
+    finish(out)
+    return out
+
+
+def test_finished_runs_are_not_repeated(finished):
+    before = {path: path.read_bytes() for path in finished.glob("runs/*/*")}
+    result = compare(finished)
+    assert {path: path.read_bytes() for path in finished.glob("runs/*/*")} == before
+    text = str(result)
+    assert "test error %" in text and "large margin λ=0.3 beside softmax:" in text and str(result.report) in text
+    assert "Over seeds and test samples: 95% interval" in text and "softmax" in result._repr_html_()
+    page = result.report.read_text()
+    for part in ("Losses compared in train", "Learning curves", "Margins", "Error of each class", "lab.compare(train"):
+        assert part in page
+    assert "augmentation" not in page and [row["loss"] for row in result.table] == ["softmax", "large_margin"]
+
+
+def test_the_command_reads_the_folder(finished, capsys):
+    compare(finished)
+    assert cli.main(["report", str(finished), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["runs"] == {"finished": 6, "planned": 6} and document["rows"][0]["error"] >= 0
+
+
+def test_a_changed_source_is_refused_and_reuse_takes_it(finished):
+    def changed(run):
+        return {"error": 1.0}
+
+    changed.__name__ = "train"
+    with pytest.raises(LabError, match=r"the source of train.* has changed since 6 runs .* were done \(softmax, seed 0;.* reuse=True"):
+        compare(finished, changed)
+    before = {path: path.read_bytes() for path in finished.glob("runs/*/result.json")}
+    assert len(compare(finished, changed, reuse=True).rows) == 2
+    assert {path: path.read_bytes() for path in finished.glob("runs/*/result.json")} == before
+
+
+def test_lam_is_chosen_by_what_was_held_out(tmp_path):
+    def function(run):
+        held_out = bool(len(run.split(20)[1]))
+        return {"accuracy": (run.lam or 0.0) + 0.01 * run.seed if held_out else 0.5 + 0.1 * run.seed}
+
+    finish(tmp_path, function, lam=(0.1, 0.9, 0.5))
+    result = compare(tmp_path, function, lam=(0.1, 0.9, 0.5))
+    assert result.rows[1].label == "large margin λ=0.9" and "accuracy, higher is better, held out" in str(result)
+    assert "How λ was chosen" in result.report.read_text()
+
+
+# what is judged
+
+
+def records(function, **fields):
+    """Records of two losses and four seeds, from ``function(loss, seed)``."""
+    given = given_losses(["softmax", "large_margin"])
+    comparison = OwnComparison("train", ("softmax", "large_margin"), OwnComparison.words_of(given), seeds=(0, 1, 2, 3), **fields)
+    return comparison, [TrialRecord(trial, function(trial.loss, trial.seed)) for trial in comparison.recipes()]
+
+
+def test_the_first_number_is_judged_and_its_name_says_what_is_better():
+    def function(loss, seed):
+        better = loss == "large_margin"
+        return {"f1": 0.5 + 0.01 * seed + better * (0.2 + 0.001 * seed), "loss": 2.0 + 0.1 * seed + better * (1.0 + 0.01 * seed)}
+
+    comparison, found = records(function)
+    row = summarised(comparison, found, None)[1]
+    assert (row.metric.name, row.verdict) == ("f1", "better") and as_json(row)["f1"] == pytest.approx(0.7165)
+    assert "in f1, 95% interval" in row.judged.sentences()[0] and "+0.20" in row.judged.text
+    by_loss = dataclasses.replace(comparison, judged_by="loss")
+    assert summarised(by_loss, found, None)[1].verdict == "worse"
+    assert summarised(dataclasses.replace(by_loss, lower_is_better=False), found, None)[1].verdict == "better"
+
+
+def test_a_number_that_a_run_lacks_is_named():
+    comparison, found = records(lambda loss, seed: {"f1": 0.5} if seed else {"loss": 1.0}, judged_by="f1")
+    with pytest.raises(LabError, match=r"train returned no f1 in the run softmax-seed0-\w+, but loss"):
+        comparison.metric(found)
+
+
+def test_a_number_that_is_not_finite_is_a_diverged_run():
+    comparison, found = records(lambda loss, seed: {"loss": float("nan") if loss == "large_margin" and seed == 2 else 1.0 + seed})
+    row = summarised(comparison, found, None)[1]
+    assert (row.n, row.diverged) == (4, 1)
+
+
+def test_samples_are_crossed_only_where_all_runs_have_the_same(tmp_path):
+    def function(run):
+        rows = torch.arange(60) if run.seed < 2 else torch.arange(1, 60)
+        return run.score(fit(run)[rows], LABELS[rows])
+
+    finish(tmp_path, function)
+    (sentence,) = [one for one in compare(tmp_path, function).rows[1].judged.sentences() if "test samples: neither" in one]
+    assert "other ids or other targets in some runs" in sentence
+
+
+def test_a_run_that_was_not_foreseen_is_learnt_from_those_that_ended():
+    from largemargin.lab.queue.budget import Budget, nothing_known
+
+    budget, trials = Budget(1.0, measure=nothing_known), [Trial("softmax", seed, word="softmax") for seed in range(3)]
+    budget.plan(trials, Path(), 1)
+    assert budget.choose(trials) == trials[0]
+    budget.started(trials[0])
+    budget._running[trials[0].id].begun -= 1000.0
+    budget.ended(trials[0], done=True)
+    assert budget.seconds(trials[1]) >= 1000 and budget.choose(trials[1:]) is None
+
+
+# what cannot be done
+
+
+@every(
+    "case",
+    [
+        (dict(train=3), "train must be a function"),
+        (dict(train=lambda: {}), "train must take one argument, the run"),
+        (dict(seeds=[0, -1]), "seeds must be whole numbers from 0 on"),
+        (dict(lam=[]), "lam must be a number from 0 on, or several, got none"),
+        (dict(lam=[0.1, "x"]), "lam must be a number from 0 on, or several, got 'x'"),
+        (dict(losses=["softmax"], lam=[0.1, 1]), "none of the losses softmax has a lam to choose"),
+        (dict(settings={"model": object()}), "settings must hold numbers, texts and lists"),
+        (dict(device="nosuch"), "no device of torch"),
+        (dict(executor="ray", minutes=3), 'minutes is for executor="local"'),
+    ],
+)
+def test_a_call_that_makes_no_sense_is_refused_before_anything_is_written(case, tmp_path):
+    options, said = case
+    function = options.pop("train", train) if "train" in options else train
+    with pytest.raises(LabError, match=said) as caught:
+        compare(tmp_path / "out", function, **options)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_what_cannot_travel_is_named(tmp_path):
+    lock = threading.Lock()
+
+    def locked(run):
+        return lock
+
+    with pytest.raises(LabError, match=r"train cannot travel to the process of a run \(TypeError: cannot pickle '_thread.lock'"):
+        compare(tmp_path / "out", locked)
+    with pytest.raises(LabError, match='what makes the loss "mine" cannot travel'):
+        compare(tmp_path / "out", losses=["softmax", ("mine", lambda: lock)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_call_in_the_process_of_a_run_says_what_to_write(tmp_path, monkeypatch):
+    inside = threading.Event()
+    inside.set()
+    monkeypatch.setattr(own, "inside", inside)
+    with pytest.raises(LabError, match='put the call under if __name__ == "__main__":'):
+        compare(tmp_path / "out")
+
+
+@every(
+    "case",
+    [
+        (["--train", "nosuch"], "give the module and the function"),
+        (["--train", "nosuch:train"], "the module cannot be imported"),
+        (["--train", "json:train"], "json has no train"),
+        (["--train", "json:loads", "--data", "digits2"], "--data is for images"),
+        (["--train", "json:loads", "--epochs", "3"], "--epochs is for images"),
+        (["--train", "json:loads", "--recipe.momentum", "0.5"], "--recipe.momentum is for images"),
+        (["--train", "json:loads", "--tensorboard"], "--tensorboard is for images"),
+        (["--reuse"], "--reuse is for --train"),
+    ],
+)
+def test_the_command_refuses_in_one_line(case, tmp_path, monkeypatch, capsys):
+    words, said = case
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["compare", *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error and len(error.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+# runs in processes
+
+
+def script(folder, text, *words):
+    """A script without ``if __name__``, in a process of its own."""
+    (folder / "script.py").write_text(text)
+    done = subprocess.run([sys.executable, "-W", "error", "script.py", *words], cwd=folder, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+PLAIN = """
+import torch
+from torch import nn
+from largemargin import lab
+
+DATA = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, data):
+        return self.layer(data)
+
+def train(run):
+    run.seed_everything()
+    model, target = Network(), torch.arange(30) % 3
+    print("printed in the run of", run.name, run.settings["rate"])
+    with torch.no_grad():
+        model.layer.weight -= run.settings["rate"] * (run.name == "mine")
+    run.loss(model(DATA), target).backward()
+    return run.score(model(DATA), target)
+
+result = lab.compare(train, losses=["softmax", ("mine", lambda: nn.MultiMarginLoss())], seeds=[3], settings={"rate": 0.1}, out="out")
+print(result)
+"""
+
+
+def test_a_script_needs_no_guard_and_its_functions_no_module(tmp_path):
+    printed = script(tmp_path, PLAIN)
+    assert printed.count("2 runs of train") == 1 and "[2/2]" in printed and "mine" in printed
+    assert "printed in the run" not in printed
+    logs = {path.parent.name.split("-")[0]: path.read_text() for path in (tmp_path / "out").glob("runs/*/log.txt")}
+    assert "printed in the run of mine 0.1" in logs["mine"]
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix in (".pkl", ".pickle")]
+    first = {path: path.read_bytes() for path in (tmp_path / "out").glob("runs/*/result.json")}
+    assert "2 already done" in " ".join(script(tmp_path, PLAIN).split())
+    assert {path: path.read_bytes() for path in (tmp_path / "out").glob("runs/*/result.json")} == first
+
+
+UNRULY = """
+import json, os, sys, time
+import torch
+from largemargin import lab
+
+def train(run):
+    assert "LEFT" not in os.environ  # each run has a process of its own
+    if run.name == "raises":
+        raise ValueError("the learning rate is odd")
+    if run.name == "exits":
+        sys.exit(3)
+    if run.name == "dies":
+        os._exit(7)
+    if run.name == "hangs":
+        while True:
+            time.sleep(0.01)
+    if run.name == "forks" and os.fork() == 0:
+        return {"error": 99.0}
+    if run.name == "leaves":
+        os.chdir("/")
+        os.environ["LEFT"] = "something"
+    return {"error": 1.0 + run.seed}
+
+names = ["raises", "exits", "dies", "hangs", "forks", "leaves"]
+result = lab.compare(train, losses=["softmax", *((name, torch.nn.CrossEntropyLoss) for name in names)], seeds=[0], timeout=20.0, out="out")
+print(json.dumps({"failures": {name.split("-")[0]: why for name, why in result.failures.items()}, "text": str(result)}))
+"""
+
+
+def test_what_goes_wrong_in_a_run_is_told_and_the_others_go_on(tmp_path):
+    found = json.loads(script(tmp_path, UNRULY).splitlines()[-1])
+    failures = found["failures"]
+    assert failures.keys() == {"raises", "exits", "dies", "hangs"}
+    assert failures["raises"] == "ValueError: the learning rate is odd"
+    assert "train called sys.exit(3)" in failures["exits"] and "died (status 7)" in failures["dies"]
+    assert "took longer than the timeout of 20 s" in failures["hangs"]
+    done = {path.parent.name.split("-")[0]: json.loads(path.read_text()) for path in (tmp_path / "out").glob("runs/*/result.json")}
+    assert done.keys() == {"softmax", "forks", "leaves"} and done["forks"]["scores"] == {"error": 1.0}
+    assert "3 of 7 runs are finished" in found["text"] and "hangs-seed0" in found["text"]
+    (place,) = (tmp_path / "out").glob("runs/hangs*/error.txt")
+    assert "in train" in place.read_text()  # where it hung
