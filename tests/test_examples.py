@@ -68,3 +68,35 @@ def test_own_loss():
     found = run("own_loss")
     assert len(found) == 5 and all(figures["error"] < 8 and figures["margin"] > 0 for figures in found.values())
     assert found["focal"]["margin"] < found["softmax"]["margin"]  # it stops pushing rows that are right
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "needs"),
+    [("texts", ()), ("segmentation", ()), ("trainer", ("transformers",)), ("lightning", ("lightning",)), ("skorch", ("skorch",))],
+)
+def test_own_training_loops_are_compared(name, needs, tmp_path):
+    for package in ("sklearn", "cloudpickle", *needs):
+        pytest.importorskip(package)
+    spec = importlib.util.spec_from_file_location(f"compare_{name}", FOLDER / f"compare_{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    result = module.main(out=tmp_path, seeds=2)
+    assert not result.failures and result.report.is_file()
+    assert [row["n"] for row in result.table] == [2] * len(result.table)
+
+
+@pytest.mark.parametrize("name", ["trainer", "lightning"])
+def test_a_script_becomes_a_comparison_in_fewer_than_ten_lines(name):
+    assert 0 < (FOLDER / f"compare_{name}.py").read_text().count("# changed") < 10
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path):
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(FOLDER / "compare_in_a_notebook.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert any("large margin" in output.get("data", {}).get("text/html", "") for output in shown)
+    assert (tmp_path / "runs" / "notebook" / "own" / "report.html").is_file()
