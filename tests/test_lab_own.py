@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -29,7 +30,7 @@ from largemargin.lab.comparison.own import OwnComparison
 from largemargin.lab.comparison.table import as_json
 from largemargin.lab.errors import LabError
 from largemargin.lab.predictions import Predictions
-from largemargin.lab.results import TrialRecord
+from largemargin.lab.results import TrialRecord, result_of
 from largemargin.lab.run.methods import METHODS
 from largemargin.lab.trial.digest import digest_of
 from largemargin.lab.trial.losses import given_losses
@@ -353,6 +354,15 @@ def test_lam_is_chosen_by_what_was_held_out(tmp_path):
     result = compare(tmp_path, function, lam=(0.1, 0.9, 0.5))
     assert result.rows[1].label == "large margin λ=0.9" and "accuracy, higher is better, held out" in str(result)
     assert "How λ was chosen" in result.report.read_text()
+
+
+@every("text", ["{", "[]", "{}", '{"trial": 3, "scores": {}}', '{"trial": {"loss": "softmax", "seed": 9}, "scores": {"error": 1}}'])
+def test_a_record_that_no_run_has_written_is_named(text, tmp_path):
+    shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+    (tmp_path / "runs" / SOFTMAX.id).mkdir(parents=True)
+    (tmp_path / "runs" / SOFTMAX.id / "result.json").write_text(text)
+    with pytest.raises(LabError, match=r"result\.json is not the record of its run .*; remove it to run it again"):
+        result_of(SOFTMAX, tmp_path / "runs")
 
 
 # what is judged

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from largemargin.lab.errors import LabError
+from largemargin.lab.queue import local
 from largemargin.lab.queue import runs as queue
 from largemargin.lab.queue.attempt import Job, Outcome, printed_into
 from largemargin.lab.queue.locks import Lock
@@ -228,6 +229,16 @@ def test_the_note_on_threads():
     note = threads_note([Recipe(loss="softmax", seed=seed, threads=10_000) for seed in range(3)], 5)
     assert note is not None and "3 runs" in note and len(note.splitlines()) == 1
     assert threads_note([Recipe(loss="softmax", seed=0, threads=10_000, device="cuda")], 5) is None
+
+
+def test_runs_are_spread_over_the_gpus(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setattr(local.torch.cuda, "device_count", lambda: 2)
+    recipes = [dataclasses.replace(recipe, device="cuda") for recipe in RECIPES]
+    records, _ = run(tmp_path, "sees", recipes, jobs=2)
+    assert {record.environment["gpu"] for record in records} == {"3", "5"}
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5"
+    assert local.gpus_of("cuda:1") == [] and local.least_used(["3"], []) is None
 
 
 def test_an_unknown_executor_is_refused(tmp_path):

@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from largemargin import lab
 from largemargin.lab.errors import LabError
 from largemargin.lab.queue.runs import run_all
 from largemargin.lab.run.recipe import Recipe
@@ -81,6 +83,15 @@ def test_records_are_those_of_the_local_executor(cluster, tmp_path):
     local = run_all(recipes, tmp_path / "local", 1, lambda *_: None)
     remote = run_all(recipes, tmp_path / "ray", 1, lambda *_: None, "ray")
     assert [same_in_every_place(record) for record in local] == [same_in_every_place(record) for record in remote]
+
+
+def test_a_function_of_the_users_own_travels_to_the_nodes(cluster, tmp_path):
+    space: dict[str, Any] = {}
+    exec("import os\ndef train(run): return {'error': 1.0 + run.seed, 'process': os.getpid()}", space)
+    result = lab.compare(space["train"], ["softmax"], seeds=[0, 1], out=tmp_path, device="cpu", executor="ray", quiet=True)
+    records = [json.loads(path.read_text()) for path in tmp_path.glob("runs/*/result.json")]
+    assert sorted(record["scores"]["error"] for record in records) == [1.0, 2.0] and not result.failures
+    assert len({record["scores"]["process"] for record in records}) == 2  # each has a process of its own
 
 
 def test_an_interrupt_cancels_the_tasks_and_leaves_their_checkpoints(cluster, tmp_path):

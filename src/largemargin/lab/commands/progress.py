@@ -82,7 +82,7 @@ def run_with_progress(
             if isinstance(epoch, Note):
                 return
             epochs += 1
-            if time.monotonic() - last > 60:
+            if time.monotonic() - last > 60 and total_epochs > len(recipes):  # of runs of one epoch, each has a line of its own
                 last = time.monotonic()
                 console.print(f"{epochs} of {counted(total_epochs, 'epoch')} of all runs", markup=False, highlight=False)
             if epoch == recipe.epochs:

@@ -8,9 +8,11 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection, resource_tracker
 from typing import Any
+
+import torch
 
 from ..run.planned import Note, Planned
 from ..stopping import GRACE_SECONDS, interrupted_by_sigterm
@@ -31,7 +33,7 @@ def execute(plan: Plan, job: Job, jobs: int, on_epoch: Callable[[Planned, int | 
                 while sum(worker.recipe is not None for worker in workers) < jobs and (recipe := plan.take()) is not None:
                     idle = next((worker for worker in workers if worker.recipe is None), None)
                     if idle is None:
-                        workers.append(idle := _Worker(job))
+                        workers.append(idle := _Worker(job, least_used(gpus_of(recipe.device), [worker.gpu for worker in workers])))
                     idle.give(recipe)
                 connection.wait([worker.pipe for worker in workers], timeout=0.5)
                 for worker in list(workers):
@@ -83,15 +85,16 @@ def _stop(workers: "list[_Worker]") -> None:
 class _Worker:
     """A process, the pipe to it, and the run it has."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, gpu: str | None = None) -> None:
         self.recipe: Planned | None = None
+        self.gpu = gpu  # the only one that it sees; None: all
         self.pipe, other = CONTEXT.Pipe()
         # not daemonic: it may have loader processes of its own
         self.process = CONTEXT.Process(target=_work, args=(other, job))
         resource_tracker.ensure_running()  # which would lift the mask
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C in a terminal reaches the parent alone
         try:
-            with _without_main():
+            with _without_main(), _seeing(gpu):
                 self.process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -120,6 +123,34 @@ class _Worker:
             return "the process of this run was killed (SIGKILL), perhaps for lack of memory"
         how = signal.Signals(-status).name if status < 0 else f"status {status}"
         return f"the process of this run died ({how})"
+
+
+def gpus_of(device: str) -> list[str]:
+    """The GPUs over which runs on ``cuda`` are spread, as ``CUDA_VISIBLE_DEVICES`` names them; none where the device says which."""
+    if device != "cuda":
+        return []
+    count, names = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (names.split(",") if names else list(map(str, range(count))))[:count]
+
+
+def least_used(gpus: Sequence[str], used: Sequence[str | None]) -> str | None:
+    """The GPU that the fewest processes have; None where there is no choice."""
+    return min(gpus, key=used.count) if len(gpus) > 1 else None
+
+
+@contextlib.contextmanager
+def _seeing(gpu: str | None) -> Iterator[None]:
+    """Let a process start that sees one GPU."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+        elif gpu is not None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
 
 
 @contextlib.contextmanager

@@ -73,12 +73,13 @@ def default_jobs(device: str, streamed: bool, on_cpu: int) -> int:
     """How many runs to do at a time; ``on_cpu`` where the device is no GPU of CUDA.
 
     A run leaves a GPU idle while the host starts it, draws an epoch and writes. A run that reads image files has as many processes as
-    there are cores already. Three runs need three times the memory.
+    there are cores already. Three runs need three times the memory. Runs on ``cuda`` are spread over all GPUs.
     """
     if not device.startswith("cuda"):
         return on_cpu
     free, _ = torch.cuda.mem_get_info(device)
-    return 1 if streamed else max(1, min(3, num_cores() // 2, free // MEMORY_OF_A_RUN))
+    gpus = max(1, len(local.gpus_of(device)))
+    return gpus if streamed else max(1, min(3 * gpus, num_cores() // 2, gpus * (free // MEMORY_OF_A_RUN)))
 
 
 def threads_note(recipes: Sequence[Planned], jobs: int) -> str | None:

@@ -42,8 +42,8 @@ def do(
     """Do a run, write ``result.json`` into ``folder`` and return what it holds."""
     check_device(trial.device)
     torch.set_num_threads(trial.threads)
-    if trial.device.startswith("cuda"):
-        torch.cuda.set_device(torch.device(trial.device))
+    if trial.device.startswith("cuda:"):
+        torch.cuda.set_device(trial.device)
     remove_unfinished(folder)
     run = Run(trial, sent.factories.get(trial.loss), folder, lambda line: on_message(Note(line)))
     began = time.monotonic()
