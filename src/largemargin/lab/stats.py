@@ -182,6 +182,20 @@ def sign_flip_p(differences: ArrayLike) -> float:
     return float(found.pvalue)
 
 
+def wilcoxon_p(differences: ArrayLike) -> float:
+    """The exact two-sided p of Wilcoxon's signed-rank test: the sign-flip test of :func:`signed_ranks`.
+
+    Differences of 0 are ranked and then count for neither side (Pratt). Beyond 16 differences p is estimated from 100,000 draws.
+    """
+    return sign_flip_p(signed_ranks(differences))
+
+
+def signed_ranks(differences: ArrayLike) -> Array:
+    """The rank of each difference by its size, with its sign; equal sizes share the mean of their ranks."""
+    d = _finite(differences, 1)
+    return np.asarray(np.sign(d) * _scipy().stats.rankdata(abs(d)))
+
+
 def smallest_sign_flip_p(n: int) -> float:
     """The smallest p that ``n`` pairs allow."""
     return min(1.0, 2.0 ** (1 - n))

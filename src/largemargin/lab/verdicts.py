@@ -22,7 +22,9 @@ class Judged:
     looks: int = 1  # at growing data
     diverged: int = 0  # runs of the method
     lower_is_better: bool = True
-    unit: str = "points"
+    unit: str = "points"  # after a number: "0.21 points"
+    decimals: int = 2
+    no_samples: str = "the predictions of the runs are not there, or are not of the same samples."  # why there is no interval over samples
 
     @property
     def verdict(self) -> Verdict:
@@ -40,47 +42,50 @@ class Judged:
     def text(self) -> str:
         """The mean difference with its interval over seeds."""
         interval = self.paired.over_seeds
-        return f"{self.paired.mean:+.2f} " + ("(no spread)" if interval is None else _text(interval))
+        return f"{self._signed(self.paired.mean)} " + ("(no spread)" if interval is None else self._text(interval))
 
     def sentences(self) -> list[str]:
         """What the verdict rests on: intervals, tests, power."""
-        return [self._over_seeds(), self._over_seeds_and_samples(), self._bootstrap(), self._tests(), self._power()]
+        parts = [self._over_seeds(), self._over_seeds_and_samples(), self._bootstrap(), self._tests(), self._power()]
+        return [sentence for sentence in parts if sentence]
 
     def _over_seeds(self) -> str:
         p = self.paired
         if p.over_seeds is None:
             return (
-                f"All {p.n} pairs differ by the same amount, {p.mean:+.2f} {self.unit}: without spread there is no interval over seeds, "
-                "and the exact sign-flip test decides alone."
+                f"All {p.n} pairs differ by the same amount, {self._signed(p.mean)} {self.unit}: without spread there is no interval over "
+                "seeds, and the exact sign-flip test decides alone."
             )
         return (
-            f"Over {p.n} seeds: {p.mean:+.2f} {self.unit}, 95% interval {_text(p.over_seeds)} (Student's t, unadjusted). "
+            f"Over {p.n} seeds: {self._signed(p.mean)} {self.unit}, 95% interval {self._text(p.over_seeds)} (Student's t, unadjusted). "
             "It covers the choice of seeds, with these test samples."
         )
 
     def _over_seeds_and_samples(self) -> str:
         interval = self.paired.over_seeds_and_samples
         if interval is None:
-            return "Over seeds and test samples: no interval, because " + self._why_no_samples()
+            return "Over seeds and test samples: neither interval nor bootstrap, because " + self._why_no_samples()
         return (
-            f"Over seeds and test samples: 95% interval {_text(interval)} (two-way random effects with Satterthwaite's degrees of freedom, "
-            "unadjusted). It covers the choice of both."
+            f"Over seeds and test samples: 95% interval {self._text(interval)} (two-way random effects with Satterthwaite's degrees of "
+            "freedom, unadjusted). It covers the choice of both."
         )
 
     def _bootstrap(self) -> str:
         interval, n = self.paired.bootstrap, self.paired.n
+        if interval is None and self.paired.over_seeds_and_samples is None:
+            return ""  # the sentence before has said why
         if interval is None:
             return "Bootstrap over seeds and test samples: none, because " + self._why_no_samples()
         closest = min(stats.BOOTSTRAP_COVERAGE, key=lambda seeds: abs(seeds - n))
         return (
-            f"Bootstrap over seeds and test samples: {_text(interval)} (BCa). No verdict rests on it: in a simulation with {closest} seeds "
-            f"such a 95% interval held the truth {100 * stats.BOOTSTRAP_COVERAGE[closest]:.0f} times in 100."
+            f"Bootstrap over seeds and test samples: {self._text(interval)} (BCa). No verdict rests on it: in a simulation with {closest} "
+            f"seeds such a 95% interval held the truth {100 * stats.BOOTSTRAP_COVERAGE[closest]:.0f} times in 100."
         )
 
     def _why_no_samples(self) -> str:
         if not self.paired.has_spread:
             return "the pairs have no spread."
-        return "the predictions of the runs are not there, or are not of the same samples."
+        return self.no_samples
 
     def _tests(self) -> str:
         p = self.paired
@@ -97,6 +102,12 @@ class Judged:
         flip = f"Exact sign-flip p = {number(p.sign_flip_p)}; {counted(p.n, 'pair')} allow no p below {smallest}."
         undone = " The interval excludes 0, and the correction for several verdicts makes this inconclusive."
         return f"{test}. {flip}" + (undone if self.is_undone_by_correction else "")
+
+    def _signed(self, value: float) -> str:
+        return f"{value:+.{self.decimals}f}"
+
+    def _text(self, interval: Interval) -> str:
+        return f"[{self._signed(interval.low)}, {self._signed(interval.high)}]"
 
     def _power(self) -> str:
         p = self.paired
@@ -127,7 +138,3 @@ def judge(
 def number(p: float) -> str:
     """A p value with three digits that count."""
     return "1" if p >= 0.995 else f"{p:.3g}" if p >= 1e-4 else "< 0.0001"
-
-
-def _text(interval: Interval) -> str:
-    return f"[{interval.low:+.2f}, {interval.high:+.2f}]"
