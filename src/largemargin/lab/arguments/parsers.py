@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser
 from ... import __version__
 from ..comparison.plan import Comparison
 from ..data import ARCHIVED, STREAMED
+from ..directions import LOWER_IS_BETTER
 from ..options import NON_NEGATIVE_INT, POSITIVE_INT
 from ..paper.cells import SCALES, TARGETS
 from ..queue import EXECUTORS
@@ -138,6 +139,46 @@ def report_parser(everything: bool = True) -> ArgumentParser:
     return report
 
 
+def verdict_parser(everything: bool = True) -> ArgumentParser:
+    verdict = new_parser("Say which method is better, and how sure that is, from the scores of runs that were made anywhere.")
+    verdict.add_argument(
+        "scores",
+        nargs="?",
+        type=str,
+        default=None,
+        metavar="SCORES",
+        help="a CSV file: method, seed, a column for each metric, and optionally data set",
+    )
+    verdict.add_argument("--baseline", type=str, default=None, metavar="METHOD", help="what the other methods are compared with")
+    verdict.add_argument(
+        "--metrics", nargs="+", type=str, default=None, metavar="M", help="judge these columns alone; default: all of them"
+    )
+    verdict.add_argument(
+        "--lower-is-better",
+        nargs="+",
+        type=str,
+        default=None,
+        metavar="M",
+        help=f"metrics besides those that end in {' '.join(LOWER_IS_BETTER)}",
+    )
+    verdict.add_argument("--higher-is-better", nargs="+", type=str, default=None, metavar="M", help="metrics that end so and are not")
+    verdict.add_argument(
+        "--predictions",
+        nargs="+",
+        type=str,
+        action="append",
+        default=None,
+        metavar="METHOD=FILE",
+        help="instead of SCORES: files of logits and labels, or folders of runs, one a seed in the same order: softmax=a.npz b.npz",
+    )
+    verdict.add_argument(
+        "--out", type=str, default="runs/verdict", metavar="DIR", help="report.html, report.md, results.csv and verdict.json"
+    )
+    add_json(verdict, "the verdicts")
+    add_quiet(verdict)
+    return verdict
+
+
 def data_parser(everything: bool = True) -> ArgumentParser:
     data = new_parser("Say which data sets are here, check them against their published md5 sums, or get one; nothing else ever downloads.")
     data.add_argument("action", choices=["list", "verify", "fetch"], metavar="ACTION", help="list verify fetch")
@@ -215,6 +256,7 @@ COMMANDS: dict[str, tuple[str, Callable[[bool], ArgumentParser]]] = {
     "compare": ("train the same network under several losses and seeds, and compare", compare_parser),
     "train": ("train one network with one loss; under torchrun or accelerate launch, in several processes", train_parser),
     "reproduce": ("compute a table or a figure of the paper", reproduce_parser),
+    "verdict": ("say which method is better, from the scores of runs that were made anywhere", verdict_parser),
     "report": ("print and write the report of a comparison or a reproduction again", report_parser),
     "data": ("list, verify or fetch the data sets", data_parser),
     "predict": ("say what the model of a run sees in new images", predict_parser),

@@ -1,0 +1,76 @@
+"""``largemargin verdict``: intervals, tests and a report for runs that were made anywhere."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..arguments.options import path_of
+from ..errors import LabError
+from ..predictions import NAME, Predictions
+from ..scores import page, table
+from ..scores.judge import judge, overall
+from ..scores.page import Verdicts
+from ..scores.predicted import Outcome, scores_of
+from ..scores.runs import Scores, collected
+from .screen import print_json
+
+
+def run(options: Any, console: Console) -> None:
+    out = path_of(options.out)
+    page.check_folder(out)
+    scores = given_scores(options)
+    lines = judge(scores, options.lower_is_better or (), options.higher_is_better or ())
+    lower = {line.metric: line.judged.lower_is_better for line in lines if line.judged is not None}
+    verdicts = Verdicts(scores, lines, overall(lines), lower)
+    page.print_verdicts(verdicts, console)
+    page.write(verdicts, out)
+    console.print(f"{out / 'report.html'}  the same with a figure; results.csv has the tables", markup=False, highlight=False)
+    if options.json:
+        print_json(page.as_json(verdicts) | {"out": str(out)})
+
+
+def given_scores(options: Any) -> Scores:
+    """From the file of scores, or from predictions."""
+    if (options.scores is None) == (options.predictions is None):
+        both = "and --predictions were both given" if options.scores is not None else "or --predictions is needed"
+        raise LabError(f"a file of scores {both}; give one of the two")
+    if options.scores is not None:
+        path = path_of(options.scores)
+        return collected(str(path), options.baseline, table.read(path, options.metrics or ()))
+    if options.metrics:
+        raise LabError("--metrics is for a file of scores, and --predictions gives the error alone; leave it out")
+    found, no_samples = scores_of({method: [_outcome(path) for path in paths] for method, paths in by_method(options.predictions).items()})
+    return collected("predictions", options.baseline, found, no_samples)
+
+
+def by_method(groups: Sequence[Sequence[str]]) -> dict[str, list[Path]]:
+    """The files of each method, from ``method=FILE FILE ...``; the first file may be left to the next word, which a shell expands."""
+    found: dict[str, list[Path]] = {}
+    for word in (word for group in groups for word in group):
+        method, equals, file = word.partition("=")
+        if equals and "/" not in method:
+            if not method or method in found:
+                raise LabError(f"--predictions {word}: " + (f"{method} comes twice" if method else "the name of the method is missing"))
+            found[method] = [path_of(file)] if file else []
+        elif not found:
+            raise LabError(f"--predictions {word}: expected method=FILE, softmax={word} say")
+        else:
+            found[list(found)[-1]].append(path_of(word))
+    for method, paths in found.items():
+        if not paths:
+            raise LabError(f"--predictions {method}= has no file; give one a seed")
+    return found
+
+
+def _outcome(path: Path) -> Outcome:
+    """What a file of logits, or the folder of a run, gets wrong."""
+    from ..logits import files, summary  # they import torch, which a file of scores does not need
+
+    path = summary.file_of(path)
+    if path.name == NAME:
+        known = Predictions.load(path)
+        return Outcome(str(path), known.labels, known.wrong, known.ids)
+    labelled = files.read(path)
+    return Outcome(str(path), labelled.labels, labelled.logits.argmax(1) != labelled.labels, labelled.files)

@@ -1,0 +1,1 @@
+"""Scores of runs that were made anywhere, and the verdicts on them."""
