@@ -19,7 +19,7 @@ from .options import DEVICE_HELP, add_budget, add_eager, add_fields, add_json, a
 
 # the fields of a recipe that have an option of their own in compare
 OWN = "loss seed lam data data_root image_size network epochs device train_fraction label_noise validation_fraction".split()
-OWN += ["long_tail", "labels"]
+OWN += ["long_tail", "labels", "target"]
 FIGURES = ("fig1", "fig2", "fig4")  # computed at once, without runs
 # what the cells of a reproduction are made of
 OF_CELLS = ("loss", "seed", "data", "data_root", "train_fraction", "label_noise", "validation_fraction", "weights", *OF_SOME_LOSSES)
@@ -44,6 +44,7 @@ def compare_parser(everything: bool = True) -> ArgumentParser:
     compare = new_parser(COMPARED)
     compare.add_argument("--config", action="config", help="a YAML file with any of these options")
     add_fields(compare, Comparison, everything=everything, unset=False)
+    compare.set_defaults(network=None)  # it depends on the data
     compare.add_argument("--device", type=str, default=None, help=DEVICE_HELP)
     compare.add_argument("--jobs", type=number_type(POSITIVE_INT), default=None, metavar="N", help=JOBS.format(2))
     add_budget(compare, everything)

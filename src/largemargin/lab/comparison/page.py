@@ -8,6 +8,7 @@ from pathlib import Path
 from ..data import SETS
 from ..drawing import color_of
 from ..errors import LabError
+from ..models import OF_FEATURES
 from ..pages import page
 from ..predictions import same_samples
 from ..results import RunRecord, kept, software
@@ -73,7 +74,8 @@ def render(comparison: Comparison, out: Path, records: Records, rows: Sequence[R
     losses = list(dict.fromkeys(choice.loss for choice in choices))
     content = dict(
         advice=[*advice(rows), *remarks(records)],
-        basis=basis(len(comparison.seeds), first.classes, None if known is None else known.labels, first.num_test),
+        basis=basis(len(comparison.seeds), first.classes, None if known is None else known.labels, first.num_test, noun_of(first.recipe)),
+        noun=noun_of(first.recipe),
         overview=overview(rows),
         sections=sections,
         columns=COLUMNS,
@@ -111,7 +113,7 @@ def evidence_at(pictures: Pictures, out: Path, records: Records, row: Row | None
         return None
     classes = records[0].classes
     pairs = evidence.changed_confusions(theirs, ours)
-    gained, lost = evidence.disagreements(theirs, ours)
+    gained, lost = evidence.disagreements(theirs, ours) if noun_of(records[0].recipe) == "image" else ([], [])
     remark = ""
     try:
         uris = pictures.thumbnails(ours[0], [found.index for found in (*gained, *lost)])
@@ -136,6 +138,11 @@ def evidence_at(pictures: Pictures, out: Path, records: Records, row: Row | None
     )
 
 
+def noun_of(recipe: Recipe) -> str:
+    """What a sample is called."""
+    return "sample" if recipe.network in OF_FEATURES else "image"
+
+
 def date_of(records: Records, out: Path) -> str:
     """The day on which the last run ended."""
     last = max((out / "runs" / record.recipe.id / "result.json").stat().st_mtime for record in records)
@@ -145,7 +152,7 @@ def date_of(records: Records, out: Path) -> str:
 def changed(recipe: Recipe) -> list[str]:
     """The fields of the recipe that are not the defaults and that the page does not tell elsewhere."""
     told = {*OF_SOME_LOSSES, "loss", "seed", "data", "data_root", "data_digest", "network", "train_fraction", "label_noise"}
-    told |= {"noise_kind", "unverified"}
+    told |= {"noise_kind", "unverified", "target"}
     told |= {"epochs", "device", "validation_fraction", "batch_size", "momentum", "weight_decay", "learning_rate"}
     told |= {"augmentation", "crop_padding", "crop_fill", "flip"}
     default, values = Recipe(loss="softmax", seed=0).to_dict(), recipe.to_dict()

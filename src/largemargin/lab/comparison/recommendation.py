@@ -62,9 +62,9 @@ def _advice_at(noise: Noise, rows: Sequence[Row]) -> str:
     return no_better + named
 
 
-def basis(num_seeds: int, classes: Sequence[str], labels: NDArray[np.int64] | None, num_test: int) -> str:
-    """Seeds, test images and class sizes; the sizes are known if the runs kept their predictions."""
-    sentence = f"This rests on {counted(num_seeds, 'seed')} and {counted(num_test, 'test image')}"
+def basis(num_seeds: int, classes: Sequence[str], labels: NDArray[np.int64] | None, num_test: int, noun: str = "image") -> str:
+    """Seeds, test samples and class sizes; the sizes are known if the runs kept their predictions."""
+    sentence = f"This rests on {counted(num_seeds, 'seed')} and {counted(num_test, f'test {noun}')}"
     if labels is None:
         return f"{sentence} of {counted(len(classes), 'class')}."
     sizes = np.bincount(labels, minlength=len(classes))

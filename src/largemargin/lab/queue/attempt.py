@@ -47,7 +47,16 @@ class DataSets:
         self._loaded: dict[tuple[Any, ...], Any] = {}
 
     def of(self, recipe: Recipe, runs: Path) -> Any:
-        key = (recipe.data, recipe.data_root, recipe.image_size, recipe.data_digest, recipe.streamed, recipe.labels, recipe.unverified)
+        key = (
+            recipe.data,
+            recipe.data_root,
+            recipe.image_size,
+            recipe.data_digest,
+            recipe.streamed,
+            recipe.labels,
+            recipe.unverified,
+            recipe.target,
+        )
         if key not in self._loaded:
             decoded = decoded_images(recipe, runs)
             found: Any
