@@ -216,9 +216,15 @@ def inspect_parser(everything: bool = True) -> ArgumentParser:
 
 
 def predict_parser(everything: bool = True) -> ArgumentParser:
-    predict = new_parser("Say what a run's model sees in new images: a line for each, with the probability of the class.")
+    predict = new_parser("Say what a run's model sees in new images or rows: a line for each, with the probability of the class.")
     predict.add_argument("model", type=str, metavar="MODEL", help=MODEL_HELP)
-    predict.add_argument("images", nargs="+", type=str, metavar="IMAGES", help="files of images, or folders, with the folders in them")
+    predict.add_argument(
+        "images",
+        nargs="+",
+        type=str,
+        metavar="IMAGES",
+        help="files of images, or folders, with the folders in them; for a run on features one table or .npz file",
+    )
     predict.add_argument("--out", type=str, default=None, metavar="FILE", help="write CSV here; default: a table on the terminal")
     predict.add_argument("--top", type=number_type(POSITIVE_INT), default=1, metavar="K", help="name the K most probable classes")
     predict.add_argument(
