@@ -14,7 +14,7 @@ from combinations import every
 from largemargin.lab import models as recipes
 from largemargin.lab._torchvision import import_torchvision
 from largemargin.lab.errors import LabError
-from largemargin.lab.models import NETWORKS, build, check_image, smallest_image, wide_resnet
+from largemargin.lab.models import NETWORKS, OF_FEATURES, build, check_image, smallest_image, wide_resnet
 from largemargin.lab.models.weights import weights_digest
 from largemargin.lab.run.recipe import Recipe
 
@@ -45,7 +45,7 @@ def one_line(error):
 
 
 def test_the_names_are_those_of_recipes():
-    assert (*NETWORKS, "timm:NAME") == recipes.NAMES
+    assert (*NETWORKS, *OF_FEATURES, "timm:NAME") == recipes.NAMES
 
 
 @pytest.mark.parametrize(

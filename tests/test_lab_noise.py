@@ -13,7 +13,7 @@ from PIL import Image
 from largemargin.lab import cli, data
 from largemargin.lab.comparison.folder import reopen
 from largemargin.lab.data import human_labels as human
-from largemargin.lab.data.arrays import image_arrays
+from largemargin.lab.data.arrays import array_set
 from largemargin.lab.data.folders import listed_folder
 from largemargin.lab.data.images import ImageSet
 from largemargin.lab.errors import LabError
@@ -167,7 +167,8 @@ def saved(tmp_path, **arrays):
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW", "NHW"])
 def test_arrays_are_images_in_any_layout(layout, tmp_path):
     pixels = {"NHWC": IMAGES, "NCHW": IMAGES.transpose(0, 3, 1, 2), "NHW": IMAGES[..., 0]}[layout]
-    found = image_arrays(saved(tmp_path, train_x=pixels, train_y=LABELS, test_x=pixels[:4], test_y=LABELS[:4], more=np.arange(3)))
+    found = array_set(saved(tmp_path, train_x=pixels, train_y=LABELS, test_x=pixels[:4], test_y=LABELS[:4], more=np.arange(3)))
+    assert isinstance(found, ImageSet)
     channels = 1 if layout == "NHW" else 3
     assert found.train_images.shape == (20, channels, 6, 6) and found.classes == ("0", "1")
     assert torch.equal(found.train_images, torch.from_numpy(IMAGES.transpose(0, 3, 1, 2)[:, :channels].copy()))
@@ -176,12 +177,12 @@ def test_arrays_are_images_in_any_layout(layout, tmp_path):
 
 def test_a_split_says_which_samples_are_which(tmp_path):
     split = np.array(["train"] * 15 + ["TEST"] * 5)
-    found = image_arrays(saved(tmp_path, x=IMAGES, y=np.array(["no", "yes"])[LABELS], split=split))
+    found = array_set(saved(tmp_path, x=IMAGES, y=np.array(["no", "yes"])[LABELS], split=split))
     assert (len(found.train_labels), len(found.test_labels), found.classes) == (15, 5, ("no", "yes"))
 
 
 def test_without_a_split_a_stratified_fifth_is_held_out(tmp_path):
-    found = image_arrays(saved(tmp_path, x=IMAGES, y=LABELS))
+    found = array_set(saved(tmp_path, x=IMAGES, y=LABELS))
     assert found.test_labels.bincount().tolist() == [2, 2] and len(found.train_labels) == 16
 
 
@@ -201,7 +202,7 @@ def test_without_a_split_a_stratified_fifth_is_held_out(tmp_path):
 )
 def test_arrays_that_do_not_fit_get_one_clear_line(arrays, words, tmp_path):
     with pytest.raises(LabError) as error:
-        image_arrays(saved(tmp_path, **arrays))
+        array_set(saved(tmp_path, **arrays))
     assert words in str(error.value)
 
 

@@ -145,6 +145,15 @@ def test_several_data_sets_have_a_row_each_and_wilcoxons_verdict(judged):
     assert overall["verdict"] == "better" and "over 6 data sets (Wilcoxon" in said
 
 
+def test_the_overall_verdict_goes_by_ranks(judged):
+    document, _ = judged(csv_of(over_data_sets(9, gain=0.002), "method,seed,data set,accuracy"))
+    (overall,) = document["overall"]
+    differences = list(overall["differences"].values())
+    assert min(differences) < 0 < max(differences)
+    assert overall["p"] == pytest.approx(scipy_stats.wilcoxon(differences, method="exact").pvalue)
+    assert overall["p"] != pytest.approx(stats.sign_flip_p(differences))
+
+
 def test_few_data_sets_cannot_show_a_difference_and_that_is_said(judged):
     document, said = judged(csv_of(over_data_sets(3), "method,seed,dataset,accuracy"))
     (overall,) = document["overall"]

@@ -25,7 +25,8 @@ def load(model: str | os.PathLike[str]) -> "tuple[nn.Module, Callable[[Any], Ten
     """The model of a run as ``(network, transform, classes)``; ``model`` is the run's folder or its ``model.safetensors``.
 
     ``network(images)`` gives logits (N, C) and is in eval mode, on the CPU. ``transform(picture)`` takes a PIL image and gives an input
-    (channels, H, W), with the pixels that the held-out images had in training. ``classes[i]`` names logit i.
+    (channels, H, W), with the pixels that the held-out images had in training. For a run on features it takes numbers (N, D), or (D,)
+    for one sample, and standardises them. ``classes[i]`` names logit i.
     """
     found = importlib.import_module(".run.model", __package__).load(model)
     return found.network, found.pixels, found.classes

@@ -19,7 +19,7 @@ from .options import DEVICE_HELP, add_budget, add_eager, add_fields, add_json, a
 
 # the fields of a recipe that have an option of their own in compare
 OWN = "loss seed lam data data_root image_size network epochs device train_fraction label_noise validation_fraction".split()
-OWN += ["long_tail", "labels"]
+OWN += ["long_tail", "labels", "target"]
 FIGURES = ("fig1", "fig2", "fig4")  # computed at once, without runs
 # what the cells of a reproduction are made of
 OF_CELLS = ("loss", "seed", "data", "data_root", "train_fraction", "label_noise", "validation_fraction", "weights", *OF_SOME_LOSSES)
@@ -44,6 +44,7 @@ def compare_parser(everything: bool = True) -> ArgumentParser:
     compare = new_parser(COMPARED)
     compare.add_argument("--config", action="config", help="a YAML file with any of these options")
     add_fields(compare, Comparison, everything=everything, unset=False)
+    compare.set_defaults(network=None)  # it depends on the data
     own = "package.module:function, your own training loop"
     compare.add_argument("--train", type=str, default=None, metavar="FUNCTION", help=own)
     again = "with --train, keep finished runs where the source of the function has changed since"
@@ -221,9 +222,15 @@ def inspect_parser(everything: bool = True) -> ArgumentParser:
 
 
 def predict_parser(everything: bool = True) -> ArgumentParser:
-    predict = new_parser("Say what a run's model sees in new images: a line for each, with the probability of the class.")
+    predict = new_parser("Say what a run's model sees in new images or rows: a line for each, with the probability of the class.")
     predict.add_argument("model", type=str, metavar="MODEL", help=MODEL_HELP)
-    predict.add_argument("images", nargs="+", type=str, metavar="IMAGES", help="files of images, or folders, with the folders in them")
+    predict.add_argument(
+        "images",
+        nargs="+",
+        type=str,
+        metavar="IMAGES",
+        help="files of images, or folders, with the folders in them; for a run on features one table or .npz file",
+    )
     predict.add_argument("--out", type=str, default=None, metavar="FILE", help="write CSV here; default: a table on the terminal")
     predict.add_argument("--top", type=number_type(POSITIVE_INT), default=1, metavar="K", help="name the K most probable classes")
     predict.add_argument(

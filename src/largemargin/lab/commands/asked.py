@@ -7,8 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..data.folders import FileSet
-from ..data.images import ImageSet
+from ..data.samples import Samples
 from ..errors import LabError
 from ..run.checkpoint import NAME
 from ..run.model import NAME as MODEL
@@ -46,7 +45,7 @@ def given_save(options: Any, console: Console) -> bool:
     return not options.no_save
 
 
-def what_is_kept(recipe: Recipe, images: ImageSet | FileSet) -> str:
+def what_is_kept(recipe: Recipe, images: Samples) -> str:
     """A line on the size of what each run leaves."""
     return (
         f"each run keeps about {size_text(kept_bytes(recipe, images))}: its model and its predictions for the test set (--no-save: neither)"

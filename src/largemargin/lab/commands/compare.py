@@ -12,17 +12,20 @@ from ..arguments.options import given_fields, path_of, plain
 from ..comparison.folder import check_folder, device_of, finished_records, reopen, write_marker
 from ..comparison.plan import Comparison
 from ..comparison.table import Row
-from ..data.folders import FileSet
+from ..data.features import FeatureSet
 from ..data.human_labels import human_labels
 from ..data.images import ImageSet
+from ..data.samples import Samples, noun_of
 from ..errors import LabError
-from ..models import build, check_image, check_name
+from ..models import DEFAULT, DEFAULT_OF_FEATURES, OF_FEATURES, build, check_input, check_name
 from ..models.weights import weights_digest
 from ..queue.attempt import decoded_images
 from ..queue.budget import Budget
 from ..queue.runs import default_jobs
 from ..run.environment import check_device
+from ..run.features import check_features
 from ..run.methods import check_settings
+from ..run.model import input_of
 from ..run.noise import HUMAN, parsed
 from ..run.recipe import Recipe, unread
 from ..run.rows import check_shares, sizes
@@ -44,14 +47,15 @@ def run(options: Any, console: Console) -> None:
     for name in ("losses", "lam", "seeds", "label_noise"):
         if not isinstance(options[name], list) or not options[name]:
             raise LabError(f"--{name.replace('_', '-')} needs a list of at least one value, got {options[name]!r}")
-    for name in ("data", "data_root", "network", "validation_fraction", "out", "executor"):
+    for name in ("data", "data_root", "validation_fraction", "out", "executor"):
         if options[name] is None:
             raise LabError(f"--{name.replace('_', '-')} needs a value, got none")
-    check_name(options.network)
+    network = options.network or default_network(options.data)
+    check_name(network)
     if not isinstance(options.recipe, Namespace):
         raise LabError(f"recipe: in the --config file needs fields with their values, got {options.recipe!r}")
-    names = ("data", "data_root", "image_size", "network", "validation_fraction", "epochs", "train_fraction", "long_tail", "labels")
-    settings: dict[str, Any] = {name: options[name] for name in names} | {"unverified": bool(options.unverified)}
+    names = ("data", "data_root", "image_size", "validation_fraction", "epochs", "train_fraction", "long_tail", "labels", "target")
+    settings: dict[str, Any] = {name: options[name] for name in names} | {"unverified": bool(options.unverified), "network": network}
     settings |= {name: list(dict.fromkeys(options[name])) for name in ("losses", "lam")}
     settings["label_noise"] = list(dict.fromkeys(map(parsed, options.label_noise)))
     settings |= seeds_of(options.seeds, options.max_seeds)
@@ -74,10 +78,17 @@ def run(options: Any, console: Console) -> None:
         print_json(as_json(reopen(out), rows, out))
 
 
-def check_network(recipe: Recipe, images: ImageSet | FileSet) -> None:
-    """Refuse a network that does not take these images, or weights that are not its own."""
-    in_channels, size = images.train_images.shape[1:3] if isinstance(images, ImageSet) else (3, recipe.image_size)
-    check_image(recipe.network, size)
+def default_network(name: str) -> str:
+    """That of a data set; the network of features is another than that of images."""
+    return DEFAULT_OF_FEATURES if data.holds_features(name) else DEFAULT
+
+
+def check_network(recipe: Recipe, images: Samples) -> None:
+    """Refuse a network that does not take these samples, weights that are not its own, and settings of images for features."""
+    in_channels, size = input_of(recipe, images)
+    check_input(recipe.network, size)
+    if isinstance(images, FeatureSet):
+        check_features(recipe)
     build(recipe, in_channels, len(images.classes))
 
 
@@ -111,8 +122,10 @@ def prepared(comparison: Comparison, out: Path, console: Console, save: bool) ->
     if HUMAN in comparison.label_noise:
         human_labels(Path(comparison.data_root).expanduser(), images.train_labels)  # it is there, and of these images
     for recipe in (comparison.example, *comparison.validating_recipes()[:1]):
-        check_shares(recipe, len(images.train_labels), len(images.classes))
+        check_shares(recipe, len(images.train_labels), len(images.classes), noun_of(images))
     console.print(sizes(comparison.example, images), markup=False, highlight=False)
+    if isinstance(images, FeatureSet):
+        console.print(f"network: {comparison.network} ({' or '.join(OF_FEATURES)})", markup=False, highlight=False)
     for note in [*images.notes, *unread_options(comparison)]:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     if len(images.classes) == 2:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..comparison.recommendation import rank, recommended
 from ..comparison.table import Row
+from ..models import OF_FEATURES
 from ..results import RunRecord, kept
 from ..run.methods import BASELINE
 from ..run.model import has_model
@@ -28,4 +29,5 @@ def next_command(rows: Sequence[Row], records: Sequence[RunRecord], runs: Path) 
     found = [record for record in kept(records) if (record.recipe.loss, record.recipe.noise) == (row.loss, row.label_noise)]
     folders = [runs / record.recipe.id for record in sorted(found, key=lambda record: record.measured.error)]
     best = next((folder for folder in folders if has_model(folder)), None)
-    return [] if best is None else [f"to use the best run of {row.label}: largemargin predict {shlex.quote(str(best))} IMAGES"]
+    what = "FILE" if found and found[0].recipe.network in OF_FEATURES else "IMAGES"
+    return [] if best is None else [f"to use the best run of {row.label}: largemargin predict {shlex.quote(str(best))} {what}"]

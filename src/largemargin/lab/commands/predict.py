@@ -18,7 +18,9 @@ from ..files import write_text
 from ..logits import temperature
 from ..run.environment import check_device, default_device
 from ..run.model import Model, load
+from ..run.standard import Standard
 from ..run.unseen import check_not_trained_on, files_of, labelled_files, predict
+from ..run.unseen_features import predict_features
 from ..words import counted
 from .progress import reading_images
 from .screen import Screen
@@ -27,26 +29,46 @@ from .screen import Screen
 def run(options: Any, console: Console) -> None:
     device = options.device or default_device()
     check_device(device)
-    files = files_of([path_of(text) for text in options.images])
+    paths = [path_of(text) for text in options.images]
     model = load(path_of(options.model))
+    if isinstance(model.pixels, Standard):
+        of_features(model, model.pixels, paths, torch.device(device), options, console)
+        return
+    files = files_of(paths)
     said = Screen(stderr=True)  # the predictions alone are on the standard output
     scale = 1.0 if options.calibrate is None else calibrated(model, path_of(options.calibrate), torch.device(device), said)
     with reading_images(said) as on_image:
         predicted = predict(model, files, torch.device(device), on_image)
-    lines = table_of(model.classes, predicted.files, temperature.probabilities(predicted.logits, scale), int(options.top))
-    if options.out is None:
-        print_lines(lines, console)
-    else:
-        out = path_of(options.out)
-        try:
-            write_text(out, csv_of(lines))
-        except OSError as error:
-            raise LabError(f"--out {out} cannot be written: {error.strerror or error}; choose another file") from error
-        console.print(f"{out}: {counted(len(predicted.files), 'image')} of {len(files)}", markup=False, highlight=False)
+    lines = table_of(model.classes, list(map(str, predicted.files)), temperature.probabilities(predicted.logits, scale), int(options.top))
+    hand_out(lines, options, f"{counted(len(predicted.files), 'image')} of {len(files)}", console)
     for reason in predicted.broken:
         said.print(reason, markup=False, highlight=False, soft_wrap=True)
     if predicted.broken:
         raise LabError(f"{len(predicted.broken)} of {counted(len(files), 'image')} could not be read; the others are predicted")
+
+
+def of_features(model: Model, standard: Standard, paths: list[Path], device: torch.device, options: Any, console: Console) -> None:
+    """The predictions for the samples of one file."""
+    if options.calibrate is not None:
+        raise LabError("--calibrate is for runs on images, and this one is on features; leave it out")
+    if len(paths) != 1:
+        raise LabError(f"a run on features predicts one file at a time, got {len(paths)}; give one table, or one .npz file")
+    names, logits = predict_features(model, standard, paths[0], device)
+    lines = table_of(model.classes, names, temperature.probabilities(logits, 1.0), int(options.top), "sample")
+    hand_out(lines, options, counted(len(names), "sample"), console)
+
+
+def hand_out(lines: list[list[str]], options: Any, what: str, console: Console) -> None:
+    """The predictions on the terminal, or in the file of ``--out``."""
+    if options.out is None:
+        print_lines(lines, console)
+        return
+    out = path_of(options.out)
+    try:
+        write_text(out, csv_of(lines))
+    except OSError as error:
+        raise LabError(f"--out {out} cannot be written: {error.strerror or error}; choose another file") from error
+    console.print(f"{out}: {what}", markup=False, highlight=False)
 
 
 def calibrated(model: Model, folder: Path, device: torch.device, said: Console) -> float:
@@ -68,15 +90,17 @@ def calibrated(model: Model, folder: Path, device: torch.device, said: Console) 
     return fitted.temperature
 
 
-def table_of(classes: tuple[str, ...], files: list[Path], probabilities: NDArray[np.float64], top: int) -> list[list[str]]:
-    """The names of the columns, then a line for each image."""
+def table_of(
+    classes: tuple[str, ...], names: list[str], probabilities: NDArray[np.float64], top: int, what: str = "file"
+) -> list[list[str]]:
+    """The names of the columns, then a line for each sample."""
     top = min(top, len(classes))
-    columns = ["file", "prediction", "probability"]
+    columns = [what, "prediction", "probability"]
     columns += [f"{name}_{rank}" for rank in range(2, top + 1) for name in ("class", "probability")]
     best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
     lines = [
-        [str(file), *(text for c in order for text in (classes[c], f"{row[c]:.6g}"))]
-        for file, order, row in zip(files, best, probabilities, strict=True)
+        [name, *(text for c in order for text in (classes[c], f"{row[c]:.6g}"))]
+        for name, order, row in zip(names, best, probabilities, strict=True)
     ]
     return [columns, *lines]
 

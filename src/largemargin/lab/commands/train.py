@@ -12,8 +12,10 @@ from rich.console import Console
 
 from .. import data
 from ..arguments.options import given_fields, path_of
+from ..data.samples import noun_of
 from ..errors import LabError
 from ..files import UNFINISHED
+from ..models import DEFAULT_OF_FEATURES
 from ..models.weights import weights_digest
 from ..queue.locks import Lock
 from ..results import RunRecord
@@ -35,6 +37,8 @@ def run(options: Any, console: Console) -> None:
     given = {"device": device_of(out), **given_fields(options), "processes": int(os.environ.get("WORLD_SIZE", 1))}
     check_settings([given["loss"]], given)
     data.check_image_size(given.get("data", "digits"), given.get("image_size"))
+    if data.holds_features(given.get("data", "digits")):
+        given = {"network": DEFAULT_OF_FEATURES, **given}
     recipe = Recipe(**{**data.suited_to(given.get("data", "digits"), given.get("image_size")), **LOSSES[given["loss"]], **given})
     main = int(os.environ.get("RANK", 0)) == 0
     console = console if main else Console(quiet=True)
@@ -79,7 +83,7 @@ def train_one(
         for line in missing([out], tensorboard=tensorboard, keep_checkpoint=keep_checkpoint, save=save):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         return done
-    check_shares(recipe, len(images.train_labels), len(images.classes))  # before anything is written
+    check_shares(recipe, len(images.train_labels), len(images.classes), noun_of(images))  # before anything is written
     where = f"on {device_label(recipe.device)}, into {out}"
     console.print(sizes(recipe, images), markup=False, highlight=False)
     console.print(

@@ -32,7 +32,11 @@ class Design(Generic[Run]):
     validation_fraction: float
     max_seeds: int | None
     device: str
-    noun = "sample"  # of the test set
+
+    @property
+    def noun(self) -> str:
+        """What a sample of the test set is called."""
+        return "sample"
 
     def planned(self, loss: str, seed: int, noise: Noise, *, lam: float, **more: Any) -> Run:
         """The run of this loss and this seed; a validating one with ``validation_fraction``."""

@@ -54,7 +54,7 @@ def render(
     comparison: Comparison | OwnComparison, out: Path, records: Sequence[Record], rows: Sequence[Row], choices: Sequence[Choice] = ()
 ) -> tuple[str, str]:
     """The page as HTML that needs nothing from outside, and as Markdown."""
-    sections, pictures = [], Pictures(comparison) if isinstance(comparison, Comparison) else None
+    sections, pictures = [], Pictures(comparison) if isinstance(comparison, Comparison) and comparison.noun == "image" else None
     for noise in dict.fromkeys(row.label_noise for row in rows):
         group = [row for row in rows if row.label_noise == noise]
         of_noise = [record for record in records if record.recipe.noise == noise]
@@ -87,13 +87,14 @@ def render(
         choice_note=" ".join([*ties(choices), comparison.choice_note]) if choices else "",
         choice_curve=lambda_curve(choices, color_of([BASELINE, *losses])) if choices else "",
         made=made_with(comparison, records, date),
-        num_epochs=f"; {first.num_train} training images, {first.recipe.epochs} epochs" if isinstance(first, RunRecord) else "",
+        num_epochs=f"; {first.num_train} training {comparison.noun}s, {first.recipe.epochs} epochs" if isinstance(first, RunRecord) else "",
         command=comparison.command(),
         date=date,
         comparison=comparison,
         num_runs=len(records),
         baseline=BASELINE,
         noun=comparison.noun,
+        is_own=isinstance(comparison, OwnComparison),
     )
     return page("report.html.j2", **content), page("report.md.j2", **content)
 
@@ -113,7 +114,7 @@ def made_with(comparison: Comparison | OwnComparison, records: Sequence[Record],
         ("date", f"{date}, when the last run ended"),
     ]
     if isinstance(comparison, Comparison) and isinstance(first, RunRecord):
-        made += of_images(comparison, first)
+        made += of_data(comparison, first)
         made.append(("seeds", f"{seeds}; a seed fixes weights, order, augmentation, subset and noise, so runs of one seed are pairs"))
     if isinstance(comparison, OwnComparison):
         made.append(("seeds", f"{seeds}; runs of one seed are pairs"))
@@ -124,16 +125,20 @@ def made_with(comparison: Comparison | OwnComparison, records: Sequence[Record],
     return made
 
 
-def of_images(comparison: Comparison, first: RunRecord) -> list[tuple[str, str]]:
-    """What is told of a comparison on images alone."""
-    recipe = first.recipe
+FILLED = "missing numbers filled with the median, then standardised, both by the training samples of the run"
+
+
+def of_data(comparison: Comparison, first: RunRecord) -> list[tuple[str, str]]:
+    """What is told of a comparison on a data set."""
+    recipe, of_images = first.recipe, comparison.noun == "image"
     pixels = SETS[comparison.data].pixels if recipe.data in SETS and not recipe.streamed else recipe.image_size
     share = f", {100 * recipe.train_fraction:g}% of them all, drawn by the seed" if recipe.train_fraction < 1 else ""
     optimiser = f"SGD, batch {recipe.batch_size}, momentum {recipe.momentum}, weight decay {recipe.weight_decay}, {schedule(recipe)}"
-    made = [("images", f"{pixels} × {pixels} pixels, {len(first.classes)} classes"), ("network", recipe.network), ("optimiser", optimiser)]
-    made.append(("augmentation", augmentation(recipe)))
+    data = ("images", f"{pixels} × {pixels} pixels, {len(first.classes)} classes") if of_images else ("features", FILLED)
+    made = [data, ("network", recipe.network), ("optimiser", optimiser)]
+    made += [("augmentation", augmentation(recipe))] if of_images else []
     made += [("other settings", ", ".join(changed(recipe)))] if changed(recipe) else []
-    made.append(("training set", f"{first.num_train} images{share}"))
+    made.append(("training set", f"{first.num_train} {comparison.noun}s{share}"))
     return made
 
 
@@ -151,13 +156,13 @@ def evidence_at(
         return None
     classes = records[0].classes
     pairs = evidence.changed_confusions(theirs, ours)
-    gained, lost = evidence.disagreements(theirs, ours)
+    gained, lost = evidence.disagreements(theirs, ours) if pictures else ([], [])
     remark = ""
     try:
         uris = pictures.thumbnails(ours[0], [found.index for found in (*gained, *lost)]) if pictures else []
         found_pictures = [
             Picture(uri, classes[found.label], classes[found.taken_for], str(ours[0].ids[found.index]))
-            for uri, found in zip(uris, (*gained, *lost) if pictures else (), strict=True)
+            for uri, found in zip(uris, (*gained, *lost), strict=True)
         ]
     except LabError as error:
         found_pictures, remark = [], f"There are no pictures, because {error}."
@@ -185,7 +190,7 @@ def date_of(records: Sequence[Record], out: Path) -> str:
 def changed(recipe: Recipe) -> list[str]:
     """The fields of the recipe that are not the defaults and that the page does not tell elsewhere."""
     told = {*OF_SOME_LOSSES, "loss", "seed", "data", "data_root", "data_digest", "network", "train_fraction", "label_noise"}
-    told |= {"noise_kind", "unverified"}
+    told |= {"noise_kind", "unverified", "target"}
     told |= {"epochs", "device", "validation_fraction", "batch_size", "momentum", "weight_decay", "learning_rate"}
     told |= {"augmentation", "crop_padding", "crop_fill", "flip"}
     default, values = Recipe(loss="softmax", seed=0).to_dict(), recipe.to_dict()

@@ -9,8 +9,8 @@ import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..data import SETS, is_array_file, suited_to
-from ..models import NAMES
+from ..data import SETS, is_data_file, suited_to
+from ..models import NAMES, OF_FEATURES
 from ..options import NON_NEGATIVE, OPEN_SHARE, PIXELS, POSITIVE, POSITIVE_INT, POSITIVE_SHARE, option
 from ..run.methods import LOSSES, METHODS, OF_SOME_LOSSES, has_setting
 from ..run.noise import Noise, fields_of
@@ -25,7 +25,7 @@ AUTO = "auto"  # of --seeds
 class Comparison(Design[Recipe]):
     """What is compared: every loss with every seed at every share of label noise."""
 
-    data: str = option("digits", help=f"{', '.join(SETS)}, or the path of an image folder; scikit-learn has the digits", usual=True)
+    data: str = option("digits", help=f"{', '.join(SETS)}, an image folder, FILE.npz or a table (.csv, .parquet)", usual=True)
     data_root: str = option("data", help="where the files of the named data sets are", metavar="DIR", usual=True)
     data_digest: str = option("", help="that of the recipes", computed=True)
     image_size: int | None = option(
@@ -35,7 +35,7 @@ class Comparison(Design[Recipe]):
         metavar="PIXELS",
         usual=True,
     )
-    network: str = option("small", help=" ".join(NAMES), metavar="NAME", usual=True)
+    network: str = option("small", help=f"{' '.join(NAMES)}; default: small; mlp for features", metavar="NAME", usual=True)
     losses: tuple[str, ...] = option(
         ("softmax", "label_smoothing", "large_margin"), help=" ".join(METHODS), type=tuple(METHODS), metavar="LOSS", usual=True, many=True
     )
@@ -77,7 +77,7 @@ class Comparison(Design[Recipe]):
         usual=True,
         many=True,
     )
-    train_fraction: float = option(1.0, help="train on this share of the training set", type=POSITIVE_SHARE, metavar="SHARE", usual=True)
+    train_fraction: float = option(1.0, help="share of the training set to train on", type=POSITIVE_SHARE, metavar="SHARE", usual=True)
     long_tail: float | None = option(
         None,
         help="class sizes fall exponentially; this is the largest over the smallest",
@@ -87,15 +87,21 @@ class Comparison(Design[Recipe]):
     labels: str | None = option(
         None, help="a CSV file (image, label) with other labels for the training images of a folder", metavar="FILE"
     )
+    target: str | None = option(
+        None, help="the column of the classes in a table; default: label, target, class or y, else the last", metavar="COLUMN"
+    )
     unverified: bool = option(False, help="take files of svhn whose md5 is not the published one, also from svhn-first")
     max_seeds: int | None = option(None, help="with --seeds auto: no more pairs than these; default: 20", type=POSITIVE_INT, metavar="N")
-    noun = "image"
     device: str = "cpu"
     overrides: dict[str, Any] = field(default_factory=dict)  # other fields of the recipes; of a loss only where it has them
 
     @property
+    def noun(self) -> str:
+        return "sample" if self.network in OF_FEATURES else "image"
+
+    @property
     def is_folder(self) -> bool:
-        return self.data not in SETS and not is_array_file(self.data)
+        return self.data not in SETS and not is_data_file(self.data)
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> "Comparison":
@@ -130,7 +136,7 @@ class Comparison(Design[Recipe]):
     def planned(self, loss: str, seed: int, noise: Noise, *, lam: float, **more: Any) -> Recipe:
         values: dict[str, Any] = {"data": self.data, "data_root": self.data_root, "data_digest": self.data_digest, "network": self.network}
         values |= fields_of(noise) | {"train_fraction": self.train_fraction, "device": self.device}
-        values |= {"long_tail": self.long_tail, "labels": self.labels, "unverified": self.unverified or None}
+        values |= {"long_tail": self.long_tail, "labels": self.labels, "target": self.target, "unverified": self.unverified or None}
         values |= suited_to(self.data, self.image_size) | LOSSES[loss]
         if self.epochs is not None:
             values["epochs"] = self.epochs

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..errors import LabError
 
 if TYPE_CHECKING:
-    from .folders import FileSet
-    from .images import ImageSet
+    from .samples import Samples
 
 
 @dataclass(frozen=True)
@@ -52,22 +51,27 @@ def load(
     *,
     labels: str = "",
     unverified: bool = False,
-) -> "ImageSet | FileSet":
-    """The data set called ``data``: one of :data:`SETS`, an npz file, or an image folder, which ``streamed`` leaves in its files.
+    target: str = "",
+) -> "Samples":
+    """The data set called ``data``: one of :data:`SETS`, an npz file, a table, or an image folder, which ``streamed`` leaves in its files.
 
     ``on_image`` hears how many images of how many are decoded. ``labels`` is a file with other training labels for a folder;
-    ``unverified`` takes files of SVHN whose md5 is not the published one.
+    ``unverified`` takes files of SVHN whose md5 is not the published one. ``target`` is the column of the classes in a table.
     """
-    is_folder = data not in SETS and not is_array_file(data)
+    is_folder = data not in SETS and not is_data_file(data)
     if labels and not is_folder:
         raise LabError(f"--labels {labels} is for the images of a folder, and --data is {data}; leave it out")
     if unverified and data not in ARCHIVED:
         raise LabError(f"--unverified is for svhn, whose files have a published md5, and --data is {data}; leave it out")
-    found: ImageSet | FileSet
+    if target and not is_table(data):
+        raise LabError(f"--target {target} is for a table (.csv or .parquet), and --data is {data}; leave it out")
+    found: Samples
     if data in SETS:
         found = _reader(SETS[data].read)(data, Path(data_root).expanduser(), **({"unverified": True} if unverified else {}))
+    elif is_table(data):
+        found = _reader("features:feature_table")(Path(data).expanduser(), target)
     elif not is_folder:
-        found = _reader("arrays:image_arrays")(Path(data).expanduser())
+        found = _reader("arrays:array_set")(Path(data).expanduser())
     elif streamed:
         found = _reader("folders:streamed_folder")(Path(data).expanduser(), labels)
     else:
@@ -90,9 +94,11 @@ class Wanted(Protocol):
     def labels(self) -> str | None: ...
     @property
     def unverified(self) -> bool | None: ...
+    @property
+    def target(self) -> str | None: ...
 
 
-def load_of(recipe: Wanted, on_image: Callable[[int, int], object] = lambda *_: None) -> "ImageSet | FileSet":
+def load_of(recipe: Wanted, on_image: Callable[[int, int], object] = lambda *_: None) -> "Samples":
     """The data of a recipe."""
     return load(
         recipe.data,
@@ -102,12 +108,24 @@ def load_of(recipe: Wanted, on_image: Callable[[int, int], object] = lambda *_: 
         on_image,
         labels=recipe.labels or "",
         unverified=bool(recipe.unverified),
+        target=recipe.target or "",
     )
 
 
-def is_array_file(data: str) -> bool:
-    """Whether it names a file of arrays, which is read as it is."""
-    return data.lower().endswith(".npz")
+def is_data_file(data: str) -> bool:
+    """Whether it names a file of arrays or a table, which is read as it is."""
+    return data.lower().endswith(".npz") or is_table(data)
+
+
+def is_table(data: str) -> bool:
+    return data.lower().endswith((".csv", ".parquet"))
+
+
+def holds_features(data: str) -> bool:
+    """Whether the samples are features and no images; a file that cannot be read holds none."""
+    if is_table(data):
+        return True
+    return data.lower().endswith(".npz") and bool(_reader("arrays:dimensions")(Path(data).expanduser()) == 2)
 
 
 def _reader(name: str) -> Any:
@@ -119,7 +137,7 @@ def suited_to(data: str, image_size: int | None = None) -> dict[str, Any]:
     """The fields of a recipe in which a data set asks for other than the defaults; ``image_size`` is of images in files."""
     if data in SETS:
         return dict(SETS[data].suited) | ({"image_size": image_size} if SETS[data].streamed and image_size else {})
-    if is_array_file(data):  # whether its images may be moved or mirrored is not known
+    if is_data_file(data):  # whether its images may be moved or mirrored is not known
         return {"epochs": 50}
     pixels = image_size or 32
     return {"epochs": 50, "image_size": pixels, "crop_padding": pixels // 8, "flip": True}
@@ -127,5 +145,7 @@ def suited_to(data: str, image_size: int | None = None) -> dict[str, Any]:
 
 def check_image_size(data: str, image_size: int | None) -> None:
     """Raises LabError for one that would change nothing."""
-    if (is_array_file(data) or (data in SETS and not SETS[data].streamed)) and image_size is not None:
+    if image_size is not None and is_table(data):
+        raise LabError(f"image_size {image_size} does not apply to {data}: it holds no images; leave it out")
+    if (is_data_file(data) or (data in SETS and not SETS[data].streamed)) and image_size is not None:
         raise LabError(f"image_size {image_size} does not apply to {data}: its images are used as they are; leave it out")

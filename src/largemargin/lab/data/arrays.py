@@ -1,5 +1,6 @@
 """Arrays in a file of numpy: ``--data FILE.npz``."""
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -8,20 +9,23 @@ import torch
 from torch import Tensor
 
 from ..errors import LabError
-from ..stopping import interrupts_end_at_once
-from .images import SPLIT_SEED, ImageSet
+from .features import FeatureSet, of_arrays
+from .images import ImageSet
+from .splits import check_length, labels_of, split_of
 
 Array = np.ndarray[Any, np.dtype[Any]]
 KEYS = "train_x, train_y, test_x and test_y, or x and y with an optional split"
 
 
-def image_arrays(path: Path) -> ImageSet:
-    """Images of a file with the keys :data:`KEYS`; others are ignored, and nothing of the file is executed.
+def array_set(path: Path) -> ImageSet | FeatureSet:
+    """Images or features of a file with the keys :data:`KEYS`; others are ignored, and nothing of the file is executed.
 
-    Images are uint8, ``(N, H, W)`` in grey, ``(N, H, W, C)`` or ``(N, C, H, W)`` with 1 or 3 channels. Labels are integers or names.
-    ``split`` has a word a sample, train or test. Without it, a stratified fifth is held out.
+    Images are uint8, ``(N, H, W)`` in grey, ``(N, H, W, C)`` or ``(N, C, H, W)`` with 1 or 3 channels. Numbers with 2 dimensions are
+    features. Labels are integers or names. ``split`` has a word a sample, train or test. Without it, a stratified fifth is held out.
     """
     parts = read_parts(path)
+    if parts[0].ndim == parts[2].ndim == 2:
+        return of_arrays(path, *parts)
     classes, labels = labels_of(path, parts[1], parts[3])
     images = [_images(path, name, part) for name, part in (("train_x", parts[0]), ("test_x", parts[2]))]
     if images[0].shape[1:] != images[1].shape[1:]:
@@ -29,71 +33,61 @@ def image_arrays(path: Path) -> ImageSet:
     return ImageSet(images[0], labels[0], images[1], labels[1], classes)
 
 
+def dimensions(path: Path) -> int | None:
+    """Those of the samples, from the head of their array alone; None for a file that is none of these."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            name = next(name for name in ("train_x.npy", "x.npy") if name in file.namelist())
+            with file.open(name) as array:
+                version = np.lib.format.read_magic(array)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                return len(read(array)[0])
+    except (OSError, ValueError, StopIteration, zipfile.BadZipFile):
+        return None
+
+
 def read_parts(path: Path) -> tuple[Array, Array, Array, Array]:
     """The arrays ``train_x, train_y, test_x, test_y`` of the file, whichever keys it has."""
     try:
         with np.load(path, allow_pickle=False) as file:
             found = {name: file[name] for name in ("train_x", "train_y", "test_x", "test_y", "x", "y", "split") if name in file.files}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
         raise LabError(f"data {path}: it cannot be read as an npz file without pickled objects ({error})") from error
     if {"train_x", "train_y", "test_x", "test_y"} <= found.keys():
         parts = (found["train_x"], found["train_y"], found["test_x"], found["test_y"])
     elif {"x", "y"} <= found.keys():
-        _same_length(path, "y", found["y"], found["x"])
-        training, testing = _split(path, found)
+        check_length(path, "y", found["y"], found["x"])
+        training, testing = split_of(path, found["y"], found.get("split"))
         parts = (found["x"][training], found["y"][training], found["x"][testing], found["y"][testing])
     else:
         raise LabError(f"data {path}: it has the keys {', '.join(sorted(found)) or 'of nothing known'}; expected {KEYS}")
     for name, labels, values in (("train_y", parts[1], parts[0]), ("test_y", parts[3], parts[2])):
-        _same_length(path, name, labels, values)
+        check_length(path, name, labels, values)
         if not len(labels):
             raise LabError(f"data {path}: {name} holds no sample")
     return parts
 
 
-def labels_of(path: Path, *arrays: Array) -> tuple[tuple[str, ...], list[Tensor]]:
-    """The classes in order, and for each array its labels as indices; every class must have a training sample."""
-    kinds = {array.dtype.kind for array in arrays}
-    if not kinds <= set("iu") and not kinds <= set("US"):
-        raise LabError(f"data {path}: labels must be integers or names, got {', '.join(str(array.dtype) for array in arrays)}")
-    names = np.unique(np.concatenate(arrays))
-    missing = np.setdiff1d(names, arrays[0])
-    if len(missing):
-        raise LabError(f"data {path}: class {missing[0]} has test samples and no training sample")
-    if len(names) < 2:
-        raise LabError(f"data {path}: found {len(names)} class, need at least 2")
-    words = tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names)
-    return words, [torch.from_numpy(np.searchsorted(names, array).astype(np.int64)) for array in arrays]
-
-
-def _split(path: Path, found: dict[str, Array]) -> tuple[Array, Array]:
-    """The indices of both parts."""
-    if "split" in found:
-        words = np.char.lower(found["split"].astype(str))
-        _same_length(path, "split", words, found["y"])
-        others = sorted(set(words.tolist()) - {"train", "test"})
-        if others:
-            raise LabError(f"data {path}: split holds {others[0]!r}; expected train or test for each sample")
-        return np.flatnonzero(words == "train"), np.flatnonzero(words == "test")
-    with interrupts_end_at_once():
-        from sklearn.model_selection import train_test_split
-
+def unlabelled(path: Path) -> Array:
+    """Features (N, D) under the key ``x``, or ``test_x``, of a file."""
     try:
-        training, testing = train_test_split(np.arange(len(found["y"])), test_size=0.2, stratify=found["y"], random_state=SPLIT_SEED)
-    except ValueError as error:
-        raise LabError(f"data {path}: a fifth of every class cannot be held out ({error}); add samples, or a split") from error
-    return np.sort(training), np.sort(testing)
-
-
-def _same_length(path: Path, name: str, values: Array, samples: Array) -> None:
-    if values.ndim != 1 or not samples.ndim or len(values) != len(samples):
-        raise LabError(f"data {path}: {name} has the shape {values.shape}, expected a value for each of the {len(samples)} samples")
+        with np.load(path, allow_pickle=False) as file:
+            name = next((name for name in ("x", "test_x") if name in file.files), None)
+            found: Array | None = None if name is None else file[name]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        raise LabError(
+            f"{path} cannot be read as an npz file without pickled objects ({error}); give the features under the key x"
+        ) from error
+    if found is None or found.ndim != 2 or found.dtype.kind not in "iufb":
+        what = "no key x" if found is None else f"{name} is {found.dtype} {found.shape}"
+        raise LabError(f"{path}: {what}; expected numbers with 2 dimensions, (N, D), under the key x")
+    return found
 
 
 def _images(path: Path, name: str, pixels: Array) -> Tensor:
     shape = pixels.shape
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4):
-        raise LabError(f"data {path}: {name} is {pixels.dtype} {shape}; images are uint8 with 3 or 4 dimensions")
+        raise LabError(f"data {path}: {name} is {pixels.dtype} {shape}; images are uint8 with 3 or 4 dimensions, features numbers with 2")
     if pixels.ndim == 3:
         pixels = pixels[:, None]
     elif shape[3] in (1, 3):

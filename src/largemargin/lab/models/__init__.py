@@ -1,5 +1,7 @@
 """The networks, each an entry of :data:`NETWORKS`: features from images to (N, D), and a linear classifier from there to logits.
 
+Those of :data:`OF_FEATURES` take features in place of images.
+
 Nothing heavy is imported until one is made.
 """
 
@@ -21,7 +23,7 @@ class Named:
     """A network that has a name here."""
 
     make: str  # "file:function" of this room, called with in_channels, num_classes and the settings
-    smallest: int  # pixels of the smallest square images it takes
+    smallest: int = 0  # pixels of the smallest square images it takes
     settings: tuple[str, ...] = ()  # the fields of a recipe that it reads
 
 
@@ -35,7 +37,9 @@ NETWORKS = {
     "mobilenet": Named("mobilenet:mobilenet", 1, ("width",)),
     "resnext50": Named("outside:resnext50", 1, ("width",)),
 }
-NAMES = (*NETWORKS, f"{TIMM}NAME")  # what --network may be
+OF_FEATURES = {"linear": Named("features:linear"), "mlp": Named("features:mlp")}
+DEFAULT, DEFAULT_OF_FEATURES = "small", "mlp"
+NAMES = (*NETWORKS, *OF_FEATURES, f"{TIMM}NAME")  # what --network may be
 
 
 class Wanted(Protocol):
@@ -84,8 +88,18 @@ def smallest_image(name: str) -> int:
     return _named(name).smallest
 
 
+def check_input(name: str, image_size: int | None) -> None:
+    """Raises LabError if a network does not take square images of this size, or with None features."""
+    if image_size is not None:
+        check_image(name, image_size)
+    elif name not in OF_FEATURES:
+        raise LabError(f"network {name} takes images, and the data are features; choose {' or '.join(OF_FEATURES)}")
+
+
 def check_image(name: str, image_size: int) -> None:
     """Raises LabError if a network does not take square images of this size."""
+    if name in OF_FEATURES:
+        raise LabError(f"network {name} takes features, and the data are images; choose one of {', '.join(NETWORKS)}")
     of_timm = name.startswith(TIMM)
     if _function("outside:timm_takes")(name.removeprefix(TIMM), image_size) if of_timm else image_size >= smallest_image(name):
         return
@@ -96,12 +110,13 @@ def check_image(name: str, image_size: int) -> None:
 
 def check_name(name: str) -> None:
     """Raises LabError if it is not one of :data:`NAMES`; whether timm has it is seen when it is built."""
-    if name not in NETWORKS and not (name.startswith(TIMM) and name != TIMM):
+    if name not in NETWORKS and name not in OF_FEATURES and not (name.startswith(TIMM) and name != TIMM):
         raise LabError(f"network {name} is none; choose one of {', '.join(NAMES)}")
 
 
 def _named(name: str) -> Named:
-    if name not in NETWORKS:
-        close = difflib.get_close_matches(name, NETWORKS, n=1)
+    known = NETWORKS | OF_FEATURES
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
         raise LabError(f"network {name} is not one of {', '.join(NAMES)}" + (f"; did you mean {close[0]}?" if close else ""))
-    return NETWORKS[name]
+    return known[name]

@@ -62,7 +62,16 @@ class Inputs:
         return self.data_set(recipe, job.runs)
 
     def data_set(self, recipe: Recipe, runs: Path) -> Any:
-        key = (recipe.data, recipe.data_root, recipe.image_size, recipe.data_digest, recipe.streamed, recipe.labels, recipe.unverified)
+        key = (
+            recipe.data,
+            recipe.data_root,
+            recipe.image_size,
+            recipe.data_digest,
+            recipe.streamed,
+            recipe.labels,
+            recipe.unverified,
+            recipe.target,
+        )
         if key not in self._loaded:
             decoded = decoded_images(recipe, runs)
             found: Any

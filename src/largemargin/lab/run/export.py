@@ -1,5 +1,6 @@
 """A model as a program that runs without this package: of ``torch.export``, or in ONNX. Each is checked before it is kept."""
 
+import dataclasses
 import importlib.util
 import json
 import tempfile
@@ -23,8 +24,7 @@ CHECKED = (1, 3)  # sizes of batches
 def facts_of(model: Model) -> str:
     """What one has to know to use a program, in JSON."""
     pixels = model.pixels
-    size = {"image_size": pixels.image_size, "resize": pixels.resize}
-    return json.dumps({"classes": model.classes, "in_channels": pixels.in_channels, **size, "mean": pixels.mean, "std": pixels.std})
+    return json.dumps({"classes": model.classes, "in_channels": pixels.in_channels, **dataclasses.asdict(pixels)})
 
 
 def export_program(model: Model, out: Path) -> None:
@@ -71,7 +71,7 @@ def _program(model: Model) -> Any:
 
 def _inputs(model: Model, count: int) -> Tensor:
     generator = torch.Generator().manual_seed(count)
-    return torch.randn(count, model.pixels.in_channels, *model.pixels.image_size, generator=generator)
+    return torch.randn(count, *model.pixels.input_shape, generator=generator)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from .pixels import Pixels
 from .recipe import Recipe
 from .rows import Rows, choose_rows
 from .seeds import seeded
+from .standard import Standard
 
 EVALUATED_AT_ONCE = 500  # images of up to 32x32 pixels
 PIXELS_AT_ONCE = EVALUATED_AT_ONCE * 32 * 32
@@ -22,7 +23,7 @@ PIXELS_AT_ONCE = EVALUATED_AT_ONCE * 32 * 32
 class Batch(NamedTuple):
     """One process's share of a training batch."""
 
-    images: Tensor  # (n, channels, H, W), normalized float32
+    images: Tensor  # (n, channels, H, W), or features (n, D); normalized float32
     target: Tensor  # (n,) int64
     size: int  # of the whole batch, of all processes
 
@@ -31,12 +32,18 @@ class Feed(Protocol):
     """The data of one run, for process ``rank`` of ``world``."""
 
     classes: tuple[str, ...]
-    in_channels: int
-    image_size: int  # pixels
-    pixels: Pixels  # how an image of the held-out set becomes an input of the network
+    in_channels: int  # or features
     rows: Rows
     split: str  # what held_out() is of: "test", or "validation" where the recipe holds a part out
     num_held_out: int  # samples of that split, of all processes
+
+    @property
+    def image_size(self) -> int | None:
+        """In pixels; None where samples are features."""
+
+    @property
+    def pixels(self) -> Pixels | Standard:
+        """How a sample of the held-out set becomes an input of the network."""
 
     def training(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from ``first_step`` on; row ``i`` of a batch goes to process ``i % world``."""

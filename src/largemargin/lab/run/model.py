@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ... import __version__
 from .. import data, predictions
-from ..data.folders import FileSet
+from ..data.features import Column, FeatureSet
 from ..data.images import ImageSet, channel_moments
+from ..data.samples import Samples
 from ..errors import LabError
 from ..files import write_atomically
 from ..models import build
@@ -28,6 +29,7 @@ from .method import Method
 from .methods import LOSSES
 from .pixels import Pixels
 from .recipe import Recipe
+from .standard import Standard
 from .streams import pixels_of
 
 NAME, OLD_NAME = "model.safetensors", "network.safetensors"
@@ -38,7 +40,7 @@ class Model(NamedTuple):
     """A trained network and what belongs to it."""
 
     network: nn.Module  # in eval mode, on the CPU
-    pixels: Pixels  # from a PIL image to its input
+    pixels: Pixels | Standard  # from a PIL image, or from features, to an input
     classes: tuple[str, ...]  # in the order of the logits
     recipe: Recipe
     path: Path
@@ -49,7 +51,7 @@ class _Known(NamedTuple):
 
     recipe: Recipe
     classes: tuple[str, ...]
-    pixels: Pixels
+    pixels: Pixels | Standard
 
 
 def load(model: str | Path) -> Model:
@@ -101,10 +103,16 @@ def save(path: Path, network: nn.Module, recipe: Recipe, feed: Feed) -> None:
     write_atomically(path, lambda file: file.write(content))
 
 
-def kept_bytes(recipe: Recipe, images: ImageSet | FileSet) -> int:
+def input_of(recipe: Recipe, images: Samples) -> tuple[int, int | None]:
+    """The channels and the size in pixels of a network's input; the number of features and None."""
+    if isinstance(images, FeatureSet):
+        return images.num_features, None
+    return (images.train_images.shape[1], images.train_images.shape[2]) if isinstance(images, ImageSet) else (3, recipe.image_size)
+
+
+def kept_bytes(recipe: Recipe, images: Samples) -> int:
     """About what the model and the predictions of a run take on disk."""
-    in_channels = images.train_images.shape[1] if isinstance(images, ImageSet) else 3
-    shapes = _shapes(recipe, in_channels, len(images.classes))
+    shapes = _shapes(recipe, input_of(recipe, images)[0], len(images.classes))
     model = sum(value.numel() * value.element_size() for value in shapes.values())
     return model + predictions.bytes_of(len(images.test_labels), len(images.classes))
 
@@ -128,6 +136,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _known(path: Path, metadata: Mapping[str, str]) -> _Known:
     try:
         values = {name: json.loads(text) for name, text in metadata.items() if name != "format"}
+        if "fill" in values:
+            return _Known(_recipe(values["recipe"]), _classes(values["classes"]), _standard(values))
         size, resize = tuple(values["image_size"]), values["resize"]
         mean, std = (tuple(map(float, values[name])) for name in ("mean", "std"))
         if len(size) != 2 or not all(isinstance(side, int) and 1 <= side <= LARGEST_IMAGE for side in (*size, resize)):
@@ -137,6 +147,20 @@ def _known(path: Path, metadata: Mapping[str, str]) -> _Known:
         return _Known(_recipe(values["recipe"]), _classes(values["classes"]), Pixels(size, resize, mean, std))
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise LabError(f"MODEL {path} has metadata that no run of this version writes ({error}); give the model of a run") from error
+
+
+def _standard(values: Mapping[str, Any]) -> Standard:
+    fill, mean, std = (tuple(map(float, values[name])) for name in ("fill", "mean", "std"))
+    if (
+        not len(fill) == len(mean) == len(std) == values["in_channels"]
+        or not all(map(math.isfinite, (*fill, *mean, *std)))
+        or min(std) <= 0
+    ):
+        raise ValueError(f"moments of {len(mean)} features for {values['in_channels']}")
+    columns = tuple(Column(name, None if words is None else tuple(words)) for name, words in values["columns"])
+    if columns and sum(column.size for column in columns) != len(mean):
+        raise ValueError(f"columns of {sum(column.size for column in columns)} features for {len(mean)}")
+    return Standard(fill, mean, std, columns)
 
 
 def _known_of_folder(path: Path) -> _Known:

@@ -6,8 +6,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from ..data.folders import FileSet
-from ..data.images import ImageSet
+from ..data.samples import Samples
 from ..stopping import Told
 from .machine import start
 from .recipe import Recipe
@@ -21,7 +20,7 @@ class Pace(NamedTuple):
     evaluation: float
 
 
-def measured_pace(recipe: Recipe, images: ImageSet | FileSet, graph: bool = True) -> Pace:
+def measured_pace(recipe: Recipe, images: Samples, graph: bool = True) -> Pace:
     """Of the second of two epochs on these images, in this process: the first compiles and warms up."""
     with tempfile.TemporaryDirectory() as folder:
         two = dataclasses.replace(recipe, epochs=2)

@@ -25,6 +25,10 @@ class Pixels:
     def in_channels(self) -> int:
         return len(self.mean)
 
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return (self.in_channels, *self.image_size)
+
     @functools.cached_property
     def _fitted(self) -> Callable[[Any], Tensor]:
         height, width = self.image_size

@@ -16,7 +16,7 @@ from ..options import NON_NEGATIVE, NON_NEGATIVE_INT, PIXELS, POSITIVE, POSITIVE
 from .methods import BASELINE, METHODS, OF_SOME_LOSSES, Chosen
 from .noise import Noise, noise_of
 
-PLACES = ("data", "data_root", "weights", "labels")  # fields that say where, not what
+PLACES = ("data", "data_root", "weights", "labels", "target")  # fields that say where, not what
 SCHEDULES = ("log", "cosine", "steps")
 AUGMENTATIONS = ("shift", "inception")
 PRECISIONS = ("float32", "tf32", "bfloat16")
@@ -34,7 +34,9 @@ class Recipe(Chosen):
         usual=True,
     )
     # data
-    data: str = option("digits", help=f"{', '.join(SETS)} or the path of an image folder", usual=True)
+    data: str = option(
+        "digits", help=f"{', '.join(SETS)}, or the path of an image folder, FILE.npz, or a table (.csv, .parquet)", usual=True
+    )
     data_root: str = option("data", help="where the files of the named data sets are", metavar="DIR", usual=True)
     data_digest: str = option(
         "", help="the digest of all images and labels, or of the list of files: other data, another run", computed=True
@@ -54,6 +56,9 @@ class Recipe(Chosen):
     )
     labels: str | None = option(
         None, help="a CSV file (image, label) with other labels for the training images of a folder", metavar="FILE", usual=True
+    )
+    target: str | None = option(
+        None, help="the column of the classes in a table; default: label, target, class or y, else the last", metavar="COLUMN", usual=True
     )
     unverified: bool | None = option(None, help="whether files of svhn are taken whose md5 is not the published one", computed=True)
     validation_fraction: float = option(

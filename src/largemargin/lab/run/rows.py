@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.folders import FileSet
+from ..data.features import FeatureSet
 from ..data.human_labels import human_labels
-from ..data.images import ImageSet
+from ..data.samples import Samples, noun_of
 from ..errors import LabError
 from ..files import write_atomically
 from ..words import counted
@@ -23,12 +23,14 @@ def samples_used(num_samples: int, fraction: float) -> int:
     return max(1, round(fraction * num_samples))
 
 
-def sizes(recipe: Recipe, images: ImageSet | FileSet) -> str:
-    """How many images a run has, in words."""
+def sizes(recipe: Recipe, images: Samples) -> str:
+    """How many samples a run has, in words."""
     whole = len(images.train_labels)
     used = samples_used(whole, recipe.train_fraction)
     training = str(whole) if used == whole else f"{used} of {whole}"
-    return f"{recipe.data}: {training} training and {counted(len(images.test_labels), 'test image')} of {len(images.classes)} classes"
+    test = counted(len(images.test_labels), f"test {noun_of(images)}")
+    width = f", {counted(images.num_features, 'feature')}" if isinstance(images, FeatureSet) else ""
+    return f"{recipe.data}: {training} training and {test} of {len(images.classes)} classes{width}"
 
 
 def subsample(num_samples: int, fraction: float, generator: torch.Generator) -> Tensor:
@@ -107,7 +109,7 @@ def choose_rows(recipe: Recipe, labels: Tensor, num_classes: int) -> Rows:
     return Rows(chosen[~held_out], believed[~held_out], chosen[held_out], believed[held_out])
 
 
-def check_shares(recipe: Recipe, num_samples: int, num_classes: int) -> None:
+def check_shares(recipe: Recipe, num_samples: int, num_classes: int, noun: str = "image") -> None:
     """Raises LabError where the shares of the recipe leave fewer training samples than there are classes."""
     used = samples_used(num_samples, recipe.train_fraction)
     left = used - samples_used(used, recipe.validation_fraction) if recipe.validation_fraction else used
@@ -118,8 +120,8 @@ def check_shares(recipe: Recipe, num_samples: int, num_classes: int) -> None:
             shares += f" less validation_fraction {recipe.validation_fraction:g}"
             fix += " or a smaller validation_fraction"
         raise LabError(
-            f"{shares} of {counted(num_samples, 'training image')} leaves {left}, and {num_classes} classes need at least {num_classes}; "
-            f"{fix}, or add images"
+            f"{shares} of {counted(num_samples, f'training {noun}')} leaves {left}, and {num_classes} classes need at least {num_classes}; "
+            f"{fix}, or add {noun}s"
         )
 
 

@@ -15,9 +15,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .._torchvision import import_torchvision
 from ..data.decode import read_image
+from ..data.features import FeatureSet
 from ..data.folders import FileSet
-from ..data.images import ImageSet
+from ..data.samples import Samples
 from ..errors import LabError
+from .features import InMemoryFeatures
 from .feeds import Batch, Feed, InMemory, order_of, own_rows, share_of
 from .pixels import Pixels
 from .recipe import Recipe
@@ -199,8 +201,10 @@ class Streamed:
             yield images.to(self.device, non_blocking=True, memory_format=layout), target.to(self.device, non_blocking=True)
 
 
-def feed_of(recipe: Recipe, data: ImageSet | FileSet, device: torch.device, rank: int = 0, world: int = 1) -> Feed:
+def feed_of(recipe: Recipe, data: Samples, device: torch.device, rank: int = 0, world: int = 1) -> Feed:
     """The feed of a run, for process ``rank`` of ``world``."""
     if isinstance(data, FileSet):
         return Streamed(recipe, data, device, rank, world)
+    if isinstance(data, FeatureSet):
+        return InMemoryFeatures(recipe, data, device, rank, world)
     return InMemory(recipe, data, device, rank, world)

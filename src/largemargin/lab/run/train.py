@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..data.folders import FileSet
-from ..data.images import ImageSet
+from ..data.samples import Samples
 from ..files import remove_unfinished, write_json
 from ..predictions import NAME as PREDICTIONS
 from ..stopping import told_to_stop
@@ -22,7 +21,7 @@ from .trainer import Run
 
 def train(
     recipe: Recipe,
-    data: ImageSet | FileSet,
+    data: Samples,
     folder: Path,
     on_epoch: Callable[[dict[str, Any]], object] = lambda _: None,
     on_end: Callable[[nn.Module, Feed], object] = lambda *_: None,

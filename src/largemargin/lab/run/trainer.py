@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.folders import FileSet
-from ..data.images import ImageSet
+from ..data.samples import Samples
 from ..files import write_text
-from ..models import build, check_image
+from ..models import build, check_input
 from ..predictions import Predictions
 from ..stopping import Stopped, Told
 from . import checkpoint
@@ -42,7 +41,7 @@ class Run:
     def __init__(
         self,
         recipe: Recipe,
-        data: ImageSet | FileSet,
+        data: Samples,
         folder: Path,
         accelerator: "Accelerator",
         told: Told,
@@ -54,7 +53,7 @@ class Run:
         self.processes = processes = Processes(recipe, accelerator)
         self.device, self.main = processes.device, processes.main
         self.feed: Feed = feed_of(recipe, data, self.device, processes.rank, processes.world)
-        check_image(recipe.network, self.feed.image_size)
+        check_input(recipe.network, self.feed.image_size)
         self.num_samples = samples_of_an_epoch(recipe, len(self.feed.rows.training))
         num_steps = recipe.epochs * -(-self.num_samples // recipe.batch_size)
         torch.manual_seed(seeded(recipe.seed, "weights").initial_seed())

@@ -18,6 +18,7 @@ from ..errors import LabError
 from ..words import counted
 from .feeds import evaluated_at_once
 from .model import Model
+from .pixels import Pixels
 from .rows import load_rows
 
 READERS = 4  # threads that decode images
@@ -50,12 +51,14 @@ def predict(
 ) -> Predicted:
     """The logits of images, in batches. ``on_image`` hears how many of how many are done."""
     network, read, logits, broken = model.network.to(device), [], [], []
-    size = evaluated_at_once(model.recipe, max(model.pixels.image_size))
+    pixels = model.pixels
+    assert isinstance(pixels, Pixels)
+    size = evaluated_at_once(model.recipe, max(pixels.image_size))
     with ThreadPoolExecutor(READERS) as readers, torch.inference_mode():
         for start in range(0, len(files), size):
             batch = files[start : start + size]
             inputs = []
-            for done, (path, found) in enumerate(zip(batch, readers.map(lambda path: _input(model, path), batch), strict=True), start + 1):
+            for done, (path, found) in enumerate(zip(batch, readers.map(lambda path: _input(pixels, path), batch), strict=True), start + 1):
                 on_image(done, len(files))
                 if isinstance(found, Tensor):
                     inputs.append(found)
@@ -70,12 +73,12 @@ def predict(
     return Predicted(read, whole, broken)
 
 
-def _input(model: Model, path: Path) -> Tensor | str:
+def _input(pixels: Pixels, path: Path) -> Tensor | str:
     try:
         picture = read_image(path).image
     except LabError as error:
         return str(error)
-    return model.pixels.of_picture(picture)
+    return pixels.of_picture(picture)
 
 
 def labelled_files(folder: Path, classes: Sequence[str]) -> tuple[list[Path], list[int]]:
