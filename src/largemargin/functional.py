@@ -328,7 +328,7 @@ def _rows_of_target(target: Tensor | None, indices: tuple[int, ...], like_logits
         if _checks.is_dtensor(like_logits):
             dtensors.check_no_probabilities(like_logits, target)
         return target
-    if _checks.can_look_at(target):
+    if _checks.can_look_at(target) and not _checks.all_in_range(target, like_logits.shape[1]):
         _checks.check_range(target, like_logits.shape[1], ignore_index)
     return target.long()
 

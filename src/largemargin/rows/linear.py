@@ -172,16 +172,35 @@ def _reference_gradients(ctx: Any, upstream: Tensor) -> Gradients:
 
 def _chunked(problem: Problem, wanted: Sequence[bool], upstream: Tensor | None = None) -> tuple[Tensor, Gradients]:
     """The loss, and the wanted gradients of input, linear_weight and linear_bias times ``upstream``, as accumulators."""
+    if problem.has_probabilities or problem.layer.is_half:
+        return _in_tiles(problem, wanted, upstream)
+    gradients = LayerGradients(problem.layer, wanted)
+    kernel = ladder.pick_for_loss(gradients.workspace, problem.indices, problem.weight, problem.options.backend).loss
+    if kernel is None or not gradients.one_tile:
+        return _in_tiles(problem, wanted, upstream, gradients)
+    # a kernel that has all rows also reduces their losses; by operations of torch that takes a quarter of a small call
+    ((rows, tile),) = gradients.tiles()
+    logits = _checks.classes_last(problem.logits_of(tile))
+    factor = 1.0 if upstream is None else upstream if upstream.dim() else upstream.item()
+    loss = kernel(logits, problem.indices, problem.weight, problem.options, logits if any(wanted) else None, None, factor)
+    gradients.add(rows, tile)
+    return loss, gradients.finish()
+
+
+def _in_tiles(
+    problem: Problem, wanted: Sequence[bool], upstream: Tensor | None, gradients: LayerGradients | None = None
+) -> tuple[Tensor, Gradients]:
     factor, denominator = factor_and_denominator(problem, upstream)
     problem = problem._replace(options=problem.options.for_part())
     a_row, dtype = problem.options.reduction == "none", factor.dtype
     if problem.has_probabilities:
         dtype = torch.promote_types(dtype, problem.target.dtype)
     losses = factor.new_zeros((len(problem.input), *problem.positions) if a_row else (), dtype=dtype)
-    gradients, upstream = gradients_of(problem.layer, wanted, factor, TILES_OF_PROBABILITIES if problem.has_probabilities else 1)
+    if gradients is None:
+        gradients, factor = gradients_of(problem.layer, wanted, factor, TILES_OF_PROBABILITIES if problem.has_probabilities else 1)
     loss_of_tile = _loss_of_probabilities if problem.has_probabilities else _loss_of_indices
     for rows, tile in gradients.tiles():
-        here = upstream[rows] if upstream.dim() else upstream
+        here = factor[rows] if factor.dim() else factor
         losses[rows if a_row else ...] += loss_of_tile(problem, rows, tile, gradients, here, any(wanted))
     return losses / denominator, gradients.finish()
 

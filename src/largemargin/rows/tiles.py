@@ -58,11 +58,11 @@ class Layer(NamedTuple):
         if self.bias is not None:
             tile += self.bias.to(tile.dtype)
 
-    def times_weight(self, tile: Tensor) -> Tensor:
-        product = tile.new_zeros((len(tile), self.weight.shape[1]), dtype=self.dtype)
+    def times_weight_into(self, product: Tensor, tile: Tensor) -> None:
+        if not len(self.weight):
+            product.zero_()
         for i, (classes, weight) in enumerate(self._class_blocks()):
             _add_product(tile[:, classes], weight, product, int(i > 0))
-        return product
 
     def _class_blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """The classifier in the dtype of its products: itself, or copies of a few classes at a time."""
@@ -133,7 +133,7 @@ class LayerGradients:
     def _add(self, rows: slice, tile: Tensor, multiplied: Tensor) -> None:
         """``multiplied`` is the tile in the dtype of the products."""
         if self.input is not None:
-            self.input[rows] = self.layer.times_weight(multiplied)
+            self.layer.times_weight_into(self.input[rows], multiplied)
         if self.bias is not None:
             self.bias += tile.sum(0, dtype=self.bias.dtype)
         if self.weight is not None and not self.in_place:
@@ -164,7 +164,8 @@ class HalfLayerGradients(LayerGradients):
         self.gradient = torch.empty_like(self.workspace, dtype=layer.input.dtype)
         kept = torch.ones(layer.shape[1], device=factor.device) if layer.bias is None else (layer.bias != -torch.inf).float()
         self.kept = kept  # 1 for classes in the row
-        self.sum_weight = layer.times_weight(kept.to(layer.input.dtype).unsqueeze(0))  # (1, D)
+        self.sum_weight = factor.new_empty((1, layer.input.shape[1]), dtype=layer.dtype)
+        layer.times_weight_into(self.sum_weight, kept.to(layer.input.dtype).unsqueeze(0))
         self.dense_input = factor.new_zeros(layer.input.shape[1])
         self.dense = factor.new_zeros(())
 
