@@ -275,8 +275,9 @@ def test_predictions_are_the_first_of_the_largest_logits(shape, dtype, rng):
     place = (order == target.unsqueeze(-1)).float().argmax(-1)
     masked = rows.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1) == -INF
     assert torch.equal(ahead[1:], place.masked_fill(masked, torch.iinfo(torch.int64).max)[1:])
-    with pytest.raises(IndexError, match="labels are out of range"):
-        kernels.predictions(rows, target + shape[1], -100)  # type: ignore[union-attr]
+    for label in (-2, -1, shape[1]):
+        with pytest.raises(IndexError, match=f"holds {label} .* labels are out of range"):
+            kernels.predictions(rows, torch.full_like(target, label), -100)  # type: ignore[union-attr]
 
 
 @every("dtype, shape, divergence, terms, smoothing, weighted, reduction", EVERY_OPTION)

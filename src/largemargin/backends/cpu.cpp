@@ -1409,10 +1409,11 @@ template <class T>
 int64_t run(const Job& job) {
     const int64_t num_rows = job.outer * job.inner, num_classes = job.num_classes;
     const bool soft = job.probabilities != nullptr;
+    const bool takes_elsewhere = job.kind == STATISTICS || job.kind == STATISTICS_GRADIENT;
     double total_weight = soft ? static_cast<double>(num_rows) : 0;
     for (int64_t row = 0; !soft && row < num_rows; ++row) {
         const int64_t y = job.target[row];
-        if (y == job.ignore_index || (y == kElsewhere && job.kind != LOSS)) continue;
+        if (y == job.ignore_index || (y == kElsewhere && takes_elsewhere)) continue;
         if (y < 0 || y >= num_classes) return row;
         total_weight += job.weight ? job.weight[y] : 1.0f;
     }
