@@ -1000,6 +1000,14 @@ def test_every_option_with_class_probabilities(kernel, dtype, shape, divergence,
     soft.check(lam=lam, hard_bias=hard_bias, factor=factor, label_smoothing=smoothing, divergence=divergence, reduction=reduction)
 
 
+@pytest.mark.parametrize("shape", [(2, 300, 37), (1, 19, 300)], ids=str)  # several blocks of classes; several tasks of rows
+@every("dtype", DTYPES)
+def test_class_probabilities_of_rows_side_by_side(shape, dtype, rng):
+    soft = Soft(shape, rng, dtype, weighted=True)
+    for options in ({}, {"divergence": "kl_uq", "label_smoothing": 0.1}, {"hard_bias": 1.0, "reduction": "none"}):
+        soft.check(**options)
+
+
 def strides_and_dtypes(fixtures: dict[str, Any]) -> list[tuple[str, torch.dtype]]:
     """All of both; in the interpreter of Triton, which takes a second a case, all strides, with the dtypes in turn.
 
@@ -1028,7 +1036,7 @@ def test_strides_of_class_probabilities(kernel, name, dtype, rng):
             assert_within(got, same.double(), 4.0, 2, dtype)
 
 
-BESIDE = combined(shape=[(3, 5), (3, 5, 2), (3, 1500)], value=[float("nan"), INF, -INF], place=[0, 2, 4])
+BESIDE = combined(shape=[(3, 5), (3, 5, 2), (3, 5, 20), (3, 1500)], value=[float("nan"), INF, -INF], place=[0, 2, 4])
 
 
 @every("shape, value, place", BESIDE)
@@ -1043,10 +1051,11 @@ def test_nan_and_infinity_beside_class_probabilities(kernel, shape, value, place
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_certain_probabilities_beside_masks_of_the_lowest_number(kernel, divergence, rng):
-    soft = Soft((4, 7), rng, backend=kernel).with_(wanted=(True, False))
+@every("shape", [(4, 7), (4, 7, 20)])
+def test_certain_probabilities_beside_masks_of_the_lowest_number(kernel, shape, divergence, rng):
+    soft = Soft(shape, rng, backend=kernel).with_(wanted=(True, False))
     soft.input[:, 4:] = torch.finfo(torch.float32).min  # their sum is infinite
-    soft = soft.with_(target=torch.nn.functional.one_hot(soft.input.argmax(1), 7).float())
+    soft = soft.with_(target=torch.nn.functional.one_hot(soft.input.argmax(1), 7).movedim(-1, 1).float())
     losses, their_losses = (each.results(reduction="none", divergence=divergence)[0] for each in (soft, soft.reference()))
     assert not losses.isnan().any() and torch.equal(losses.isinf(), their_losses.isinf())
 
@@ -1178,7 +1187,7 @@ def test_hooks_beside_class_probabilities_run_once(kernel, rng):
 
 
 @every("wanted", [(True, False), (True, True)])
-@every("shape", [(6, 33), (3, 1500), (3, 7, 5)])
+@every("shape", [(6, 33), (3, 1500), (3, 7, 5), (3, 7, 20)])
 def test_donated_logits_with_class_probabilities(kernel, shape, wanted, rng):
     soft = Soft(shape, rng, backend=kernel).with_(wanted=wanted)
     soft.input.clamp_(min=-9)  # they become products

@@ -21,7 +21,7 @@ class Labels(NamedTuple):
         """``target`` is int64. A label out of range raises if reading the labels is free."""
         looked_at = _checks.can_look_at(target)
         if looked_at and target.numel():  # these two numbers are enough for most batches
-            low, high = (int(label) for label in target.aminmax())
+            low, high = map(int, target.aminmax())
             if 0 <= low and high < num_classes and not low <= ignore_index <= high:
                 return cls(target, None)
         ignored = target == ignore_index

@@ -60,7 +60,7 @@ struct Job {
     // statistics: each null or one number per row
     real* stats[6];        // log_odds, neg_entropy, mean_log_q, rho, spread, num_nontargets
     real* state;           // (3, rows): max, S, E_q z; written with the statistics, read with their gradients
-    const real* grads[4];  // upstream of log_odds, neg_entropy, mean_log_q, rho
+    const real* grads[5];  // upstream of log_odds, neg_entropy, mean_log_q, rho, spread
     // predictions: one number per row
     int64_t* ahead;              // the number of classes before the target, -1 for an ignored row
     real* prediction_log_odds;  // of the first of the largest logits
@@ -104,7 +104,7 @@ EXPORT int64_t largemargin_offset_of(const char* name) {
     SAME(probabilities); SAME(probabilities_gradient); SAME(probabilities_dtype);
     FIELD(log_odds, stats[0]); FIELD(neg_entropy, stats[1]); FIELD(mean_log_q, stats[2]); FIELD(rho, stats[3]); FIELD(spread, stats[4]);
     FIELD(num_nontargets, stats[5]); FIELD(log_odds_grad, grads[0]); FIELD(neg_entropy_grad, grads[1]); FIELD(mean_log_q_grad, grads[2]);
-    FIELD(rho_grad, grads[3]); SAME(ahead); SAME(prediction_log_odds); SAME(upstream); SAME(lam); SAME(hard_bias); SAME(label_smoothing); SAME(reduced); SAME(divergence);
+    FIELD(rho_grad, grads[3]); FIELD(spread_grad, grads[4]); SAME(ahead); SAME(prediction_log_odds); SAME(upstream); SAME(lam); SAME(hard_bias); SAME(label_smoothing); SAME(reduced); SAME(divergence);
     SAME(mean); SAME(kind);
     return -1;
 }
@@ -134,7 +134,7 @@ constexpr int64_t kLanes = 16;             // loops run over multiples of this m
 constexpr int64_t kElementsATask = 16384;   // rows are finished together up to this many elements
 constexpr int64_t kElementsAThread = 4096;
 constexpr int64_t kHugePages = 8 << 20;    // gradients from this many bytes ask for huge pages
-constexpr real kInf = INFINITY;
+constexpr real kInf = INFINITY, kOne = 1;
 constexpr int32_t kIgnored = -1, kElsewhere = -2;  // targets that are not an index, as in rowstats.py
 
 // Hot loops are separate functions: compilers leave some loops scalar if they inline or clone them.
@@ -213,6 +213,15 @@ inline Reals load_vector(const real* from) { return load_as<Reals>(from); }
 inline void store_vector(real* to, Reals x) { store_as(to, x); }
 inline real load(real x) { return x; }
 inline void store(real* to, real x) { *to = x; }
+
+// Adds a vector to sums in float64, lane by lane.
+inline void add_lanes(double* to, Reals x) {
+    typedef double Wide __attribute__((vector_size(kWidth * sizeof(double))));
+    Wide sums;
+    std::memcpy(&sums, to, sizeof sums);
+    sums += __builtin_convertvector(x, Wide);
+    std::memcpy(to, &sums, sizeof sums);
+}
 
 template <class T>
 constexpr bool is_half = false;
@@ -312,8 +321,9 @@ inline V exp_polynomial(V r, V) {  // Taylor's, error 4e-18
     return p;
 }
 
-inline real artanh_tail(real s2) {
-    real tail = 0;
+template <class V>
+inline V artanh_tail(V s2) {
+    V tail = {};
     for (int k = 11; k > 0; --k) tail = s2 * (2.0 / (2 * k + 1) + tail);
     return tail;
 }
@@ -328,7 +338,8 @@ inline V exp_polynomial(V r, V r2) {  // Chebyshev's fit, error 8e-9
     return (0.001392692661f * r2 + (0.008363773874f * r + 0.04166655011f)) * r2 + (0.1666657338f * r + 0.5f);
 }
 
-inline real artanh_tail(real s2) {
+template <class V>
+inline V artanh_tail(V s2) {
     return s2 * (0.666666667f + s2 * (0.4f + s2 * (0.285714286f + s2 * 0.222222222f)));
 }
 #endif
@@ -367,12 +378,18 @@ inline V exp_(V x) {
     return select(x < kLowest, V{}, y);
 }
 
+inline real as_number(Integer n) { return static_cast<real>(n); }
+inline Reals as_number(Mask n) { return __builtin_convertvector(n, Reals); }
+inline Integer as_integer(Bits bits) { return static_cast<Integer>(bits); }
+inline Mask as_integer(Words bits) { return bits_as<Mask>(bits); }
+
 // log x for normal x > 0; NaN and +inf give NaN. log m = 2 artanh((m - 1) / (m + 1)), sqrt(1/2) <= m < sqrt(2).
-inline real log_(real x) {
-    Bits bits = as_bits(x) - kRootHalf;
-    real n = static_cast<real>(static_cast<Integer>(bits) >> kMantissa);
-    real m = as_real((bits & ((Bits{1} << kMantissa) - 1)) + kRootHalf);
-    real s = (m - 1) / (m + 1);
+template <class V>
+inline V log_(V x) {
+    const auto bits = as_bits(x) - kRootHalf;
+    const V n = as_number(as_integer(bits) >> kMantissa);
+    const V m = as_real((bits & ((Bits{1} << kMantissa) - 1)) + kRootHalf);
+    const V s = (m - kOne) / (m + kOne);
     return n * kLog2High + (2 * s + (s * artanh_tail(s * s) + n * kLog2Low)) + (x - x);
 }
 
@@ -383,9 +400,11 @@ inline real log1p_(real x) {
 }
 
 // softplus(x) = log(1 + e^x) and its derivative
-struct Softplus {
-    real value, slope;
+template <class V>
+struct SoftplusOf {
+    V value, slope;
 };
+typedef SoftplusOf<real> Softplus;
 
 inline Softplus softplus(real x) {
     real t = exp_<true>(x > 0 ? -x : x);
@@ -393,10 +412,11 @@ inline Softplus softplus(real x) {
 }
 
 // softplus(b - l) and its derivative at d = z - b, where l = z - log S and S >= 1: one logarithm for both of them.
-inline Softplus hard_term(real d, real S) {
-    const real t = exp_<true>(d > 0 ? -d : d), pull = d > 0 ? S * t : S, other = d > 0 ? 1.0f : t;
-    const real u = pull + other, rounded = d > 0 ? pull - (u - 1.0f) : 0.0f;
-    return {(d > 0 ? 0.0f : -d) + (log_(u) + rounded / u), pull / u};
+template <class V>
+inline SoftplusOf<V> hard_term(V d, V S) {
+    const V t = exp_<true>(select(d > V{}, -d, d)), pull = select(d > V{}, S * t, S), other = select(d > V{}, kOne - V{}, t);
+    const V u = pull + other, rounded = select(d > V{}, pull - (u - kOne), V{});
+    return {select(d > V{}, V{}, -d) + (log_(u) + rounded / u), pull / u};
 }
 
 // z clamped for products with e^z, which is 0 below the clamp, because 0 * inf is NaN.
@@ -552,59 +572,76 @@ void finish_rivals(const Options& options, Rows& rows) {
 // The targets of a row but its largest logit f_j. In the symbols of rows/all_classes.py, with u the share of a target, which is its
 // probability times its weight: z = f - f_j, x = e^z, s = sum x, S = 1 + s - x, tau = (sum x z - x z) / S.
 struct Others {
-    // what their terms need
-    real top, scale, sum_x, sum_xz, sum_z, log_sum;  // f_j, e^(max - f_j), s, sum x z, sum z, log(1 + s)
+    // what their terms need: f_j, e^(max - f_j), s, sum x z, sum z, log(1 + s), the number of non-targets of j
+    real top[kRows], scale[kRows], sum_x[kRows], sum_xz[kRows], sum_z[kRows], log_sum[kRows], count[kRows];
     // sums over the targets: of u, u z, u (sum z - z), u/S, u tau, u tau/S and u log S; the third is exactly 0 if j is the only non-target
-    double share, share_z, share_rest, share_over_S, share_tau, share_tau_over_S, share_log_S;
-    double share_hard, share_pull;  // with a hard bias b: of u softplus(b - l) and of u softplus'(b - l) / S
-    double masked, lost;            // the shares of masked targets, and their loss, which is infinite
+    double share[kRows], share_z[kRows], share_rest[kRows], share_over_S[kRows], share_tau[kRows], share_tau_over_S[kRows], share_log_S[kRows];
+    double share_hard[kRows], share_pull[kRows];  // with a hard bias b: of u softplus(b - l) and of u softplus'(b - l) / S
+    double masked[kRows], lost[kRows];            // the shares of masked targets, and their loss, which is infinite
     // coefficients of the gradient: the sums over all targets, and what a class takes out as its own target
-    real e_sum, m_sum, on_each, own_lam_e, own_lam_a, own_on_each, pull, masked_pull;
-    real unknown;  // NaN in a row with NaN or without a class, which has no finite gradient; else 0
+    real e_sum[kRows], m_sum[kRows], on_each[kRows], own_lam_e[kRows], own_lam_a[kRows], own_on_each[kRows], pull[kRows], masked_pull[kRows];
+    real unknown[kRows];  // NaN in a row with NaN or without a class, which has no finite gradient; else 0
+
+    static constexpr int64_t kSums = 9;
+    double* sums(int64_t i) {
+        double* const found[kSums] = {share, share_z, share_rest, share_over_S, share_tau, share_tau_over_S, share_log_S, share_hard, share_pull};
+        return found[i];
+    }
 };
 
-inline Others peel(const Rows& rows, int64_t p) {
-    Others others = {};
-    const bool alone = rows.count[p] == 0;
-    const real lead = alone ? 0.0f : rows.max[p] - rows.target_logit[p];
-    others.top = rows.target_logit[p];
-    others.scale = alone ? 0.0f : exp_(lead);
-    others.sum_x = static_cast<real>(others.scale * rows.sum_exp[p]);
-    others.sum_xz = static_cast<real>(others.scale * (rows.sum_exp_z[p] + near(lead) * rows.sum_exp[p]));
-    others.sum_z = static_cast<real>(rows.sum_z[p] + rows.count[p] * lead);
-    others.log_sum = log1p_(others.sum_x);
-    return others;
+HOT void peel(const Rows& rows, Others& others) {
+    const int64_t lanes = padded(rows.size);
+    std::memset(&others, 0, sizeof others);
+#pragma omp simd
+    for (int64_t p = 0; p < lanes; ++p) {
+        const bool alone = rows.count[p] == 0;
+        const real lead = alone ? 0.0f : rows.max[p] - rows.target_logit[p];
+        others.top[p] = rows.target_logit[p];
+        others.scale[p] = alone ? 0.0f : exp_(lead);
+        others.sum_x[p] = static_cast<real>(others.scale[p] * rows.sum_exp[p]);
+        others.sum_xz[p] = static_cast<real>(others.scale[p] * (rows.sum_exp_z[p] + near(lead) * rows.sum_exp[p]));
+        others.sum_z[p] = static_cast<real>(rows.sum_z[p] + rows.count[p] * lead);
+        others.log_sum[p] = log1p_(others.sum_x[p]);
+        others.count[p] = static_cast<real>(rows.count[p]);
+    }
 }
 
-// Adds the other targets to the loss of the largest logit and to the coefficients of its gradient.
-void finish_others(const Options& options, Rows& rows, int64_t p, Others& others) {
+// Adds the other targets to the losses of the largest logits and to the coefficients of their gradients.
+HOT void finish_others(const Options& options, Rows& rows, Others& others) {
     const bool hard_bias = options.hard_bias != 0;
-    const double lam_e = options.lam_e, lam_a = options.lam_a, masked = others.masked, present = others.share - masked;
-    const double sum = 1.0 + others.sum_x, count = rows.count[p] > 0 ? rows.count[p] : 1.0, whole = rows.count[p] + 1.0;
-    const double hard = hard_bias ? others.share_hard : others.log_sum * present - others.share_z;
-    const double pull = options.keep * (hard_bias ? others.share_pull : others.share / sum) + (options.keep > 0 ? 0 : masked / sum);
-    double loss = options.keep * hard + others.lost;
-    if (options.lam > 0) {
-        loss += lam_e * others.share_tau - (lam_e + lam_a) * others.share_log_S;
-        // a masked target has one non-target more
-        if (lam_a != 0) loss += lam_a * (others.share_rest / count + (masked != 0 ? others.sum_z * masked / whole : 0));
-        if (options.lam_log_count != 0) loss += options.lam_log_count * (present * std::log(count) + masked * std::log(whole));
+    const double keep = options.keep, lam = options.lam, lam_e = options.lam_e, lam_a = options.lam_a;
+    const int64_t lanes = padded(rows.size);
+    for (int64_t p = 0; p < lanes && options.lam_log_count != 0; ++p) {
+        const double masked = others.masked[p], present = others.share[p] - masked, count = rows.count[p];
+        rows.losses[p] += static_cast<real>(options.lam_log_count * (present * std::log(count > 0 ? count : 1.0) + masked * std::log(count + 1.0)));
     }
-    rows.losses[p] = static_cast<real>(rows.losses[p] + loss);
+#pragma omp simd
+    for (int64_t p = 0; p < lanes; ++p) {
+        const double masked = others.masked[p], present = others.share[p] - masked, sum = 1.0 + others.sum_x[p];
+        const double count = rows.count[p] > 0 ? rows.count[p] : 1.0, whole = rows.count[p] + 1.0;
+        const double hard = hard_bias ? others.share_hard[p] : others.log_sum[p] * present - others.share_z[p];
+        const double pull = keep * (hard_bias ? others.share_pull[p] : others.share[p] / sum) + (keep > 0 ? 0 : masked / sum);
+        // a masked target has one non-target more
+        const double rest = others.share_rest[p] / count + (masked != 0 ? others.sum_z[p] * masked / whole : 0);
+        const double divergence = lam_e * others.share_tau[p] - (lam_e + lam_a) * others.share_log_S[p] + (lam_a != 0 ? lam_a * rest : 0);
+        const double loss = keep * hard + others.lost[p] + (lam > 0 ? divergence : 0);
+        rows.losses[p] = static_cast<real>(rows.losses[p] + loss);
 
-    const real s = rows.upstream[p];
-    others.e_sum = times(options.lam_e, s) * static_cast<real>(others.share_over_S);
-    others.m_sum = options.lam > 0 ? static_cast<real>(s * (lam_e * others.share_tau_over_S + lam_a * others.share_over_S)) : 0.0f;
-    others.on_each = times(options.lam_a, s) * static_cast<real>(present / count + masked / whole);
-    others.own_lam_e = times(options.lam_e, s);
-    others.own_lam_a = times(options.lam_a, s);
-    others.own_on_each = times(options.lam_a, s) / static_cast<real>(count);
-    others.pull = options.keep * s;
-    others.unknown = rows.margin_term[p] == rows.margin_term[p] ? 0.0f : NAN;
-    others.masked_pull = (options.keep > 0 ? options.keep * s : s) + others.unknown;
-    rows.g_q[p] += static_cast<real>(s * pull * others.sum_x);
-    // of the other targets' gradient, at x = 1 and z = 0; j has no own term to take out
-    rows.on_target[p] = static_cast<real>(rows.on_target[p] + s * pull + (static_cast<double>(others.on_each) - others.m_sum));
+        const real s = rows.upstream[p];
+        const double of_tau = lam_e * others.share_tau_over_S[p] + lam_a * others.share_over_S[p];
+        others.e_sum[p] = times(options.lam_e, s) * static_cast<real>(others.share_over_S[p]);
+        others.m_sum[p] = lam > 0 ? static_cast<real>(s * of_tau) : 0.0f;
+        others.on_each[p] = times(options.lam_a, s) * static_cast<real>(present / count + masked / whole);
+        others.own_lam_e[p] = times(options.lam_e, s);
+        others.own_lam_a[p] = times(options.lam_a, s);
+        others.own_on_each[p] = times(options.lam_a, s) / static_cast<real>(count);
+        others.pull[p] = options.keep * s;
+        others.unknown[p] = rows.margin_term[p] == rows.margin_term[p] ? 0.0f : NAN;
+        others.masked_pull[p] = (options.keep > 0 ? options.keep * s : s) + others.unknown[p];
+        rows.g_q[p] += static_cast<real>(s * pull * others.sum_x[p]);
+        // of the other targets' gradient, at x = 1 and z = 0; j has no own term to take out
+        rows.on_target[p] = static_cast<real>(rows.on_target[p] + s * pull + (static_cast<double>(others.on_each[p]) - others.m_sum[p]));
+    }
 }
 
 double finish(const Job& job, const Options& options, double upstream, Rows& rows, Others* others = nullptr) {
@@ -615,7 +652,7 @@ double finish(const Job& job, const Options& options, double upstream, Rows& row
     for (int64_t p = 0; p < rows.size; ++p) rows.upstream[p] = job.row_upstream ? job.row_upstream[rows.first + p] : static_cast<real>(upstream);
     if (options.has_rivals) finish_rivals(options, rows);
     else finish_losses(options, rows);
-    for (int64_t p = 0; others && p < rows.size; ++p) finish_others(options, rows, p, others[p]);
+    if (others) finish_others(options, rows, *others);
     double sum = 0;
     for (int64_t p = 0; p < rows.size; ++p) sum += rows.losses[p];
     if (job.losses) std::memcpy(job.losses + rows.first, rows.losses, static_cast<size_t>(rows.size) * sizeof(real));
@@ -635,15 +672,15 @@ void resume(const Job& job, Rows& rows) {
     for (int64_t p = 0; p < rows.size; ++p) {
         const int64_t row = rows.first + p;
         const real count = job.stats[5][row];
-        real g[4];
-        for (int64_t i = 0; i < 4; ++i) g[i] = job.grads[i] ? job.grads[i][row] : 0.0f;
+        real g[5];
+        for (int64_t i = 0; i < 5; ++i) g[i] = job.grads[i] ? job.grads[i][row] : 0.0f;
         rows.max[p] = job.state[row];
         rows.inv_sum_exp[p] = 1.0f / job.state[stride + row];
         rows.mean_z[p] = job.state[2 * stride + row];
         rows.inv_count[p] = 1.0f / (count > 0 ? count : 1.0f);
-        rows.g_e[p] = g[1];
+        rows.g_e[p] = g[1] + g[4];  // spread = e - a
         rows.g_q[p] = g[3] - g[0];
-        rows.g_a[p] = g[2];
+        rows.g_a[p] = g[2] - g[4];
         rows.dense[p] = 0.0f;
         rows.at_max[p] = g[3];
         rows.live[p] = rows.y[p] != kIgnored && count > 0;
@@ -959,9 +996,10 @@ double run_rows(const Job& job, const Options& options, double upstream, Rows& r
 
 // ---- class probabilities
 
-// A block of the classes of a row, for its targets.
+// Vectors of targets, with the logits and e^z of their classes: a block of the classes of one row, or one class after the other of rows side
+// by side. One vector follows the other by `stride`.
 struct Targets {
-    int64_t n;
+    int64_t num_vectors, stride;
     real *f, *exp_z, *shares;
 };
 
@@ -979,99 +1017,116 @@ HOT void load_shares(const P* RESTRICT from, const real* RESTRICT w, int64_t n, 
     if (j >= 0 && j < n) to[j] = 0.0f;
 }
 
-// Adds the sums over the targets of a block.
+// A number of row p for the lanes of a vector, or the numbers of the rows from p on.
+template <bool side_by_side>
+inline Reals of_rows(const real* numbers, int64_t p) {
+    return side_by_side ? load_vector(numbers + p) : all(numbers[p]);
+}
+
+// What the terms of the targets need of their rows.
+struct Peeled {
+    Reals top, scale, sum_x, sum_xz, sum_z, log_sum, count;
+};
+
+template <bool side_by_side>
+Peeled peeled(const Others& others, int64_t p) {
+    const auto of = of_rows<side_by_side>;
+    return {of(others.top, p),   of(others.scale, p),   of(others.sum_x, p), of(others.sum_xz, p),
+            of(others.sum_z, p), of(others.log_sum, p), of(others.count, p)};
+}
+
+// The sums of Others.
+struct TargetSums {
+    Reals of[Others::kSums];
+};
+
 template <Terms terms, bool has_bias>
-HOT void add_targets(const Targets& targets, real hard_bias, Others& others) {
-    const real *RESTRICT f = targets.f, *RESTRICT exp_z = targets.exp_z, *RESTRICT shares = targets.shares, scale = others.scale;
-    const real top = others.top, sum_x = others.sum_x, sum_xz = others.sum_xz, sum_z = others.sum_z;
-    const int64_t lanes = padded(targets.n);
-    real share = 0, share_z = 0, rest = 0, over_S = 0, share_tau = 0, tau_over_S = 0, share_log = 0, hard = 0, pull = 0;
-#pragma omp simd reduction(+ : share, share_z, rest, over_S, share_tau, tau_over_S, share_log, hard, pull)
-    for (int64_t c = 0; c < lanes; ++c) {
-        const real u = shares[c], z = f[c] - top, x = exp_z[c] * scale, S = 1.0f + (sum_x - x), u_over_S = u / S;
-        const bool counts = u != 0.0f && f[c] != -kInf;
+HOT TargetSums add_targets(const Targets& targets, const Peeled& row, real hard_bias) {
+    const Reals top = row.top, scale = row.scale, sum_x = row.sum_x, sum_xz = row.sum_xz, sum_z = row.sum_z;
+    Reals share = {}, share_z = {}, rest = {}, over_S = {}, share_tau = {}, tau_over_S = {}, share_log = {}, hard = {}, pull = {};
+    for (int64_t i = 0; i < targets.num_vectors; ++i) {
+        const int64_t at = i * targets.stride;
+        const Reals u = load_vector(targets.shares + at), f = load_vector(targets.f + at), x = load_vector(targets.exp_z + at) * scale;
+        const Reals z = f - top, S = kOne + (sum_x - x), inv_S = kOne / S, u_over_S = u * inv_S;
+        const Mask counts = (u != Reals{}) & (f != -kInf);
         share += u;
-        share_z += counts ? u * z : 0.0f;
+        share_z += select(counts, u * z, Reals{});
         if constexpr (terms >= DIVERGENCE) {
-            const real tau = (sum_xz - x * near(z)) / S;
+            const Reals tau = (sum_xz - x * near(z)) * inv_S;
             over_S += u_over_S;
             share_tau += u * tau;
-            rest += counts ? u * (sum_z - z) : 0.0f;
+            rest += select(counts, u * (sum_z - z), Reals{});
             tau_over_S += u_over_S * tau;
         }
         if constexpr (terms == LOGARITHM) share_log += u * log_(S);
         if constexpr (has_bias) {
-            const Softplus term = hard_term(z - hard_bias, S);
-            hard += counts ? u * term.value : 0.0f;
+            const SoftplusOf<Reals> term = hard_term(z - hard_bias, S);
+            hard += select(counts, u * term.value, Reals{});
             pull += term.slope * u_over_S;
         }
     }
-    others.share += share;
-    others.share_z += share_z;
-    others.share_rest += rest;
-    others.share_over_S += over_S;
-    others.share_tau += share_tau;
-    others.share_tau_over_S += tau_over_S;
-    others.share_log_S += share_log;
-    others.share_hard += hard;
-    others.share_pull += pull;
+    return {{share, share_z, rest, over_S, share_tau, tau_over_S, share_log, hard, pull}};
 }
 
-// The gradient of a block. Every class takes the term of its own target out of the sums over all.
+// The coefficients of the gradient of their rows.
+struct Pulls {
+    Reals max, mean_z, inv_count, g_e, g_q, g_a, dense, q_scale, e_sum, m_sum, on_each, own_lam_e, own_lam_a, own_on_each, pull, masked_pull;
+};
+
+template <bool side_by_side>
+Pulls pulls(const Rows& rows, const Others& others, int64_t p) {
+    const auto of = of_rows<side_by_side>;
+    return {of(rows.max, p),          of(rows.mean_z, p),         of(rows.inv_count, p),    of(rows.g_e, p),
+            of(rows.g_q, p),          of(rows.g_a, p),            of(rows.dense, p),        of(rows.inv_sum_exp, p),
+            of(others.e_sum, p),      of(others.m_sum, p),        of(others.on_each, p),    of(others.own_lam_e, p),
+            of(others.own_lam_a, p),  of(others.own_on_each, p),  of(others.pull, p),       of(others.masked_pull, p)};
+}
+
+// The gradient of the classes of the targets. Every class takes the term of its own target out of the sums over all. `w` has the weights of
+// the classes, if they are smoothed.
 template <bool has_divergence, bool has_bias>
-HOT void scatter_targets(const Rows& rows, int64_t p, const Others& others, const Targets& targets, const real* RESTRICT w, real hard_bias,
+HOT void scatter_targets(const Targets& targets, const Peeled& row, const Pulls& coefficients, real hard_bias, const real* w, bool side_by_side,
                          real* RESTRICT values) {
-    const real *RESTRICT f = targets.f, *RESTRICT exp_z = targets.exp_z, *RESTRICT shares = targets.shares;
-    const real max = rows.max[p], mean_z = rows.mean_z[p], inv_count = rows.inv_count[p];
-    const real g_e = rows.g_e[p], g_q = rows.g_q[p], g_a = rows.g_a[p], dense = w ? 0.0f : rows.dense[p];
-    const real top = others.top, sum_x = others.sum_x, sum_xz = others.sum_xz, e_sum = others.e_sum, m_sum = others.m_sum;
-    const real on_each = others.on_each, own_lam_e = others.own_lam_e, own_lam_a = others.own_lam_a, own_on_each = others.own_on_each;
-    const real pull = others.pull, masked_pull = others.masked_pull;
-    const real q_scale = rows.inv_sum_exp[p], x_scale = others.scale;
-    const int64_t lanes = padded(targets.n);
-#pragma omp simd
-    for (int64_t c = 0; c < lanes; ++c) {
-        const real u = shares[c], z = near(f[c] - top), x = exp_z[c] * x_scale, S = 1.0f + (sum_x - x);
-        real value = element(f[c], exp_z[c] * q_scale, f[c] - max, mean_z, g_e, g_q, g_a, inv_count, dense), own_pull = pull * u;
+    const Pulls of = coefficients;  // a copy stays in registers
+    const Reals top = row.top, scale = row.scale, sum_x = row.sum_x, sum_xz = row.sum_xz;
+    for (int64_t i = 0; i < targets.num_vectors; ++i) {
+        const int64_t at = i * targets.stride;
+        const Reals u = load_vector(targets.shares + at), f = load_vector(targets.f + at), exp_z = load_vector(targets.exp_z + at);
+        const Reals x = exp_z * scale, z = near(f - top), S = kOne + (sum_x - x), inv_S = kOne / S;
+        const Reals dense = !w ? of.dense : of.dense * (side_by_side ? all(w[i]) : load_vector(w + at));
+        Reals value = element(f, exp_z * of.q_scale, f - of.max, of.mean_z, of.g_e, of.g_q, of.g_a, of.inv_count, dense);
+        Reals own_pull = of.pull * u;
         if constexpr (has_divergence) {
-            const real tau = (sum_xz - x * z) / S;
-            value += x * ((z * e_sum - m_sum) - u / S * (own_lam_e * (z - tau) - own_lam_a)) + (on_each - own_on_each * u);
+            const Reals tau = (sum_xz - x * z) * inv_S, own = u * inv_S * (of.own_lam_e * (z - tau) - of.own_lam_a);
+            value += x * ((z * of.e_sum - of.m_sum) - own) + (of.on_each - of.own_on_each * u);
         }
-        if constexpr (has_bias) own_pull *= hard_term((f[c] - top) - hard_bias, S).slope * (1.0f + x / S);
-        values[c] = f[c] == -kInf ? -masked_pull * u : value - own_pull;
-    }
-    if (!w) return;
-    const real weighted = rows.dense[p];
-#pragma omp simd
-    for (int64_t c = 0; c < lanes; ++c) {
-        const real smoothed = weighted * w[c];
-        values[c] -= f[c] == -kInf ? 0.0f : smoothed;
+        if constexpr (has_bias) own_pull *= hard_term((f - top) - hard_bias, S).slope * (kOne + x * inv_S);
+        store_vector(values + at, select(f == -kInf, -of.masked_pull * u, value - own_pull));
     }
 }
 
-// The margin terms of the targets of a block.
+// The margin terms of the targets.
 template <Terms terms, bool has_bias>
-HOT void margin_terms(const Options& options, const Rows& rows, int64_t p, const Others& others, const Targets& targets,
-                      real* RESTRICT values) {
-    const real *RESTRICT f = targets.f, *RESTRICT exp_z = targets.exp_z, scale = others.scale;
-    const int64_t lanes = padded(targets.n);
-    const real top = others.top, sum_x = others.sum_x, sum_xz = others.sum_xz, log_sum = others.log_sum;
-    const real hard_bias = options.hard_bias, keep = options.keep, count = static_cast<real>(rows.count[p] > 0 ? rows.count[p] : 1.0);
-    const real lam_e = options.lam_e, lam_u = options.lam_a / count, lam_log_S = options.lam_e + options.lam_a;
-    const real sum_z = lam_u != 0 ? others.sum_z : 0.0f, log_count = times(options.lam_log_count, log_(count));
-#pragma omp simd
-    for (int64_t c = 0; c < lanes; ++c) {
-        const real z = f[c] - top, x = exp_z[c] * scale, S = 1.0f + (sum_x - x);
-        real term = keep * (has_bias ? hard_term(z - hard_bias, S).value : log_sum - z);
+HOT void margin_terms(const Targets& targets, const Peeled& row, const Options& options, real* RESTRICT values) {
+    const Reals top = row.top, scale = row.scale, sum_x = row.sum_x, sum_xz = row.sum_xz, log_sum = row.log_sum;
+    const Reals count = select(row.count > Reals{}, row.count, all(kOne)), lam_u = options.lam_a / count;
+    const Reals sum_z = options.lam_a != 0 ? row.sum_z : Reals{};
+    const Reals log_count = options.lam_log_count != 0 ? options.lam_log_count * log_(count) : Reals{};
+    const real hard_bias = options.hard_bias, keep = options.keep, lam_e = options.lam_e, lam_log_S = options.lam_e + options.lam_a;
+    for (int64_t i = 0; i < targets.num_vectors; ++i) {
+        const int64_t at = i * targets.stride;
+        const Reals f = load_vector(targets.f + at), x = load_vector(targets.exp_z + at) * scale, z = f - top, S = kOne + (sum_x - x);
+        Reals term = keep * (has_bias ? hard_term(z - hard_bias, S).value : log_sum - z);
         if constexpr (terms >= DIVERGENCE) term += lam_e * ((sum_xz - x * near(z)) / S) + lam_u * (sum_z - z);
         if constexpr (terms == LOGARITHM) term += log_count - lam_log_S * log_(S);
-        values[c] = term;
+        store_vector(values + at, term);
     }
 }
 
 // The masked targets of a row. Those with a share have an infinite loss, so few rows have any.
 template <bool weighted, class T, class P>
-HOT void add_masked(const T* RESTRICT f, const P* RESTRICT probabilities, const real* RESTRICT w, int64_t num_classes, Others& others) {
+HOT void add_masked(const T* RESTRICT f, const P* RESTRICT probabilities, const real* RESTRICT w, int64_t num_classes, double& all_masked,
+                    double& all_lost) {
     real masked = 0, lost = 0;
 #pragma omp simd reduction(+ : masked, lost)
     for (int64_t c = 0; c < num_classes; ++c) {
@@ -1079,8 +1134,8 @@ HOT void add_masked(const T* RESTRICT f, const P* RESTRICT probabilities, const 
         masked += u;
         lost += (share != 0.0f ? kInf : 0.0f) * u;  // 0, infinite, or NaN
     }
-    others.masked = masked;
-    others.lost = lost;
+    all_masked = masked;
+    all_lost = lost;
 }
 
 // The gradient of the shares of a block, from its margin terms in `values`. A masked class without a share has none.
@@ -1097,40 +1152,44 @@ HOT void scatter_shares(const real* RESTRICT f, const P* RESTRICT probabilities,
     for (int64_t c = 0; c < n; ++c) values[c] *= w[c];
 }
 
-// The block of row p from class `from` on; its shares are there already if it is the only one and comes `again`.
+// The number of classes in the block of a row from class `from` on.
+inline int64_t classes_of_block(int64_t num_classes, int64_t from) { return num_classes - from < kBlock ? num_classes - from : kBlock; }
+
+// This block of row p; its shares are there already if it is the only one and comes `again`.
 template <class T, class P>
 Targets targets_of(const Job& job, const Rows& rows, int64_t p, int64_t from, const T* logits, const P* probabilities, const Scratch& scratch,
                    bool again) {
-    const int64_t left = job.num_classes - from, n = left < kBlock ? left : kBlock, lanes = padded(job.num_classes), j = rows.y[p] - from;
+    const int64_t n = classes_of_block(job.num_classes, from), lanes = padded(job.num_classes), j = rows.y[p] - from;
     const bool alone = job.num_classes <= kBlock;  // the only block of a row stays where it is
-    const Targets targets = {n, scratch.block + (alone ? p * lanes : 0), scratch.exp_z + p * lanes + from, scratch.shares + (alone ? p * lanes : 0)};
+    const int64_t at = alone ? p * lanes : 0;
+    const Targets targets = {padded(n) / kWidth, kWidth, scratch.block + at, scratch.exp_z + p * lanes + from, scratch.shares + at};
     if (alone && again) return targets;
     load_block(logits + rows.offset[p] + from, n, j, targets.f);
     load_shares(probabilities + rows.probabilities_offset[p] + from, job.weight ? job.weight + from : nullptr, n, j, targets.shares);
     return targets;
 }
 
-void add(const Options& options, const Targets& targets, Others& others) {
-    using Sums = void (*)(const Targets&, real, Others&);
+TargetSums add(const Options& options, const Targets& targets, const Peeled& row) {
+    using Sums = TargetSums (*)(const Targets&, const Peeled&, real);
     static constexpr Sums kSums[3][2] = {{add_targets<SOFTMAX_LOSS, false>, add_targets<SOFTMAX_LOSS, true>},
                                          {add_targets<DIVERGENCE, false>, add_targets<DIVERGENCE, true>},
                                          {add_targets<LOGARITHM, false>, add_targets<LOGARITHM, true>}};
-    kSums[options.terms][options.hard_bias != 0](targets, options.hard_bias, others);
+    return kSums[options.terms][options.hard_bias != 0](targets, row, options.hard_bias);
 }
 
-void margins(const Options& options, const Rows& rows, int64_t p, const Others& others, const Targets& targets, real* values) {
-    using Terms_ = void (*)(const Options&, const Rows&, int64_t, const Others&, const Targets&, real*);
+void margins(const Options& options, const Targets& targets, const Peeled& row, real* values) {
+    using Terms_ = void (*)(const Targets&, const Peeled&, const Options&, real*);
     static constexpr Terms_ kTerms[3][2] = {{margin_terms<SOFTMAX_LOSS, false>, margin_terms<SOFTMAX_LOSS, true>},
                                             {margin_terms<DIVERGENCE, false>, margin_terms<DIVERGENCE, true>},
                                             {margin_terms<LOGARITHM, false>, margin_terms<LOGARITHM, true>}};
-    kTerms[options.terms][options.hard_bias != 0](options, rows, p, others, targets, values);
+    kTerms[options.terms][options.hard_bias != 0](targets, row, options, values);
 }
 
-void scatter(const Options& options, const Rows& rows, int64_t p, const Others& others, const Targets& targets, const real* w, real* values) {
-    using Gradient = void (*)(const Rows&, int64_t, const Others&, const Targets&, const real*, real, real*);
+void scatter(const Options& options, const Targets& targets, const Peeled& row, const Pulls& of, const real* w, bool side_by_side, real* values) {
+    using Gradient = void (*)(const Targets&, const Peeled&, const Pulls&, real, const real*, bool, real*);
     static constexpr Gradient kGradients[2][2] = {{scatter_targets<false, false>, scatter_targets<false, true>},
                                                   {scatter_targets<true, false>, scatter_targets<true, true>}};
-    kGradients[options.terms != SOFTMAX_LOSS][options.hard_bias != 0](rows, p, others, targets, w, options.hard_bias, values);
+    kGradients[options.terms != SOFTMAX_LOSS][options.hard_bias != 0](targets, row, of, options.hard_bias, w, side_by_side, values);
 }
 
 // Rows of probabilities whose classes are neighbours.
@@ -1147,37 +1206,41 @@ double run_targets(const Job& job, const Options& options, double upstream, Rows
         rows.target_weight[p] = load(probabilities[rows.probabilities_offset[p] + j]) * rows.class_weight[p];
     }
     gather_rows(logits, num_classes, w, true, rows, scratch);
+    Others& others = *scratch.others;
+    peel(rows, others);
     for (int64_t p = 0; p < rows.size; ++p) {
-        Others& others = scratch.others[p] = peel(rows, p);
-        for (int64_t from = 0; from < num_classes; from += kBlock)
-            add(options, targets_of(job, rows, p, from, logits, probabilities, scratch, false), others);
+        for (int64_t from = 0; from < num_classes; from += kBlock) {
+            const Targets targets = targets_of(job, rows, p, from, logits, probabilities, scratch, false);
+            const TargetSums sums = add(options, targets, peeled<false>(others, p));
+            for (int64_t i = 0; i < Others::kSums; ++i) others.sums(i)[p] += sum(sums.of[i]);
+        }
         const T* f = logits + rows.offset[p];
         const P* t = probabilities + rows.probabilities_offset[p];
         if (rows.count[p] + 1 == num_classes) continue;
-        if (job.weight) add_masked<true>(f, t, job.weight, num_classes, others);
-        else add_masked<false>(f, t, job.weight, num_classes, others);
+        if (job.weight) add_masked<true>(f, t, job.weight, num_classes, others.masked[p], others.lost[p]);
+        else add_masked<false>(f, t, job.weight, num_classes, others.masked[p], others.lost[p]);
     }
-    const double sum = finish(job, options, upstream, rows, scratch.others);
+    const double loss = finish(job, options, upstream, rows, &others);
     for (int64_t p = 0; (gradient || probabilities_gradient) && p < rows.size; ++p) {
-        const Others& others = scratch.others[p];
         T* g = gradient + (gradient ? rows.gradient_offset[p] : 0);
         P* g_t = probabilities_gradient + (probabilities_gradient ? rows.probabilities_gradient_offset[p] : 0);
         for (int64_t from = 0; from < num_classes; from += kBlock) {
             const Targets targets = targets_of(job, rows, p, from, logits, probabilities, scratch, true);
+            const int64_t n = classes_of_block(num_classes, from);
             if (gradient) {
-                scatter(options, rows, p, others, targets, w ? w + from : nullptr, values);
-                copy_row(values, targets.n, g + from);
+                scatter(options, targets, peeled<false>(others, p), pulls<false>(rows, others, p), w ? w + from : nullptr, false, values);
+                copy_row(values, n, g + from);
             }
             if (!probabilities_gradient) continue;
-            margins(options, rows, p, others, targets, values);
+            margins(options, targets, peeled<false>(others, p), values);
             scatter_shares(targets.f, probabilities + rows.probabilities_offset[p] + from, job.weight ? job.weight + from : nullptr,
-                           rows.upstream[p], others.unknown, targets.n, values);
-            copy_row(values, targets.n, g_t + from);
+                           rows.upstream[p], others.unknown[p], n, values);
+            copy_row(values, n, g_t + from);
         }
         if (gradient) store(g + rows.y[p], rows.on_target[p]);
         if (probabilities_gradient) store(g_t + rows.y[p], rows.margin_term[p] * rows.upstream[p] * rows.class_weight[p]);
     }
-    return sum;
+    return loss;
 }
 
 template <class T, class U>
@@ -1310,14 +1373,12 @@ HOT void gather_tile(const real* RESTRICT tile, const real* RESTRICT w, int64_t 
         b += select(absent, Reals{}, all(w[c]));
         bz += w[c] * z;
     }
-    for (int64_t i = 0; i < kWidth; ++i) {
-        rows.sum_exp[p + i] += s[i];
-        rows.sum_exp_z[p + i] += t[i];
-        rows.sum_z[p + i] += a[i];
-        rows.count[p + i] += k[i];
-        rows.sum_weight[p + i] += b[i];
-        rows.sum_weight_z[p + i] += bz[i];
-    }
+    add_lanes(rows.sum_exp + p, s);
+    add_lanes(rows.sum_exp_z + p, t);
+    add_lanes(rows.sum_z + p, a);
+    add_lanes(rows.count + p, k);
+    add_lanes(rows.sum_weight + p, b);
+    add_lanes(rows.sum_weight_z + p, bz);
 }
 
 // The sums of the rows of a tile, and e^z.
@@ -1400,6 +1461,114 @@ double run_tile(const Job& job, const Options& options, double upstream, Rows& r
     return sum;
 }
 
+// The first class with the largest logit of each row of a tile becomes its target; the least logit is that of all classes.
+void take_out_largest(real* tile, int64_t num_classes, Rows& rows) {
+    const int64_t lanes = padded(rows.size);
+    for (int64_t p = 0; p < lanes; p += kWidth) {
+        const Reals top = load_vector(rows.max + p);
+        Reals most = all(-kInf);
+        Mask y = load_as<Mask>(rows.y + p);
+        for (int64_t c = 0; c < num_classes; ++c) {
+            const Reals x = load_vector(tile + c * lanes + p);
+            const Mask first = (x == top) & (y < 0);
+            const Reals other = select(first, all(-kInf), x);
+            y = (y & ~first) | (first & static_cast<Integer>(c));
+            store_vector(tile + c * lanes + p, other);
+            most = larger(other, most);
+        }
+        store_vector(rows.max + p, most);
+        store_as(rows.y + p, y);
+        store_vector(rows.target_logit + p, top);
+    }
+    for (int64_t p = 0; p < lanes; ++p) {
+        if (rows.y[p] < 0) rows.y[p] = 0, rows.target_logit[p] = NAN;  // a row of NaN
+        if (p >= rows.size) rows.y[p] = kIgnored;
+    }
+}
+
+// The shares of a tile, 0 for the largest logits and beyond the last row.
+template <class P>
+HOT void load_tile_of_shares(const P* from, const int64_t* strides, const real* w, int64_t num_classes, const Rows& rows, real* RESTRICT to) {
+    const int64_t lanes = padded(rows.size);
+    for (int64_t c = 0; c < num_classes; ++c)
+        for (int64_t p = 0; p < lanes; p += kWidth) {
+            const P* at = from + c * strides[2] + p * strides[1];
+            real some[kWidth] = {};
+            const bool whole = strides[1] == 1 && p + kWidth <= rows.size;
+            for (int64_t i = 0; !whole && i < kWidth && p + i < rows.size; ++i) some[i] = load(at[i * strides[1]]);
+            const Reals share = (whole ? load_vector(at) : load_vector(some)) * (w ? w[c] : kOne);
+            store_vector(to + c * lanes + p, select(load_as<Mask>(rows.y + p) == static_cast<Integer>(c), Reals{}, share));
+        }
+}
+
+// A tile of gradients, with that of the targets.
+template <class T>
+HOT void store_tile(const real* values, const real* of_targets, const Rows& rows, const int64_t* strides, int64_t num_classes, T* to) {
+    const int64_t lanes = padded(rows.size);
+    for (int64_t c = 0; c < num_classes; ++c)
+        for (int64_t p = 0; p < lanes; p += kWidth) {
+            T* at = to + c * strides[2] + p * strides[1];
+            const Mask is_target = load_as<Mask>(rows.y + p) == static_cast<Integer>(c);
+            const Reals value = select(is_target, load_vector(of_targets + p), load_vector(values + c * lanes + p));
+            const bool whole = strides[1] == 1 && p + kWidth <= rows.size;
+            if (whole) store_vector(at, value);
+            for (int64_t i = 0; !whole && i < kWidth && p + i < rows.size; ++i) store(at + i * strides[1], value[i]);
+        }
+}
+
+template <class T, class P>
+double run_tile_of_probabilities(const Job& job, const Options& options, double upstream, Rows& rows, Scratch& scratch) {
+    const int64_t num_classes = job.num_classes, lanes = padded(rows.size);
+    const int64_t *t_strides = job.probabilities_strides, *strides = job.logits_strides;
+    const P* t = static_cast<const P*>(job.probabilities) + rows.probabilities_offset[0];
+    const real* w = options.weighted_smoothing ? scratch.weight : nullptr;
+    real *f = scratch.block, *values = scratch.values;
+    Others& others = *scratch.others;
+    alignas(kAlignment) real min[kRows], of_targets[kRows] = {};
+    load_tile(static_cast<const T*>(job.logits) + rows.offset[0], strides, num_classes, f, min, rows);
+    take_out_largest(f, num_classes, rows);
+    load_tile_of_shares(t, t_strides, job.weight, num_classes, rows, scratch.shares);
+    for (int64_t p = 0; p < rows.size; ++p) {
+        rows.class_weight[p] = job.weight ? job.weight[rows.y[p]] : 1.0f;
+        rows.target_weight[p] = load(t[p * t_strides[1] + rows.y[p] * t_strides[2]]) * rows.class_weight[p];
+    }
+    gather_rows_of_tile(f, min, w, num_classes, scratch.exp_z, rows);
+    peel(rows, others);
+    for (int64_t p = 0; p < lanes; p += kWidth)
+        for (int64_t c = 0; c < num_classes; c += kTileBlock) {
+            const int64_t n = num_classes - c < kTileBlock ? num_classes - c : kTileBlock, at = c * lanes + p;
+            const TargetSums sums = add(options, {n, lanes, f + at, scratch.exp_z + at, scratch.shares + at}, peeled<true>(others, p));
+            for (int64_t i = 0; i < Others::kSums; ++i) add_lanes(others.sums(i) + p, sums.of[i]);
+        }
+    for (int64_t p = 0; !rows.plain[0] && p < rows.size; ++p)
+        for (int64_t c = 0; c < num_classes; ++c) {
+            const bool masked = f[c * lanes + p] == -kInf && c != rows.y[p];
+            const real u = masked ? scratch.shares[c * lanes + p] : 0.0f;
+            others.masked[p] += u;
+            others.lost[p] += (masked && load(t[p * t_strides[1] + c * t_strides[2]]) != 0.0f ? kInf : 0.0f) * u;
+        }
+    const double loss = finish(job, options, upstream, rows, &others);
+    for (int64_t p = 0; job.gradient && p < lanes; p += kWidth)
+        scatter(options, {num_classes, lanes, f + p, scratch.exp_z + p, scratch.shares + p}, peeled<true>(others, p),
+                pulls<true>(rows, others, p), w, true, values + p);
+    if (job.gradient)
+        store_tile(values, rows.on_target, rows, job.gradient_strides, num_classes, static_cast<T*>(job.gradient) + rows.gradient_offset[0]);
+    if (!job.probabilities_gradient) return loss;
+    for (int64_t p = 0; p < lanes; p += kWidth)
+        margins(options, {num_classes, lanes, f + p, scratch.exp_z + p, scratch.shares + p}, peeled<true>(others, p), values + p);
+    for (int64_t c = 0; c < num_classes; ++c)
+        for (int64_t p = 0; p < rows.size; ++p) {
+            real& value = values[c * lanes + p];
+            if (f[c * lanes + p] == -kInf && c != rows.y[p])
+                value = others.unknown[p] + (load(t[p * t_strides[1] + c * t_strides[2]]) == 0.0f ? 0.0f : kInf);
+            value *= rows.upstream[p] * (job.weight ? job.weight[c] : 1.0f);
+        }
+    for (int64_t p = 0; p < rows.size; ++p) of_targets[p] = rows.margin_term[p] * rows.upstream[p] * rows.class_weight[p];
+    store_tile(values, of_targets, rows, job.probabilities_gradient_strides, num_classes,
+               static_cast<P*>(job.probabilities_gradient) + rows.probabilities_gradient_offset[0]);
+    return loss;
+}
+
 // ---- the whole job
 
 #define CONCATENATE_(a, b) a##b
@@ -1437,8 +1606,10 @@ int64_t run(const Job& job) {
     const bool apart = !(job.logits_strides[2] == 1 && (!job.gradient || job.gradient_strides[2] == 1) &&
                          (!soft || job.probabilities_strides[2] == 1) &&
                          (!job.probabilities_gradient || job.probabilities_gradient_strides[2] == 1));
-    const bool tiled = apart && !soft && job.kind != PREDICTIONS && !options.has_rivals && job.inner >= kLanes && num_classes <= kTile / kLanes;
-    const bool copied = (apart && !tiled) || (soft && (is_half<T> || job.probabilities_dtype == FLOAT16));
+    const bool all_apart = job.logits_strides[2] != 1 && (!soft || job.probabilities_strides[2] != 1);
+    const bool tiled = (soft ? all_apart : apart) && job.kind != PREDICTIONS && !options.has_rivals && job.inner >= kLanes &&
+                       num_classes <= kTile / kLanes;
+    const bool copied = !tiled && (apart || (soft && (is_half<T> || job.probabilities_dtype == FLOAT16)));
     const int64_t least = tiled || copied ? kLanes : 1;
     int64_t rows_a_task = (tiled ? kTile : kElementsATask) / (num_classes > 0 ? num_classes : 1);
     rows_a_task = rows_a_task < least ? least : rows_a_task > kRows ? kRows : rows_a_task;
@@ -1455,8 +1626,9 @@ int64_t run(const Job& job) {
     const int64_t lanes = padded(num_classes), row_length = (tiled ? padded(rows_a_task) : rows_a_task) * lanes;
     const int64_t block_size = tiled || (soft && num_classes <= kBlock) ? row_length : soft ? kBlock : 0;
     const int64_t exp_size = job.gradient || soft || tiled ? row_length : kBlock + kShort, weight_size = options.weighted_smoothing ? lanes : 0;
-    const int64_t rows_size = padded(sizeof(Rows) / sizeof(real) + 1), others_size = soft ? padded(rows_a_task * sizeof(Others) / sizeof(real)) : 0;
-    const int64_t copies_size = copied ? 2 * rows_a_task * copy_width(num_classes) : 0, soft_size = soft ? block_size + kBlock : 0;
+    const int64_t rows_size = padded(sizeof(Rows) / sizeof(real) + 1), others_size = soft ? padded(sizeof(Others) / sizeof(real)) : 0;
+    const int64_t copies_size = copied ? 2 * rows_a_task * copy_width(num_classes) : 0;
+    const int64_t soft_size = soft ? block_size + (tiled ? row_length : kBlock) : 0;
     const int64_t edges_size = tiled ? 0 : rows_a_task * Edges::stride(num_classes);
     const int64_t scratch_size = exp_size + edges_size + block_size + rows_size + others_size + copies_size + soft_size;
     double* sums = static_cast<double*>(std::calloc(static_cast<size_t>(num_tasks + 1), sizeof(double)));
@@ -1513,13 +1685,18 @@ int64_t run(const Job& job) {
                 rows.sum_exp[p] = rows.sum_exp_z[p] = rows.sum_z[p] = rows.count[p] = rows.sum_weight[p] = rows.sum_weight_z[p] = 0;
             }
 #ifdef LARGEMARGIN_FLOAT64
-            const auto run_task = tiled ? run_tile<T> : !soft ? run_indices<T> : run_probabilities<T, real>;
+            const auto run_task = tiled && soft ? run_tile_of_probabilities<T, real>
+                                  : tiled       ? run_tile<T>
+                                  : soft        ? run_probabilities<T, real>
+                                                : run_indices<T>;
 #else
-            const auto run_task = tiled                                 ? run_tile<T>
-                                  : !soft                               ? run_indices<T>
-                                  : job.probabilities_dtype == FLOAT16  ? run_probabilities<T, Half>
-                                  : job.probabilities_dtype == BFLOAT16 ? run_probabilities<T, BFloat16>
-                                                                        : run_probabilities<T, real>;
+            const auto by_tile = job.probabilities_dtype == FLOAT16    ? run_tile_of_probabilities<T, Half>
+                                 : job.probabilities_dtype == BFLOAT16 ? run_tile_of_probabilities<T, BFloat16>
+                                                                       : run_tile_of_probabilities<T, real>;
+            const auto by_row = job.probabilities_dtype == FLOAT16    ? run_probabilities<T, Half>
+                                 : job.probabilities_dtype == BFLOAT16 ? run_probabilities<T, BFloat16>
+                                                                       : run_probabilities<T, real>;
+            const auto run_task = soft ? (tiled ? by_tile : by_row) : tiled ? run_tile<T> : run_indices<T>;
 #endif
             sums[task] = run_task(job, options, upstream, rows, scratch);
         }

@@ -14,7 +14,7 @@ from .. import _checks, backends
 from ..loss import DIVERGENCES, HingeOptions, LossOptions
 from ..rowstats import Cotangents, Record, RowStats, Softmax, accumulation_dtype
 from .layout import lay_together
-from .protocol import Predictions, TwoPasses, for_kernel, record_of
+from .protocol import Predictions, TwoPasses, record_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # in the order of Dtype in cpu.cpp
 _SUFFIXES = (".so", ".dylib", ".dll")
@@ -44,6 +44,7 @@ class _StatisticsJob(NamedTuple):
     neg_entropy_grad: _Address = 0
     mean_log_q_grad: _Address = 0
     rho_grad: _Address = 0
+    spread_grad: _Address = 0
     ahead: _Address = 0
     prediction_log_odds: _Address = 0
 
@@ -206,7 +207,9 @@ def _run(
 
 def row_stats(logits: Tensor, target: Tensor) -> tuple[RowStats, Softmax]:
     shape, dtype = logits.shape[:-1], accumulation_dtype(logits.dtype)
-    stats = RowStats(*(torch.empty(shape, dtype=dtype, device="cpu") for _ in RowStats._fields))
+    log_odds = torch.empty(shape, dtype=dtype, device="cpu")
+    # empty_like takes half the time of empty(shape); views of one tensor could not be written in place
+    stats = RowStats(log_odds, *[torch.empty_like(log_odds) for _ in RowStats._fields[1:]])
     softmax = Softmax(torch.empty((3, *shape), dtype=dtype, device="cpu"), stats.num_nontargets)
     _run(_STATISTICS, logits, target, -1, None, statistics=_StatisticsJob(*map(_address, (*stats, softmax.state))))
     return stats, softmax
@@ -216,7 +219,7 @@ def predictions(logits: Tensor, target: Tensor, ignore_index: int) -> Prediction
     shape = logits.shape[:-1]
     *stats, log_odds = torch.empty((7, *shape), dtype=accumulation_dtype(logits.dtype), device="cpu").unbind()
     ahead = torch.empty(shape, dtype=torch.int64, device="cpu")
-    written = *map(_address, stats), *[0] * 5, _address(ahead), _address(log_odds)
+    written = *map(_address, stats), *[0] * 6, _address(ahead), _address(log_odds)
     _run(_PREDICTIONS, logits, target, ignore_index, None, statistics=_StatisticsJob(*written))
     return Predictions(RowStats(*stats), log_odds, ahead)
 
@@ -235,8 +238,8 @@ def row_stats_backward(logits: Tensor, target: Tensor, softmax: Softmax, cotange
         softmax = Softmax(*(x.to(dtype) for x in softmax))
         cotangents = Cotangents(*(None if g is None else g.to(dtype) for g in cotangents))
     state, num_nontargets = softmax.state.contiguous(), softmax.num_nontargets.contiguous()
-    upstream = for_kernel(cotangents)  # keeps these tensors alive during the call
-    of_l, of_e, of_a, of_rho = map(_address, upstream)
+    upstream = [None if g is None else g.contiguous() for g in cotangents]  # keeps these tensors alive during the call
+    of_l, of_e, of_a, of_rho, of_spread = map(_address, upstream)
     statistics = _StatisticsJob(
         num_nontargets=num_nontargets.data_ptr(),
         state=state.data_ptr(),
@@ -244,6 +247,7 @@ def row_stats_backward(logits: Tensor, target: Tensor, softmax: Softmax, cotange
         neg_entropy_grad=of_e,
         mean_log_q_grad=of_a,
         rho_grad=of_rho,
+        spread_grad=of_spread,
     )
     _run(_STATISTICS_GRADIENT, logits, target, -1, gradient, statistics=statistics)
     return gradient

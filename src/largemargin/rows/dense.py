@@ -26,7 +26,8 @@ class Rows(NamedTuple):
     def of(cls, input: Tensor, target: Tensor, ignore_index: int) -> "Rows":
         """``input`` (C,), (N, C) or (N, C, d1, ..., dk) and the class indices have been checked."""
         logits = _checks.classes_last(input)
-        return cls(logits, Labels.of(target.long().reshape(logits.shape[:-1]), _checks.num_classes(input), ignore_index))
+        target = target.long() if input.dim() == 2 else target.long().reshape(logits.shape[:-1])
+        return cls(logits, Labels.of(target, _checks.num_classes(input), ignore_index))
 
 
 def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions | HingeOptions) -> Tensor:
@@ -87,7 +88,7 @@ def _stats(rows: Rows, backend: BackendName | None) -> RowStats:
         else:
             fields = _RowStats.apply(logits, index)
     elif (kernels := ladder.pick(logits, backend)) is not reference and _torch.is_plain(index):
-        fields = _RowStatsByKernels.apply(logits, index, kernels)
+        fields = _apply_kernels(logits, index, kernels)
     else:
         fields = _RowStatsWithJvp.apply(logits, index)
     return RowStats(*fields)
@@ -155,3 +156,6 @@ class _RowStatsByKernels(torch.autograd.Function):
         if not (plain and kept):
             return rowstats.row_stats_vjp(logits, target, cotangents), None, None
         return ctx.backend.row_stats_backward(logits, target, softmax, cotangents), None, None
+
+
+_apply_kernels = _torch.direct_apply(_RowStatsByKernels)
