@@ -24,7 +24,7 @@ class Problem(NamedTuple):
     data_ranks: int = 1
     fused: bool = True  # False holds the logits; on one rank of classes it is F.cross_entropy of F.linear
     itemsize: int = 4  # bytes of a number of features and classifier: 4, or 2 on a GPU
-    tile: int = tiles.TILE  # numbers in a tile
+    tile: int = tiles.TILE  # numbers in a tile; on a CPU it has at least half the classifier's
 
     @property
     def classes_here(self) -> int:
@@ -47,7 +47,8 @@ class Problem(NamedTuple):
     def num_tiles(self) -> int:
         if not self.fused or self.is_in_place:
             return 1
-        return max(1, -(-self.rows // max(1, self.tile // self.classes_here)))
+        most = max(self.tile, self.parameters_here // 2) if self.itemsize == 4 else self.tile
+        return max(1, -(-self.rows // max(1, most // self.classes_here)))
 
     @property
     def num_products(self) -> int:

@@ -1,5 +1,8 @@
 """A linear layer whose logits come one tile at a time, and whose gradients are sums over the tiles.
 
+Each tile reads the classifier and adds to its gradient. On the CPU that takes longer than the products if the tile has few rows, so the
+tiles of a large classifier have half its size.
+
 Tiles and accumulators are float32 (float64 for float64). On the CPU a layer of half precision is computed in float32. On a GPU its
 products take half precision and give float32: the gradient of a tile is rounded to half precision. Two terms would not survive that and
 are kept apart: the term that all classes of a row share (of rank one), and the factor of the upstream gradient.
@@ -16,7 +19,7 @@ from ..products import linear
 from ..rowstats import Cotangents
 from .parts import Part, WeightedCotangents, gradient_of
 
-TILE = 15 * 2**20  # numbers in a tile: 60 MiB of float32
+TILE = 15 * 2**20  # numbers in a tile, unless the classifier is large: 60 MiB of float32
 TILE_OF_GPU = 2**26  # large, because each tile reads the whole classifier
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of input, weight, bias
@@ -108,6 +111,8 @@ class LayerGradients:
         all_of_one_dtype = layer.input.dtype == layer.weight.dtype == dtype
         few_rows = num_rows <= width and num_rows * num_classes > most
         self.in_place = self.weight is not None and few_rows and all_of_one_dtype and tiles == 1
+        if layer.input.is_cpu and not layer.is_half:
+            most = max(most, layer.weight.numel() // (2 * tiles))
         num_chunks = 1 if self.in_place else max(1, -(-num_rows // max(1, most // max(1, num_classes))))
         self.rows_a_chunk = max(1, -(-num_rows // num_chunks))  # equal sizes make the products faster
         self.one_tile = num_rows <= self.rows_a_chunk
