@@ -411,6 +411,16 @@ def test_samples_are_crossed_only_where_all_runs_have_the_same(tmp_path):
     assert "other ids or other targets in some runs" in sentence
 
 
+def test_samples_are_crossed_for_the_error_alone(tmp_path):
+    def function(run):
+        return {"f1": 0.5 + 0.1 * run.seed**2 * (run.lam or 1), **run.score(fit(run), LABELS)}
+
+    finish(tmp_path, function)
+    row = compare(tmp_path, function).rows[1]
+    assert row.metric.name == "f1" and row.judged.paired.over_seeds_and_samples is None
+    assert compare(tmp_path, function, metric="error").rows[1].metric.header == "test error %"
+
+
 def test_a_run_that_was_not_foreseen_is_learnt_from_those_that_ended():
     from largemargin.lab.queue.budget import Budget, nothing_known
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, overload
 
 from .errors import LabError
-from .run.evaluate import Evaluation
+from .run.evaluate import SCORES, Evaluation
 from .run.planned import Planned, text_of
 from .run.recipe import Recipe
 from .trial.trial import Trial
@@ -22,7 +22,6 @@ from .words import counted
 
 NOT_FINITE = "its numbers are not finite"
 ONE_CLASS = "it predicts one class for every sample"
-SCORES = ("error", "margin", "rho", "ece", "nll")  # as a table has them
 NUMBERS = ("error", "nll", "ece", "margin", "rho")
 OF_A_REPORT = ("num_train", "num_test", "classes", "seconds", "rho_of_batches", "epochs", "environment")
 

@@ -21,6 +21,7 @@ from ..comparison.table import Row, print_evidence, print_tables, remarks, resul
 from ..comparison.table import as_json as row_as_json
 from ..errors import LabError, NotDone
 from ..files import write_text
+from ..metrics import ERROR
 from ..queue.budget import Budget
 from ..results import result_of
 from ..run.environment import device_label
@@ -98,7 +99,7 @@ def do_runs(
 def summarised(comparison: Comparison | OwnComparison, records: Sequence[Any], out: Path | None) -> list[Row]:
     """The rows of the table; with the predictions in ``out``, over samples too."""
     metric, looks = comparison.metric(records), len(comparison.looks)
-    outcomes = outcomes_of(records, out) if out is not None else {}
+    outcomes = outcomes_of(records, out) if out is not None and metric == ERROR else {}
     return summarise(records, outcomes, looks, metric, why_no_samples(records, outcomes, metric))
 
 

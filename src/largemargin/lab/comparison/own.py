@@ -62,16 +62,14 @@ class OwnComparison(Design[Trial]):
         """The number by which it is judged; the error in percent where ``run.score`` gave it."""
         if not records:
             return ERROR
-        scores, first = records[0].scores, records[0]
-        name = self.judged_by or next(iter(scores))
+        name = self.judged_by or next(iter(records[0].scores))
         lacking = next((record for record in records if name not in record.scores), None)
         if lacking is not None:
             raise LabError(
                 f"{self.function} returned no {name} in the run {lacking.recipe.id}, but {', '.join(lacking.scores)}; all runs must return "
                 "the number that they are compared by"
             )
-        measured = isinstance(first, TrialRecord) and first.measured is not None and first.measured.error == scores.get("error")
-        if name == "error" and measured and self.lower_is_better is not False:
+        if name == "error" and self.lower_is_better is not False and all(map(_is_scored, records)):
             return ERROR
         return metric_of(name, [record.scores[name] for record in records], self.lower_is_better)
 
@@ -101,3 +99,8 @@ class OwnComparison(Design[Trial]):
             f"{self.function} left out of the training of these runs), mean ± std (n-1) over seeds. The runs with the chosen lam train on "
             "all of it."
         )
+
+
+def _is_scored(record: Record) -> bool:
+    """Whether the error is that of ``run.score``."""
+    return isinstance(record, TrialRecord) and record.measured is not None and record.measured.error == record.scores["error"]

@@ -9,6 +9,7 @@ from torch import Tensor
 from ... import row_stats
 from ...metrics import ece as expected_calibration_error
 
+SCORES = ("error", "margin", "rho", "ece", "nll")  # the means, as a table has them
 MARGIN_EDGES = torch.linspace(-40, 40, 161)  # nats; margins beyond are counted in the outermost bins
 
 

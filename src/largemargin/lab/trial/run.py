@@ -12,16 +12,12 @@ from torch import Tensor, nn
 
 from ..errors import LabError
 from ..predictions import Predictions
-from ..run.evaluate import Evaluation, evaluate
+from ..run.evaluate import SCORES, Evaluation, evaluate
 from ..run.seeds import seeded
 from .loss import loss_of
 from .trial import Trial
 
 SAY_SECONDS = 0.5  # between two lines of progress
-
-
-class Scores(dict[str, float]):
-    """What :meth:`Run.score` found."""
 
 
 class Run:
@@ -91,7 +87,7 @@ class Run:
             self._said = time.monotonic()
             self._say(", ".join(f"{name} {value:.4g}" for name, value in plain.items()))
 
-    def score(self, logits: Any, target: Any, ids: Any = None) -> Scores:
+    def score(self, logits: Any, target: Any, ids: Any = None) -> dict[str, float]:
         """The error in percent and more, of logits ``(N, C)`` and class indices ``(N,)``; ``train`` returns it.
 
         The predictions are kept. Where all runs were scored on the same samples, the verdicts cover the choice of samples too. Samples are
@@ -107,8 +103,7 @@ class Run:
             raise LabError(f"run.score: target must be from 0 to {logits.shape[1] - 1}, got {got}; leave ignored samples out")
         self.measured = evaluate(logits, target)
         self.predictions = _predictions(logits.float().cpu().numpy(), target.long().numpy(), ids)
-        names = ("error", "margin", "rho", "ece", "nll")
-        return Scores({name: getattr(self.measured, name) for name in names})
+        return {name: getattr(self.measured, name) for name in SCORES}
 
 
 def _predictions(logits: Any, target: Any, ids: Any) -> Predictions:
