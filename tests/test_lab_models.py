@@ -115,13 +115,51 @@ def test_a_convolution_as_classifier_fills_the_linear_one(tmp_path):
     assert torch.equal(net.classifier.weight, whole.head.fc.weight.flatten(1))
 
 
-def test_width_scales_all_channels():
+SCALED = ("layer13", "wrn28_10", "vgg16", "vgg16_mod", "mobilenet", "resnext50")
+
+
+def sizes(name, **settings):
+    """The number of channels or features of each layer's output, by the layer's name, and the groups of each convolution."""
     with torch.device("meta"):
-        full, quarter = network("layer13"), network("layer13", width=0.25)
-    for a, b in zip(full.features, quarter.features, strict=True):
-        if isinstance(a, nn.Conv2d):
-            assert b.out_channels * 4 == a.out_channels
-    assert quarter.classifier.in_features == 32
+        net = network(name, **settings)
+    outputs = {key: tensor.shape[0] for key, tensor in net.state_dict().items() if key.startswith("features.") and tensor.ndim}
+    return outputs, {key: module.groups for key, module in net.named_modules() if isinstance(module, nn.Conv2d)}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_width_scales_all_channels(name):
+    full, groups = sizes(name)
+    quarter, fewer_groups = sizes(name, width=0.25)
+    stem = ("features.0.", "features.1.norm1.") if name == "wrn28_10" else ()  # 16 channels at any width
+    for key in full:
+        assert quarter[key] == (full[key] if key.startswith(stem) else full[key] // 4), key
+    assert fewer_groups == {key: number if number == 1 else number // 4 for key, number in groups.items()}
+
+
+@pytest.mark.parametrize("name", SCALED)
+@pytest.mark.parametrize("width", [0.01, 0.13, 1.5])
+def test_every_width_makes_a_network(name, width):
+    with torch.device("meta"):
+        net = network(name, 1, 7, width=width)
+        assert net(torch.empty(2, 1, 64, 64)).shape == (2, 7)
+
+
+def test_a_width_names_the_networks_of_other_papers():
+    with torch.device("meta"):
+        wrn28_2, half = network("wrn28_10", width=0.2), network("mobilenet", num_classes=1000, width=0.5)
+    assert sum(p.numel() for p in wrn28_2.parameters()) == 1_467_610
+    assert sum(p.numel() for p in half.parameters()) == 1_331_592
+
+
+@pytest.mark.parametrize("name", ["vgg16", "vgg16_mod", "mobilenet", "wrn28_10", "resnext50"])
+def test_first_weights_of_a_narrow_network_suit_its_own_sizes(name):
+    convs = [module for module in seeded(name, width=0.25).modules() if isinstance(module, nn.Conv2d) and module.weight.numel() > 2000]
+    assert len(convs) >= 10
+    for conv in convs:
+        kernel = conv.kernel_size[0] * conv.kernel_size[1]
+        fan = kernel * (conv.in_channels // conv.groups if name == "wrn28_10" else conv.out_channels)
+        expected = 0.01 if name.startswith("vgg") else (2 / fan) ** 0.5
+        assert conv.weight.std().item() == pytest.approx(expected, rel=0.1)
 
 
 def test_dropout_where_it_belongs():
@@ -231,6 +269,7 @@ def test_check_image():
         ({"network": "timm:hf-hub:someone/something"}, "not a model of timm"),
         ({"network": "timm:gemma4_vit_167m_enc"}, "not made for classification"),
         ({"network": "small", "width": 0.5}, "width 0.5"),
+        ({"network": "layer13_mean_teacher", "width": 0.5}, "width 0.5"),
         ({"network": "layer13", "width": 0.0}, "above 0"),
         ({"network": "layer13", "dropout": 0.5}, "dropout 0.5"),
         ({"network": "wrn28_10", "dropout": 1.0}, "below 1"),

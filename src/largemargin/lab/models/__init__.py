@@ -29,11 +29,11 @@ NETWORKS = {
     "small": Named("small:small", 4),
     "layer13": Named("layer13:layer13", 12, ("width",)),
     "layer13_mean_teacher": Named("layer13:layer13_mean_teacher", 12),
-    "wrn28_10": Named("wide_resnet:wrn28_10", 1, ("dropout",)),
-    "vgg16": Named("vgg:vgg16", 32),
-    "vgg16_mod": Named("vgg:vgg16_mod", 16),
-    "mobilenet": Named("mobilenet:mobilenet", 1),
-    "resnext50": Named("outside:resnext50", 1),
+    "wrn28_10": Named("wide_resnet:wrn28_10", 1, ("width", "dropout")),
+    "vgg16": Named("vgg:vgg16", 32, ("width",)),
+    "vgg16_mod": Named("vgg:vgg16_mod", 16, ("width",)),
+    "mobilenet": Named("mobilenet:mobilenet", 1, ("width",)),
+    "resnext50": Named("outside:resnext50", 1, ("width",)),
 }
 NAMES = (*NETWORKS, f"{TIMM}NAME")  # what --network may be
 

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .network import Network, init_kaiming
+from .network import Network, init_kaiming, scaled
 
 
 class GaussianNoise(nn.Module):
@@ -50,7 +50,7 @@ def _features(in_channels: int, widths: tuple[int, int, int], unit: Unit, last_k
 
 def layer13(in_channels: int, num_classes: int, width: float = 1.0) -> Network:
     """The form of the paper's code, each of its numbers of channels times `width`."""
-    a, b, c = (max(round(width * channels), 1) for channels in (128, 256, 512))
+    a, b, c = (scaled(channels, width) for channels in (128, 256, 512))
     features = _features(in_channels, (a, b, c), partial(nn.ReLU, inplace=True), last_kernel=3, dropout=0.0)
     return init_kaiming(Network(nn.Sequential(*features), nn.Linear(a, num_classes)))
 

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from .network import Network, init_kaiming
+from .network import Network, init_kaiming, scaled
 
 # channels and stride of each block; the paper's table prints stride 2 for the last, against its own sizes
 BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *5 * ((512, 1),), (1024, 2), (1024, 1))
@@ -13,11 +13,12 @@ def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, gro
     return [conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
 
 
-def mobilenet(in_channels: int, num_classes: int) -> Network:
-    """Version 1 at width 1: blocks of a 3x3 convolution in each channel and a 1x1 convolution over channels."""
-    layers, channels = _conv(in_channels, 32, 3, stride=2), 32
-    for width, stride in BLOCKS:
-        layers += _conv(channels, channels, 3, stride, groups=channels) + _conv(channels, width, 1)
-        channels = width
+def mobilenet(in_channels: int, num_classes: int, width: float = 1.0) -> Network:
+    """Version 1: blocks of a 3x3 convolution in each channel and a 1x1 convolution over channels; `width` is its width multiplier."""
+    channels = scaled(32, width)
+    layers = _conv(in_channels, channels, 3, stride=2)
+    for of_block, stride in BLOCKS:
+        layers += _conv(channels, channels, 3, stride, groups=channels) + _conv(channels, scaled(of_block, width), 1)
+        channels = scaled(of_block, width)
     network = Network(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(channels, num_classes))
     return init_kaiming(network)  # the first weights are left open there

@@ -21,6 +21,11 @@ class Network(nn.Module):
         return logits
 
 
+def scaled(channels: int, width: float) -> int:
+    """The share ``width`` of a number of channels, at least one."""
+    return max(round(width * channels), 1)
+
+
 def init_kaiming(network: Network) -> Network:
     """The network with the first weights of residual networks: He's by the fan out, and a classifier that starts small."""
     for module in network.modules():

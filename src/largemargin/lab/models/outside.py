@@ -8,17 +8,40 @@ from torch import nn
 
 from .._torchvision import import_torchvision
 from ..errors import LabError, how_to_install
-from .network import Network
+from .network import Network, scaled
+
+GROUPS = 32  # of ResNeXt-50 32x4d
 
 
-def resnext50(in_channels: int, num_classes: int) -> Network:
-    """Torchvision's ResNeXt-50 32x4d, with its first weights."""
+def resnext50(in_channels: int, num_classes: int, width: float = 1.0) -> Network:
+    """Torchvision's ResNeXt-50 32x4d, with its first weights; `width` scales the 32 groups, and with them all channels."""
     model = import_torchvision().models.resnext50_32x4d(num_classes=num_classes)
+    if width != 1:
+        _set_groups(model, scaled(GROUPS, width))
     if in_channels != 3:
-        model.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
+        model.conv1 = nn.Conv2d(in_channels, model.conv1.out_channels, 7, stride=2, padding=3, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     classifier, model.fc = model.fc, nn.Identity()
     return Network(model, classifier, ("fc",))
+
+
+def _set_groups(model: Any, groups: int) -> None:
+    """Replace the layers of ResNeXt-50, whose channels are multiples of its 32 groups, by layers of the same multiples of ``groups``."""
+
+    def of(channels: int) -> int:
+        return channels // GROUPS * groups if channels % GROUPS == 0 else channels  # the images have 3
+
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, nn.Conv2d):
+                shape = layer.kernel_size, layer.stride, layer.padding
+                own_groups = 1 if layer.groups == 1 else groups
+                conv = nn.Conv2d(of(layer.in_channels), of(layer.out_channels), *shape, groups=own_groups, bias=False)  # type: ignore[arg-type]
+                nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+                setattr(parent, name, conv)
+            elif isinstance(layer, nn.BatchNorm2d):
+                setattr(parent, name, nn.BatchNorm2d(of(layer.num_features)))
+    model.fc = nn.Linear(of(model.fc.in_features), model.fc.out_features)
 
 
 def timm_network(name: str, in_channels: int, num_classes: int, dropout: float = 0.0) -> Network:

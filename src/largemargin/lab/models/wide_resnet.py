@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .network import Network
+from .network import Network, scaled
 
 
 class Block(nn.Module):
@@ -27,14 +27,17 @@ class Block(nn.Module):
         return output
 
 
-def wrn28_10(in_channels: int, num_classes: int, dropout: float = 0.0) -> Network:
-    """Depth 28, ten times as wide; `dropout` is between the convolutions of a block."""
+def wrn28_10(in_channels: int, num_classes: int, width: float = 1.0, dropout: float = 0.0) -> Network:
+    """Depth 28, ten times as wide; `dropout` is between the convolutions of a block.
+
+    `width` scales the blocks and, as its authors' factor, not the first convolution: 0.2 is their WRN-28-2.
+    """
     layers: list[nn.Module] = [nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)]
     channels = 16
-    for width, stride in ((160, 1), (320, 2), (640, 2)):
+    for of_group, stride in ((160, 1), (320, 2), (640, 2)):
         for i in range(4):  # (28 - 4) / 6
-            layers.append(Block(channels, width, stride if i == 0 else 1, dropout))
-            channels = width
+            layers.append(Block(channels, scaled(of_group, width), stride if i == 0 else 1, dropout))
+            channels = scaled(of_group, width)
     layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     network = Network(nn.Sequential(*layers), nn.Linear(channels, num_classes))
     for module in network.modules():

@@ -90,7 +90,7 @@ class Cell:
         shares = [settings.get("train_fraction", 1.0) for settings in (self.settings, scale.changes)]
         settings = {**self.settings, **scale.changes, "train_fraction": round(math.prod(shares), 10), **fixed}
         if settings["network"] != "layer13" and "width" not in fixed:
-            settings.pop("width", None)  # others have none
+            settings.pop("width", None)  # others are whole
         return [Recipe(seed=seed, **settings) for seed in (self.seeds if seeds is None else seeds)]
 
 

@@ -67,7 +67,9 @@ class Recipe(Settings):
     flip: bool = option(False, help="whether a training image is mirrored half the time")
     # network
     network: str = option("small", help=f"one of {' '.join(NAMES)}", metavar="NAME", usual=True)
-    width: float = option(1.0, help="this share of the channels of layer13", type=POSITIVE)
+    width: float = option(
+        1.0, help="this share of the channels of layer13, wrn28_10, vgg16, vgg16_mod, mobilenet or resnext50", type=POSITIVE
+    )
     dropout: float = option(
         0.0, help="the share of dropout in the blocks of wrn28_10, or before the classifier of a timm model", type=SHARE_BELOW_1
     )
