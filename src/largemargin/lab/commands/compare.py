@@ -35,6 +35,7 @@ from ..run.recipe import Recipe, unread
 from ..run.rows import check_shares, sizes
 from ..words import counted
 from .asked import given_save, missing, what_is_kept
+from .estimate import how_long
 from .next import next_command
 from .progress import given_budget, given_jobs, interrupted, reading_images, run_with_progress, say_what_is_left
 from .screen import print_json
@@ -125,8 +126,8 @@ def _without_looks(comparison: Comparison) -> Comparison:
     return dataclasses.replace(comparison, seeds=()) if comparison.max_seeds else comparison
 
 
-def prepared(comparison: Comparison, out: Path, console: Console, save: bool) -> Comparison:
-    """The comparison with the digests of its data and weights, and its folder: what is wrong with them stops here, before any run."""
+def prepared(comparison: Comparison, out: Path, console: Console, save: bool) -> tuple[Comparison, ImageSet | FileSet]:
+    """The comparison with the digests of its data and weights, and the data. What is wrong with them stops here, before any run."""
     check_settings(comparison.losses, [*comparison.overrides, *(["lam"] if comparison.lam != Comparison.lam else [])])
     data.check_image_size(comparison.data, comparison.image_size)
     check_device(comparison.device)
@@ -162,7 +163,7 @@ def prepared(comparison: Comparison, out: Path, console: Console, save: bool) ->
         raise LabError(f"--out {out} cannot be written to: {error.strerror or error}; choose another folder") from error
     if save:
         console.print(what_is_kept(comparison.example, images), markup=False, highlight=False)
-    return comparison
+    return comparison, images
 
 
 def compare(
@@ -179,8 +180,13 @@ def compare(
     ``jobs`` runs at a time, None: as many as suit the device; with a ``budget``, only what it allows. ``options`` are those of
     :func:`~largemargin.lab.run.train.train`.
     """
-    comparison = prepared(comparison, out, console, bool(options.get("save")))
+    comparison, images = prepared(comparison, out, console, bool(options.get("save")))
     runs, jobs = out / "runs", jobs or default_jobs(comparison.device, comparison.example.streamed, on_cpu=2)
+    if budget is None and executor == "local" and not console.quiet:  # a budget measures by itself; a cluster may have any machines
+        line = how_long(comparison.all_recipes(), images, runs, jobs, bool(options.get("graph", True)))
+        if line is not None:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    del images  # the runs are other processes
 
     def stage(recipes: list[Recipe], what: str, **options: Any) -> None:
         finished = [runs / recipe.id for recipe in recipes if result_of(recipe, runs) is not None]

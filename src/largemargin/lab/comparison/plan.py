@@ -152,6 +152,11 @@ class Comparison:
             runs.append(recipe)
         return runs
 
+    def all_recipes(self) -> list[Recipe]:
+        """The validating runs and the runs compared, before any lam is chosen: the first of the given ones stands for it."""
+        any_lam = {(loss, noise): self.lam[0] for loss in self.choosing for noise in self.label_noise}
+        return [*self.validating_recipes(), *self.recipes(any_lam)] if self.choosing else self.recipes()
+
     @property
     def example(self) -> Recipe:
         """One of its recipes, for what they share."""
