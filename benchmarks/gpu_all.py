@@ -6,11 +6,12 @@ those after it. The most valuable comes first:
 1. tests: the tests that take the device, since the speed of a wrong kernel is of no use.
 2. kernels and linear: the loss of logits, which the package is about, and that of features and classifier.
 3. training: images a second of the 13-layer network, which say how many runs the rest of the time can buy.
-4. cifar100: runs of `largemargin reproduce table2`, three losses with three seeds. They take all the time there is, and any later call goes
-   on with them: they come last.
+4. cifar100 and human: runs of `largemargin reproduce table2` and, where the labels of CIFAR-100N were fetched, of `reproduce human`, with
+   three seeds. They take all the time there is, and any later call goes on with them: they come last.
 
-OUT/gpu has a record of each part and in logs what it printed; OUT/cifar100 has the runs. The next call leaves out the parts whose records
-are finished, unless it says --again, for all of them, or --again PART. Ctrl-C, SIGTERM and the limit of time keep all that is finished.
+OUT/gpu has a record of each part and in logs what it printed; OUT/cifar100 and OUT/cifar100n have the runs. The next call leaves out the
+parts whose records are finished, unless it says --again, for all of them, or --again PART. Ctrl-C, SIGTERM and the limit of time keep all
+that is finished.
 
 The tests need pytest and hypothesis, and the runs jsonargparse, rich and scipy. Where they are not installed, put wheels into the folder
 wheels/ of the checkout. For Python 3.12 on Linux this fetches them, and the rivals Liger and cut-cross-entropy, in 39 MiB:
@@ -46,10 +47,21 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = Path(__file__).resolve().parent
 GRACE = 15.0  # seconds that a part has to write down what it has, and this script for its table
 LEAST = 20.0  # seconds of any part: fewer are not worth a start
-CELLS = ("table2/softmax", "table2/ours-0.3", "table2/lsr-0.1")
 SEEDS = ("0", "1", "2")
-WANTED = len(CELLS) * len(SEEDS)
+HUMAN_LABELS = Path("cifar-100n", "CIFAR-100_human.pt")  # under --data-root
 OF_LAB = ("jsonargparse", "rich", "jinja2", "scipy", "matplotlib", "numpy", "torchvision", "PIL", "accelerate", "safetensors")
+
+
+class Runs(NamedTuple):
+    """What a part that is no benchmark computes of the paper."""
+
+    target: str
+    cells: tuple[str, ...]
+    folder: str  # under --out
+
+    @property
+    def wanted(self) -> int:
+        return len(self.cells) * len(SEEDS)
 
 
 class Part(NamedTuple):
@@ -58,14 +70,18 @@ class Part(NamedTuple):
     name: str
     share: float  # of the time, among the parts that are left
     needs: tuple[str, ...]  # modules beside torch
+    runs: Runs | None = None
 
 
+OF_TABLE_2 = Runs("table2", ("table2/softmax", "table2/ours-0.3", "table2/lsr-0.1"), "cifar100")
+OF_HUMAN = Runs("human", ("human/softmax", "human/ours-0.3", "human/ours-1", "human/lsr-0.1"), "cifar100n")
 PARTS = (
     Part("tests", 3, ("pytest", "pytest_timeout", "hypothesis", "mpmath", "numpy")),
     Part("kernels", 3, ("triton",)),
     Part("linear", 1.5, ("triton",)),
     Part("training", 3, ("numpy", "accelerate")),
-    Part("cifar100", 4, OF_LAB),
+    Part("cifar100", 4, OF_LAB, OF_TABLE_2),
+    Part("human", 3, OF_LAB, OF_HUMAN),
 )
 
 
@@ -87,7 +103,7 @@ def main() -> int:
         status = 130
     table = summary(options, outcomes)
     print("\n" + "\n".join(table))
-    return status or int(not all(outcome.startswith(("done", "kept")) for outcome in outcomes.values()))
+    return status or int(not all(outcome.startswith(("done", "kept", "skipped")) for outcome in outcomes.values()))
 
 
 def parse() -> argparse.Namespace:
@@ -143,6 +159,8 @@ def do(part: Part, left: tuple[Part, ...], ends: float, options: argparse.Namesp
     missing = [name for name in part.needs if importlib.util.find_spec(name) is None]
     if missing:
         return f"left out, it needs {', '.join(missing)}: put wheels into wheels/ as {Path(__file__).name} --help says"
+    if part.name == "human" and not options.self_test and not (options.data_root / HUMAN_LABELS).is_file():
+        return f"skipped, --data-root has no {HUMAN_LABELS}; get it: largemargin data fetch cifar100n --from-file {HUMAN_LABELS.name}"
     seconds = ends - time.monotonic()
     if seconds < LEAST:
         return "left out, no time was left"
@@ -155,13 +173,13 @@ def do(part: Part, left: tuple[Part, ...], ends: float, options: argparse.Namesp
     took = f"{time.monotonic() - started:.0f} s"
     if status is None:
         return f"stopped after {took}, what it has is kept"
-    if status == 0 and part.name == "cifar100" and not options.self_test and (missing_runs := WANTED - runs_done(options.out)) > 0:
-        return f"{missing_runs} of {WANTED} runs are left after {took}"
+    if status == 0 and part.runs and not options.self_test and (left_runs := part.runs.wanted - runs_done(options.out, part.runs)) > 0:
+        return f"{left_runs} of {part.runs.wanted} runs are left after {took}"
     return f"done in {took}" if status == 0 else f"failed after {took}: {last_line(log)}"
 
 
-def runs_done(out: Path) -> int:
-    return len(list((out / "cifar100" / "runs").glob("*/result.json")))
+def runs_done(out: Path, runs: Runs) -> int:
+    return len(list((out / runs.folder / "runs").glob("*/result.json")))
 
 
 def finished(path: Path) -> dict[str, Any] | None:
@@ -173,10 +191,10 @@ def finished(path: Path) -> dict[str, Any] | None:
 
 
 def command(part: Part, limit: float, options: argparse.Namespace) -> list[str]:
-    if part.name == "cifar100":
-        words = [sys.executable, "-m", "largemargin", "reproduce", "table2", "--cells", *CELLS, "--seeds", *SEEDS]
+    if part.runs:
+        words = [sys.executable, "-m", "largemargin", "reproduce", part.runs.target, "--cells", *part.runs.cells, "--seeds", *SEEDS]
         words += ["--recipe.precision", "bfloat16", "--recipe.channels_last", "true", "--recipe.evaluate_every", "5"]
-        words += ["--data-root", relative(options.data_root), "--out", relative(options.out / "cifar100")]
+        words += ["--data-root", relative(options.data_root), "--out", relative(options.out / part.runs.folder)]
         words += ["--minutes", f"{max(0.0, limit - GRACE) / 60:.2f}"]
         return [*words, *(["--device", "cpu", "--recipe.width", "0.05", "--dry-run"] if options.self_test else ["--device", "cuda"])]
     script = {"tests": "gpu_tests.py", "kernels": "gpu.py", "linear": "gpu_linear.py", "training": "gpu_training.py"}[part.name]
@@ -220,9 +238,10 @@ def summary(options: argparse.Namespace, outcomes: dict[str, str]) -> list[str]:
     """All that was found, in the space of a terminal of 80 columns and 24 lines."""
     records = gpu_summary.load(options.out / "gpu")
     machine: dict[str, Any] = next((record["machine"] for record in records.values()), {})
-    runs = runs_done(options.out)
     found = gpu_summary.figures(records)
-    found.append(gpu_summary.Figure("CIFAR-100, Table 2", f"{runs} runs", f"{WANTED} runs", runs >= WANTED))
+    for title, runs in (("CIFAR-100, Table 2", OF_TABLE_2), ("CIFAR-100N", OF_HUMAN)):
+        done = runs_done(options.out, runs)
+        found.append(gpu_summary.Figure(title, f"{done} runs", f"{runs.wanted} runs", done >= runs.wanted))
     head = f"{machine.get('gpu', 'no GPU')}, torch {machine.get('torch', 'unknown')}; records: {options.out / 'gpu'}"
     lines = [head[:80], *gpu_summary.lines(found)]
     absent = sorted({name for record in records.values() for name in record.get("not installed", [])})

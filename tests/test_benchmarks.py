@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ import gpu_common  # noqa: E402
 import gpu_page  # noqa: E402
 import gpu_summary  # noqa: E402
 import gpu_training  # noqa: E402
+
+from largemargin.lab.data import human_labels  # noqa: E402
 
 # as far as the benchmarks use them
 RIVALS = {
@@ -261,6 +264,23 @@ def test_what_is_not_installed_is_named(monkeypatch, tmp_path):
     options = argparse.Namespace(out=tmp_path, again=[])
     part = gpu_all.Part("cifar100", 1, ("torch", "no_such_package"))
     assert gpu_all.do(part, (part,), 1e9, options, {}).startswith("left out, it needs no_such_package: put wheels into wheels/")
+
+
+def test_human_labels_are_a_part_where_they_were_fetched(monkeypatch, tmp_path):
+    options = argparse.Namespace(out=tmp_path / "out", again=[], data_root=tmp_path, self_test=False)
+    part = next(part for part in gpu_all.PARTS if part.name == "human")
+    assert gpu_all.do(part, (part,), 1e9, options, {}).startswith("skipped, --data-root has no cifar-100n")
+    (tmp_path / human_labels.FILE).parent.mkdir()
+    (tmp_path / human_labels.FILE).touch()
+    asked: list[list[str]] = []
+
+    def run(words, *_):
+        asked.append(words)
+        return 0
+
+    monkeypatch.setattr(gpu_all, "run", run)
+    outcome = gpu_all.do(part, (part,), time.monotonic() + 1000, options, {})
+    assert outcome.startswith("12 of 12 runs are left") and asked[0][2:5] == ["largemargin", "reproduce", "human"]
 
 
 def test_wheels_are_unpacked_where_their_packages_are_not_installed(monkeypatch, tmp_path):

@@ -256,6 +256,12 @@ def test_a_machine_measures_itself():
     assert 0 < cost.of_a_pass < cost.start
 
 
+def test_a_measurement_needs_no_human_labels():
+    """They are of all training images, and it takes a few."""
+    human = Recipe(loss="softmax", seed=0, epochs=1, label_noise=0.4, noise_kind="human")
+    assert 0 < budget.measured_cost(human, Path("runs"), patience=120.0).of_a_pass < float("inf")
+
+
 def test_what_cannot_be_measured_is_told():
     unknown = Recipe(loss="softmax", seed=0, data_digest="of other digits")
     with pytest.raises(LabError, match=r"could not measure how long .* the run was planned for of other digits"):

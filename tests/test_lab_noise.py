@@ -268,12 +268,12 @@ def test_seeds_are_added_until_the_verdict_is_clear(monkeypatch, tmp_path, diffe
         (["--seeds", "auto", "--max-seeds", "4"], "--max-seeds must be at least 5"),
         (["--max-seeds", "9"], "--max-seeds 9 is for --seeds auto"),
         (["--label-noise", "symmetric:0.3"], "asymmetric:SHARE or human"),
-        (["--label-noise", "human"], "no data"),
+        (["--label-noise", "human"], "--label-noise human: no "),
         (["--labels", "x.csv"], "--labels x.csv is for the images of a folder"),
         (["--unverified"], "--unverified is for svhn"),
     ],
 )
 def test_bad_seeds_and_noise_get_one_clear_line(options, words, tmp_path, capsys):
-    assert cli.main(["compare", *options, "--data-root", "data", "--out", str(tmp_path / "out")]) == 2
+    assert cli.main(["compare", *options, "--data-root", str(tmp_path / "data"), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert words in error and len(error.splitlines()) == 1

@@ -15,6 +15,7 @@ from largemargin.lab.paper import cells as paper
 from largemargin.lab.paper.plan import MARKER, Reproduction, matching_cells, reopen, unique_recipes
 from largemargin.lab.queue import attempt
 from largemargin.lab.results import result_of
+from largemargin.lab.run import pace
 from largemargin.lab.run.pace import Pace
 from largemargin.lab.run.recipe import Recipe
 from largemargin.lab.run.train import train
@@ -97,13 +98,13 @@ def test_every_target_has_a_dry_run(target, capsys, instant):
 
 
 def test_a_dry_run_measures_the_network_of_the_recipe(capsys, monkeypatch):
-    asked, original = [], dry_run.measured_pace
+    asked, original = [], pace.measured_pace
 
     def measured_pace(recipe, images, graph):
         asked.append((recipe, len(images.train_labels)))
         return original(recipe, images, graph)
 
-    monkeypatch.setattr(dry_run, "measured_pace", measured_pace)
+    monkeypatch.setattr(pace, "measured_pace", measured_pace)
     monkeypatch.setattr(dry_run, "PROBE_SECONDS", 0.01)
     threads = torch.get_num_threads()
     assert cli.main(["reproduce", "table2", "--cells", "table2/ours-0.3", "--scale", "reduced", "--dry-run"]) == 0
@@ -224,6 +225,13 @@ def test_a_small_reproduction_is_done_once_and_shared_between_targets(tmp_path, 
     assert cli.main(["reproduce", "fig3", *rest]) == 0
     assert [recipe.loss for recipe in done[4:]] == ["label_smoothing"] * 2  # the others were there
     assert "4 already done" in capsys.readouterr().out
+
+
+def test_human_labels_that_are_missing_stop_before_the_first_run(tmp_path, capsys, done):
+    command = ["reproduce", "human", "--data-root", str(tmp_path), "--out", str(tmp_path / "out"), *QUICK]
+    assert cli.main(command) == 2
+    assert "largemargin data fetch cifar100n" in words_of(capsys.readouterr().err)
+    assert not done and not (tmp_path / "out").exists()
 
 
 def test_a_part_of_a_table_finds_the_baseline_that_is_in_its_folder(tmp_path, done, written):

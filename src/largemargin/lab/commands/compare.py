@@ -32,6 +32,7 @@ from ..run.rows import check_shares, sizes
 from . import own
 from .asked import given_save, what_is_kept
 from .comparing import as_json, do_runs, print_and_write, say_if_other
+from .estimate import how_long
 from .next import next_command
 from .progress import given_budget, given_jobs, reading_images
 from .screen import print_json
@@ -101,8 +102,8 @@ def unread_options(comparison: Comparison) -> list[str]:
     return lines
 
 
-def prepared(comparison: Comparison, out: Path, console: Console, save: bool) -> Comparison:
-    """The comparison with the digests of its data and weights, and its folder: what is wrong with them stops here, before any run."""
+def prepared(comparison: Comparison, out: Path, console: Console, save: bool) -> tuple[Comparison, Samples]:
+    """The comparison with the digests of its data and weights, and the data. What is wrong with them stops here, before any run."""
     check_settings(comparison.losses, [*comparison.overrides, *(["lam"] if comparison.lam != Comparison.lam else [])])
     data.check_image_size(comparison.data, comparison.image_size)
     check_device(comparison.device)
@@ -139,7 +140,7 @@ def prepared(comparison: Comparison, out: Path, console: Console, save: bool) ->
         raise LabError(f"--out {out} cannot be written to: {error.strerror or error}; choose another folder") from error
     if save:
         console.print(what_is_kept(comparison.example, images), markup=False, highlight=False)
-    return comparison
+    return comparison, images
 
 
 def compare(
@@ -156,8 +157,13 @@ def compare(
     ``jobs`` runs at a time, None: as many as suit the device; with a ``budget``, only what it allows. ``options`` are ``timeout`` and those
     of :func:`~largemargin.lab.run.train.train`.
     """
-    comparison = prepared(comparison, out, console, bool(options.get("save")))
+    comparison, images = prepared(comparison, out, console, bool(options.get("save")))
     jobs = jobs or default_jobs(comparison.device, comparison.example.streamed, on_cpu=2)
+    if budget is None and executor == "local" and not console.quiet:  # a budget measures by itself; a cluster may have any machines
+        line = how_long(comparison.all_recipes(), images, out / "runs", jobs, bool(options.get("graph", True)))
+        if line is not None:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    del images  # the runs are other processes
     try:
         comparison, failed = do_runs(comparison, out, jobs, console, executor, budget, **options)
     finally:

@@ -12,7 +12,7 @@ from ..data import SETS
 from ..data.images import ImageSet
 from ..paper.plan import Reproduction, say_what_is_left_out
 from ..run.environment import check_device
-from ..run.pace import Pace, measured_pace
+from ..run.pace import Pace, pace_of_one_batch, with_any_samples
 from ..run.recipe import Recipe
 from ..words import counted, hours
 
@@ -56,14 +56,8 @@ def step_of(recipe: Recipe) -> tuple[Any, ...]:
 
 def pace_of(recipe: Recipe) -> Pace:
     """Measured with made-up images; slow networks are given fewer of them."""
-    threads = torch.get_num_threads()
-    alone = dataclasses.replace(recipe, train_fraction=1.0, augmentation="shift", milestones=())
-    try:
-        first = measured_pace(alone, made_up(recipe, 2), graph=False)
-        count = int(min(recipe.batch_size, max(2, PROBE_SECONDS / first.training)))
-        return measured_pace(alone, made_up(recipe, count), graph=False)
-    finally:
-        torch.set_num_threads(threads)
+    alone = dataclasses.replace(with_any_samples(recipe), augmentation="shift")
+    return pace_of_one_batch(alone, lambda count: made_up(recipe, count), PROBE_SECONDS, graph=False)
 
 
 def made_up(recipe: Recipe, count: int) -> ImageSet:

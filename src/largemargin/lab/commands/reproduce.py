@@ -11,6 +11,7 @@ from rich.table import Table
 from .. import data
 from ..arguments.options import given_fields, path_of, plain
 from ..arguments.parsers import FIGURES, reproduce_parser
+from ..data.human_labels import human_labels
 from ..errors import LabError
 from ..files import write_json
 from ..models import check_name
@@ -22,6 +23,7 @@ from ..queue.budget import Budget
 from ..queue.runs import default_jobs
 from ..results import num_finished
 from ..run.environment import check_device, device_label
+from ..run.noise import HUMAN
 from ..run.recipe import Recipe
 from ..words import counted
 from .dry_run import dry_run
@@ -113,7 +115,10 @@ def reproduce(
 def digest_of(name: str, data_root: str, plan: Sequence[tuple[Cell, list[Recipe]]]) -> str:
     """Of the data set; bad data stops here, before anything is written."""
     image_size = next(recipes[0].image_size for cell, recipes in plan if cell.settings["data"] == name)
-    return data.load(name, data_root, image_size).digest()
+    images = data.load(name, data_root, image_size)
+    if any(recipe.noise == HUMAN for cell, recipes in plan for recipe in recipes if cell.settings["data"] == name):
+        human_labels(Path(data_root).expanduser(), images.train_labels)  # they are there, and of these images
+    return images.digest()
 
 
 def list_cells(reproduction: Reproduction, console: Console) -> None:

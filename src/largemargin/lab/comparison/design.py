@@ -111,3 +111,8 @@ class Design(Generic[Run]):
     def example(self) -> Run:
         """One of its runs, for what they share."""
         return self.planned(self.losses[0], self.seeds[0], self.label_noise[0], lam=self.lam[0])
+
+    def all_recipes(self) -> list[Run]:
+        """The validating runs and the runs compared, before any lam is chosen: the first of the given ones stands for it."""
+        any_lam = {(loss, noise): self.lam[0] for loss in self.choosing for noise in self.label_noise}
+        return [*self.validating_recipes(), *self.recipes(any_lam)] if self.choosing else self.recipes()

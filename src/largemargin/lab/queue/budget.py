@@ -1,6 +1,5 @@
 """Which runs can still finish in the minutes that a command has, judged by how long runs take on this machine."""
 
-import dataclasses
 import functools
 import multiprocessing
 import time
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import LabError
-from ..run.pace import measured_pace
+from ..run.pace import measured_pace, with_any_samples
 from ..run.planned import Planned
 from ..run.recipe import Recipe
 from ..words import counted, hours
@@ -195,8 +194,7 @@ def _measured_pass(recipe: Recipe, runs: Path, graph: bool) -> tuple[float, floa
     """The seconds of a pass, and those of the epoch from which they follow."""
     whole = Inputs().data_set(recipe, runs)
     few = whole.few(recipe.batch_size * (CPU_BATCHES if recipe.device == "cpu" else GPU_BATCHES))
-    alone = dataclasses.replace(recipe, train_fraction=1.0, label_noise=0.0, validation_fraction=0.0, milestones=())
-    pace = measured_pace(alone, few, graph)
+    pace = measured_pace(with_any_samples(recipe), few, graph)
     of_evaluation = pace.evaluation * len(whole.test_labels) / recipe.evaluate_every
     of_the_epoch = pace.training * len(few.train_labels) + pace.evaluation * len(few.test_labels)
     return pace.training * len(whole.train_labels) + of_evaluation, of_the_epoch
