@@ -201,9 +201,9 @@ def results_csv(records: Sequence[RunRecord], split: str = "test") -> str:
     names = ("data", "network", "loss", *SYMBOLS, "label_noise", "noise_kind", "long_tail", "train_fraction", "seed", "epochs")
     numbers = ("error", "margin", "rho", "ece", "nll")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*names, *(f"{split}_{name}" for name in numbers), "seconds", "diverged"])
+    writer.writerow([*names, *(f"{split}_{name}" for name in numbers), "train_error", "seconds", "diverged"])
     for record in records:
         values = [getattr(record.recipe, name) for name in names] + [getattr(record.measured, name) for name in numbers]
-        values += [round(record.seconds, 2), record.why_diverged]
+        values += [record.epochs[-1].get("train_error") if record.epochs else None, round(record.seconds, 2), record.why_diverged]
         writer.writerow(["" if value is None else value for value in values])
     return text.getvalue()
