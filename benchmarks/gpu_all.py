@@ -159,12 +159,12 @@ def do(part: Part, left: tuple[Part, ...], ends: float, options: argparse.Namesp
     missing = [name for name in part.needs if importlib.util.find_spec(name) is None]
     if missing:
         return f"left out, it needs {', '.join(missing)}: put wheels into wheels/ as {Path(__file__).name} --help says"
-    if part.name == "human" and not options.self_test and not (options.data_root / HUMAN_LABELS).is_file():
-        return f"skipped, --data-root has no {HUMAN_LABELS}; get it: largemargin data fetch cifar100n --from-file {HUMAN_LABELS.name}"
+    if reason := skipped(part, options):
+        return f"skipped, {reason}"
     seconds = ends - time.monotonic()
     if seconds < LEAST:
         return "left out, no time was left"
-    limit = max(LEAST, seconds * part.share / sum(each.share for each in left))
+    limit = max(LEAST, seconds * part.share / sum(each.share for each in left if not skipped(each, options)))
     log = options.out / "gpu" / "logs" / f"{part.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"{part.name}: at most {limit:.0f} s", flush=True)
@@ -176,6 +176,13 @@ def do(part: Part, left: tuple[Part, ...], ends: float, options: argparse.Namesp
     if status == 0 and part.runs and not options.self_test and (left_runs := part.runs.wanted - runs_done(options.out, part.runs)) > 0:
         return f"{left_runs} of {part.runs.wanted} runs are left after {took}"
     return f"done in {took}" if status == 0 else f"failed after {took}: {last_line(log)}"
+
+
+def skipped(part: Part, options: argparse.Namespace) -> str:
+    """Why a part is none here, and takes no time; empty for the others."""
+    if part.runs != OF_HUMAN or options.self_test or (options.data_root / HUMAN_LABELS).is_file():
+        return ""
+    return f"--data-root has no {HUMAN_LABELS}; get it: largemargin data fetch cifar100n --from-file {HUMAN_LABELS.name}"
 
 
 def runs_done(out: Path, runs: Runs) -> int:

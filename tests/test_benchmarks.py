@@ -270,6 +270,13 @@ def test_human_labels_are_a_part_where_they_were_fetched(monkeypatch, tmp_path):
     options = argparse.Namespace(out=tmp_path / "out", again=[], data_root=tmp_path, self_test=False)
     part = next(part for part in gpu_all.PARTS if part.name == "human")
     assert gpu_all.do(part, (part,), 1e9, options, {}).startswith("skipped, --data-root has no cifar-100n")
+    tests, limits = gpu_all.PARTS[0], []
+    monkeypatch.setattr(gpu_all, "command", lambda part, limit, options: limits.append(limit))
+    monkeypatch.setattr(gpu_all, "run", lambda *_: None)
+    for left in ((tests,), (tests, part)):  # what is skipped takes no time from the others
+        gpu_all.do(tests, left, time.monotonic() + 1000, options, {})
+    assert limits[1] == pytest.approx(limits[0], rel=1e-2)
+    monkeypatch.undo()
     (tmp_path / human_labels.FILE).parent.mkdir()
     (tmp_path / human_labels.FILE).touch()
     asked: list[list[str]] = []

@@ -134,7 +134,9 @@ def test_compare_ends_with_a_table_and_its_files(finished):
     assert len(rows) == len(records) == 8
     by_key = {(r["recipe"]["loss"], r["recipe"]["seed"], r["recipe"]["label_noise"]): r for r in records}
     for row in rows:
-        assert float(row["test_error"]) == by_key[row["loss"], int(row["seed"]), float(row["label_noise"])]["test"]["error"]
+        record = by_key[row["loss"], int(row["seed"]), float(row["label_noise"])]
+        assert float(row["test_error"]) == record["test"]["error"]
+        assert float(row["train_error"]) == record["epochs"][-1]["train_error"]
     assert (out / "report.html").stat().st_size > 10_000
     assert not list(out.rglob("*.pt"))
 

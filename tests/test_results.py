@@ -1,20 +1,28 @@
 """The tables of the pages are those of the committed records, and ``largemargin reproduce`` goes on from them."""
 
+import csv
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from largemargin.lab import cli
-from largemargin.lab.commands import reproduce
+from largemargin.lab.commands import compare, reproduce
+from largemargin.lab.comparison.plan import Comparison
+from largemargin.lab.paper.cells import cells
 from largemargin.lab.paper.lines import lines_of, number_text
 from largemargin.lab.paper.plan import MARKER, reopen, unique_recipes
 from largemargin.lab.stats import moments, paired_by_seed, spread
+from largemargin.lab.verdicts import Judged, judge
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from studies import OF_LOGITS, STUDIES, commands  # noqa: E402
+
 pytestmark = pytest.mark.skipif(not (ROOT / "results").is_dir(), reason="the source distribution has no records")
 PAGE = ROOT / "docs" / "measured.md"
 FULL_SIZE = ROOT / "results" / "cifar100"
@@ -127,12 +135,118 @@ def rows_of_few_images():
     return rows
 
 
+class Measured(NamedTuple):
+    """A loss under one noise: the runs that did not diverge, as lines of a CSV file by seed, and its verdict beside softmax."""
+
+    kept: dict[int, dict[str, str]]
+    diverged: int
+    judged: Judged | None
+
+    @property
+    def error(self) -> str:
+        if not self.kept:
+            return "diverged"
+        mean = spread(*moments(of_lines(self.kept, "test_error").values()))
+        return mean + (f" ({self.diverged} diverged)" if self.diverged else "")
+
+    @property
+    def difference(self) -> str:
+        """Bold where Holm's correction leaves it."""
+        if self.judged is None:
+            return ""
+        return f"**{self.judged.text}**" if self.judged.verdict in ("better", "worse") else self.judged.text
+
+
+def of_lines(lines, name):
+    return {seed: float(line[name]) for seed, line in lines.items()}
+
+
+def measured(folder):
+    """What results.csv of a comparison says: by the noise, and then by the loss and its lam. Holm's correction runs over all verdicts."""
+    found: dict[tuple[str, str], dict[tuple[str, str], dict[int, dict[str, str]]]] = {}
+    for line in csv.DictReader((ROOT / "results" / folder / "results.csv").read_text().splitlines()):
+        of_noise = found.setdefault((line["label_noise"], line["noise_kind"]), {})
+        of_noise.setdefault((line["loss"], line["lam"]), {})[int(line["seed"])] = line
+    kept = {
+        (noise, loss): {seed: line for seed, line in lines.items() if not line["diverged"]}
+        for noise, losses in found.items()
+        for loss, lines in losses.items()
+    }
+    pairs = {}
+    for noise, loss in kept:
+        lines, baseline = kept[noise, loss], kept[noise, ("softmax", "")]
+        if loss[0] != "softmax" and len(lines) > 1:
+            pairs[noise, loss] = paired_by_seed(of_lines(lines, "test_error"), of_lines(baseline, "test_error"))
+    lost = {(noise, loss): len(found[noise][loss]) - len(kept[noise, loss]) for noise, loss in kept}
+    judged = dict(
+        zip(pairs, judge([(loss[0], "softmax", paired, lost[noise, loss]) for (noise, loss), paired in pairs.items()]), strict=True)
+    )
+    return {
+        noise: {loss: Measured(kept[noise, loss], lost[noise, loss], judged.get((noise, loss))) for loss in found[noise]} for noise in found
+    }
+
+
+CLEAN, UNIFORM, NEXT = ("0.0", ""), ("0.3", ""), ("0.3", "asymmetric")
+HUMAN, AS_MANY = ("0.402", "human"), ("0.402", "")
+
+
+def of_loss(losses, word):
+    return next(found for (name, _), found in losses.items() if name == word)
+
+
+def rows_of_the_losses_on_digits():
+    noisy, tail = measured("digits-noise"), measured("digits-long-tail")
+    for word in OF_LOGITS.split():
+        found = [of_loss(losses, word) for losses in (noisy[CLEAN], noisy[UNIFORM], noisy[NEXT], tail[CLEAN])]
+        yield (f"`{word}`", *("; ".join(filter(None, (one.error, one.difference))) for one in found))
+
+
+# a study of a part of a data set: how the page calls it, and the column of Table 4 (none: Table 2) that the paper has for it
+PARTS = {
+    "cifar10-part": ("CIFAR-10, WRN-28-10 × 0.1", "CIFAR-10 WRN-28-10"),
+    "svhn-part": ("SVHN, WRN-28-10 × 0.1", "SVHN WRN-28-10"),
+    "imagenet-part": ("25 classes of ImageNet, VGG-16-mod × 0.125", "ImageNet VGG-16-mod"),
+    "places-part": ("20 categories of Places, VGG-16-mod × 0.125", "Places-365 VGG-16-mod"),
+    "cifar100-part": ("CIFAR-100, 13 layers × 0.25", ""),
+}
+ROWS_OF_THE_PAPER = {"softmax": "softmax", "label_smoothing": "LSR λ=0.1", "large_margin": "ours λ=0.3"}
+
+
+def rows_of_the_parts():
+    for folder, (title, column) in PARTS.items():
+        if not (ROOT / "results" / folder).is_dir():
+            continue
+        printed = {cell.row: cell.paper for cell in cells("table4" if column else "table2") if cell.column == column}
+        for (word, lam), found in measured(folder)[CLEAN].items():
+            trained = text(of_lines(found.kept, "train_error").values())
+            of_paper = number_text(printed.get(ROWS_OF_THE_PAPER[word]))
+            yield (title, NAMES[word, float(lam) if lam else None], found.error, found.difference, trained, of_paper)
+
+
+def rows_of_human_noise():
+    usual, strong = measured("human-noise"), measured("human-noise-lam1")
+    for losses in (usual, strong):
+        for word, lam in losses[HUMAN]:
+            if losses is strong and word == "softmax":  # the same runs
+                continue
+            name = NAMES[word, float(lam) if lam else None]
+            found = [losses[noise][word, lam] for noise in (HUMAN, AS_MANY)]
+            yield (name, *(cell for one in found for cell in (one.error, one.difference)))
+
+
+def rows_of_the_losses_on_human_noise():
+    for word in OF_LOGITS.split():
+        found = of_loss(measured("human-noise-losses")[HUMAN], word)
+        yield (f"`{word}`", found.error, found.difference, text(of_lines(found.kept, "test_ece").values(), 1) if found.kept else "")
+
+
 TABLES = {
     rows_of_the_readme: ROOT / "README.md",
     rows_of_the_full_size: PAGE,
     rows_of_the_reduced_study: PAGE,
     rows_of_50_epochs: PAGE,
     rows_of_few_images: PAGE,
+    rows_of_the_losses_on_digits: PAGE,
 }
 
 
@@ -166,3 +280,26 @@ def test_reproduce_goes_on_from_the_committed_runs(marker, monkeypatch):
 def test_the_command_of_the_full_size_plans_exactly_its_runs(monkeypatch):
     (command,) = re.findall(r"^largemargin reproduce table2 .*--seeds 0 .*bfloat16.*$", PAGE.read_text(), re.MULTILINE)
     assert planned(command, FULL_SIZE, monkeypatch) == {folder.name for folder in (FULL_SIZE / "runs").iterdir()}
+
+
+def planned_comparison(words, monkeypatch):
+    found: list[Comparison] = []
+
+    def instead(comparison, *_, **__):
+        found.append(comparison)
+        return []
+
+    monkeypatch.setattr(compare, "compare", instead)
+    assert cli.main([*words[1:], "--device", "cpu"]) == 0
+    return found[0]
+
+
+@pytest.mark.parametrize("folder", [folder for name in STUDIES for folder in STUDIES[name] if (ROOT / "results" / folder).is_dir()])
+def test_the_records_of_a_study_are_of_the_command_on_the_page(folder, monkeypatch):
+    (words,) = [words for name in STUDIES for words in commands(name) if words[-1] == f"runs/{folder}"]
+    kept = json.loads((ROOT / "results" / folder / "compare.json").read_text())["comparison"]
+    comparison = planned_comparison(words, monkeypatch)
+    assert json.loads(json.dumps(vars(comparison) | {"data_digest": kept["data_digest"]})) == kept
+    assert shlex.join(words[:-2]) in PAGE.read_text()
+    lines = list(csv.DictReader((ROOT / "results" / folder / "results.csv").read_text().splitlines()))
+    assert len(lines) == comparison.num_runs

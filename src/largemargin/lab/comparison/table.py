@@ -16,7 +16,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from ..metrics import ERROR, OF_IMAGES, Metric, metric_of
-from ..results import Record, kept, who_diverged
+from ..results import Record, RunRecord, kept, who_diverged
 from ..run.methods import BASELINE, SYMBOLS
 from ..run.noise import UNTOLD, Noise, order_of, text_of
 from ..run.planned import Planned
@@ -228,10 +228,12 @@ def results_csv(records: Sequence[Record], split: str = "test") -> str:
     text = io.StringIO()
     names, numbers = _names_of(records[0].recipe), shared_scores(records)
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*names, *(f"{split}_{name}" for name in numbers), "seconds", "diverged"])
+    of_training = ("train_error",) if isinstance(records[0], RunRecord) else ()
+    writer.writerow([*names, *(f"{split}_{name}" for name in numbers), *of_training, "seconds", "diverged"])
     for record in records:
         recipe = record.recipe
         values = [getattr(recipe, name, recipe.settings.get(name)) for name in names] + [record.scores[name] for name in numbers]
+        values += [record.epochs[-1].get("train_error") if isinstance(record, RunRecord) and record.epochs else None] * len(of_training)
         values += [round(record.seconds, 2), record.why_diverged]
         writer.writerow(["" if value is None else value for value in values])
     return text.getvalue()
