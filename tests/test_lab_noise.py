@@ -224,7 +224,7 @@ def test_unverified_files_of_svhn_are_read_and_named(tmp_path):
 
 def small(monkeypatch, errors):
     """A comparison whose runs have these errors, without training: seeds are added as its verdicts ask."""
-    from largemargin.lab.commands import compare
+    from largemargin.lab.commands import compare, comparing
 
     made: list[int] = []
 
@@ -241,8 +241,9 @@ def small(monkeypatch, errors):
         ]
         return [], records
 
-    monkeypatch.setattr(compare, "run_with_progress", train_none)
-    monkeypatch.setattr(compare, "finished_records", finished)
+    monkeypatch.setattr(comparing, "run_with_progress", train_none)
+    for module in (compare, comparing):
+        monkeypatch.setattr(module, "finished_records", finished)
     monkeypatch.setattr(compare, "print_and_write", lambda comparison, *_, **__: comparison)
     monkeypatch.setattr(compare, "next_command", lambda *_: [])
     return made

@@ -1,6 +1,5 @@
 """``lab.compare`` and ``largemargin compare --train``: losses compared in a training function of the user's own."""
 
-import dataclasses
 import importlib
 import inspect
 import io
@@ -14,10 +13,11 @@ from typing import Any
 from rich.console import Console
 
 from ..arguments.options import given_fields, path_of, plain
+from ..arguments.parsers import compare_parser
 from ..comparison import table
 from ..comparison.folder import check_folder, device_of, finished_records, reopen, write_marker
 from ..comparison.own import OwnComparison
-from ..comparison.plan import AUTO, Comparison
+from ..comparison.plan import AUTO
 from ..comparison.recommendation import advice
 from ..comparison.table import Row, cells, columns_of, remarks
 from ..errors import LabError, NotDone, RunFailed
@@ -63,15 +63,15 @@ class Result:
         return [table.as_json(row) for row in self.rows]
 
 
-OF_IMAGES = ("data", "data_root", "image_size", "network", "epochs", "label_noise", "train_fraction", "long_tail", "labels", "unverified")
+OF_IMAGES = ("data", "data_root", "image_size", "network", "epochs", "label_noise", "train_fraction", "long_tail")
+OF_IMAGES += ("labels", "target", "unverified")
 
 
 def run(options: Any, console: Console) -> None:
     """``largemargin compare --train``."""
-    defaults = {field.name: field.default for field in dataclasses.fields(Comparison)}
+    usual = compare_parser().get_defaults()
     for name in OF_IMAGES:
-        default = defaults[name]
-        if options[name] != (list(default) if isinstance(default, tuple) else default):
+        if options[name] != usual[name]:
             raise LabError(f"--{name.replace('_', '-')} is for images, and the function of --train brings its own data; leave it out")
     for name in given_fields(options.recipe):
         raise LabError(f"--recipe.{name} is for images, and the function of --train has its own loop; leave it out")
