@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from largemargin.lab._torchvision import import_torchvision
+
 FOLDER = Path(__file__).parent.parent / "examples"
 needs_digits = pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="needs scikit-learn, which is not installed")
 
@@ -75,13 +77,17 @@ def test_own_loss():
     ("name", "needs"),
     [("texts", ()), ("segmentation", ()), ("trainer", ("transformers",)), ("lightning", ("lightning",)), ("skorch", ("skorch",))],
 )
-def test_own_training_loops_are_compared(name, needs, tmp_path):
+def test_own_training_loops_are_compared(name, needs, tmp_path, monkeypatch):
+    if needs:  # packages that import torchvision, here and in the processes of the runs
+        import_torchvision()
+        (tmp_path / "sitecustomize.py").write_text("from largemargin.lab._torchvision import import_torchvision\nimport_torchvision()\n")
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     for package in ("sklearn", "cloudpickle", *needs):
         pytest.importorskip(package)
     spec = importlib.util.spec_from_file_location(f"compare_{name}", FOLDER / f"compare_{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    result = module.main(out=tmp_path, seeds=2)
+    result = module.main(out=tmp_path / "out", seeds=2)
     assert not result.failures and result.report.is_file()
     assert [row["n"] for row in result.table] == [2] * len(result.table)
 
