@@ -241,7 +241,7 @@ def test_a_config_file_of_someone_else_is_not_taken_for_ours(tmp_path, capsys):
     assert (tmp_path / "compare.json").read_text() == '{"my": "important"}'
 
 
-ODD = ["losses: softmax", "seeds: 0", "seeds: []", "lam: null", "label_noise: null", "data: null", "network: null", "network: 3"]
+ODD = ["losses: softmax", "seeds: 0", "seeds: []", "lam: null", "label_noise: null", "data: null", "network: 3"]
 ODD += ["jobs: no", "device: 3", "out: null", "recipe: 5", "recipe: {nosuch: 1}", "recipe: {momentum: [1]}"]
 
 
