@@ -63,8 +63,10 @@ class Result:
         return [table.as_json(row) for row in self.rows]
 
 
-OF_IMAGES = ("data", "data_root", "image_size", "network", "epochs", "label_noise", "train_fraction", "long_tail")
-OF_IMAGES += ("labels", "target", "unverified")
+OF_IMAGES = (
+    *("data", "data_root", "image_size", "network", "epochs", "label_noise", "train_fraction", "long_tail", "labels", "target"),
+    "unverified",
+)
 
 
 def run(options: Any, console: Console) -> None:
