@@ -1,6 +1,7 @@
 """``lab.compare``: losses compared in a training function of the user's own."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -593,3 +594,54 @@ def test_what_goes_wrong_in_a_run_is_told_and_the_others_go_on(tmp_path):
     assert "3 of 7 runs are finished" in found["text"] and "hangs-seed0" in found["text"]
     (place,) = (tmp_path / "out").glob("runs/hangs*/error.txt")
     assert "in train" in place.read_text()  # where it hung
+
+
+def carrying(value):
+    def train(run):
+        return {"error": value}
+
+    return train
+
+
+class Carries:
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self, run):
+        return {"error": self.value}
+
+
+def of_address(run, thing):
+    return {"error": 1.0}
+
+
+@pytest.mark.parametrize(
+    "made", [carrying, Carries, lambda value: functools.partial(of_address, thing=[value]), lambda value: Carries(value).__call__]
+)
+def test_the_digest_is_of_the_values_that_a_function_carries(made):
+    assert digest_of(made(0.1)) == digest_of(made(0.1)) != digest_of(made(9.0))
+
+
+def test_the_digest_has_no_address():
+    assert digest_of(functools.partial(of_address, thing=object())) == digest_of(functools.partial(of_address, thing=object()))
+
+
+@pytest.mark.parametrize("word", ["softmax", "cosface", "lsoftmax", "center", "noisy_softmax", "ldam"])
+def test_the_random_numbers_of_a_loss_leave_those_of_train_alone(word, tmp_path):
+    def drawn(loss):
+        run = Run(Trial(loss, 0, word=loss), None, tmp_path)
+        run.seed_everything()
+        run.class_counts = torch.tensor([5, 4, 3])
+        head, features, target = run.head(6, 3, num_steps=4), torch.ones(4, 6), torch.tensor([0, 1, 2, 0])
+        run.loss(head(features), target, features=features, head=head)
+        return torch.rand(3)
+
+    assert torch.equal(drawn(word), drawn("softmax"))
+
+
+def test_a_loss_that_is_only_measured_is_no_training_step(tmp_path):
+    run = Run(Trial("gradual_super_symmetry", 0, word="gradual_super_symmetry"), None, tmp_path)
+    head, features, target = run.head(6, 3, num_steps=4), torch.randn(4, 6), torch.tensor([0, 1, 2, 0])
+    with torch.no_grad():
+        losses = [run.loss(head(features), target, features=features, head=head).item() for _ in range(3)]
+    assert losses[0] == losses[1] == losses[2]

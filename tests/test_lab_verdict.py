@@ -61,7 +61,10 @@ def verdicts(document):
     return {(row["metric"], row["data_set"], row["method"]): row["verdict"] for row in document["rows"] if row["verdict"]}
 
 
-@pytest.mark.parametrize("name", ["val/loss", "test_error", "ECE %", "logloss", "cv.RMSE", "error (%)", *LOWER_IS_BETTER])
+@pytest.mark.parametrize(
+    "name",
+    ["val/loss", "test_error", "ECE %", "logloss", "cv.RMSE", "error (%)", "error_rate", "loss_test", "mse_val", "WER", *LOWER_IS_BETTER],
+)
 def test_an_error_or_a_loss_is_better_lower(name):
     assert lower_is_better(name)
     assert not lower_is_better(name, higher=[name])
@@ -180,6 +183,7 @@ def test_wilcoxons_p_is_scipys_and_knows_ranks_alone(seed):
 def test_equal_sizes_share_ranks_and_zeros_count_for_neither_side():
     assert stats.signed_ranks([0.0, 2.0, -2.0, 5.0]).tolist() == [0, 2.5, -2.5, 4]
     assert stats.wilcoxon_p([0.0, 0.0, 0.0]) == 1
+    assert abs(stats.signed_ranks([0.91 - 0.89, 0.71 - 0.73, 0.5 - 0.45])).tolist() == [1.5, 1.5, 3]  # 0.02 twice, however they round
 
 
 GOOD = rows_of(softmax=SOFTMAX, margin=MARGIN)
@@ -338,3 +342,16 @@ def test_a_pair_needs_the_same_samples_and_each_method_as_many_files(predictions
     words = [word for method in ("softmax", "margin") for word in (f"{method}=", *(files[method, seed] for seed in range(3)))]
     assert cli.main([*command, *words]) == 2
     assert "are a pair, and their test samples differ" in capsys.readouterr().err
+
+
+def test_runs_of_different_seeds_are_no_pair(predictions, tmp_path, capsys):
+    files = {}
+    for (method, seed), path in predictions.items():
+        folder = tmp_path / f"{method}-{seed}"
+        folder.mkdir()
+        path.rename(folder / "predictions.npz")
+        (folder / "result.json").write_text(json.dumps({"recipe": {"seed": seed}}))
+        files[method, seed] = str(folder)
+    words = ["softmax=", *(files["softmax", i] for i in (0, 1, 2)), "margin=", *(files["margin", i] for i in (0, 2, 1))]
+    assert cli.main(["verdict", "--baseline", "softmax", "--out", str(tmp_path / "out"), "--predictions", *words]) == 2
+    assert "has seed 1, and its pair" in capsys.readouterr().err

@@ -4,18 +4,22 @@ import re
 from collections.abc import Collection
 
 LOWER_IS_BETTER = ("error", "loss", "nll", "ece", "brier", "mae", "mse", "rmse", "perplexity")  # alone or as a suffix
+RATES_OF_ERROR = ("wer", "cer", "eer")  # whole words
+SAYS_WHERE = ("rate", "train", "val", "valid", "validation", "test", "eval", "mean", "avg")  # at the end of a name, where they do not count
 
 
 def lower_is_better(metric: str, lower: Collection[str] = (), higher: Collection[str] = ()) -> bool:
     """Whether a smaller value of ``metric`` is better; ``lower`` and ``higher`` name the exceptions.
 
-    ``val/loss``, ``test_error`` and ``ECE %`` are, ``accuracy`` is not. scikit-learn's ``neg_log_loss`` is a loss with its sign
-    changed, so it is not either.
+    ``val/loss``, ``test_error``, ``error_rate`` and ``ECE %`` are, ``accuracy`` is not. scikit-learn's ``neg_log_loss`` is a loss with its
+    sign changed, so it is not either.
     """
     if metric in lower or metric in higher:
         return metric in lower
     words = [word.lower() for word in re.findall(r"[^\W_]+", metric)]
-    return bool(words) and words[-1].endswith(LOWER_IS_BETTER) and "neg" not in words
+    while words and words[-1] in SAYS_WHERE:
+        words.pop()
+    return bool(words) and (words[-1].endswith(LOWER_IS_BETTER) or words[-1] in RATES_OF_ERROR) and "neg" not in words
 
 
 def phrase_of(lower: bool) -> str:

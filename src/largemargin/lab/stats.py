@@ -193,7 +193,8 @@ def wilcoxon_p(differences: ArrayLike) -> float:
 def signed_ranks(differences: ArrayLike) -> Array:
     """The rank of each difference by its size, with its sign; equal sizes share the mean of their ranks."""
     d = _finite(differences, 1)
-    return np.asarray(np.sign(d) * _scipy().stats.rankdata(abs(d)))
+    sizes = [float(f"{size:.9g}") for size in abs(d)]  # equal sizes differ by the rounding errors of the scores
+    return np.asarray(np.sign(d) * _scipy().stats.rankdata(sizes))
 
 
 def smallest_sign_flip_p(n: int) -> float:

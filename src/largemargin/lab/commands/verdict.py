@@ -1,5 +1,6 @@
 """``largemargin verdict``: intervals, tests and a report for runs that were made anywhere."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,16 @@ def _outcome(path: Path) -> Outcome:
     path = summary.file_of(path)
     if path.name == NAME:
         known = Predictions.load(path)
-        return Outcome(str(path), known.labels, known.wrong, known.ids)
+        return Outcome(str(path), known.labels, known.wrong, known.ids, seed_of(path.parent))
     labelled = files.read(path)
     return Outcome(str(path), labelled.labels, labelled.logits.argmax(1) != labelled.labels, labelled.files)
+
+
+def seed_of(folder: Path) -> int | None:
+    """That of the run whose folder this is; None where no run has left its record."""
+    try:
+        record = json.loads((folder / "result.json").read_text())
+        seed = (record.get("recipe") or record["trial"])["seed"]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+    return seed if isinstance(seed, int) else None

@@ -77,7 +77,9 @@ class RawTable:
         """The column as words, with an empty one for a missing word."""
         cells = self.cells[name]
         if not isinstance(cells, list):
-            return np.array(["" if math.isnan(value) else f"{value:g}" for value in cells])
+            return np.array(
+                ["" if math.isnan(value) else str(int(value)) if value.is_integer() else repr(value) for value in cells.tolist()]
+            )
         return np.array(["" if cell.lower() in MISSING else cell for cell in cells])
 
     def _refuse_word(self, name: str, row: int) -> None:

@@ -151,11 +151,7 @@ def _known(path: Path, metadata: Mapping[str, str]) -> _Known:
 
 def _standard(values: Mapping[str, Any]) -> Standard:
     fill, mean, std = (tuple(map(float, values[name])) for name in ("fill", "mean", "std"))
-    if (
-        not len(fill) == len(mean) == len(std) == values["in_channels"]
-        or not all(map(math.isfinite, (*fill, *mean, *std)))
-        or min(std) <= 0
-    ):
+    if not len(fill) == len(mean) == len(std) == values["in_channels"] or not all(map(math.isfinite, (*fill, *mean, *std))) or min(std) < 0:
         raise ValueError(f"moments of {len(mean)} features for {values['in_channels']}")
     columns = tuple(Column(name, None if words is None else tuple(words)) for name, words in values["columns"])
     if columns and sum(column.size for column in columns) != len(mean):

@@ -25,7 +25,7 @@ class Standard:
 
     fill: tuple[float, ...]  # for a missing number
     mean: tuple[float, ...]
-    std: tuple[float, ...]  # 1 for a feature of one value
+    std: tuple[float, ...]  # 0 for a feature of one value, which is 0 for every sample: nothing was learnt of other values
     columns: tuple[Column, ...] = ()  # of the table that the features come from
 
     @property
@@ -51,7 +51,8 @@ class Standard:
         result = torch.empty(rows.shape, dtype=torch.float32)
         for part in (slice(start, start + AT_ONCE) for start in range(0, len(rows), AT_ONCE)):
             exact = rows[part].astype(np.float64)  # large numbers with a small spread need it
-            result[part] = torch.from_numpy((np.where(np.isnan(exact), fill, exact) - mean) / std).float()
+            centred = np.where(np.isnan(exact), fill, exact) - mean
+            result[part] = torch.from_numpy(np.divide(centred, std, out=np.zeros_like(centred), where=std > 0)).float()
         return result.reshape(values.shape)
 
 
@@ -71,4 +72,5 @@ def standard_of(training: NDArray[Any], held_out: NDArray[Any], columns: tuple[C
     scaler = StandardScaler().fit(filled)
     fill = scaler.mean_.copy()
     fill[lacking] = medians
-    return Standard(tuple(fill.tolist()), tuple(scaler.mean_.tolist()), tuple(scaler.scale_.tolist()), columns)
+    std = np.where(filled.max(0) > filled.min(0), scaler.scale_, 0.0)
+    return Standard(tuple(fill.tolist()), tuple(scaler.mean_.tolist()), tuple(std.tolist()), columns)

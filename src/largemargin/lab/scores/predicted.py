@@ -23,6 +23,7 @@ class Outcome:
     labels: NDArray[np.int64]
     wrong: NDArray[np.bool_]
     ids: NDArray[Any] | None = None  # names of the samples, if the file has them
+    seed: int | None = None  # of the run, if the file lies in its folder
 
 
 def scores_of(files: Mapping[str, Sequence[Outcome]]) -> tuple[list[Score], str]:
@@ -35,6 +36,11 @@ def scores_of(files: Mapping[str, Sequence[Outcome]]) -> tuple[list[Score], str]
                 "seed, in the same order for each method"
             )
         for theirs, ours in zip(files[first], files[method], strict=True):
+            if None not in (theirs.seed, ours.seed) and theirs.seed != ours.seed:
+                raise LabError(
+                    f"--predictions: {theirs.file} has seed {theirs.seed}, and its pair {ours.file} has seed {ours.seed}; give the "
+                    "files of each method in the same order of seeds"
+                )
             if not _same(theirs, ours):
                 raise LabError(
                     f"--predictions: {theirs.file} and {ours.file} are a pair, and their test samples differ ({len(theirs.labels)} and "

@@ -1,25 +1,61 @@
-"""A digest of the source of a function: a run says by it with which version it was done."""
+"""A digest of a function: a run says by it with which version it was done."""
 
 import functools
 import hashlib
 import inspect
-from collections.abc import Callable
-from types import CodeType
+from collections.abc import Callable, Mapping
+from types import CodeType, ModuleType
 from typing import Any
+
+PLAIN = (int, float, complex, str, bytes, type(None))
 
 
 def digest_of(*functions: Callable[..., Any] | None) -> str:
-    """That of the source of these functions, without what they call; of their compiled code where there is no source."""
-    texts = [_text_of(function) for function in functions if function is not None]
+    """That of the source of these functions, and of the values that they carry with them, without what they call."""
+    texts = [_text_of(function, set()) for function in functions if function is not None]
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
 
 
-def _text_of(function: Any) -> str:
+def _text_of(function: Any, seen: set[int]) -> str:
     if isinstance(function, functools.partial):
-        return "\n".join([_text_of(function.func), repr(function.args), repr(sorted(function.keywords.items()))])
+        return "\n".join([_text_of(function.func, seen), _of_value([function.args, function.keywords], seen)])
     function = inspect.unwrap(function)
     if not (inspect.isroutine(function) or inspect.isclass(function)):  # an object that can be called
-        function = type(function)
+        return "\n".join([_source_of(type(function)), _of_value(vars(function), seen) if hasattr(function, "__dict__") else ""])
+    carried = [getattr(function, name, None) for name in ("__defaults__", "__kwdefaults__", "__self__")]
+    carried += [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_set(cell)]
+    return "\n".join([_source_of(function), *(_of_value(value, seen) for value in carried)])
+
+
+def _is_set(cell: Any) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:  # a name that is bound later
+        return False
+    return True
+
+
+def _of_value(value: Any, seen: set[int]) -> str:
+    """A text that has no address in it, so that it is the same in every process."""
+    if isinstance(value, PLAIN):
+        return repr(value)
+    name = f"{type(value).__module__}.{type(value).__qualname__}"
+    if id(value) in seen:
+        return name
+    seen.add(id(value))
+    if isinstance(value, ModuleType):
+        return value.__name__
+    if isinstance(value, Mapping):
+        return f"{name} {sorted((str(key), _of_value(item, seen)) for key, item in value.items())}"
+    if isinstance(value, list | tuple | set | frozenset):
+        texts = [_of_value(item, seen) for item in value]
+        return f"{name} {sorted(texts) if isinstance(value, set | frozenset) else texts}"
+    if callable(value):
+        return _text_of(value, seen)
+    return f"{name} {_of_value(vars(value), seen) if hasattr(value, '__dict__') else ''}"
+
+
+def _source_of(function: Any) -> str:
     try:
         return inspect.getsource(function)
     except (OSError, TypeError):

@@ -93,9 +93,10 @@ class _OfWord:
             loss = loss + head.likelihood(features, target)
         if self.chosen.center is not None and features is not None:
             self.center = self.center or CenterLoss(features.shape[1], logits.shape[1]).to(features.device)
-            loss = loss + self.chosen.center * self.center(features, target)
+            loss = loss + self.chosen.center * self.center.train(torch.is_grad_enabled())(features, target)
         if self.symmetry is not None and head is not None:
-            loss = loss + self.symmetry().to(loss.dtype) * super_symmetry_penalty(head.weight)  # type: ignore[arg-type]
+            weight = self.symmetry.train(torch.is_grad_enabled())()  # a loss that is only measured is no training step
+            loss = loss + weight.to(loss.dtype) * super_symmetry_penalty(head.weight)  # type: ignore[arg-type]
         return loss
 
     def _check(self, features: Tensor | None, head: nn.Module | None) -> None:

@@ -1,8 +1,9 @@
 """What a training function is given: its loss, its seed, the samples that it holds out, and a place for what it found."""
 
+import contextlib
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ class Run:
         self.predictions: Predictions | None = None
         self.measured: Evaluation | None = None
         self._trial, self._say, self._said = trial, say, 0.0
-        self._loss = loss_of(trial, make_loss)
+        self._states: dict[str, Tensor] = {}
+        with self._random("loss"):
+            self._loss = loss_of(trial, make_loss)
 
     def seed_everything(self) -> None:
         """Seed the random numbers of Python, numpy and torch: all losses of a seed begin with the same weights and the same order."""
@@ -51,14 +54,27 @@ class Run:
 
     def loss(self, logits: Tensor, target: Tensor, *, features: Tensor | None = None, head: nn.Module | None = None) -> Tensor:
         """The loss of a batch; ``features`` and ``head`` where the loss has a classifier of its own, or reads features or weights."""
-        return self._loss(logits, target, features, head, self.class_counts)
+        with self._random("loss"):
+            return self._loss(logits, target, features, head, self.class_counts)
 
     def head(self, in_features: int, num_classes: int, num_steps: int | None = None) -> nn.Module:
         """The classifier of the loss, on the run's device: an ``nn.Linear`` for most.
 
         Some change over ``num_steps`` training steps, epochs times batches, and cannot be made without.
         """
-        return self._loss.head(in_features, num_classes, num_steps).to(self.device)
+        with self._random("head"):
+            return self._loss.head(in_features, num_classes, num_steps).to(self.device)
+
+    @contextlib.contextmanager
+    def _random(self, name: str) -> Iterator[None]:
+        """Random numbers of the loss alone, so that those of ``train`` are the same whatever the loss draws on the CPU."""
+        outside = torch.get_rng_state()
+        torch.set_rng_state(self._states.get(name, seeded(self.seed, name).get_state()))
+        try:
+            yield
+        finally:
+            self._states[name] = torch.get_rng_state()
+            torch.set_rng_state(outside)
 
     @property
     def validation(self) -> float:
