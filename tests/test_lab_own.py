@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import shutil
@@ -549,7 +550,8 @@ def test_a_script_needs_no_guard_and_its_functions_no_module(tmp_path):
     assert "printed in the run of mine 0.1" in logs["mine"]
     assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix in (".pkl", ".pickle")]
     first = {path: path.read_bytes() for path in (tmp_path / "out").glob("runs/*/result.json")}
-    assert "2 already done" in " ".join(script(tmp_path, PLAIN).split())
+    again = " ".join(script(tmp_path, PLAIN).split())
+    assert "2 already done" in again and "held a comparison" not in again
     assert {path: path.read_bytes() for path in (tmp_path / "out").glob("runs/*/result.json")} == first
 
 
@@ -645,3 +647,38 @@ def test_a_loss_that_is_only_measured_is_no_training_step(tmp_path):
     with torch.no_grad():
         losses = [run.loss(head(features), target, features=features, head=head).item() for _ in range(3)]
     assert losses[0] == losses[1] == losses[2]
+
+
+OF_A_SCRIPT = """
+EPOCHS = {epochs}
+
+
+class Network:
+    width = {width}
+
+    def layers(self):
+        return helper()
+
+
+def helper():
+    return {depth}
+
+
+def train(run):
+    return {{"error": EPOCHS * Network().layers()}}
+"""
+
+
+@pytest.mark.parametrize("changed", [{"epochs": 2}, {"width": 2}, {"depth": 2}])
+def test_the_digest_is_of_what_a_script_has_around_its_function(changed, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    digests = []
+    for name, values in (("before", {}), ("again", {}), ("after", changed)):
+        (tmp_path / f"script_{name}.py").write_text(OF_A_SCRIPT.format(**{"epochs": 1, "width": 1, "depth": 1} | values))
+        digests.append(digest_of(importlib.import_module(f"script_{name}").train))
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_seeds_that_are_a_number_are_told_to_be_several(tmp_path):
+    with pytest.raises(LabError, match=r"seeds must be several whole numbers, or .auto., got 3; give range\(3\)"):
+        lab.compare(train, ["softmax"], seeds=3, out=tmp_path)  # type: ignore[arg-type]

@@ -131,6 +131,8 @@ def compare(
     check_place(train)
     given, folder = given_losses(losses), Path(out).expanduser()
     console = console or Screen(width=140, emoji=False, quiet=quiet, force_jupyter=False)
+    if not isinstance(seeds, str | Iterable):
+        raise LabError(f'seeds must be several whole numbers, or "auto", got {seeds!r}; give range({seeds}), say')
     comparison = OwnComparison(
         function=name_of(train),
         losses=tuple(one.name for one in given),

@@ -15,10 +15,10 @@ def seeds_of(seeds: list[Any], max_seeds: int | None) -> dict[str, Any]:
         for seed in seeds:
             if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
                 raise LabError(f"--seeds must be whole numbers from 0 on, or auto, got {seed}")
-        return {"seeds": list(dict.fromkeys(seeds))}
+        return {"seeds": tuple(dict.fromkeys(seeds))}
     if len(seeds) > 1:
         raise LabError(f"--seeds auto stands alone, got {' '.join(map(str, seeds))}")
     most = MAX_SEEDS if max_seeds is None else max_seeds
     if most < FIRST_LOOK:
         raise LabError(f"--max-seeds must be at least {FIRST_LOOK}, the pairs of the first look, got {most}")
-    return {"seeds": list(range(FIRST_LOOK)), "max_seeds": most}
+    return {"seeds": tuple(range(FIRST_LOOK)), "max_seeds": most}

@@ -11,7 +11,7 @@ PLAIN = (int, float, complex, str, bytes, type(None))
 
 
 def digest_of(*functions: Callable[..., Any] | None) -> str:
-    """That of the source of these functions, and of the values that they carry with them, without what they call."""
+    """That of the source of these functions, of the values that they carry with them, and of what they name of their own module."""
     texts = [_text_of(function, set()) for function in functions if function is not None]
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
 
@@ -24,7 +24,26 @@ def _text_of(function: Any, seen: set[int]) -> str:
         return "\n".join([_source_of(type(function)), _of_value(vars(function), seen) if hasattr(function, "__dict__") else ""])
     carried = [getattr(function, name, None) for name in ("__defaults__", "__kwdefaults__", "__self__")]
     carried += [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_set(cell)]
+    named = getattr(function, "__globals__", {})
+    carried += [named[name] for name in sorted(_names_of(function)) if name in named and _is_near(named[name], function)]
     return "\n".join([_source_of(function), *(_of_value(value, seen) for value in carried)])
+
+
+def _names_of(function: Any) -> set[str]:
+    """The names that its code, and the functions inside of it, may look up in the module."""
+    found, codes = set(), [code] if (code := getattr(function, "__code__", None)) else []
+    while codes:
+        code = codes.pop()
+        found.update(code.co_names)
+        codes += [one for one in code.co_consts if isinstance(one, CodeType)]
+    return found
+
+
+def _is_near(value: Any, function: Any) -> bool:
+    """Whether it belongs to the module of the function: a value, or a function or class that is defined there."""
+    if isinstance(value, (*PLAIN, list, tuple, dict, set, frozenset)):
+        return True
+    return getattr(value, "__module__", None) == function.__module__ and (inspect.isfunction(value) or inspect.isclass(value))
 
 
 def _is_set(cell: Any) -> bool:
@@ -50,6 +69,9 @@ def _of_value(value: Any, seen: set[int]) -> str:
     if isinstance(value, list | tuple | set | frozenset):
         texts = [_of_value(item, seen) for item in value]
         return f"{name} {sorted(texts) if isinstance(value, set | frozenset) else texts}"
+    if inspect.isclass(value):
+        methods = [one for one in vars(value).values() if inspect.isfunction(one)]
+        return "\n".join([_source_of(value), *(_text_of(one, seen) for one in methods)])
     if callable(value):
         return _text_of(value, seen)
     return f"{name} {_of_value(vars(value), seen) if hasattr(value, '__dict__') else ''}"
