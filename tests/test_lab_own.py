@@ -681,4 +681,4 @@ def test_the_digest_is_of_what_a_script_has_around_its_function(changed, tmp_pat
 
 def test_seeds_that_are_a_number_are_told_to_be_several(tmp_path):
     with pytest.raises(LabError, match=r"seeds must be several whole numbers, or .auto., got 3; give range\(3\)"):
-        lab.compare(train, ["softmax"], seeds=3, out=tmp_path)  # type: ignore[arg-type]
+        lab.compare(train, ["softmax"], seeds=3, out=tmp_path)
