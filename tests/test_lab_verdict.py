@@ -355,3 +355,13 @@ def test_runs_of_different_seeds_are_no_pair(predictions, tmp_path, capsys):
     words = ["softmax=", *(files["softmax", i] for i in (0, 1, 2)), "margin=", *(files["margin", i] for i in (0, 2, 1))]
     assert cli.main(["verdict", "--baseline", "softmax", "--out", str(tmp_path / "out"), "--predictions", *words]) == 2
     assert "has seed 1, and its pair" in capsys.readouterr().err
+
+
+def test_a_broken_record_of_a_run_is_named(predictions, tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    predictions["margin", 0].rename(folder / "predictions.npz")
+    (folder / "result.json").write_text("{")
+    words = ["softmax=", str(predictions["softmax", 0]), "margin=", str(folder)]
+    assert cli.main(["verdict", "--baseline", "softmax", "--out", str(tmp_path / "out"), "--predictions", *words]) == 2
+    assert "result.json is not the record of a run" in capsys.readouterr().err

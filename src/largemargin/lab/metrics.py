@@ -29,7 +29,7 @@ class Metric:
 
 
 ERROR = Metric("error", "test error %", "test error", "points", percent=True)
-OF_IMAGES = {  # what the evaluation of logits gives beside the error
+OF_LOGITS = {  # what the evaluation of logits gives beside the error
     "margin": Metric("margin", "margin", "margin", "nats", lower_is_better=False),
     "rho": Metric("rho", "rho-hat", "rho-hat", "nats"),
     "ece": Metric("ece", "ECE %", "ECE", "points", percent=True),

@@ -1,6 +1,7 @@
 """Numbers with their nouns, and text that is safe to print."""
 
 import unicodedata
+from collections.abc import Sequence
 
 # controls, formats (which turn the direction of a line), surrogates, and what ends a line or a paragraph
 NOT_PRINTED = ("Cc", "Cf", "Cs", "Zl", "Zp")
@@ -10,6 +11,11 @@ JOINERS = "\u200c\u200d"  # without which some scripts are not written rightly
 def counted(number: int, noun: str) -> str:
     """``1 run``, ``2 runs``, ``2 classes``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def short(number: float) -> str:

@@ -34,7 +34,7 @@ Compared = TypeVar("Compared", Comparison, OwnComparison)
 
 
 def say_if_other(comparison: Comparison | OwnComparison, out: Path, console: Console) -> None:
-    """Where the folder held another comparison."""
+    """Tell the user if the folder held another comparison."""
     if (out / MARKER).is_file() and _without_looks(reopen(out)) != _without_looks(comparison):
         console.print(f"{out} held a comparison with other options: its runs are kept, its table and report are replaced", markup=False)
 
@@ -47,11 +47,12 @@ def _without_looks(comparison: Comparison | OwnComparison) -> Comparison | OwnCo
 def do_runs(
     comparison: Compared, out: Path, jobs: int, console: Console, executor: str, budget: Budget | None, **options: Any
 ) -> tuple[Compared, list[NotDone]]:
-    """Do what is left of a comparison; as it is then, with the seeds that were added, and the errors of runs that could not be done.
+    """Do what is left of a comparison. Return the comparison with the seeds that were added, and the errors of the runs that failed.
 
     ``options`` are those of :func:`~largemargin.lab.queue.runs.run_all`.
     """
-    runs, failed = out / "runs", list[NotDone]()
+    runs = out / "runs"
+    failed: list[NotDone] = []
 
     def stage(recipes: Sequence[Planned], what: str, **options: Any) -> None:
         finished = [runs / recipe.id for recipe in recipes if result_of(recipe, runs) is not None]
@@ -112,8 +113,8 @@ def print_and_write(
     if choices_too:
         print_choices(comparison, choices, console)
     if not records:
-        for error in failed:
-            raise error
+        if failed:
+            raise failed[0]
         raise LabError(f"{out}: no run of its last comparison is finished yet; give that command again")
     with console.status("pairing the predictions of the runs"):
         rows = summarised(comparison, records, out)

@@ -56,5 +56,5 @@ def durations(recipes: Sequence[Recipe], images: Samples, pace: Pace) -> list[fl
 
 
 def slowdown(recipe: Recipe, jobs: int) -> float:
-    """How much longer a run takes beside ``jobs`` - 1 others: those on an accelerator share it, those on the CPU its cores."""
+    """How much longer a run takes beside ``jobs`` - 1 others: all runs share an accelerator, and runs on the CPU share its cores."""
     return max(1.0, jobs * recipe.threads / num_cores()) if recipe.device == "cpu" else float(jobs)

@@ -63,7 +63,7 @@ class Result:
         return [table.as_json(row) for row in self.rows]
 
 
-OF_IMAGES = (
+OPTIONS_OF_IMAGES = (
     *("data", "data_root", "image_size", "network", "epochs", "label_noise", "train_fraction", "long_tail", "labels", "target"),
     "unverified",
 )
@@ -72,7 +72,7 @@ OF_IMAGES = (
 def run(options: Any, console: Console) -> None:
     """``largemargin compare --train``."""
     usual = compare_parser().get_defaults()
-    for name in OF_IMAGES:
+    for name in OPTIONS_OF_IMAGES:
         if options[name] != usual[name]:
             raise LabError(f"--{name.replace('_', '-')} is for images, and the function of --train brings its own data; leave it out")
     for name in given_fields(options.recipe):

@@ -78,10 +78,12 @@ def _outcome(path: Path) -> Outcome:
 
 
 def seed_of(folder: Path) -> int | None:
-    """That of the run whose folder this is; None where no run has left its record."""
-    try:
-        record = json.loads((folder / "result.json").read_text())
-        seed = (record.get("recipe") or record["trial"])["seed"]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    """The seed of the run whose folder this is; None if the folder has no record of a run."""
+    path = folder / "result.json"
+    if not path.is_file():
         return None
-    return seed if isinstance(seed, int) else None
+    try:
+        record = json.loads(path.read_text())
+        return int((record.get("recipe") or record["trial"])["seed"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise LabError(f"{path} is not the record of a run ({error!r}), so its seed is unknown; mend or remove it") from error

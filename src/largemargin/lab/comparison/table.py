@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from ..metrics import ERROR, OF_IMAGES, Metric, metric_of
+from ..metrics import ERROR, OF_LOGITS, Metric, metric_of
 from ..results import Record, RunRecord, kept, who_diverged
 from ..run.methods import BASELINE, SYMBOLS
 from ..run.noise import UNTOLD, Noise, order_of, text_of
@@ -129,7 +129,7 @@ def columns_of(rows: Sequence[Row]) -> tuple[str, ...]:
 
 def other_metric(name: str, rows: Sequence[Row]) -> Metric:
     """One of the numbers beside the metric."""
-    return OF_IMAGES.get(name) or dataclasses.replace(metric_of(name, [row.others[name] for row in rows]), header=name)
+    return OF_LOGITS.get(name) or dataclasses.replace(metric_of(name, [row.others[name] for row in rows]), header=name)
 
 
 def note_of(metric: Metric) -> str:

@@ -17,8 +17,8 @@ from ..results import NOT_FINITE, RunRecord
 from ..run.methods import BASELINE, LOSSES
 from ..run.recipe import Recipe
 from ..stats import moments, paired_by_seed, verdict
-from ..words import counted
-from .lines import Entry, Line, join, setting, unique_records
+from ..words import counted, listed
+from .lines import Entry, Line, setting, unique_records
 
 HARD_MAX = ("crammer_singer_hinge", "hard_margin_softplus")
 TURN = 0.02  # of log(C - 1): a smaller fall or rise of rho-hat is not called one
@@ -190,7 +190,7 @@ def symmetry_drawing(curves: Curves) -> tuple[Figure, list[str]] | None:
     ax.set_ylabel("distance to super-symmetry")
     last = {label: last_by_seed(records, "asymmetry") for label, records in shown.items()}
     ends = [f"{statistics.fmean(values.values()):.4g} for {label}" for label, values in last.items() if values]
-    sentences = [f"In the last epoch the distance to super-symmetry (heads.super_symmetry_penalty) is {join(ends)}."] if ends else []
+    sentences = [f"In the last epoch the distance to super-symmetry (heads.super_symmetry_penalty) is {listed(ends)}."] if ends else []
     for label, values in last.items():
         pairs = values.keys() & last.get(BASELINE, {}).keys()
         if label == BASELINE or not pairs:
@@ -333,6 +333,6 @@ def drawings_of(lines: Sequence[Line], reduced: bool) -> list[Drawing]:
             if (drawn := function(curves)) is not None:
                 caption += over_seeds(curves)
                 if missing := list(of_losses(left_out, losses)):
-                    caption += f" One method of each loss is shown; left out: {join(missing)}."
+                    caption += f" One method of each loss is shown; left out: {listed(missing)}."
                 result.append(Drawing(f"{name}-{i + 1}" if i else name, f"{heading} ({title})", drawn[0], caption, drawn[1]))
     return result

@@ -214,10 +214,6 @@ def recipe_options(fields: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def join(words: Sequence[str]) -> str:
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
 def deviations(entries: Sequence[Entry]) -> dict[tuple[str, Any, Any], list[str]]:
     """The fields by which runs differ from the full-size recipes of their cells: (field, full, run) with the names of the cells."""
     found: dict[tuple[str, Any, Any], list[str]] = {}

@@ -22,7 +22,7 @@ from ..pages import page
 from ..results import RunRecord, kept, software, who_diverged
 from ..run.methods import BASELINE
 from ..stats import moments
-from ..words import counted
+from ..words import counted, listed
 from .cells import TABLES, Scale, assumptions
 from .figures import drawings_of
 from .lines import (
@@ -34,7 +34,6 @@ from .lines import (
     deviations,
     differing,
     full_size,
-    join,
     lines_of,
     recipes_of,
     setting,
@@ -82,7 +81,7 @@ def value_text(value: Any) -> str:
 def deviation_sentences(entries: Sequence[Entry]) -> list[str]:
     sentences = []
     for (name, full, ours), names in deviations(entries).items():
-        where = "all cells" if len(names) == len(entries) else join(names)
+        where = "all cells" if len(names) == len(entries) else listed(names)
         value = counted(ours, "epoch") if name in EPOCHS else value_text(100 * ours if name in SHARES else ours)
         phrase = (SHARES | PHRASES).get(name, f"{name.replace('_', ' ')}: {{}}").format(value)
         whose = "full size" if name in MACHINE else "paper"
@@ -106,7 +105,7 @@ def headline(entries: Sequence[Entry], scale: Scale) -> list[str]:
     lost = len(runs) - len(kept(runs))
     done = f"{len(runs)} of {counted(len(planned), 'run')} done" if len(runs) < len(planned) else counted(len(runs), "run")
     sentences = [
-        f"{join(tables)}: {counted(len(entries), 'cell')}, {done}"
+        f"{listed(tables)}: {counted(len(entries), 'cell')}, {done}"
         + (f", {lost} of them diverged" if lost else "")
         + (f"; n = {counted(len(seeds), 'seed')} ({', '.join(map(str, seeds))})." if seeds else "."),
         f"Scale {scale.name}: {scale.description.rstrip('.')}.",

@@ -10,9 +10,8 @@ from ..errors import LabError
 from .feeds import Batch, order_of, own_rows, samples_of_an_epoch, share_of
 from .recipe import Recipe
 from .rows import choose_rows
-from .standard import standard_of
+from .standard import AT_ONCE, standard_of
 
-AT_ONCE = 4096  # samples in a forward pass of an evaluation
 OF_IMAGES = ("augmentation", "crop_padding", "crop_fill", "flip", "channels_last")  # fields of a recipe
 
 
@@ -20,7 +19,7 @@ def check_features(recipe: Recipe) -> None:
     """Raises LabError for settings that are for images alone."""
     for name in OF_IMAGES:
         value = getattr(recipe, name)
-        if value != Recipe.__dataclass_fields__[name].default:
+        if value != getattr(Recipe, name):
             raise LabError(f"{name} {str(value).lower()} is for images, and {recipe.data} holds features; leave it out")
 
 

@@ -1,4 +1,4 @@
-"""What a queue, a record and a table know of a run: the same of a network for images and of a function of the user's own."""
+"""What a queue, a record and a table know of a run, whether it trains a network of ours or calls the user's function."""
 
 from collections.abc import Hashable, Mapping
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ class Note(str):
 
 
 class Planned(Protocol):
-    """A run before it is done, and for ever after: its identity and what it asks of the machine."""
+    """A run, whether it is done or not: its identity and what it asks of the machine."""
 
     @property
     def loss(self) -> str:
@@ -32,7 +32,7 @@ class Planned(Protocol):
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Those of the loss."""
+        """The settings of the loss, by name."""
 
     @property
     def validation_fraction(self) -> float:

@@ -13,7 +13,7 @@ from ..data.features import Column
 from ..errors import LabError
 from ..stopping import interrupts_end_at_once
 
-AT_ONCE = 4096  # samples
+AT_ONCE = 4096  # samples that are standardised, or evaluated, together
 
 
 @dataclass(frozen=True)

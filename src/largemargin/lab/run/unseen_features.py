@@ -11,7 +11,7 @@ from ..data.features import encoded
 from ..data.raw_table import read_table
 from ..errors import LabError
 from .model import Model
-from .standard import Standard
+from .standard import AT_ONCE, Standard
 
 
 def predict_features(model: Model, standard: Standard, path: Path, device: torch.device) -> tuple[list[str], NDArray[np.float64]]:
@@ -30,7 +30,7 @@ def predict_features(model: Model, standard: Standard, path: Path, device: torch
         names = [str(row) for row in range(len(features))]
     inputs, network = standard(features), model.network.to(device)
     with torch.inference_mode():
-        logits = torch.cat([network(part.to(device)).cpu().double() for part in inputs.split(4096)]).numpy()
+        logits = torch.cat([network(part.to(device)).cpu().double() for part in inputs.split(AT_ONCE)]).numpy()
     if not np.isfinite(logits).all():
         raise LabError(f"MODEL {model.path} gives logits that are not finite: its run has diverged; use another run")
     return names, logits

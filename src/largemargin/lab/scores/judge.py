@@ -11,7 +11,7 @@ from ..directions import lower_is_better, phrase_of
 from ..errors import LabError
 from ..stats import Verdict, paired
 from ..verdicts import Judged, number
-from ..words import counted
+from ..words import counted, listed
 from .runs import Scores
 
 MOST_DECIMALS = 6
@@ -158,12 +158,12 @@ def advice(lines: Sequence[Line], overalls: Sequence[Overall]) -> list[str]:
         first = judged[0]
         by_word = {word: [_with_difference(one) for one in judged if one.verdict == word] for word in ("better", "worse", "inconclusive")}
         said = [
-            f"{_and(methods)} {'is' if len(methods) == 1 else 'are'} {word} than {first.baseline}"
+            f"{listed(methods)} {'is' if len(methods) == 1 else 'are'} {word} than {first.baseline}"
             for word, methods in by_word.items()
             if methods and word != "inconclusive"
         ]
         if by_word["inconclusive"]:
-            said.append(f"no difference from {first.baseline} is shown for {_and(by_word['inconclusive'])}")
+            said.append(f"no difference from {first.baseline} is shown for {listed(by_word['inconclusive'])}")
         over = "over all data sets, " if isinstance(first, Overall) else ""
         sentences.append(f"By {metric} ({phrase_of(first.lower_is_better)}), {over}{'; '.join(said)}.")
     return sentences
@@ -199,16 +199,12 @@ def _check_directions(metrics: Sequence[str], lower: Sequence[str], higher: Sequ
         raise LabError(f"--lower-is-better and --higher-is-better both name {both[0]}; leave one out")
 
 
-def _and(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
-
-
 def family(lines: Sequence[Line], overalls: Sequence[Overall]) -> str:
     """Which verdicts the correction holds together."""
-    judged = sum(line.judged is not None for line in lines)
-    sentence = (
-        f"Holm's correction holds the error of the {counted(judged, 'verdict')} on single data sets at 5%"
-        if overalls
-        else (f"Holm's correction holds the error of {counted(judged, 'verdict')} at 5%")
+    verdicts = counted(sum(line.judged is not None for line in lines), "verdict")
+    if not overalls:
+        return f"Holm's correction holds the error of {verdicts} at 5%."
+    return (
+        f"Holm's correction holds the error of the {verdicts} on single data sets at 5%, and by itself that of the "
+        f"{counted(len(overalls), 'overall verdict')}."
     )
-    return sentence + (f", and by itself that of the {counted(len(overalls), 'overall verdict')}." if overalls else ".")

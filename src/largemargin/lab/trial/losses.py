@@ -36,7 +36,7 @@ def given_losses(losses: Iterable[Any]) -> list[Given]:
     names = [one.name for one in found]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise LabError(f'two losses have the name "{twice}": their rows could not be told apart; give each a name of its own')
+        raise LabError(f'losses: two have the name "{twice}", and each needs its own; rename one')
     return found
 
 

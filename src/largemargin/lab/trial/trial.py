@@ -66,7 +66,7 @@ class Trial:
 
     @property
     def work(self) -> float:
-        """Trials are told apart by :attr:`cost_key` alone."""
+        """Each trial counts as one unit, because its length is not known before it ends."""
         return 1.0
 
     @property
