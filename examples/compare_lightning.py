@@ -2,7 +2,7 @@
 
     python examples/compare_lightning.py
 
-Two minutes on two cores; needs largemargin[lab,lightning]. The data are scikit-learn's digits, and a tenth of them to train on.
+A minute on two cores; needs largemargin[lab,lightning]. The data are scikit-learn's digits, and a tenth of them to train on.
 """
 
 import sys

@@ -2,7 +2,7 @@
 
     python examples/compare_segmentation.py
 
-Three minutes on two cores; needs largemargin[lab]. Images, network and overlap are those of examples/segmentation.py: digits on a canvas,
+A minute on two cores; needs largemargin[lab]. Images, network and overlap are those of examples/segmentation.py: digits on a canvas,
 whose grey pixels have no label.
 """
 

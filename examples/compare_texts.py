@@ -2,7 +2,7 @@
 
     python examples/compare_texts.py
 
-Two minutes on two cores; needs largemargin[lab]. The texts are sentences from the docstrings of installed packages, and the classes are the
+A minute on two cores; needs largemargin[lab]. The texts are sentences from the docstrings of installed packages, and the classes are the
 packages. A bag of word embeddings is a weak reader, and a fifth of the labels is wrong: there a margin may help.
 """
 

@@ -2,7 +2,8 @@
 
     python examples/compare_trainer.py
 
-Three minutes on two cores; needs largemargin[lab,transformers]. A small BERT reads the 64 pixels of a digit as a text of 17 words.
+Two minutes on two cores; needs largemargin[lab,transformers]. A small BERT reads the 64 pixels of a digit as a text of 17 words. It learns
+little of them: four in ten test digits are right.
 """
 
 import sys
@@ -20,19 +21,19 @@ def train(run):  # changed
     rows = [{"input_ids": torch.tensor(row, dtype=torch.long), "labels": int(label)} for row, label in zip(pixels, labels, strict=True)]
     config = BertConfig(  # type: ignore[call-arg]
         vocab_size=17,
-        hidden_size=32,
+        hidden_size=64,
         num_hidden_layers=1,
         num_attention_heads=2,
-        intermediate_size=64,
+        intermediate_size=128,
         max_position_embeddings=64,
         num_labels=10,
     )
     arguments = TrainingArguments(
         output_dir=str(run.folder / "trainer"),  # changed
         seed=run.seed,  # changed
-        num_train_epochs=4,
+        num_train_epochs=15,
         per_device_train_batch_size=32,
-        learning_rate=5e-3,
+        learning_rate=1e-3,
         use_cpu=run.device.type == "cpu",
         report_to="none",
         save_strategy="no",
