@@ -23,7 +23,14 @@ from torch import Tensor
 
 from combinations import covering, every
 from devices import HAS_KERNELS, device_of
-from largemargin import LargeMarginCrossEntropyLoss, crammer_singer_hinge, hard_margin_softplus, large_margin_cross_entropy, row_stats
+from largemargin import (
+    LargeMarginCrossEntropyLoss,
+    crammer_singer_hinge,
+    focal_cross_entropy,
+    hard_margin_softplus,
+    large_margin_cross_entropy,
+    row_stats,
+)
 from largemargin.backends import cpu, ladder
 from largemargin.loss import HingeOptions
 from largemargin.rows import whole
@@ -483,6 +490,21 @@ def test_every_pass_is_the_gradient_of_its_own_upstream(kernel, dtype, rng):
             assert_within(gradient, unit.double() * factor, abs(factor) * unit.abs().double().max() + 1e-30, 2, dtype)
 
 
+@every("dtype", DTYPES)
+@every("shape", [(20, 33), (20, 100), (6, 1000), (4, 5, 3), (3, 1)])
+def test_every_pass_through_the_statistics_has_the_same_gradient(kernel, shape, dtype, rng):
+    input = logits(shape, rng, dtype)
+    input[0, 0] = -torch.inf
+    problem = Problem(input, rng, kernel)
+    leaf = problem.leaf()
+    upstream = [torch.randn(problem.target.shape, generator=rng).to(leaf.device) for _ in range(5)]
+    stats = row_stats(leaf, problem.target, backend=kernel)
+    first = torch.autograd.grad(stats[:5], leaf, upstream, retain_graph=True)[0]
+    held = first.clone()
+    (second,) = torch.autograd.grad(stats[:5], leaf, upstream)
+    assert same_bits(first, held) and same_bits(second, first)
+
+
 @every("donate", [False, True])
 @every("soft", [False, True])
 def test_a_scaled_loss_keeps_the_small_gradients_of_float16(kernel, soft, donate, rng):
@@ -589,19 +611,20 @@ def test_saved_tensors_may_come_back_changed(kernel, rng):
         assert_within(gradient, expected.double(), 2.0, 2, torch.bfloat16)
 
 
-def test_checkpointing_keeps_nothing_of_the_size_of_the_logits(rng):
+@every("loss", [large_margin_cross_entropy, focal_cross_entropy])  # by the kernel of the loss, and by the statistics
+def test_checkpointing_keeps_nothing_of_the_size_of_the_logits(loss, rng):
     skip_unless_available("cpu")
     features, layer = torch.randn(64, 8, generator=rng), torch.nn.Linear(8, 5000)
     target = torch.randint(5000, (64,), generator=rng)
 
     def criterion(x: Tensor) -> Tensor:
-        return large_margin_cross_entropy(layer(x), target)
+        return loss(layer(x), target)
 
     with torch.profiler.profile(profile_memory=True) as profiler:
-        loss = torch.utils.checkpoint.checkpoint(criterion, features, use_reentrant=False)
+        found = torch.utils.checkpoint.checkpoint(criterion, features, use_reentrant=False)
     held = sum(event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
     assert held < 64 * 5000 * 4 / 2
-    (gradient,) = torch.autograd.grad(loss, layer.weight)
+    (gradient,) = torch.autograd.grad(found, layer.weight)
     assert same_bits(gradient, torch.autograd.grad(criterion(features), layer.weight)[0])
 
 

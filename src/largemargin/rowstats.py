@@ -72,6 +72,7 @@ class Softmax(NamedTuple):
 
     state: Tensor  # (3, ...): m, S and E_q[z], of all non-targets
     num_nontargets: Tensor  # K
+    exp_z: Tensor | None = None  # (..., C): e^z of each class, where a kernel has kept it
 
     @classmethod
     def of(cls, record: Record) -> "Softmax":

@@ -53,7 +53,7 @@ struct Job {
     int64_t outer, inner, num_classes;
     int64_t logits_strides[3], gradient_strides[3];
     const void* logits;
-    void* gradient;         // null: no gradient; may be the logits themselves
+    void* gradient;         // null: no gradient; may be the logits themselves; statistics write e^z to it
     const int64_t* target;  // one per row; statistics also take -1, ignored, and -2, a class of the row that is not here
     int64_t ignore_index;
     int32_t dtype, num_threads;
@@ -80,7 +80,8 @@ struct Job {
     int32_t kind;              // the result wanted
 };
 
-enum Kind { STATISTICS = 0, STATISTICS_GRADIENT = 1, LOSS = 2, PREDICTIONS = 3 };  // predictions have statistics too
+// predictions have statistics too; KEPT_GRADIENT is that of statistics, whose e^z it finds in the gradient's memory
+enum Kind { STATISTICS = 0, STATISTICS_GRADIENT = 1, LOSS = 2, PREDICTIONS = 3, KEPT_GRADIENT = 4 };
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, FLOAT64 = 3 };
 enum Divergence { SYMMETRIC = 0, KL_QU = 1, KL_UQ = 2, HARD_MARGIN = 3, HINGE = 4 };  // the last two have no divergence
 
@@ -683,6 +684,7 @@ void resume(const Job& job, Rows& rows) {
         rows.g_a[p] = g[2] - g[4];
         rows.dense[p] = 0.0f;
         rows.at_max[p] = g[3];
+        rows.plain[p] = 0;
         rows.live[p] = rows.y[p] != kIgnored && count > 0;
         rows.on_target[p] = rows.y[p] != kIgnored ? g[0] * (count > 0 ? 1.0f : 0.0f) : 0.0f;  // NaN stays NaN
     }
@@ -802,7 +804,10 @@ void scatter_row(const Rows& rows, int64_t p, const T* f, const real* w, int64_t
     if (rest > 0) {
         T some[kLanes] = {}, values[kLanes];
         std::memcpy(some, f + whole, static_cast<size_t>(rest) * sizeof(T));
-        scatter(rows, p, some, exp_z ? exp_z + whole : nullptr, w ? w + whole : nullptr, kLanes, values);
+        real exp_some[kLanes] = {};  // e^z in the gradient's memory ends with the row
+        const bool kept = static_cast<const void*>(exp_z) == gradient;
+        if (kept) std::memcpy(exp_some, exp_z + whole, static_cast<size_t>(rest) * sizeof(real));
+        scatter(rows, p, some, kept ? exp_some : exp_z ? exp_z + whole : nullptr, w ? w + whole : nullptr, kLanes, values);
         std::memcpy(gradient + whole, values, static_cast<size_t>(rest) * sizeof(T));
     }
     if (rows.at_max[p] != 0.0f) {  // the first class with the maximum gets the gradient of rho
@@ -974,7 +979,7 @@ template <class T>
 double run_rows(const Job& job, const Options& options, double upstream, Rows& rows, Scratch& scratch, const T* logits, T* gradient) {
     const int64_t num_classes = job.num_classes;
     const real* w = options.weighted_smoothing ? scratch.weight : nullptr;
-    const bool gather = job.kind != STATISTICS_GRADIENT;
+    const bool gather = job.kind != STATISTICS_GRADIENT && job.kind != KEPT_GRADIENT;
     double sum = 0;
     if (options.has_rivals) {
         find_rivals(logits, num_classes, rows);
@@ -987,8 +992,13 @@ double run_rows(const Job& job, const Options& options, double upstream, Rows& r
         resume(job, rows);
     }
     for (int64_t p = 0; gradient && p < rows.size; ++p) {
-        const real* exp_z = gather ? scratch.exp_z + p * padded(num_classes) : nullptr;
-        scatter_row(rows, p, logits + rows.offset[p], w, num_classes, exp_z, gradient + rows.gradient_offset[p]);
+        T* to = gradient + rows.gradient_offset[p];
+        const real* exp_z = gather ? scratch.exp_z + p * padded(num_classes) : job.kind == KEPT_GRADIENT ? reinterpret_cast<real*>(to) : nullptr;
+        if (job.kind == STATISTICS) {
+            if (rows.y[p] != kIgnored) copy_row(exp_z, num_classes, to);
+            continue;
+        }
+        scatter_row(rows, p, logits + rows.offset[p], w, num_classes, exp_z, to);
         if (options.has_rivals && rows.rival[p] >= 0) store(gradient + rows.gradient_offset[p] + rows.rival[p], -rows.on_target[p]);
     }
     return sum;
@@ -1578,7 +1588,7 @@ template <class T>
 int64_t run(const Job& job) {
     const int64_t num_rows = job.outer * job.inner, num_classes = job.num_classes;
     const bool soft = job.probabilities != nullptr;
-    const bool takes_elsewhere = job.kind == STATISTICS || job.kind == STATISTICS_GRADIENT;
+    const bool takes_elsewhere = job.kind != LOSS && job.kind != PREDICTIONS;
     double total_weight = soft ? static_cast<double>(num_rows) : 0;
     for (int64_t row = 0; !soft && row < num_rows; ++row) {
         const int64_t y = job.target[row];

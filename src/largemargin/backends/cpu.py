@@ -75,7 +75,7 @@ class _LossJob(NamedTuple):
 
 
 _NO_STATISTICS, _NO_PROBABILITIES, _NO_LOSS = _StatisticsJob(), _ProbabilitiesJob(), _LossJob()
-_STATISTICS, _STATISTICS_GRADIENT, _LOSS, _PREDICTIONS = range(4)  # kinds of a job
+_STATISTICS, _STATISTICS_GRADIENT, _LOSS, _PREDICTIONS, _KEPT_GRADIENT = range(5)  # kinds of a job
 
 
 def _codes(job: type) -> dict[str, str]:
@@ -205,13 +205,14 @@ def _run(
                 to.copy_(of)
 
 
-def row_stats(logits: Tensor, target: Tensor) -> tuple[RowStats, Softmax]:
-    shape, dtype = logits.shape[:-1], accumulation_dtype(logits.dtype)
-    log_odds = torch.empty(shape, dtype=dtype, device="cpu")
-    # empty_like takes half the time of empty(shape); views of one tensor could not be written in place
+def row_stats(logits: Tensor, target: Tensor, keep_exp: bool = False) -> tuple[RowStats, Softmax]:
+    dtype = accumulation_dtype(logits.dtype)
+    # empty_like and new_empty take half the time of empty; views of one tensor could not be written in place
+    log_odds = torch.empty_like(target, dtype=dtype, memory_format=torch.contiguous_format)
     stats = RowStats(log_odds, *[torch.empty_like(log_odds) for _ in RowStats._fields[1:]])
-    softmax = Softmax(torch.empty((3, *shape), dtype=dtype, device="cpu"), stats.num_nontargets)
-    _run(_STATISTICS, logits, target, -1, None, statistics=_StatisticsJob(*map(_address, (*stats, softmax.state))))
+    kept = torch.empty_like(logits) if keep_exp and logits.dtype is dtype and logits.is_contiguous() else None  # half precision would round
+    softmax = Softmax(log_odds.new_empty((3, *log_odds.shape)), stats.num_nontargets, kept)
+    _run(_STATISTICS, logits, target, -1, kept, statistics=_StatisticsJob(*map(_address, (*stats, softmax.state))))
     return stats, softmax
 
 
@@ -231,25 +232,20 @@ def record(logits: Tensor, target: Tensor) -> Record:
 def row_stats_backward(logits: Tensor, target: Tensor, softmax: Softmax, cotangents: Cotangents, gradient: Tensor | None = None) -> Tensor:
     if gradient is not None and gradient.dtype != logits.dtype:
         return gradient.copy_(row_stats_backward(logits, target, softmax, cotangents))
-    if gradient is None:
-        gradient = torch.empty_like(logits)
     dtype = accumulation_dtype(logits.dtype)
     if any(x is not None and x.dtype != dtype for x in (*softmax, *cotangents)):  # hooks on saved tensors may have changed the logits
-        softmax = Softmax(*(x.to(dtype) for x in softmax))
+        softmax = Softmax(softmax.state.to(dtype), softmax.num_nontargets.to(dtype))
         cotangents = Cotangents(*(None if g is None else g.to(dtype) for g in cotangents))
+    kind = _STATISTICS_GRADIENT
+    if gradient is None and softmax.exp_z is not None:
+        kind, gradient = _KEPT_GRADIENT, softmax.exp_z
+    elif gradient is None:
+        gradient = torch.empty_like(logits)
     state, num_nontargets = softmax.state.contiguous(), softmax.num_nontargets.contiguous()
     upstream = [None if g is None else g.contiguous() for g in cotangents]  # keeps these tensors alive during the call
-    of_l, of_e, of_a, of_rho, of_spread = map(_address, upstream)
-    statistics = _StatisticsJob(
-        num_nontargets=num_nontargets.data_ptr(),
-        state=state.data_ptr(),
-        log_odds_grad=of_l,
-        neg_entropy_grad=of_e,
-        mean_log_q_grad=of_a,
-        rho_grad=of_rho,
-        spread_grad=of_spread,
-    )
-    _run(_STATISTICS_GRADIENT, logits, target, -1, gradient, statistics=statistics)
+    addresses = num_nontargets.data_ptr(), state.data_ptr(), *map(_address, upstream)
+    statistics = _StatisticsJob(0, 0, 0, 0, 0, *addresses)  # by position: names take a microsecond in every call
+    _run(kind, logits, target, -1, gradient, statistics=statistics)
     return gradient
 
 

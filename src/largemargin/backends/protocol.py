@@ -85,8 +85,11 @@ class Backend(Protocol):
     def describe(self) -> str:
         """The version in use, in a few words."""
 
-    def row_stats(self, logits: Tensor, target: Tensor) -> tuple[RowStats, Softmax]:
-        """The statistics of ``logits`` (..., C) about ``target`` (...), an index or IGNORED, and the softmax that their gradient needs."""
+    def row_stats(self, logits: Tensor, target: Tensor, keep_exp: bool = False) -> tuple[RowStats, Softmax]:
+        """The statistics of ``logits`` (..., C) about ``target`` (...), an index or IGNORED, and the softmax that their gradient needs.
+
+        With ``keep_exp`` the softmax may have ``exp_z``, so that the gradient needs no exponentials of its own.
+        """
 
     def record(self, logits: Tensor, target: Tensor) -> Record:
         """The sums over the non-targets of ``logits`` (..., C); ``target`` (...) is an index, IGNORED or ELSEWHERE."""
@@ -96,7 +99,8 @@ class Backend(Protocol):
     ) -> Tensor:
         """The gradient with respect to ``logits``. If these are only some classes of a row, ``softmax`` is over the whole row.
 
-        It is written to ``gradient`` if given, which may be ``logits`` itself unless rho has a cotangent.
+        It is written to ``gradient`` if given, which may be ``logits`` itself unless rho has a cotangent. Otherwise it may overwrite
+        ``softmax.exp_z``.
         """
 
     @property

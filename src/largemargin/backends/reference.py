@@ -21,7 +21,7 @@ def describe() -> str:
     return f"torch {torch.__version__}"
 
 
-def row_stats(logits: Tensor, target: Tensor) -> tuple[RowStats, Softmax]:
+def row_stats(logits: Tensor, target: Tensor, keep_exp: bool = False) -> tuple[RowStats, Softmax]:
     return rowstats.row_stats(logits, target), Softmax.of(record(logits, target))
 
 

@@ -624,7 +624,7 @@ def _on_device(tensor: Tensor) -> Any:
     return torch.get_device_module(tensor.device).device(tensor.device) if tensor.device.type != "cpu" else nullcontext()
 
 
-def row_stats(logits: Tensor, target: Tensor) -> tuple[RowStats, Softmax]:
+def row_stats(logits: Tensor, target: Tensor, keep_exp: bool = False) -> tuple[RowStats, Softmax]:
     shape = logits.shape[:-1]
     stats = RowStats(*(torch.empty(shape, dtype=torch.float32, device=logits.device) for _ in RowStats._fields))
     softmax = Softmax(torch.empty((3, *shape), dtype=torch.float32, device=logits.device), stats.num_nontargets)

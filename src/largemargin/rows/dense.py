@@ -135,27 +135,29 @@ class _RowStatsWithJvp(_RowStats):
 class _RowStatsByKernels(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, backend: Backend) -> tuple[Tensor, ...]:
-        stats, softmax = backend.row_stats(logits, target)
-        ctx.backend = backend
-        ctx.save_for_backward(logits, target, *softmax)
+        keep_exp = ctx.needs_input_grad[0] and not _torch.has_saved_tensor_hooks()
+        stats, softmax = backend.row_stats(logits, target, keep_exp)
+        ctx.backend, ctx.exp_z = backend, softmax.exp_z
+        ctx.save_for_backward(logits, target, softmax.state, softmax.num_nontargets)
         ctx.mark_non_differentiable(stats.num_nontargets)
         ctx.set_materialize_grads(False)
         return tuple(stats)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None]:
-        logits, target, *saved = ctx.saved_tensors
-        softmax, cotangents = Softmax(*saved), Cotangents(*grads[:-1])
+        logits, target, state, num_nontargets = ctx.saved_tensors
+        cotangents = Cotangents(*grads[:-1])
         plain = all(g is None or _torch.is_plain_gradient(g) for g in cotangents)
         # hooks on saved tensors may return other tensors
         kept = (
             _torch.is_plain(logits)
             and logits.dtype in ctx.backend.DTYPES
-            and all(x.dtype == rowstats.accumulation_dtype(logits.dtype) for x in softmax)
+            and state.dtype == num_nontargets.dtype == rowstats.accumulation_dtype(logits.dtype)
         )
         if not (plain and kept):
             return rowstats.row_stats_vjp(logits, target, cotangents), None, None
-        return ctx.backend.row_stats_backward(logits, target, softmax, cotangents), None, None
+        exp_z, ctx.exp_z = ctx.exp_z, None  # the gradient overwrites it; a second pass computes it again
+        return ctx.backend.row_stats_backward(logits, target, Softmax(state, num_nontargets, exp_z), cotangents), None, None
 
 
 _apply_kernels = _torch.direct_apply(_RowStatsByKernels)
