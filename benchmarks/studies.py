@@ -16,9 +16,9 @@ OF_LOGITS = (
 )
 FAST = "--recipe.precision bfloat16 --recipe.channels_last true --recipe.evaluate_every 100"
 SHORT = f"--recipe.batch_size 32 --recipe.schedule cosine {FAST}"
-LAYER13 = f"--data cifar100 --network layer13 --recipe.width 0.25 --recipe.learning_rate 0.05 {SHORT}"
-HUMAN = f"{LAYER13} --train-fraction 0.025 --epochs 35 --recipe.crop_padding 0"
-VGG = f"--image-size 64 --network vgg16_mod --recipe.width 0.125 --epochs 40 --recipe.learning_rate 0.004 --recipe.crop_padding 0 {SHORT}"
+LAYER13 = f"--data cifar100 --network layer13 --recipe.width 0.125 --recipe.batch_size 64 --recipe.schedule cosine {FAST}"
+HUMAN = f"{LAYER13} --train-fraction 0.1 --epochs 20 --recipe.crop_padding 0"
+VGG = f"--image-size 64 --network vgg16_mod --recipe.width 0.125 --epochs 30 --recipe.learning_rate 0.004 --recipe.crop_padding 0 {SHORT}"
 WRN = f"--network wrn28_10 --recipe.width 0.1 {SHORT}"
 
 STUDIES = {  # by name: the options of each command by the folder of its runs
@@ -34,7 +34,7 @@ STUDIES = {  # by name: the options of each command by the folder of its runs
     "svhn": {"svhn-part": f"--data svhn --unverified --train-fraction 0.4 --epochs 15 {WRN}"},
     "imagenet": {"imagenet-part": f"--data data/tiny-imagenet-25 --train-fraction 0.1 {VGG}"},
     "places": {"places-part": f"--data data/miniplaces-20 {VGG}"},
-    "cifar100": {"cifar100-part": f"{LAYER13} --train-fraction 0.03 --epochs 30"},
+    "cifar100": {"cifar100-part": f"{LAYER13} --train-fraction 0.1 --epochs 20"},
     "human-losses": {"human-noise-losses": f"{HUMAN} --label-noise human --seeds 0 1 2 --losses {OF_LOGITS}"},
 }
 
