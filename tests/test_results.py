@@ -248,6 +248,7 @@ TABLES = {
     rows_of_50_epochs: PAGE,
     rows_of_few_images: PAGE,
     rows_of_the_losses_on_digits: PAGE,
+    rows_of_human_noise: PAGE,
 }
 
 
