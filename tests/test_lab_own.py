@@ -25,12 +25,12 @@ import largemargin
 from combinations import every
 from largemargin import lab
 from largemargin.lab import cli
-from largemargin.lab.commands import own
+from largemargin.lab.commands import comparing, own
 from largemargin.lab.commands.comparing import summarised
 from largemargin.lab.comparison.folder import write_marker
 from largemargin.lab.comparison.own import OwnComparison
 from largemargin.lab.comparison.table import as_json
-from largemargin.lab.errors import LabError
+from largemargin.lab.errors import LabError, RunFailed
 from largemargin.lab.predictions import Predictions
 from largemargin.lab.results import TrialRecord, result_of
 from largemargin.lab.run.methods import METHODS
@@ -596,6 +596,56 @@ def test_what_goes_wrong_in_a_run_is_told_and_the_others_go_on(tmp_path):
     assert "3 of 7 runs are finished" in found["text"] and "hangs-seed0" in found["text"]
     (place,) = (tmp_path / "out").glob("runs/hangs*/error.txt")
     assert "in train" in place.read_text()  # where it hung
+
+
+def test_where_every_run_fails_there_is_a_result_without_a_table(tmp_path):
+    def returns_nothing(run):
+        return None
+
+    result = compare(tmp_path, returns_nothing, losses=["softmax", "large_margin"], seeds=[0])
+    assert [name.partition("-")[0] for name in result.failures] == ["softmax", "large_margin"]
+    assert (result.table, result.rows, result.report) == ([], (), None)
+    (line,) = str(result).splitlines()
+    assert line.startswith("No run of returns_nothing finished, so there is no table; 2 runs failed: ")
+    assert "2 runs failed: train returned nothing" in line and "softmax-seed0" in line and "error.txt" in line
+    assert "train returned nothing" in result._repr_html_() and "<table" not in result._repr_html_()
+
+
+@pytest.fixture
+def fails(monkeypatch):
+    """Let every run that is not finished fail, each for a reason of its own."""
+
+    def run_all(recipes, runs, jobs, *_, **__):
+        failed = [one for one in recipes if result_of(one, runs) is None]
+        if failed:
+            raise RunFailed("runs could not be done", {one.id: f"ValueError: {one.loss}" for one in failed})
+
+    monkeypatch.setattr(comparing, "run_with_progress", run_all)
+
+
+def test_reasons_that_differ_have_a_line_each(fails, tmp_path):
+    result = compare(tmp_path)
+    first, *others = str(result).splitlines()
+    assert first == "No run of train finished, so there is no table; 6 runs failed:"
+    assert [line.partition(" (")[0] for line in others] == ["3 runs: ValueError: softmax", "3 runs: ValueError: large_margin"]
+    assert len(result.failures) == 6
+
+
+def test_failures_are_told_where_the_minutes_ran_out_too(fails, tmp_path):
+    assert len(compare(tmp_path, minutes=5.0).failures) == 6
+
+
+def test_the_command_tells_that_every_run_failed_and_ends_with_1(fails, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop_that_fails.py").write_text("def train(run):\n    return None\n")
+    words = ["compare", "--train", "loop_that_fails:train", "--losses", "softmax", "--seeds", "0", "1", "--out", "out", "--device", "cpu"]
+    assert cli.main(words) == 1
+    printed = capsys.readouterr()
+    assert "No run of train finished" in printed.out
+    assert printed.err == "largemargin: no run could be done; the same command tries them again.\n"
+    assert cli.main([*words, "--json"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert document["rows"] == [] and document["runs"] == {"finished": 0, "planned": 2}
 
 
 def carrying(value):

@@ -241,6 +241,16 @@ def test_runs_are_spread_over_the_gpus(tmp_path, monkeypatch):
     assert local.gpus_of("cuda:1") == [] and local.least_used(["3"], []) is None
 
 
+def test_a_reason_is_one_line_and_its_whole_text_is_in_the_folder(tmp_path):
+    with pytest.raises(LabError) as caught:
+        run(tmp_path, "says_much", RECIPES[:1])
+    (reason,) = caught.value.reasons.values()
+    assert reason.startswith("ValueError: the first line and the second line word word") and len(reason) <= 400 and "\n" not in reason
+    assert "the first line\n and the second line" in (tmp_path / RECIPES[0].id / "error.txt").read_text()
+    with pytest.raises(LabError, match=r"1 of 1 run could not be done: --lam 3: mend it \(whole text"):
+        run(tmp_path, "refuses", RECIPES[:1])
+
+
 def test_an_unknown_executor_is_refused(tmp_path):
     with pytest.raises(LabError, match="--executor nosuch"):
         run_all(RECIPES, tmp_path, 1, lambda *_: None, "nosuch")

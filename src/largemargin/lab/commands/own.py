@@ -2,11 +2,9 @@
 
 import importlib
 import inspect
-import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +12,10 @@ from rich.console import Console
 
 from ..arguments.options import given_fields, path_of, plain
 from ..arguments.parsers import compare_parser
-from ..comparison import table
-from ..comparison.folder import check_folder, device_of, finished_records, reopen, write_marker
+from ..comparison.folder import check_folder, device_of, reopen, write_marker
 from ..comparison.own import OwnComparison
 from ..comparison.plan import AUTO
-from ..comparison.recommendation import advice
-from ..comparison.table import Row, cells, columns_of, remarks
-from ..errors import LabError, NotDone, RunFailed
-from ..pages import page
+from ..errors import LabError, RunFailed
 from ..queue.attempt import inside
 from ..queue.budget import Budget, nothing_known
 from ..queue.runs import default_jobs
@@ -33,34 +27,13 @@ from ..trial.losses import Given, given_losses
 from ..trial.work import WORK, Sent
 from ..words import counted
 from .comparing import as_json as comparison_as_json
-from .comparing import do_runs, print_and_write, say_if_other
+from .comparing import do_runs, say_if_other
 from .progress import given_jobs
+from .result import Result, result_of_runs
 from .screen import Screen, print_json
 from .seeds import seeds_of
 
 MANY_BYTES = 200 * 10**6  # that travel to each process
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a comparison found: ``print`` it, or let a notebook show it."""
-
-    rows: Sequence[Row]
-    report: Path  # the page with figures
-    failures: Mapping[str, str]  # why runs could not be done, by their names
-    text: str
-    html: str
-
-    def __str__(self) -> str:
-        return self.text
-
-    def _repr_html_(self) -> str:
-        return self.html
-
-    @property
-    def table(self) -> list[dict[str, Any]]:
-        """The rows as dictionaries of plain numbers, with their verdicts."""
-        return [table.as_json(row) for row in self.rows]
 
 
 OPTIONS_OF_IMAGES = (
@@ -101,6 +74,8 @@ def run(options: Any, console: Console) -> None:
         print_json(comparison_as_json(reopen(out), found.rows, out))
     else:
         console.print(found.text, markup=False, highlight=False, soft_wrap=True, end="")
+    if found.failures and not found.rows:
+        raise RunFailed("no run could be done; the same command tries them again.")
     if found.failures:
         raise RunFailed(f"{counted(len(found.failures), 'run')} could not be done. The others are kept; the same command goes on.")
 
@@ -246,27 +221,6 @@ def planned_trials(comparison: OwnComparison) -> list[Any]:
     tried = [(loss, lam) for loss in comparison.losses for lam in (comparison.lam if comparison.has_lam(loss) else comparison.lam[:1])]
     final = [comparison.planned(loss, seed, noise, lam=lam) for seed in comparison.seeds for loss, lam in tried]
     return [*comparison.validating_recipes(), *final]
-
-
-def result_of_runs(comparison: OwnComparison, out: Path, failed: Sequence[NotDone]) -> Result:
-    """The tables, the report and what failed."""
-    screen = Screen(file=io.StringIO(), width=140, emoji=False, force_jupyter=False)
-    rows = print_and_write(comparison, out, screen, failed=failed)
-    reasons = {name: reason for error in failed for name, reason in error.reasons.items()}
-    said = [f"{name} failed and is left out: {reason} ({out / 'runs' / name / 'error.txt'})" for name, reason in reasons.items()]
-    report = out / "report.html"
-    for line in [*said, f"{report}  the same with figures; results.csv has a line for each run, runs/ a record"]:
-        screen.print(line, markup=False, highlight=False, soft_wrap=True)
-    html = page(
-        "result.html.j2",
-        columns=columns_of(rows),
-        rows=[cells(row, rows) for row in rows],
-        judged=[row.judged for row in rows if row.judged is not None],
-        sentences=[*remarks(finished_records(comparison, out)[1]), *advice(rows), *said],
-        report=report,
-    )
-    assert isinstance(screen.file, io.StringIO)
-    return Result(rows, report, reasons, screen.file.getvalue(), html)
 
 
 def imported(name: str) -> Callable[..., Any]:

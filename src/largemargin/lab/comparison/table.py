@@ -161,6 +161,8 @@ def score_text(row: Row) -> str:
 
 def remarks(records: Sequence[Record]) -> list[str]:
     """What explains a table that says less than was hoped for."""
+    if not records:
+        return []
     losses = dict.fromkeys(record.recipe.loss for record in records)
     sentences = []
     if BASELINE not in losses:
