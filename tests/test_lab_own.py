@@ -225,6 +225,11 @@ def test_several_lam_need_a_function_that_holds_out(tmp_path):
 # losses
 
 
+class OfClasses(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+
+
 @every(
     "case",
     [
@@ -234,6 +239,12 @@ def test_several_lam_need_a_function_that_holds_out(tmp_path):
         (["softmax", "softmax"], 'two have the name "softmax"'),
         (["softmax", ("softmax", nn.CrossEntropyLoss)], 'two have the name "softmax"'),
         ([("mine", 3)], "each loss is a word"),
+        (
+            [("mine", nn.MultiMarginLoss())],
+            r'the loss "mine" is a module, MultiMarginLoss.*write \("mine", lambda: MultiMarginLoss\(\.\.\.\)\)',
+        ),
+        ([("mine", nn.functional.cross_entropy)], r'"mine" is called without arguments.*write \("mine", lambda: cross_entropy\)'),
+        ([("mine", OfClasses)], r'"mine" is called without arguments.*write \("mine", lambda: OfClasses\(\.\.\.\)\)'),
         ([3], "losses has 3; each loss is a word"),
         ([{"lam": 1.0}], 'a dictionary of losses needs "loss"'),
         ([{"loss": "softmax", "lam": 1.0}], "lam is not a setting of softmax, which has none"),
@@ -243,8 +254,16 @@ def test_several_lam_need_a_function_that_holds_out(tmp_path):
 )
 def test_what_is_no_loss_is_refused_in_one_sentence(case):
     losses, said = case
-    with pytest.raises(LabError, match=said):
+    with pytest.raises(LabError, match=said) as caught:
         given_losses(losses)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "make", [nn.MultiMarginLoss, lambda: nn.functional.cross_entropy, functools.partial(nn.CrossEntropyLoss, label_smoothing=0.1), dict]
+)
+def test_what_can_be_called_without_arguments_may_make_a_loss(make):
+    assert given_losses([("mine", make)])[0].factory is make
 
 
 def test_settings_name_a_row_and_its_run():
@@ -345,6 +364,12 @@ def test_a_changed_source_is_refused_and_reuse_takes_it(finished):
     before = {path: path.read_bytes() for path in finished.glob("runs/*/result.json")}
     assert len(compare(finished, changed, reuse=True).rows) == 2
     assert {path: path.read_bytes() for path in finished.glob("runs/*/result.json")} == before
+
+
+def test_one_run_of_another_source_was_done(tmp_path):
+    finish(tmp_path, losses=["softmax"], seeds=[0])
+    with pytest.raises(LabError, match=r"has changed since 1 run of .* was done \("):
+        compare(tmp_path, lambda run: {"error": 1.0}, losses=["softmax"], seeds=[0])
 
 
 def test_lam_is_chosen_by_what_was_held_out(tmp_path):
@@ -569,6 +594,7 @@ def train(run):
     if run.name == "dies":
         os._exit(7)
     if run.name == "hangs":
+        print("an attempt", flush=True)
         while True:
             time.sleep(0.01)
     if run.name == "forks" and os.fork() == 0:
@@ -596,6 +622,7 @@ def test_what_goes_wrong_in_a_run_is_told_and_the_others_go_on(tmp_path):
     assert "3 of 7 runs are finished" in found["text"] and "hangs-seed0" in found["text"]
     (place,) = (tmp_path / "out").glob("runs/hangs*/error.txt")
     assert "in train" in place.read_text()  # where it hung
+    assert (place.parent / "log.txt").read_text().count("an attempt") == 1  # a second would take as long again
 
 
 def test_where_every_run_fails_there_is_a_result_without_a_table(tmp_path):

@@ -208,9 +208,10 @@ def refuse_other_source(comparison: OwnComparison, runs: Path, digests: Mapping[
     found = [(trial, result_of(trial, runs)) for trial in planned_trials(comparison)]
     other = [trial for trial, record in found if record is not None and record.digest != digests[trial.loss]]
     if other:
+        were, them = ("was", "it") if len(other) == 1 else ("were", "them")
         raise LabError(
-            f"the source of {comparison.function}, or of a loss, has changed since {counted(len(other), 'run')} of {runs} were done "
-            f"({'; '.join(map(text_of, other[:3]))}{'; ...' if len(other) > 3 else ''}): give reuse=True (--reuse) to keep them, or "
+            f"the source of {comparison.function}, or of a loss, has changed since {counted(len(other), 'run')} of {runs} {were} done "
+            f"({'; '.join(map(text_of, other[:3]))}{'; ...' if len(other) > 3 else ''}): give reuse=True (--reuse) to keep {them}, or "
             "another out to begin anew"
         )
 
