@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from largemargin.lab.errors import LabError
+from largemargin.lab.errors import LabError, NotDone
 from largemargin.lab.queue import local
 from largemargin.lab.queue import runs as queue
 from largemargin.lab.queue.attempt import Job, Outcome, printed_into
@@ -242,7 +242,7 @@ def test_runs_are_spread_over_the_gpus(tmp_path, monkeypatch):
 
 
 def test_a_reason_is_one_line_and_its_whole_text_is_in_the_folder(tmp_path):
-    with pytest.raises(LabError) as caught:
+    with pytest.raises(NotDone) as caught:
         run(tmp_path, "says_much", RECIPES[:1])
     (reason,) = caught.value.reasons.values()
     assert reason.startswith("ValueError: the first line and the second line word word") and len(reason) <= 400 and "\n" not in reason

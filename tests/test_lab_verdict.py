@@ -186,6 +186,77 @@ def test_equal_sizes_share_ranks_and_zeros_count_for_neither_side():
     assert abs(stats.signed_ranks([0.91 - 0.89, 0.71 - 0.73, 0.5 - 0.45])).tolist() == [1.5, 1.5, 3]  # 0.02 twice, however they round
 
 
+OWN = "loss,lam,seed,test_error,test_rho,seconds,diverged"
+OWN_ROWS = [
+    f"{loss},{'' if loss == 'softmax' else 0.3},{seed},{error},{0.1 * seed},12.5,"
+    for loss, errors in (("softmax", [9.0, 9.4, 9.1, 9.9]), ("large_margin", [8.1, 8.4, 8.3, 8.8]))
+    for seed, error in enumerate(errors)
+]
+OF_IMAGES = (
+    "data,network,loss,lam,label_noise,noise_kind,long_tail,train_fraction,seed,epochs,test_error,test_nll,train_error,seconds,diverged"
+)
+
+
+def of_images(noise=0.0, data="cifar10"):
+    return [
+        f"{data},small,{loss},,{noise},symmetric,1,1,{seed},3,{error + seed % 3 / 10},{0.4 + seed % 2 / 50},0.1,8.1,"
+        for loss, error in (("softmax", 9.0), ("large_margin", 8.0))
+        for seed in range(4)
+    ]
+
+
+def test_the_results_of_a_comparison_are_read_as_they_are(judged):
+    document, said = judged(csv_of(OWN_ROWS, OWN))
+    assert list(document["metrics"]) == ["test_error"] and verdicts(document) == {("test_error", "", "large_margin"): "better"}
+    assert "its loss is the method, and test_error is judged; --metrics names others (test_rho)" in said
+    expected = stats.paired(np.subtract([8.1, 8.4, 8.3, 8.8], [9.0, 9.4, 9.1, 9.9]))
+    assert document["rows"][1]["judged"]["adjusted_p"] == pytest.approx(expected.p)
+    both, said = judged(csv_of(OWN_ROWS, OWN), "--metrics", "test_error", "test_rho")
+    assert both["metrics"] == {"test_error": "lower is better", "test_rho": "lower is better"} and "is the method" not in said
+
+
+def test_the_results_of_images_are_of_their_data_set(judged):
+    document, _ = judged(csv_of([*of_images(), *of_images(data="svhn")], OF_IMAGES))
+    assert {row["data_set"] for row in document["rows"]} == {"cifar10", "svhn"} and list(document["metrics"]) == ["test_error"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "header", "says"),
+    [
+        ([*OWN_ROWS[:-1], OWN_ROWS[-1] + "its numbers are not finite"], OWN, "line 9: this run diverged (its numbers are not finite)"),
+        ([*of_images(), *of_images(0.2)], OF_IMAGES, "column label_noise: it has 0.0 and 0.2; keep the rows of one share of label noise"),
+        ([row.replace(",12.5,", ",12.5") for row in OWN_ROWS], OWN.replace(",diverged", ""), "expected one column method"),
+    ],
+)
+def test_results_that_are_no_scores_are_refused(refused, rows, header, says):
+    assert says in refused(csv_of(rows, header))
+
+
+def test_a_file_with_a_method_may_have_a_metric_of_any_name(judged):
+    document, _ = judged(
+        csv_of([f"{row},1,2,3" for row in rows_of(softmax=SOFTMAX, margin=MARGIN)], "method,seed,loss,seconds,test_a,diverged")
+    )
+    assert list(document["metrics"]) == ["loss", "seconds", "test_a", "diverged"]
+
+
+def written_by_compare(tmp_path):
+    from largemargin.lab.comparison.table import results_csv
+    from largemargin.lab.results import TrialRecord
+    from largemargin.lab.trial.trial import Trial
+
+    records = [
+        TrialRecord(Trial(loss, seed, word=loss), {"f1": 0.5 + 0.1 * (loss == "large_margin") + 0.01 * seed, "loss": 1.0}, seconds=1.0)
+        for loss in ("softmax", "large_margin")
+        for seed in range(3)
+    ]
+    return results_csv(records)
+
+
+def test_the_command_reads_what_a_comparison_writes(judged, tmp_path):
+    document, _ = judged(written_by_compare(tmp_path))
+    assert document["metrics"] == {"test_f1": "higher is better"} and [row["n"] for row in document["rows"]] == [3, 3]
+
+
 GOOD = rows_of(softmax=SOFTMAX, margin=MARGIN)
 
 
@@ -258,6 +329,35 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
     assert cli.main(["verdict", str(tmp_path / "scores.csv"), "--baseline", "softmax", "--out", str(out)]) == 2
     assert "holds files that are not of a verdict" in capsys.readouterr().err
     assert (out / "report.html").read_text() == "mine"
+
+
+def test_a_verdict_takes_the_place_of_an_earlier_one_and_says_so(tmp_path, capsys):
+    out = tmp_path / "out"
+    for name, rows in (("first", GOOD), ("second", rows_of(softmax=SOFTMAX, smooth=SMOOTH))):
+        (tmp_path / f"{name}.csv").write_text(csv_of(rows))
+
+    def of(name):
+        assert cli.main(["verdict", str(tmp_path / f"{name}.csv"), "--baseline", "softmax", "--out", str(out)]) == 0
+        return capsys.readouterr().out
+
+    assert "this one replaces it" not in of("first")
+    (out / "notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    assert "this one replaces it" not in of("first") and {path: path.read_bytes() for path in out.iterdir()} == before
+    assert f"{out} held the verdict on {tmp_path / 'first.csv'} (baseline softmax); this one replaces it" in of("second")
+    assert (out / "notes.txt").read_text() == "mine" and "smooth" in (out / "report.md").read_text()
+
+
+def test_the_folder_of_a_comparison_and_a_file_are_left_alone(tmp_path, capsys):
+    (tmp_path / "scores.csv").write_text(csv_of(GOOD))
+    folder = tmp_path / "comparison"
+    folder.mkdir()
+    (folder / "compare.json").write_text('{"largemargin": "compare"}')
+    (folder / "results.csv").write_text("mine")
+    for out, says in ((folder, "holds files that are not of a verdict"), (tmp_path / "scores.csv", "is a file, not a folder")):
+        assert cli.main(["verdict", str(tmp_path / "scores.csv"), "--baseline", "softmax", "--out", str(out)]) == 2
+        assert says in capsys.readouterr().err
+    assert (folder / "results.csv").read_text() == "mine" and len(list(folder.iterdir())) == 2
 
 
 def test_the_report_is_whole_in_itself_and_safe(judged, tmp_path):

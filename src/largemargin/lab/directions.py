@@ -5,6 +5,7 @@ from collections.abc import Collection
 
 LOWER_IS_BETTER = ("error", "loss", "nll", "ece", "brier", "mae", "mse", "rmse", "perplexity")  # alone or as a suffix
 RATES_OF_ERROR = ("wer", "cer", "eer")  # whole words
+OF_RESULTS = ("test_rho",)  # a column of results.csv whose name alone does not say it
 SAYS_WHERE = ("rate", "train", "val", "valid", "validation", "test", "eval", "mean", "avg")  # at the end of a name, where they do not count
 
 
@@ -16,6 +17,8 @@ def lower_is_better(metric: str, lower: Collection[str] = (), higher: Collection
     """
     if metric in lower or metric in higher:
         return metric in lower
+    if metric in OF_RESULTS:
+        return True
     words = [word.lower() for word in re.findall(r"[^\W_]+", metric)]
     while words and words[-1] in SAYS_WHERE:
         words.pop()
