@@ -24,11 +24,12 @@ pytest.importorskip("sklearn")
 import largemargin
 from combinations import every
 from largemargin import lab
-from largemargin.lab import cli
+from largemargin.lab import cli, stats
 from largemargin.lab.commands import comparing, own
 from largemargin.lab.commands.comparing import summarised
 from largemargin.lab.comparison.folder import write_marker
 from largemargin.lab.comparison.own import OwnComparison
+from largemargin.lab.comparison.recommendation import advice
 from largemargin.lab.comparison.table import as_json
 from largemargin.lab.errors import LabError, RunFailed
 from largemargin.lab.predictions import Predictions
@@ -414,6 +415,45 @@ def test_the_first_number_is_judged_and_its_name_says_what_is_better():
     by_loss = dataclasses.replace(comparison, judged_by="loss")
     assert summarised(by_loss, found, None)[1].verdict == "worse"
     assert summarised(dataclasses.replace(by_loss, lower_is_better=False), found, None)[1].verdict == "better"
+
+
+SPREAD = {"large_margin": 0.0, "focal": 0.4, "gce": 6.0}  # of the difference from softmax, which has an error of 5 to 6
+NARROW, WIDER = (f"{stats.detectable_d_z(4) * spread / 3**0.5:.2g}" for spread in (0.4, 0.8))
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        (["focal"], f"A true difference of {NARROW} in error would have been found 8 times in 10."),
+        (["large_margin"], "show that another loss is better."),
+        (
+            ["focal", "gce"],
+            f"A true difference of {NARROW} in error would have been found 8 times in 10, before the correction for several verdicts. "
+            "For gce q=0.7 no possible gain would have been.",
+        ),
+        (["gce"], "No possible gain would have been found 8 times in 10: add seeds."),
+    ],
+)
+def test_the_advice_states_a_difference_that_is_possible(others, said):
+    losses = ["softmax", *others]
+    comparison = OwnComparison("train", tuple(losses), OwnComparison.words_of(given_losses(losses)), seeds=(0, 1, 2, 3))
+    found = [
+        TrialRecord(trial, {"error": 5.0 + trial.seed / 3 + SPREAD.get(trial.loss, 0.0) * (-1) ** trial.seed / 2})
+        for trial in comparison.recipes()
+    ]
+    (sentence,) = advice(summarised(comparison, found, None))
+    assert sentence.startswith("Stay with softmax: these seeds do not show") and sentence.endswith(said)
+
+
+def test_the_advice_says_how_much_the_losses_differ_in_what_they_show():
+    losses = ["softmax", "focal", "large_margin"]
+    comparison = OwnComparison("train", tuple(losses), OwnComparison.words_of(given_losses(losses)), seeds=(0, 1, 2, 3))
+    of = {"softmax": 0.0, "focal": 0.4, "large_margin": 0.8}
+    found = [TrialRecord(trial, {"error": 50.0 + of[trial.loss] * (-1) ** trial.seed / 2}) for trial in comparison.recipes()]
+    (sentence,) = advice(summarised(comparison, found, None))
+    assert (
+        f"A true difference of {NARROW} to {WIDER} in error, depending on the loss, would have been found 8 times in 10, before" in sentence
+    )
 
 
 def test_a_number_that_a_run_lacks_is_named():

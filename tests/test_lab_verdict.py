@@ -10,7 +10,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from largemargin.lab import cli, stats
-from largemargin.lab.directions import LOWER_IS_BETTER, lower_is_better
+from largemargin.lab.directions import LOWER_IS_BETTER, lower_is_better, room
 from largemargin.lab.predictions import Predictions
 from largemargin.lab.scores.judge import Overall
 
@@ -70,6 +70,25 @@ def test_an_error_or_a_loss_is_better_lower(name):
     assert not lower_is_better(name, higher=[name])
 
 
+@pytest.mark.parametrize(
+    ("name", "mean", "left"),
+    [
+        ("test_error", 2.5, 2.5),
+        ("WER", 0.1, 0.1),
+        ("val/accuracy", 0.75, 0.25),
+        ("mIoU", 75.0, 25.0),
+        ("nll", 0.5, None),  # of densities it can be negative
+        ("loss", 0.5, None),
+        ("neg_mean_squared_error", -0.5, None),
+        ("score", 0.5, None),
+        ("error", -1.0, None),  # no error
+        ("accuracy", 300.0, None),
+    ],
+)
+def test_the_room_above_a_mean_is_known_of_errors_and_shares(name, mean, left):
+    assert room(name, mean, lower_is_better(name)) == left
+
+
 @pytest.mark.parametrize("name", ["accuracy", "f1", "mIoU", "neg_log_loss", "error_free", "%", "test_neg_mean_squared_error"])
 def test_other_metrics_are_better_higher(name):
     assert not lower_is_better(name)
@@ -127,6 +146,26 @@ def test_every_verdict_counts_in_the_correction_and_metrics_narrows_it(judged):
     p = both["rows"][1]["judged"]["paired"]["p"]
     assert both["rows"][1]["judged"]["adjusted_p"] == pytest.approx(2 * p)
     assert one["rows"][1]["judged"]["adjusted_p"] == p and list(one["metrics"]) == ["accuracy"]
+
+
+def power_of(document):
+    return next(sentence for sentence in document["rows"][1]["judged"]["sentences"] if "Effect size" in sentence)
+
+
+def test_no_difference_is_called_detectable_that_no_method_could_reach(judged):
+    wide = [softmax + difference for softmax, difference in zip(SOFTMAX, (0.05, -0.05, 0.06, -0.04), strict=True)]
+    d = stats.paired(np.subtract(wide, SOFTMAX)).detectable
+    assert d > 1 - np.mean(SOFTMAX)
+    document, _ = judged(csv_of(rows_of(softmax=SOFTMAX, wide=wide)))
+    needed = f"it would have to be {d:.2g} in accuracy, and softmax leaves {1 - np.mean(SOFTMAX):.2g}"
+    assert f"With 4 seeds no possible gain would be detected 8 times in 10: {needed};" in power_of(document)
+    free, _ = judged(csv_of(rows_of(softmax=SOFTMAX, wide=wide), "method,seed,score"))  # who knows how large it can be
+    assert f"With 4 seeds a true difference of {d:.2g} in score would be detected 8 times in 10;" in power_of(free)
+
+
+def test_power_is_said_to_be_of_one_verdict_where_there_are_several(judged):
+    document, _ = judged(csv_of(rows_of(softmax=SOFTMAX, margin=MARGIN, smooth=SMOOTH)))
+    assert "would be detected 8 times in 10 before the correction;" in power_of(document)
 
 
 def over_data_sets(num_data_sets, gain=0.02):
