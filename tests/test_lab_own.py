@@ -33,6 +33,7 @@ from largemargin.lab.comparison.recommendation import advice
 from largemargin.lab.comparison.table import as_json
 from largemargin.lab.errors import LabError, RunFailed
 from largemargin.lab.predictions import Predictions
+from largemargin.lab.queue import local
 from largemargin.lab.results import TrialRecord, result_of
 from largemargin.lab.run.methods import METHODS
 from largemargin.lab.trial.digest import digest_of
@@ -799,3 +800,20 @@ def test_the_digest_is_of_what_a_script_has_around_its_function(changed, tmp_pat
 def test_seeds_that_are_a_number_are_told_to_be_several(tmp_path):
     with pytest.raises(LabError, match=r"seeds must be several whole numbers, or .auto., got 3; give range\(3\)"):
         lab.compare(train, ["softmax"], seeds=3, out=tmp_path)
+
+
+def test_a_process_that_has_initialised_cuda_starts_runs_that_have_not(tmp_path, monkeypatch):
+    """A forked process could not use CUDA: what the parent has set would be set there too."""
+
+    def of_the_process(run):
+        return {"error": float(torch.cuda.is_initialized())}
+
+    def no_call(*_):
+        raise AssertionError("a comparison on the CPU calls CUDA")
+
+    for name in ("_lazy_init", "mem_get_info", "get_device_name", "set_device"):
+        monkeypatch.setattr(torch.cuda, name, no_call)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    result = compare(tmp_path, of_the_process, losses=["softmax"], seeds=[0])
+    assert not result.failures and result.table[0]["error"] == 0.0
+    assert local.CONTEXT.get_start_method() == "spawn"

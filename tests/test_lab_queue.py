@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -231,11 +232,12 @@ def test_the_note_on_threads():
     assert threads_note([Recipe(loss="softmax", seed=0, threads=10_000, device="cuda")], 5) is None
 
 
-def test_runs_are_spread_over_the_gpus(tmp_path, monkeypatch):
+@pytest.mark.parametrize("sent", [None, pickle.dumps("a function")], ids=["a process for many runs", "a process for each"])
+def test_runs_are_spread_over_the_gpus(sent, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     monkeypatch.setattr(local.torch.cuda, "device_count", lambda: 2)
     recipes = [dataclasses.replace(recipe, device="cuda") for recipe in RECIPES]
-    records, _ = run(tmp_path, "sees", recipes, jobs=2)
+    records, _ = run(tmp_path, "sees", recipes, jobs=2, sent=sent)
     assert {record.environment["gpu"] for record in records} == {"3", "5"}
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5"
     assert local.gpus_of("cuda:1") == [] and local.least_used(["3"], []) is None
