@@ -174,6 +174,10 @@ def test_ids_make_samples_the_same_in_any_order(tmp_path):
 # what train may return
 
 
+def interrupts(run):
+    raise KeyboardInterrupt
+
+
 @every(
     "case",
     [
@@ -191,6 +195,7 @@ def test_ids_make_samples_the_same_in_any_order(tmp_path):
         (lambda run: run.score("logits", LABELS), "logits must be"),
         (lambda run: run.log(loss="low"), "run.log: loss must be a number, got 'low'"),
         (lambda run: sys.exit(3), r"train called sys.exit\(3\); let it return its scores"),
+        (interrupts, "train raised KeyboardInterrupt, which ends a process; let it raise an ordinary error"),
     ],
 )
 def test_what_is_no_score_is_refused_in_one_sentence(case, tmp_path):
@@ -509,9 +514,25 @@ def test_a_run_that_was_not_foreseen_is_learnt_from_those_that_ended():
     [
         (dict(train=3), "train must be a function"),
         (dict(train=lambda: {}), "train must take one argument, the run"),
-        (dict(seeds=[0, -1]), "seeds must be whole numbers from 0 on"),
-        (dict(lam=[]), "lam must be a number from 0 on, or several, got none"),
-        (dict(lam=[0.1, "x"]), "lam must be a number from 0 on, or several, got 'x'"),
+        (dict(seeds=[0, -1]), "seeds must be whole numbers from 0 to 4,294,967,295"),
+        (dict(seeds=[]), "seeds is empty"),
+        (dict(seeds=[2**32]), "seeds must be whole numbers from 0 to"),
+        (dict(lam=[]), "lam must be a finite number from 0 on, or several, got none"),
+        (dict(lam=[0.1, "x"]), "lam must be a finite number from 0 on, or several, got 'x'"),
+        (dict(lam=float("inf")), "lam must be a finite number from 0 on, or several, got inf"),
+        (dict(timeout=0), "timeout must be a number of seconds above 0, got 0"),
+        (dict(timeout="1"), "timeout must be a number of seconds above 0, got '1'"),
+        (dict(minutes=-1.0), "minutes must be a number above 0, got -1.0"),
+        (dict(jobs=0), "jobs must be a whole number from 1 on, got 0"),
+        (dict(jobs=1.5), "jobs must be a whole number from 1 on, got 1.5"),
+        (dict(threads=True), "threads must be a whole number from 1 on, got True"),
+        (dict(lam=[0.1, 1], validation_fraction=1), "validation_fraction must be a number between 0 and 1, got 1"),
+        (dict(metric=3), "metric must be the name of a number that train returns, got 3"),
+        (dict(lower_is_better="yes"), "lower_is_better must be True, False or None, got 'yes'"),
+        (dict(device=0), "device must be a text"),
+        (dict(executor="dask"), "executor must be one of local, ray, got 'dask'"),
+        (dict(settings={1: 2}), "settings must be a dictionary with text for names"),
+        (dict(settings=[1]), r"settings must be a dictionary with text for names.*got \[1\]"),
         (dict(losses=["softmax"], lam=[0.1, 1]), "none of the losses softmax has a lam to choose"),
         (dict(settings={"model": object()}), "settings must hold numbers, texts and lists"),
         (dict(device="nosuch"), "no device of torch"),
@@ -524,6 +545,18 @@ def test_a_call_that_makes_no_sense_is_refused_before_anything_is_written(case, 
     with pytest.raises(LabError, match=said) as caught:
         compare(tmp_path / "out", function, **options)
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out", [None, 3, "", " "])
+def test_a_folder_is_a_path(out):
+    with pytest.raises(LabError, match="out must be the path of a folder, got"):
+        compare(out)
+
+
+def test_numbers_of_numpy_are_seeds(finished):
+    import numpy as np
+
+    assert [row.n for row in compare(finished, seeds=np.arange(3)).rows] == [3, 3]
 
 
 def test_what_cannot_travel_is_named(tmp_path):
@@ -714,6 +747,7 @@ def test_the_command_tells_that_every_run_failed_and_ends_with_1(fails, tmp_path
     assert cli.main([*words, "--json"]) == 1
     document = json.loads(capsys.readouterr().out)
     assert document["rows"] == [] and document["runs"] == {"finished": 0, "planned": 2}
+    assert list(document["failures"].values()) == ["ValueError: softmax"] * 2
 
 
 def carrying(value):

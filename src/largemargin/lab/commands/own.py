@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from ..trial.digest import digest_of
 from ..trial.losses import Given, given_losses
 from ..trial.work import WORK, Sent
 from ..words import counted
+from .checked import check_arguments
 from .comparing import as_json as comparison_as_json
 from .comparing import do_runs, say_if_other
 from .progress import given_jobs
@@ -70,10 +72,9 @@ def run(options: Any, console: Console) -> None:
         reuse=bool(options.reuse),
         console=console,
     )
+    console.print(found.text, markup=False, highlight=False, soft_wrap=True, end="")
     if options.json:
-        print_json(comparison_as_json(reopen(out), found.rows, out))
-    else:
-        console.print(found.text, markup=False, highlight=False, soft_wrap=True, end="")
+        print_json(comparison_as_json(reopen(out), found.rows, out) | {"failures": dict(found.failures)})
     if found.failures and not found.rows:
         raise RunFailed("no run could be done; the same command tries them again.")
     if found.failures:
@@ -103,17 +104,21 @@ def compare(
     console: Console | None = None,
 ) -> Result:
     """:func:`largemargin.lab.compare`, where the arguments are explained."""
+    check_arguments(locals())
     check_place(train)
     given, folder = given_losses(losses), Path(out).expanduser()
     console = console or Screen(width=140, emoji=False, quiet=quiet, force_jupyter=False)
     if not isinstance(seeds, str | Iterable):
         raise LabError(f'seeds must be several whole numbers, or "auto", got {seeds!r}; give range({seeds}), say')
+    wanted: list[Any] = [seeds] if isinstance(seeds, str) else list(seeds)
+    if not wanted:
+        raise LabError('seeds is empty; give at least one whole number, better range(5), or "auto"')
     comparison = OwnComparison(
         function=name_of(train),
         losses=tuple(one.name for one in given),
         words=OwnComparison.words_of(given),
         lam=numbers("lam", [lam] if isinstance(lam, int | float) else lam),
-        **seeds_of([seeds] if isinstance(seeds, str) else list(seeds), max_seeds),
+        **seeds_of(wanted, max_seeds),
         validation_fraction=validation_fraction,
         settings=as_json(settings or {}),
         judged_by=metric or "",
@@ -156,14 +161,16 @@ def name_of(train: Any) -> str:
 
 def numbers(name: str, values: Iterable[Any]) -> tuple[float, ...]:
     found = tuple(dict.fromkeys(values))
-    wrong = next((one for one in found if isinstance(one, bool) or not isinstance(one, int | float) or not one >= 0), None)
+    wrong = next((one for one in found if isinstance(one, bool) or not isinstance(one, int | float) or not 0 <= one < math.inf), None)
     if wrong is not None or not found:
-        raise LabError(f"{name} must be a number from 0 on, or several, got {repr(wrong) if found else 'none'}")
+        raise LabError(f"{name} must be a finite number from 0 on, or several, got {repr(wrong) if found else 'none'}")
     return found
 
 
 def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings as a run gets them."""
+    if not isinstance(settings, Mapping) or not all(isinstance(name, str) for name in settings):
+        raise LabError(f'settings must be a dictionary with text for names, {{"epochs": 20}} say, got {settings!r:.60}')
     try:
         found = json.loads(json.dumps(dict(settings), allow_nan=False))
     except (TypeError, ValueError) as error:
