@@ -776,6 +776,27 @@ def test_the_digest_is_of_the_values_that_a_function_carries(made):
     assert digest_of(made(0.1)) == digest_of(made(0.1)) != digest_of(made(9.0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+def test_the_digest_is_of_the_numbers_in_a_tensor_or_an_array(dtype):
+    one, other = torch.tensor([[0, 1, 1]]).to(dtype), torch.tensor([[0, 0, 1]]).to(dtype)
+    assert digest_of(carrying(one)) == digest_of(carrying(one.clone())) != digest_of(carrying(other))
+    assert digest_of(carrying(one)) != digest_of(carrying(one.flatten()))
+    weighted = [digest_of(lambda weight=weight: nn.CrossEntropyLoss(weight)) for weight in (one, one.clone(), other)]
+    assert weighted[0] == weighted[1] != weighted[2]
+    if dtype != torch.bfloat16:
+        assert digest_of(carrying(one.numpy())) == digest_of(carrying(one.clone().numpy())) != digest_of(carrying(other.numpy()))
+
+
+def test_the_digest_takes_tensors_without_numbers_at_hand():
+    for thing in (
+        torch.zeros(3, device="meta"),
+        torch.eye(3).to_sparse(),
+        nn.Parameter(torch.zeros(2)),
+        torch.zeros(2, dtype=torch.complex64),
+    ):
+        assert digest_of(carrying(thing)) == digest_of(carrying(thing))
+
+
 def test_the_digest_has_no_address():
     assert digest_of(functools.partial(of_address, thing=object())) == digest_of(functools.partial(of_address, thing=object()))
 
@@ -802,7 +823,10 @@ def test_a_loss_that_is_only_measured_is_no_training_step(tmp_path):
 
 
 OF_A_SCRIPT = """
+import torch
+
 EPOCHS = {epochs}
+WEIGHT = torch.tensor([1.0, {weight}])
 
 
 class Network:
@@ -817,17 +841,18 @@ def helper():
 
 
 def train(run):
-    return {{"error": EPOCHS * Network().layers()}}
+    return {{"error": EPOCHS * Network().layers() * WEIGHT[0]}}
 """
 
 
-@pytest.mark.parametrize("changed", [{"epochs": 2}, {"width": 2}, {"depth": 2}])
+@pytest.mark.parametrize("changed", [{"epochs": 2}, {"width": 2}, {"depth": 2}, {"weight": 2}])
 def test_the_digest_is_of_what_a_script_has_around_its_function(changed, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     digests = []
     for name, values in (("before", {}), ("again", {}), ("after", changed)):
-        (tmp_path / f"script_{name}.py").write_text(OF_A_SCRIPT.format(**{"epochs": 1, "width": 1, "depth": 1} | values))
-        digests.append(digest_of(importlib.import_module(f"script_{name}").train))
+        module = f"script_{name}_{'_'.join(changed)}"  # a module is imported once
+        (tmp_path / f"{module}.py").write_text(OF_A_SCRIPT.format(**{"epochs": 1, "width": 1, "depth": 1, "weight": 1} | values))
+        digests.append(digest_of(importlib.import_module(module).train))
     assert digests[0] == digests[1] != digests[2]
 
 
