@@ -309,6 +309,8 @@ GOOD = rows_of(softmax=SOFTMAX, margin=MARGIN)
         ([*GOOD, "margin,4,nan", "softmax,4,0.9"], None, "line 10, column accuracy: got nan, expected a finite number"),
         ([*GOOD, "margin,4,", "softmax,4,0.9"], None, "line 10, column accuracy: got an empty cell, expected a number"),
         ([*GOOD, "margin,4,93%", "softmax,4,0.9"], None, "line 10, column accuracy: got '93%', expected a number"),
+        ([*GOOD, "margin,4,1_0", "softmax,4,0.9"], None, "line 10, column accuracy: got '1_0', expected a number"),
+        ([*GOOD, "margin,1_0,0.9"], None, "line 10, column seed: got '1_0', expected a whole number"),
         ([*GOOD, "margin,four,0.9"], None, "line 10, column seed: got 'four', expected a whole number"),
         ([*GOOD, "margin,,0.9"], None, "line 10, column seed: got '', expected a whole number"),
         ([*GOOD, ",4,0.9"], None, "line 10, column method: it is empty"),

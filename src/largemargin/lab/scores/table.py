@@ -87,7 +87,7 @@ def _word(where: str, text: str) -> str:
 def _seed(where: str, text: str) -> int:
     try:
         number = float(text)
-        if number != int(number):
+        if number != int(number) or "_" in text:
             raise ValueError
     except (ValueError, OverflowError):
         raise LabError(f"{where}: got {text!r}, expected a whole number; number seeds, or folds, alike for all methods") from None
