@@ -61,6 +61,10 @@ def refuses(recipe, data, folder, on_epoch, on_message=None):
     raise LabError("--lam 3: mend it")
 
 
+def says_much(recipe, data, folder, on_epoch, on_message=None):
+    raise ValueError("the first line\n and the second line " + 1000 * "word ")
+
+
 def is_killed(recipe, data, folder, on_epoch, on_message=None, times=1):
     if recipe.seed == 0 and _attempt(recipe, folder) <= times:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -298,7 +298,7 @@ def test_an_unwritable_folder_says_so(tmp_path, capsys):
     [
         (["compare", "--losses", "softmx"], "softmx"),
         (["compare", "--seeds", "-1"], "seeds"),
-        (["compare", "--seeds", "no"], "--seeds must be whole numbers from 0 on, or auto, got no"),
+        (["compare", "--seeds", "no"], "--seeds must be whole numbers from 0 to 4,294,967,295, or auto, got no"),
         (["compare", "--lam", "nan"], "lam"),
         (["compare", "--lam", "inf"], "lam"),
         (["compare", "--label-noise", "1.5"], "--label-noise must be a share from 0 to 1, asymmetric:SHARE or human, got 1.5"),

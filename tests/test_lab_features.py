@@ -124,6 +124,14 @@ def test_words_become_one_feature_for_each_category_as_in_scikit_learn(tmp_path)
     assert found.test_files == ("line 14", "line 15")
 
 
+@pytest.mark.parametrize("missing", ["", " ", "NA", "None"])
+def test_an_empty_cell_among_words_is_a_category_of_its_own(missing, tmp_path):
+    rows = [[f"{i}.5", ["red", "blue", missing][i % 3], "train" if i < 9 else "test", "ab"[i % 2]] for i in range(12)]
+    found = data.load(few_rows(tmp_path, "height,colour,split,label", rows), "data", 32)
+    assert isinstance(found, FeatureSet) and found.columns[1] == Column("colour", ("", "blue", "red"))
+    assert found.test_features[:, 1:].tolist() == [[0, 0, 1], [0, 1, 0], [1, 0, 0]]
+
+
 def test_separators_and_decimal_commas(tmp_path):
     found = []
     for name, separator, point in (("a", ",", "."), ("b", ";", ","), ("c", "\t", ".")):
@@ -201,6 +209,21 @@ def test_bad_arrays_are_refused(arrays, says, tmp_path):
     with pytest.raises(LabError) as error:
         data.load(str(tmp_path / "a.npz"), "data", 32)
     assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "says"),
+    [
+        ({"features": np.zeros((4, 2)), "labels": np.zeros(4)}, "it has the keys features and labels"),
+        ({"x": np.zeros((4, 2))}, "it has the key x"),
+        ({f"a{i:02}": np.zeros(1) for i in range(20)}, "it has the keys a00, a01, a02, a03, a04 and 15 more"),
+        ({}, "it has no arrays"),
+    ],
+)
+def test_an_npz_file_with_other_keys_is_told_which_it_has(arrays, says, tmp_path):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(LabError, match=re.escape(f"a.npz: {says}; expected train_x, train_y, test_x and test_y, or x and y")):
+        data.load(str(tmp_path / "a.npz"), "data", 32)
 
 
 @pytest.mark.parametrize(

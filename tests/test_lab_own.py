@@ -24,14 +24,16 @@ pytest.importorskip("sklearn")
 import largemargin
 from combinations import every
 from largemargin import lab
-from largemargin.lab import cli
-from largemargin.lab.commands import own
+from largemargin.lab import cli, stats
+from largemargin.lab.commands import comparing, own
 from largemargin.lab.commands.comparing import summarised
 from largemargin.lab.comparison.folder import write_marker
 from largemargin.lab.comparison.own import OwnComparison
+from largemargin.lab.comparison.recommendation import advice
 from largemargin.lab.comparison.table import as_json
-from largemargin.lab.errors import LabError
+from largemargin.lab.errors import LabError, RunFailed
 from largemargin.lab.predictions import Predictions
+from largemargin.lab.queue import local
 from largemargin.lab.results import TrialRecord, result_of
 from largemargin.lab.run.methods import METHODS
 from largemargin.lab.trial.digest import digest_of
@@ -172,6 +174,10 @@ def test_ids_make_samples_the_same_in_any_order(tmp_path):
 # what train may return
 
 
+def interrupts(run):
+    raise KeyboardInterrupt
+
+
 @every(
     "case",
     [
@@ -189,6 +195,7 @@ def test_ids_make_samples_the_same_in_any_order(tmp_path):
         (lambda run: run.score("logits", LABELS), "logits must be"),
         (lambda run: run.log(loss="low"), "run.log: loss must be a number, got 'low'"),
         (lambda run: sys.exit(3), r"train called sys.exit\(3\); let it return its scores"),
+        (interrupts, "train raised KeyboardInterrupt, which ends a process; let it raise an ordinary error"),
     ],
 )
 def test_what_is_no_score_is_refused_in_one_sentence(case, tmp_path):
@@ -225,6 +232,11 @@ def test_several_lam_need_a_function_that_holds_out(tmp_path):
 # losses
 
 
+class OfClasses(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+
+
 @every(
     "case",
     [
@@ -234,6 +246,12 @@ def test_several_lam_need_a_function_that_holds_out(tmp_path):
         (["softmax", "softmax"], 'two have the name "softmax"'),
         (["softmax", ("softmax", nn.CrossEntropyLoss)], 'two have the name "softmax"'),
         ([("mine", 3)], "each loss is a word"),
+        (
+            [("mine", nn.MultiMarginLoss())],
+            r'the loss "mine" is a module, MultiMarginLoss.*write \("mine", lambda: MultiMarginLoss\(\.\.\.\)\)',
+        ),
+        ([("mine", nn.functional.cross_entropy)], r'"mine" is called without arguments.*write \("mine", lambda: cross_entropy\)'),
+        ([("mine", OfClasses)], r'"mine" is called without arguments.*write \("mine", lambda: OfClasses\(\.\.\.\)\)'),
         ([3], "losses has 3; each loss is a word"),
         ([{"lam": 1.0}], 'a dictionary of losses needs "loss"'),
         ([{"loss": "softmax", "lam": 1.0}], "lam is not a setting of softmax, which has none"),
@@ -243,8 +261,16 @@ def test_several_lam_need_a_function_that_holds_out(tmp_path):
 )
 def test_what_is_no_loss_is_refused_in_one_sentence(case):
     losses, said = case
-    with pytest.raises(LabError, match=said):
+    with pytest.raises(LabError, match=said) as caught:
         given_losses(losses)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "make", [nn.MultiMarginLoss, lambda: nn.functional.cross_entropy, functools.partial(nn.CrossEntropyLoss, label_smoothing=0.1), dict]
+)
+def test_what_can_be_called_without_arguments_may_make_a_loss(make):
+    assert given_losses([("mine", make)])[0].factory is make
 
 
 def test_settings_name_a_row_and_its_run():
@@ -347,6 +373,12 @@ def test_a_changed_source_is_refused_and_reuse_takes_it(finished):
     assert {path: path.read_bytes() for path in finished.glob("runs/*/result.json")} == before
 
 
+def test_one_run_of_another_source_was_done(tmp_path):
+    finish(tmp_path, losses=["softmax"], seeds=[0])
+    with pytest.raises(LabError, match=r"has changed since 1 run of .* was done \("):
+        compare(tmp_path, lambda run: {"error": 1.0}, losses=["softmax"], seeds=[0])
+
+
 def test_lam_is_chosen_by_what_was_held_out(tmp_path):
     def function(run):
         held_out = bool(len(run.split(20)[1]))
@@ -389,6 +421,45 @@ def test_the_first_number_is_judged_and_its_name_says_what_is_better():
     by_loss = dataclasses.replace(comparison, judged_by="loss")
     assert summarised(by_loss, found, None)[1].verdict == "worse"
     assert summarised(dataclasses.replace(by_loss, lower_is_better=False), found, None)[1].verdict == "better"
+
+
+SPREAD = {"large_margin": 0.0, "focal": 0.4, "gce": 6.0}  # of the difference from softmax, which has an error of 5 to 6
+NARROW, WIDER = (f"{stats.detectable_d_z(4) * spread / 3**0.5:.2g}" for spread in (0.4, 0.8))
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        (["focal"], f"A true difference of {NARROW} in error would have been found 8 times in 10."),
+        (["large_margin"], "show that another loss is better."),
+        (
+            ["focal", "gce"],
+            f"A true difference of {NARROW} in error would have been found 8 times in 10, before the correction for several verdicts. "
+            "For gce q=0.7 no possible gain would have been.",
+        ),
+        (["gce"], "No possible gain would have been found 8 times in 10: add seeds."),
+    ],
+)
+def test_the_advice_states_a_difference_that_is_possible(others, said):
+    losses = ["softmax", *others]
+    comparison = OwnComparison("train", tuple(losses), OwnComparison.words_of(given_losses(losses)), seeds=(0, 1, 2, 3))
+    found = [
+        TrialRecord(trial, {"error": 5.0 + trial.seed / 3 + SPREAD.get(trial.loss, 0.0) * (-1) ** trial.seed / 2})
+        for trial in comparison.recipes()
+    ]
+    (sentence,) = advice(summarised(comparison, found, None))
+    assert sentence.startswith("Stay with softmax: these seeds do not show") and sentence.endswith(said)
+
+
+def test_the_advice_says_how_much_the_losses_differ_in_what_they_show():
+    losses = ["softmax", "focal", "large_margin"]
+    comparison = OwnComparison("train", tuple(losses), OwnComparison.words_of(given_losses(losses)), seeds=(0, 1, 2, 3))
+    of = {"softmax": 0.0, "focal": 0.4, "large_margin": 0.8}
+    found = [TrialRecord(trial, {"error": 50.0 + of[trial.loss] * (-1) ** trial.seed / 2}) for trial in comparison.recipes()]
+    (sentence,) = advice(summarised(comparison, found, None))
+    assert (
+        f"A true difference of {NARROW} to {WIDER} in error, depending on the loss, would have been found 8 times in 10, before" in sentence
+    )
 
 
 def test_a_number_that_a_run_lacks_is_named():
@@ -443,9 +514,25 @@ def test_a_run_that_was_not_foreseen_is_learnt_from_those_that_ended():
     [
         (dict(train=3), "train must be a function"),
         (dict(train=lambda: {}), "train must take one argument, the run"),
-        (dict(seeds=[0, -1]), "seeds must be whole numbers from 0 on"),
-        (dict(lam=[]), "lam must be a number from 0 on, or several, got none"),
-        (dict(lam=[0.1, "x"]), "lam must be a number from 0 on, or several, got 'x'"),
+        (dict(seeds=[0, -1]), "seeds must be whole numbers from 0 to 4,294,967,295"),
+        (dict(seeds=[]), "seeds is empty"),
+        (dict(seeds=[2**32]), "seeds must be whole numbers from 0 to"),
+        (dict(lam=[]), "lam must be a finite number from 0 on, or several, got none"),
+        (dict(lam=[0.1, "x"]), "lam must be a finite number from 0 on, or several, got 'x'"),
+        (dict(lam=float("inf")), "lam must be a finite number from 0 on, or several, got inf"),
+        (dict(timeout=0), "timeout must be a number of seconds above 0, got 0"),
+        (dict(timeout="1"), "timeout must be a number of seconds above 0, got '1'"),
+        (dict(minutes=-1.0), "minutes must be a number above 0, got -1.0"),
+        (dict(jobs=0), "jobs must be a whole number from 1 on, got 0"),
+        (dict(jobs=1.5), "jobs must be a whole number from 1 on, got 1.5"),
+        (dict(threads=True), "threads must be a whole number from 1 on, got True"),
+        (dict(lam=[0.1, 1], validation_fraction=1), "validation_fraction must be a number between 0 and 1, got 1"),
+        (dict(metric=3), "metric must be the name of a number that train returns, got 3"),
+        (dict(lower_is_better="yes"), "lower_is_better must be True, False or None, got 'yes'"),
+        (dict(device=0), "device must be a text"),
+        (dict(executor="dask"), "executor must be one of local, ray, got 'dask'"),
+        (dict(settings={1: 2}), "settings must be a dictionary with text for names"),
+        (dict(settings=[1]), r"settings must be a dictionary with text for names.*got \[1\]"),
         (dict(losses=["softmax"], lam=[0.1, 1]), "none of the losses softmax has a lam to choose"),
         (dict(settings={"model": object()}), "settings must hold numbers, texts and lists"),
         (dict(device="nosuch"), "no device of torch"),
@@ -458,6 +545,18 @@ def test_a_call_that_makes_no_sense_is_refused_before_anything_is_written(case, 
     with pytest.raises(LabError, match=said) as caught:
         compare(tmp_path / "out", function, **options)
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out", [None, 3, "", " "])
+def test_a_folder_is_a_path(out):
+    with pytest.raises(LabError, match="out must be the path of a folder, got"):
+        compare(out)
+
+
+def test_numbers_of_numpy_are_seeds(finished):
+    import numpy as np
+
+    assert [row.n for row in compare(finished, seeds=np.arange(3)).rows] == [3, 3]
 
 
 def test_what_cannot_travel_is_named(tmp_path):
@@ -569,6 +668,7 @@ def train(run):
     if run.name == "dies":
         os._exit(7)
     if run.name == "hangs":
+        print("an attempt", flush=True)
         while True:
             time.sleep(0.01)
     if run.name == "forks" and os.fork() == 0:
@@ -596,6 +696,58 @@ def test_what_goes_wrong_in_a_run_is_told_and_the_others_go_on(tmp_path):
     assert "3 of 7 runs are finished" in found["text"] and "hangs-seed0" in found["text"]
     (place,) = (tmp_path / "out").glob("runs/hangs*/error.txt")
     assert "in train" in place.read_text()  # where it hung
+    assert (place.parent / "log.txt").read_text().count("an attempt") == 1  # a second would take as long again
+
+
+def test_where_every_run_fails_there_is_a_result_without_a_table(tmp_path):
+    def returns_nothing(run):
+        return None
+
+    result = compare(tmp_path, returns_nothing, losses=["softmax", "large_margin"], seeds=[0])
+    assert [name.partition("-")[0] for name in result.failures] == ["softmax", "large_margin"]
+    assert (result.table, result.rows, result.report) == ([], (), None)
+    (line,) = str(result).splitlines()
+    assert line.startswith("No run of returns_nothing finished, so there is no table; 2 runs failed: ")
+    assert "2 runs failed: train returned nothing" in line and "softmax-seed0" in line and "error.txt" in line
+    assert "train returned nothing" in result._repr_html_() and "<table" not in result._repr_html_()
+
+
+@pytest.fixture
+def fails(monkeypatch):
+    """Let every run that is not finished fail, each for a reason of its own."""
+
+    def run_all(recipes, runs, jobs, *_, **__):
+        failed = [one for one in recipes if result_of(one, runs) is None]
+        if failed:
+            raise RunFailed("runs could not be done", {one.id: f"ValueError: {one.loss}" for one in failed})
+
+    monkeypatch.setattr(comparing, "run_with_progress", run_all)
+
+
+def test_reasons_that_differ_have_a_line_each(fails, tmp_path):
+    result = compare(tmp_path)
+    first, *others = str(result).splitlines()
+    assert first == "No run of train finished, so there is no table; 6 runs failed:"
+    assert [line.partition(" (")[0] for line in others] == ["3 runs: ValueError: softmax", "3 runs: ValueError: large_margin"]
+    assert len(result.failures) == 6
+
+
+def test_failures_are_told_where_the_minutes_ran_out_too(fails, tmp_path):
+    assert len(compare(tmp_path, minutes=5.0).failures) == 6
+
+
+def test_the_command_tells_that_every_run_failed_and_ends_with_1(fails, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop_that_fails.py").write_text("def train(run):\n    return None\n")
+    words = ["compare", "--train", "loop_that_fails:train", "--losses", "softmax", "--seeds", "0", "1", "--out", "out", "--device", "cpu"]
+    assert cli.main(words) == 1
+    printed = capsys.readouterr()
+    assert "No run of train finished" in printed.out
+    assert printed.err == "largemargin: no run could be done; the same command tries them again.\n"
+    assert cli.main([*words, "--json"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert document["rows"] == [] and document["runs"] == {"finished": 0, "planned": 2}
+    assert list(document["failures"].values()) == ["ValueError: softmax"] * 2
 
 
 def carrying(value):
@@ -624,6 +776,27 @@ def test_the_digest_is_of_the_values_that_a_function_carries(made):
     assert digest_of(made(0.1)) == digest_of(made(0.1)) != digest_of(made(9.0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+def test_the_digest_is_of_the_numbers_in_a_tensor_or_an_array(dtype):
+    one, other = torch.tensor([[0, 1, 1]]).to(dtype), torch.tensor([[0, 0, 1]]).to(dtype)
+    assert digest_of(carrying(one)) == digest_of(carrying(one.clone())) != digest_of(carrying(other))
+    assert digest_of(carrying(one)) != digest_of(carrying(one.flatten()))
+    weighted = [digest_of(lambda weight=weight: nn.CrossEntropyLoss(weight)) for weight in (one, one.clone(), other)]
+    assert weighted[0] == weighted[1] != weighted[2]
+    if dtype != torch.bfloat16:
+        assert digest_of(carrying(one.numpy())) == digest_of(carrying(one.clone().numpy())) != digest_of(carrying(other.numpy()))
+
+
+def test_the_digest_takes_tensors_without_numbers_at_hand():
+    for thing in (
+        torch.zeros(3, device="meta"),
+        torch.eye(3).to_sparse(),
+        nn.Parameter(torch.zeros(2)),
+        torch.zeros(2, dtype=torch.complex64),
+    ):
+        assert digest_of(carrying(thing)) == digest_of(carrying(thing))
+
+
 def test_the_digest_has_no_address():
     assert digest_of(functools.partial(of_address, thing=object())) == digest_of(functools.partial(of_address, thing=object()))
 
@@ -650,7 +823,10 @@ def test_a_loss_that_is_only_measured_is_no_training_step(tmp_path):
 
 
 OF_A_SCRIPT = """
+import torch
+
 EPOCHS = {epochs}
+WEIGHT = torch.tensor([1.0, {weight}])
 
 
 class Network:
@@ -665,20 +841,38 @@ def helper():
 
 
 def train(run):
-    return {{"error": EPOCHS * Network().layers()}}
+    return {{"error": EPOCHS * Network().layers() * WEIGHT[0]}}
 """
 
 
-@pytest.mark.parametrize("changed", [{"epochs": 2}, {"width": 2}, {"depth": 2}])
+@pytest.mark.parametrize("changed", [{"epochs": 2}, {"width": 2}, {"depth": 2}, {"weight": 2}])
 def test_the_digest_is_of_what_a_script_has_around_its_function(changed, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     digests = []
     for name, values in (("before", {}), ("again", {}), ("after", changed)):
-        (tmp_path / f"script_{name}.py").write_text(OF_A_SCRIPT.format(**{"epochs": 1, "width": 1, "depth": 1} | values))
-        digests.append(digest_of(importlib.import_module(f"script_{name}").train))
+        module = f"script_{name}_{'_'.join(changed)}"  # a module is imported once
+        (tmp_path / f"{module}.py").write_text(OF_A_SCRIPT.format(**{"epochs": 1, "width": 1, "depth": 1, "weight": 1} | values))
+        digests.append(digest_of(importlib.import_module(module).train))
     assert digests[0] == digests[1] != digests[2]
 
 
 def test_seeds_that_are_a_number_are_told_to_be_several(tmp_path):
     with pytest.raises(LabError, match=r"seeds must be several whole numbers, or .auto., got 3; give range\(3\)"):
         lab.compare(train, ["softmax"], seeds=3, out=tmp_path)
+
+
+def test_a_process_that_has_initialised_cuda_starts_runs_that_have_not(tmp_path, monkeypatch):
+    """A forked process could not use CUDA: what the parent has set would be set there too."""
+
+    def of_the_process(run):
+        return {"error": float(torch.cuda.is_initialized())}
+
+    def no_call(*_):
+        raise AssertionError("a comparison on the CPU calls CUDA")
+
+    for name in ("_lazy_init", "mem_get_info", "get_device_name", "set_device"):
+        monkeypatch.setattr(torch.cuda, name, no_call)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    result = compare(tmp_path, of_the_process, losses=["softmax"], seeds=[0])
+    assert not result.failures and result.table[0]["error"] == 0.0
+    assert local.CONTEXT.get_start_method() == "spawn"

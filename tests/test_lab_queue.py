@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from largemargin.lab.errors import LabError
+from largemargin.lab.errors import LabError, NotDone
 from largemargin.lab.queue import local
 from largemargin.lab.queue import runs as queue
 from largemargin.lab.queue.attempt import Job, Outcome, printed_into
@@ -231,14 +232,25 @@ def test_the_note_on_threads():
     assert threads_note([Recipe(loss="softmax", seed=0, threads=10_000, device="cuda")], 5) is None
 
 
-def test_runs_are_spread_over_the_gpus(tmp_path, monkeypatch):
+@pytest.mark.parametrize("sent", [None, pickle.dumps("a function")], ids=["a process for many runs", "a process for each"])
+def test_runs_are_spread_over_the_gpus(sent, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     monkeypatch.setattr(local.torch.cuda, "device_count", lambda: 2)
     recipes = [dataclasses.replace(recipe, device="cuda") for recipe in RECIPES]
-    records, _ = run(tmp_path, "sees", recipes, jobs=2)
+    records, _ = run(tmp_path, "sees", recipes, jobs=2, sent=sent)
     assert {record.environment["gpu"] for record in records} == {"3", "5"}
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5"
     assert local.gpus_of("cuda:1") == [] and local.least_used(["3"], []) is None
+
+
+def test_a_reason_is_one_line_and_its_whole_text_is_in_the_folder(tmp_path):
+    with pytest.raises(NotDone) as caught:
+        run(tmp_path, "says_much", RECIPES[:1])
+    (reason,) = caught.value.reasons.values()
+    assert reason.startswith("ValueError: the first line and the second line word word") and len(reason) <= 400 and "\n" not in reason
+    assert "the first line\n and the second line" in (tmp_path / RECIPES[0].id / "error.txt").read_text()
+    with pytest.raises(LabError, match=r"1 of 1 run could not be done: --lam 3: mend it \(whole text"):
+        run(tmp_path, "refuses", RECIPES[:1])
 
 
 def test_an_unknown_executor_is_refused(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from largemargin.lab import cli, stats
-from largemargin.lab.directions import LOWER_IS_BETTER, lower_is_better
+from largemargin.lab.directions import LOWER_IS_BETTER, lower_is_better, room
 from largemargin.lab.predictions import Predictions
 from largemargin.lab.scores.judge import Overall
 
@@ -68,6 +68,25 @@ def verdicts(document):
 def test_an_error_or_a_loss_is_better_lower(name):
     assert lower_is_better(name)
     assert not lower_is_better(name, higher=[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "left"),
+    [
+        ("test_error", 2.5, 2.5),
+        ("WER", 0.1, 0.1),
+        ("val/accuracy", 0.75, 0.25),
+        ("mIoU", 75.0, 25.0),
+        ("nll", 0.5, None),  # of densities it can be negative
+        ("loss", 0.5, None),
+        ("neg_mean_squared_error", -0.5, None),
+        ("score", 0.5, None),
+        ("error", -1.0, None),  # no error
+        ("accuracy", 300.0, None),
+    ],
+)
+def test_the_room_above_a_mean_is_known_of_errors_and_shares(name, mean, left):
+    assert room(name, mean, lower_is_better(name)) == left
 
 
 @pytest.mark.parametrize("name", ["accuracy", "f1", "mIoU", "neg_log_loss", "error_free", "%", "test_neg_mean_squared_error"])
@@ -129,6 +148,26 @@ def test_every_verdict_counts_in_the_correction_and_metrics_narrows_it(judged):
     assert one["rows"][1]["judged"]["adjusted_p"] == p and list(one["metrics"]) == ["accuracy"]
 
 
+def power_of(document):
+    return next(sentence for sentence in document["rows"][1]["judged"]["sentences"] if "Effect size" in sentence)
+
+
+def test_no_difference_is_called_detectable_that_no_method_could_reach(judged):
+    wide = [softmax + difference for softmax, difference in zip(SOFTMAX, (0.05, -0.05, 0.06, -0.04), strict=True)]
+    d = stats.paired(np.subtract(wide, SOFTMAX)).detectable
+    assert d > 1 - np.mean(SOFTMAX)
+    document, _ = judged(csv_of(rows_of(softmax=SOFTMAX, wide=wide)))
+    needed = f"it would have to be {d:.2g} in accuracy, and softmax leaves {1 - np.mean(SOFTMAX):.2g}"
+    assert f"With 4 seeds no possible gain would be detected 8 times in 10: {needed};" in power_of(document)
+    free, _ = judged(csv_of(rows_of(softmax=SOFTMAX, wide=wide), "method,seed,score"))  # who knows how large it can be
+    assert f"With 4 seeds a true difference of {d:.2g} in score would be detected 8 times in 10;" in power_of(free)
+
+
+def test_power_is_said_to_be_of_one_verdict_where_there_are_several(judged):
+    document, _ = judged(csv_of(rows_of(softmax=SOFTMAX, margin=MARGIN, smooth=SMOOTH)))
+    assert "would be detected 8 times in 10 before the correction;" in power_of(document)
+
+
 def over_data_sets(num_data_sets, gain=0.02):
     spread = np.random.default_rng(0).normal(scale=0.002, size=(num_data_sets, 2, 3))
     return [
@@ -186,6 +225,77 @@ def test_equal_sizes_share_ranks_and_zeros_count_for_neither_side():
     assert abs(stats.signed_ranks([0.91 - 0.89, 0.71 - 0.73, 0.5 - 0.45])).tolist() == [1.5, 1.5, 3]  # 0.02 twice, however they round
 
 
+OWN = "loss,lam,seed,test_error,test_rho,seconds,diverged"
+OWN_ROWS = [
+    f"{loss},{'' if loss == 'softmax' else 0.3},{seed},{error},{0.1 * seed},12.5,"
+    for loss, errors in (("softmax", [9.0, 9.4, 9.1, 9.9]), ("large_margin", [8.1, 8.4, 8.3, 8.8]))
+    for seed, error in enumerate(errors)
+]
+OF_IMAGES = (
+    "data,network,loss,lam,label_noise,noise_kind,long_tail,train_fraction,seed,epochs,test_error,test_nll,train_error,seconds,diverged"
+)
+
+
+def of_images(noise=0.0, data="cifar10"):
+    return [
+        f"{data},small,{loss},,{noise},symmetric,1,1,{seed},3,{error + seed % 3 / 10},{0.4 + seed % 2 / 50},0.1,8.1,"
+        for loss, error in (("softmax", 9.0), ("large_margin", 8.0))
+        for seed in range(4)
+    ]
+
+
+def test_the_results_of_a_comparison_are_read_as_they_are(judged):
+    document, said = judged(csv_of(OWN_ROWS, OWN))
+    assert list(document["metrics"]) == ["test_error"] and verdicts(document) == {("test_error", "", "large_margin"): "better"}
+    assert "its loss is the method, and test_error is judged; --metrics names others (test_rho)" in said
+    expected = stats.paired(np.subtract([8.1, 8.4, 8.3, 8.8], [9.0, 9.4, 9.1, 9.9]))
+    assert document["rows"][1]["judged"]["adjusted_p"] == pytest.approx(expected.p)
+    both, said = judged(csv_of(OWN_ROWS, OWN), "--metrics", "test_error", "test_rho")
+    assert both["metrics"] == {"test_error": "lower is better", "test_rho": "lower is better"} and "is the method" not in said
+
+
+def test_the_results_of_images_are_of_their_data_set(judged):
+    document, _ = judged(csv_of([*of_images(), *of_images(data="svhn")], OF_IMAGES))
+    assert {row["data_set"] for row in document["rows"]} == {"cifar10", "svhn"} and list(document["metrics"]) == ["test_error"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "header", "says"),
+    [
+        ([*OWN_ROWS[:-1], OWN_ROWS[-1] + "its numbers are not finite"], OWN, "line 9: this run diverged (its numbers are not finite)"),
+        ([*of_images(), *of_images(0.2)], OF_IMAGES, "column label_noise: it has 0.0 and 0.2; keep the rows of one share of label noise"),
+        ([row.replace(",12.5,", ",12.5") for row in OWN_ROWS], OWN.replace(",diverged", ""), "expected one column method"),
+    ],
+)
+def test_results_that_are_no_scores_are_refused(refused, rows, header, says):
+    assert says in refused(csv_of(rows, header))
+
+
+def test_a_file_with_a_method_may_have_a_metric_of_any_name(judged):
+    document, _ = judged(
+        csv_of([f"{row},1,2,3" for row in rows_of(softmax=SOFTMAX, margin=MARGIN)], "method,seed,loss,seconds,test_a,diverged")
+    )
+    assert list(document["metrics"]) == ["loss", "seconds", "test_a", "diverged"]
+
+
+def written_by_compare(tmp_path):
+    from largemargin.lab.comparison.table import results_csv
+    from largemargin.lab.results import TrialRecord
+    from largemargin.lab.trial.trial import Trial
+
+    records = [
+        TrialRecord(Trial(loss, seed, word=loss), {"f1": 0.5 + 0.1 * (loss == "large_margin") + 0.01 * seed, "loss": 1.0}, seconds=1.0)
+        for loss in ("softmax", "large_margin")
+        for seed in range(3)
+    ]
+    return results_csv(records)
+
+
+def test_the_command_reads_what_a_comparison_writes(judged, tmp_path):
+    document, _ = judged(written_by_compare(tmp_path))
+    assert document["metrics"] == {"test_f1": "higher is better"} and [row["n"] for row in document["rows"]] == [3, 3]
+
+
 GOOD = rows_of(softmax=SOFTMAX, margin=MARGIN)
 
 
@@ -199,6 +309,8 @@ GOOD = rows_of(softmax=SOFTMAX, margin=MARGIN)
         ([*GOOD, "margin,4,nan", "softmax,4,0.9"], None, "line 10, column accuracy: got nan, expected a finite number"),
         ([*GOOD, "margin,4,", "softmax,4,0.9"], None, "line 10, column accuracy: got an empty cell, expected a number"),
         ([*GOOD, "margin,4,93%", "softmax,4,0.9"], None, "line 10, column accuracy: got '93%', expected a number"),
+        ([*GOOD, "margin,4,1_0", "softmax,4,0.9"], None, "line 10, column accuracy: got '1_0', expected a number"),
+        ([*GOOD, "margin,1_0,0.9"], None, "line 10, column seed: got '1_0', expected a whole number"),
         ([*GOOD, "margin,four,0.9"], None, "line 10, column seed: got 'four', expected a whole number"),
         ([*GOOD, "margin,,0.9"], None, "line 10, column seed: got '', expected a whole number"),
         ([*GOOD, ",4,0.9"], None, "line 10, column method: it is empty"),
@@ -258,6 +370,35 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
     assert cli.main(["verdict", str(tmp_path / "scores.csv"), "--baseline", "softmax", "--out", str(out)]) == 2
     assert "holds files that are not of a verdict" in capsys.readouterr().err
     assert (out / "report.html").read_text() == "mine"
+
+
+def test_a_verdict_takes_the_place_of_an_earlier_one_and_says_so(tmp_path, capsys):
+    out = tmp_path / "out"
+    for name, rows in (("first", GOOD), ("second", rows_of(softmax=SOFTMAX, smooth=SMOOTH))):
+        (tmp_path / f"{name}.csv").write_text(csv_of(rows))
+
+    def of(name):
+        assert cli.main(["verdict", str(tmp_path / f"{name}.csv"), "--baseline", "softmax", "--out", str(out)]) == 0
+        return capsys.readouterr().out
+
+    assert "this one replaces it" not in of("first")
+    (out / "notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    assert "this one replaces it" not in of("first") and {path: path.read_bytes() for path in out.iterdir()} == before
+    assert f"{out} held the verdict on {tmp_path / 'first.csv'} (baseline softmax); this one replaces it" in of("second")
+    assert (out / "notes.txt").read_text() == "mine" and "smooth" in (out / "report.md").read_text()
+
+
+def test_the_folder_of_a_comparison_and_a_file_are_left_alone(tmp_path, capsys):
+    (tmp_path / "scores.csv").write_text(csv_of(GOOD))
+    folder = tmp_path / "comparison"
+    folder.mkdir()
+    (folder / "compare.json").write_text('{"largemargin": "compare"}')
+    (folder / "results.csv").write_text("mine")
+    for out, says in ((folder, "holds files that are not of a verdict"), (tmp_path / "scores.csv", "is a file, not a folder")):
+        assert cli.main(["verdict", str(tmp_path / "scores.csv"), "--baseline", "softmax", "--out", str(out)]) == 2
+        assert says in capsys.readouterr().err
+    assert (folder / "results.csv").read_text() == "mine" and len(list(folder.iterdir())) == 2
 
 
 def test_the_report_is_whole_in_itself_and_safe(judged, tmp_path):

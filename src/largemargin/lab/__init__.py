@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .commands.own import Result
+    from .commands.result import Result
     from .trial.run import Run
 
 # installed by largemargin[lab]
@@ -78,7 +78,8 @@ def compare(
         quiet: print no progress.
 
     Returns:
-        The result: ``print(result)`` gives the table, the verdicts and the next steps, ``result.report`` is the page.
+        The result: ``print(result)`` gives the table, the verdicts and the next steps, ``result.report`` is the page. ``result.failures``
+        says why runs failed. If every run did, the table is empty and the page is None.
     """
     given = dict(locals())
     found: Result = importlib.import_module(".commands.own", __package__).compare(**given)

@@ -24,6 +24,8 @@ class Rows(NamedTuple):
 
     def number(self, text: str) -> float:
         """The number that a cell holds; raises ValueError for one that holds none."""
+        if "_" in text:  # a digit separator of Python alone
+            raise ValueError(text)
         return float(text.replace(",", ".") if self.comma_is_point else text)
 
 

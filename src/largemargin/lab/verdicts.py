@@ -24,6 +24,7 @@ class Judged:
     lower_is_better: bool = True
     unit: str = "points"  # after a number: "0.21 points"
     decimals: int = 2
+    room: float | None = None  # the most that a method can be better than the baseline; None: not known
     no_samples: str = "the predictions of the runs are not there, or are not of the same samples."  # why there is no interval over samples
 
     @property
@@ -31,6 +32,21 @@ class Judged:
         """A method with a diverged run is never better."""
         found = stats.verdict(self.paired.mean, self.adjusted_p, self.lower_is_better)
         return "inconclusive" if self.diverged and found == "better" else found
+
+    @property
+    def detectable(self) -> float | None:
+        """The true difference that is detected 8 times in 10, before any correction; None without spread."""
+        return self.paired.detectable
+
+    @property
+    def can_detect_a_gain(self) -> bool:
+        """Whether that difference is one by which a method can be better."""
+        return self.detectable is not None and (self.room is None or self.detectable <= self.room)
+
+    @property
+    def is_corrected(self) -> bool:
+        """Whether its p is adjusted."""
+        return self.num_verdicts > 1 or self.looks > 1
 
     @property
     def is_undone_by_correction(self) -> bool:
@@ -96,7 +112,7 @@ class Judged:
             test += "; with one verdict Holm's correction changes nothing"
         if self.looks > 1:
             test += f", times the {self.looks} planned looks"
-        if self.num_verdicts > 1 or self.looks > 1:
+        if self.is_corrected:
             test += f": p = {number(self.adjusted_p)}"
         smallest = number(stats.smallest_sign_flip_p(p.n))
         flip = f"Exact sign-flip p = {number(p.sign_flip_p)}; {counted(p.n, 'pair')} allow no p below {smallest}."
@@ -113,8 +129,13 @@ class Judged:
         p = self.paired
         if not p.has_spread:
             return "Effect size and power cannot be computed, because the pairs have no spread."
-        assert p.detectable is not None
-        power = f"With {p.n} seeds a true difference of {p.detectable:.2g} {self.unit} would be detected 8 times in 10"
+        corrected = " before the correction" if self.is_corrected else ""
+        power = f"With {p.n} seeds a true difference of {p.detectable:.2g} {self.unit} would be detected 8 times in 10{corrected}"
+        if not self.can_detect_a_gain:
+            power = (
+                f"With {p.n} seeds no possible gain would be detected 8 times in 10{corrected}: it would have to be {p.detectable:.2g} "
+                f"{self.unit}, and {self.baseline} leaves {self.room:.2g}"
+            )
         seen = abs(p.mean)
         needed = p.pairs_needed(seen) if seen > stats.NO_SPREAD else None
         if needed is None or needed > MANY_PAIRS:

@@ -93,7 +93,9 @@ def do_runs(
         if len(records) < comparison.num_runs or is_clear(summarised(comparison, records, out)):
             break
     if budget is not None:
-        say_what_is_left([*(comparison.validating_recipes() if comparison.choosing else []), *recipes], runs, budget, console)
+        tried = {name for error in failed for name in error.reasons}
+        planned = [*(comparison.validating_recipes() if comparison.choosing else []), *recipes]
+        say_what_is_left([recipe for recipe in planned if recipe.id not in tried], runs, budget, console)
     return comparison, failed
 
 

@@ -2,11 +2,10 @@
 
 import importlib
 import inspect
-import io
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,10 @@ from rich.console import Console
 
 from ..arguments.options import given_fields, path_of, plain
 from ..arguments.parsers import compare_parser
-from ..comparison import table
-from ..comparison.folder import check_folder, device_of, finished_records, reopen, write_marker
+from ..comparison.folder import check_folder, device_of, reopen, write_marker
 from ..comparison.own import OwnComparison
 from ..comparison.plan import AUTO
-from ..comparison.recommendation import advice
-from ..comparison.table import Row, cells, columns_of, remarks
-from ..errors import LabError, NotDone, RunFailed
-from ..pages import page
+from ..errors import LabError, RunFailed
 from ..queue.attempt import inside
 from ..queue.budget import Budget, nothing_known
 from ..queue.runs import default_jobs
@@ -32,35 +27,15 @@ from ..trial.digest import digest_of
 from ..trial.losses import Given, given_losses
 from ..trial.work import WORK, Sent
 from ..words import counted
+from .checked import check_arguments
 from .comparing import as_json as comparison_as_json
-from .comparing import do_runs, print_and_write, say_if_other
+from .comparing import do_runs, say_if_other
 from .progress import given_jobs
+from .result import Result, result_of_runs
 from .screen import Screen, print_json
 from .seeds import seeds_of
 
 MANY_BYTES = 200 * 10**6  # that travel to each process
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a comparison found: ``print`` it, or let a notebook show it."""
-
-    rows: Sequence[Row]
-    report: Path  # the page with figures
-    failures: Mapping[str, str]  # why runs could not be done, by their names
-    text: str
-    html: str
-
-    def __str__(self) -> str:
-        return self.text
-
-    def _repr_html_(self) -> str:
-        return self.html
-
-    @property
-    def table(self) -> list[dict[str, Any]]:
-        """The rows as dictionaries of plain numbers, with their verdicts."""
-        return [table.as_json(row) for row in self.rows]
 
 
 OPTIONS_OF_IMAGES = (
@@ -97,10 +72,11 @@ def run(options: Any, console: Console) -> None:
         reuse=bool(options.reuse),
         console=console,
     )
+    console.print(found.text, markup=False, highlight=False, soft_wrap=True, end="")
     if options.json:
-        print_json(comparison_as_json(reopen(out), found.rows, out))
-    else:
-        console.print(found.text, markup=False, highlight=False, soft_wrap=True, end="")
+        print_json(comparison_as_json(reopen(out), found.rows, out) | {"failures": dict(found.failures)})
+    if found.failures and not found.rows:
+        raise RunFailed("no run could be done; the same command tries them again.")
     if found.failures:
         raise RunFailed(f"{counted(len(found.failures), 'run')} could not be done. The others are kept; the same command goes on.")
 
@@ -128,17 +104,21 @@ def compare(
     console: Console | None = None,
 ) -> Result:
     """:func:`largemargin.lab.compare`, where the arguments are explained."""
+    check_arguments(locals())
     check_place(train)
     given, folder = given_losses(losses), Path(out).expanduser()
     console = console or Screen(width=140, emoji=False, quiet=quiet, force_jupyter=False)
     if not isinstance(seeds, str | Iterable):
         raise LabError(f'seeds must be several whole numbers, or "auto", got {seeds!r}; give range({seeds}), say')
+    wanted: list[Any] = [seeds] if isinstance(seeds, str) else list(seeds)
+    if not wanted:
+        raise LabError('seeds is empty; give at least one whole number, better range(5), or "auto"')
     comparison = OwnComparison(
         function=name_of(train),
         losses=tuple(one.name for one in given),
         words=OwnComparison.words_of(given),
         lam=numbers("lam", [lam] if isinstance(lam, int | float) else lam),
-        **seeds_of([seeds] if isinstance(seeds, str) else list(seeds), max_seeds),
+        **seeds_of(wanted, max_seeds),
         validation_fraction=validation_fraction,
         settings=as_json(settings or {}),
         judged_by=metric or "",
@@ -181,14 +161,16 @@ def name_of(train: Any) -> str:
 
 def numbers(name: str, values: Iterable[Any]) -> tuple[float, ...]:
     found = tuple(dict.fromkeys(values))
-    wrong = next((one for one in found if isinstance(one, bool) or not isinstance(one, int | float) or not one >= 0), None)
+    wrong = next((one for one in found if isinstance(one, bool) or not isinstance(one, int | float) or not 0 <= one < math.inf), None)
     if wrong is not None or not found:
-        raise LabError(f"{name} must be a number from 0 on, or several, got {repr(wrong) if found else 'none'}")
+        raise LabError(f"{name} must be a finite number from 0 on, or several, got {repr(wrong) if found else 'none'}")
     return found
 
 
 def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings as a run gets them."""
+    if not isinstance(settings, Mapping) or not all(isinstance(name, str) for name in settings):
+        raise LabError(f'settings must be a dictionary with text for names, {{"epochs": 20}} say, got {settings!r:.60}')
     try:
         found = json.loads(json.dumps(dict(settings), allow_nan=False))
     except (TypeError, ValueError) as error:
@@ -233,9 +215,10 @@ def refuse_other_source(comparison: OwnComparison, runs: Path, digests: Mapping[
     found = [(trial, result_of(trial, runs)) for trial in planned_trials(comparison)]
     other = [trial for trial, record in found if record is not None and record.digest != digests[trial.loss]]
     if other:
+        were, them = ("was", "it") if len(other) == 1 else ("were", "them")
         raise LabError(
-            f"the source of {comparison.function}, or of a loss, has changed since {counted(len(other), 'run')} of {runs} were done "
-            f"({'; '.join(map(text_of, other[:3]))}{'; ...' if len(other) > 3 else ''}): give reuse=True (--reuse) to keep them, or "
+            f"the source of {comparison.function}, or of a loss, has changed since {counted(len(other), 'run')} of {runs} {were} done "
+            f"({'; '.join(map(text_of, other[:3]))}{'; ...' if len(other) > 3 else ''}): give reuse=True (--reuse) to keep {them}, or "
             "another out to begin anew"
         )
 
@@ -246,27 +229,6 @@ def planned_trials(comparison: OwnComparison) -> list[Any]:
     tried = [(loss, lam) for loss in comparison.losses for lam in (comparison.lam if comparison.has_lam(loss) else comparison.lam[:1])]
     final = [comparison.planned(loss, seed, noise, lam=lam) for seed in comparison.seeds for loss, lam in tried]
     return [*comparison.validating_recipes(), *final]
-
-
-def result_of_runs(comparison: OwnComparison, out: Path, failed: Sequence[NotDone]) -> Result:
-    """The tables, the report and what failed."""
-    screen = Screen(file=io.StringIO(), width=140, emoji=False, force_jupyter=False)
-    rows = print_and_write(comparison, out, screen, failed=failed)
-    reasons = {name: reason for error in failed for name, reason in error.reasons.items()}
-    said = [f"{name} failed and is left out: {reason} ({out / 'runs' / name / 'error.txt'})" for name, reason in reasons.items()]
-    report = out / "report.html"
-    for line in [*said, f"{report}  the same with figures; results.csv has a line for each run, runs/ a record"]:
-        screen.print(line, markup=False, highlight=False, soft_wrap=True)
-    html = page(
-        "result.html.j2",
-        columns=columns_of(rows),
-        rows=[cells(row, rows) for row in rows],
-        judged=[row.judged for row in rows if row.judged is not None],
-        sentences=[*remarks(finished_records(comparison, out)[1]), *advice(rows), *said],
-        report=report,
-    )
-    assert isinstance(screen.file, io.StringIO)
-    return Result(rows, report, reasons, screen.file.getvalue(), html)
 
 
 def imported(name: str) -> Callable[..., Any]:

@@ -1,10 +1,13 @@
 """The seeds of a comparison: those given, or as many as the verdicts need."""
 
+from numbers import Integral
 from typing import Any
 
 from ..comparison.design import FIRST_LOOK, MAX_SEEDS
 from ..comparison.plan import AUTO
 from ..errors import LabError
+
+SEEDS = 2**32  # as many as numpy takes
 
 
 def seeds_of(seeds: list[Any], max_seeds: int | None) -> dict[str, Any]:
@@ -13,9 +16,9 @@ def seeds_of(seeds: list[Any], max_seeds: int | None) -> dict[str, Any]:
         if max_seeds is not None:
             raise LabError(f"--max-seeds {max_seeds} is for --seeds auto; leave it out, or give --seeds auto")
         for seed in seeds:
-            if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-                raise LabError(f"--seeds must be whole numbers from 0 on, or auto, got {seed}")
-        return {"seeds": tuple(dict.fromkeys(seeds))}
+            if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < SEEDS:
+                raise LabError(f"--seeds must be whole numbers from 0 to {SEEDS - 1:,}, or auto, got {seed}")
+        return {"seeds": tuple(dict.fromkeys(map(int, seeds)))}
     if len(seeds) > 1:
         raise LabError(f"--seeds auto stands alone, got {' '.join(map(str, seeds))}")
     most = MAX_SEEDS if max_seeds is None else max_seeds

@@ -20,26 +20,33 @@ from .screen import print_json
 
 def run(options: Any, console: Console) -> None:
     out = path_of(options.out)
-    page.check_folder(out)
-    scores = given_scores(options)
+    earlier = page.earlier(out)
+    scores = given_scores(options, console)
     lines = judge(scores, options.lower_is_better or (), options.higher_is_better or ())
     lower = {line.metric: line.judged.lower_is_better for line in lines if line.judged is not None}
     verdicts = Verdicts(scores, lines, overall(lines), lower)
     page.print_verdicts(verdicts, console)
+    if earlier is not None and page.subject(earlier) != page.subject(page.as_json(verdicts)):
+        held = f"{out} held the verdict on {earlier['scores']} (baseline {earlier['baseline']}); this one replaces it"
+        console.print(held, markup=False, highlight=False, soft_wrap=True)
     page.write(verdicts, out)
     console.print(f"{out / 'report.html'}  the same with a figure; results.csv has the tables", markup=False, highlight=False)
     if options.json:
         print_json(page.as_json(verdicts) | {"out": str(out)})
 
 
-def given_scores(options: Any) -> Scores:
+def given_scores(options: Any, console: Console) -> Scores:
     """From the file of scores, or from predictions."""
     if (options.scores is None) == (options.predictions is None):
         both = "and --predictions were both given" if options.scores is not None else "or --predictions is needed"
         raise LabError(f"a file of scores {both}; give one of the two")
     if options.scores is not None:
         path = path_of(options.scores)
-        return collected(str(path), options.baseline, table.read(path, options.metrics or ()))
+
+        def say(line: str) -> None:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+        return collected(str(path), options.baseline, table.read(path, options.metrics or (), say))
     if options.metrics:
         raise LabError("--metrics is for a file of scores, and --predictions gives the error alone; leave it out")
     found, no_samples = scores_of({method: [_outcome(path) for path in paths] for method, paths in by_method(options.predictions).items()})

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from ..run.methods import BASELINE
 from ..run.noise import UNTOLD, Noise, phrase_of
 from ..verdicts import number
-from ..words import counted
+from ..words import counted, listed
 from .evidence import majority_error
 from .table import Row
 
@@ -62,11 +62,26 @@ def _advice_at(noise: Noise, rows: Sequence[Row]) -> str:
     no_better = f"{where}stay with {BASELINE}: " + (
         "the other losses are worse." if len(worse) == len(compared) else "these seeds do not show that another loss is better."
     )
-    detectable = [row.judged.paired.detectable for row in compared if row.judged and row.judged.paired.detectable is not None]
-    if len(worse) < len(compared) and detectable:
-        no_better += f" A true difference of {max(detectable):.2g} {baseline.metric.unit} would have been found 8 times in 10."
+    if len(worse) < len(compared):
+        no_better += _power(compared, baseline.metric.unit)
     named = f" {', '.join(worse)} {'is' if len(worse) == 1 else 'are'} worse." if worse and len(worse) < len(compared) else ""
     return _capital(no_better + named)
+
+
+def _power(rows: Sequence[Row], unit: str) -> str:
+    """Which true differences these seeds would have found; nothing where no pair has spread."""
+    judged = [(row.label, row.judged) for row in rows if row.judged is not None and row.judged.detectable is not None]
+    if not judged:
+        return ""
+    found = sorted({f"{one.detectable:.2g}" for _, one in judged if one.can_detect_a_gain}, key=float)
+    if not found:
+        return " No possible gain would have been found 8 times in 10: add seeds."
+    size = found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"
+    depending = ", depending on the loss," if len(found) > 1 else ""
+    corrected = ", before the correction for several verdicts" if judged[0][1].is_corrected else ""
+    impossible = [label for label, one in judged if not one.can_detect_a_gain]
+    none = f" For {listed(impossible)} no possible gain would have been." if impossible else ""
+    return f" A true difference of {size} {unit}{depending} would have been found 8 times in 10{corrected}.{none}"
 
 
 def _capital(sentence: str) -> str:

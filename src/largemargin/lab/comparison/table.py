@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import io
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from ..directions import room
 from ..metrics import ERROR, OF_LOGITS, Metric, metric_of
 from ..results import Record, RunRecord, kept, who_diverged
 from ..run.methods import BASELINE, SYMBOLS
@@ -72,7 +73,11 @@ def summarise(
     lost = {key: len(group) - len(of_seeds[key]) for key, group in groups.items()}
     named = [(groups[key][0].recipe.loss_label, BASELINE, found, lost[key]) for key, found in compared.items()]
     judged = judge(named, looks, metric.lower_is_better, metric.unit)
-    judged = [dataclasses.replace(one, decimals=metric.decimals, no_samples=no_samples or one.no_samples) for one in judged]
+    rooms = {noise: _room(of_seeds[noise, BASELINE].values(), metric) for noise, _ in compared}
+    judged = [
+        dataclasses.replace(one, decimals=metric.decimals, room=rooms[noise], no_samples=no_samples or one.no_samples)
+        for (noise, _), one in zip(compared, judged, strict=True)
+    ]
     judgements = dict(zip(compared, judged, strict=True))
     others = [name for name in shared_scores(records) if name != metric.name]
 
@@ -95,6 +100,11 @@ def summarise(
             )
         )
     return rows
+
+
+def _room(baseline: Collection[Record], metric: Metric) -> float | None:
+    """The most that a loss can be better than these runs; None: not known."""
+    return room(metric.name, statistics.fmean(record.scores[metric.name] for record in baseline), metric.lower_is_better)
 
 
 def shared_scores(records: Sequence[Record]) -> list[str]:
@@ -161,6 +171,8 @@ def score_text(row: Row) -> str:
 
 def remarks(records: Sequence[Record]) -> list[str]:
     """What explains a table that says less than was hoped for."""
+    if not records:
+        return []
     losses = dict.fromkeys(record.recipe.loss for record in records)
     sentences = []
     if BASELINE not in losses:

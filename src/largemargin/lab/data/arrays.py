@@ -1,6 +1,7 @@
 """Arrays in a file of numpy: ``--data FILE.npz``."""
 
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import torch
 from torch import Tensor
 
 from ..errors import LabError
+from ..words import listed
 from .features import FeatureSet, of_arrays
 from .images import ImageSet
 from .splits import check_length, labels_of, split_of
 
 Array = np.ndarray[Any, np.dtype[Any]]
 KEYS = "train_x, train_y, test_x and test_y, or x and y with an optional split"
+KEYS_SHOWN = 5  # in a message
 
 
 def array_set(path: Path) -> ImageSet | FeatureSet:
@@ -50,7 +53,8 @@ def read_parts(path: Path) -> tuple[Array, Array, Array, Array]:
     """The arrays ``train_x, train_y, test_x, test_y`` of the file, whichever keys it has."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in ("train_x", "train_y", "test_x", "test_y", "x", "y", "split") if name in file.files}
+            names = file.files
+            found = {name: file[name] for name in ("train_x", "train_y", "test_x", "test_y", "x", "y", "split") if name in names}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
         raise LabError(f"data {path}: it cannot be read as an npz file without pickled objects ({error})") from error
     if {"train_x", "train_y", "test_x", "test_y"} <= found.keys():
@@ -60,12 +64,22 @@ def read_parts(path: Path) -> tuple[Array, Array, Array, Array]:
         training, testing = split_of(path, found["y"], found.get("split"))
         parts = (found["x"][training], found["y"][training], found["x"][testing], found["y"][testing])
     else:
-        raise LabError(f"data {path}: it has the keys {', '.join(sorted(found)) or 'of nothing known'}; expected {KEYS}")
+        raise LabError(f"data {path}: it has {_keys(names)}; expected {KEYS}")
     for name, labels, values in (("train_y", parts[1], parts[0]), ("test_y", parts[3], parts[2])):
         check_length(path, name, labels, values)
         if not len(labels):
             raise LabError(f"data {path}: {name} holds no sample")
     return parts
+
+
+def _keys(names: Sequence[str]) -> str:
+    """How a message calls the keys of a file."""
+    if not names:
+        return "no arrays"
+    shown = sorted(names)[:KEYS_SHOWN]
+    if len(names) > KEYS_SHOWN:
+        return f"the keys {', '.join(shown)} and {len(names) - KEYS_SHOWN} more"
+    return f"the {'key' if len(names) == 1 else 'keys'} {listed(shown)}"
 
 
 def unlabelled(path: Path) -> Array:

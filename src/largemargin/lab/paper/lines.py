@@ -2,8 +2,9 @@
 
 import json
 import shlex
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from ..results import RunRecord, kept
@@ -179,7 +180,8 @@ def lines_of(entries: Sequence[Entry], scale: Scale) -> list[Line]:
         for i, entry in enumerate(entries)
         if (found := paired_by_seed(errors[i], others[i])) is not None
     }
-    judged = dict(zip(compared, judge(list(compared.values())), strict=True))
+    rooms = {runs[i]: statistics.fmean(others[i].values()) for i in range(len(entries)) if runs[i] in compared}
+    judged = {key: replace(one, room=rooms[key]) for key, one in zip(compared, judge(list(compared.values())), strict=True)}
     return [
         Line(
             entry=entry,

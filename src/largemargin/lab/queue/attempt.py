@@ -7,6 +7,7 @@ import importlib
 import os
 import platform
 import sys
+import textwrap
 import threading
 import traceback
 from collections.abc import Callable, Hashable, Iterator
@@ -21,6 +22,7 @@ from ..files import write_text
 from ..run.planned import Planned
 from ..run.recipe import Recipe
 
+REASON_LENGTH = 400  # characters; the whole text is in error.txt
 TIMED_OUT = "Timeout ("  # as faulthandler begins
 inside = threading.Event()  # set in a process that does runs for another
 
@@ -125,8 +127,10 @@ def attempt(recipe: Planned, job: Job, inputs: Inputs, on_epoch: Callable[[int],
                 write_text(folder / "error.txt", traceback.format_exc())
                 raise
     except Exception as error:
-        reason = traceback.format_exception_only(error)[-1].strip()
-        return Outcome("refused" if isinstance(error, LabError) else "failed", reason)
+        if isinstance(error, LabError):
+            return Outcome("refused", str(error))
+        reason = traceback.format_exception_only(error)[-1]
+        return Outcome("failed", textwrap.shorten(reason, REASON_LENGTH, placeholder=" ..."))
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .. import stats
-from ..directions import lower_is_better, phrase_of
+from ..directions import lower_is_better, phrase_of, room
 from ..errors import LabError
 from ..stats import Verdict, paired
 from ..verdicts import Judged, number
@@ -117,6 +117,7 @@ def judge(scores: Scores, lower: Sequence[str] = (), higher: Sequence[str] = ())
                         lower_is_better=is_lower,
                         unit=f"in {metric}",
                         decimals=decimals,
+                        room=room(metric, statistics.fmean(scores.values(scores.baseline, metric, data_set)), is_lower),
                         no_samples=scores.no_samples,
                     )
                 values = scores.values(method, metric, data_set)

@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,13 +164,26 @@ def results_csv(verdicts: Verdicts) -> str:
     return text.getvalue()
 
 
-def check_folder(out: Path) -> None:
-    """Raises LabError for a folder that holds something else."""
+def earlier(out: Path) -> dict[str, Any] | None:
+    """The document of the verdict that the folder holds, None for an empty folder; raises LabError for one that holds something else."""
+    if out.is_file():
+        raise LabError(f"--out {out} is a file, not a folder; choose a new or empty folder")
     try:
-        if out.exists() and any(out.iterdir()) and json.loads((out / MARKER).read_text())["largemargin"] != "verdict":
-            raise ValueError
+        if not out.exists() or not any(out.iterdir()):
+            return None
+        found: dict[str, Any] = json.loads((out / MARKER).read_text())
+        if found["largemargin"] != "verdict":
+            raise ValueError("it is of something else")
+        subject(found)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LabError(f"--out {out} holds files that are not of a verdict; choose a new or empty folder") from error
+    return found
+
+
+def subject(document: Mapping[str, Any]) -> list[Any]:
+    """What a verdict is on."""
+    methods = [row["method"] for row in document["rows"]]
+    return [document["scores"], document["baseline"], list(document["metrics"]), sorted(set(methods))]
 
 
 def write(verdicts: Verdicts, out: Path) -> None:

@@ -2,11 +2,12 @@
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import LabError
 from ..tables import Rows, read_csv
+from . import results
 from .runs import Score
 
 METHOD, SEED = "method", "seed"
@@ -14,9 +15,15 @@ DATA_SET = ("data set", "data_set", "dataset", "data")  # what the column of the
 SHOWN = 12  # names in a message
 
 
-def read(path: Path, metrics: Sequence[str] = ()) -> list[Score]:
-    """The runs of a file, a row each; of its metrics only ``metrics``, if any are named."""
+def read(path: Path, metrics: Sequence[str] = (), say: Callable[[str], object] = lambda _: None) -> list[Score]:
+    """The runs of a file, a row each; of its metrics only ``metrics``, if any are named.
+
+    Of the ``results.csv`` of a comparison the first score counts, if none are named; ``say`` hears a line on it.
+    """
     table = read_csv(path, f"the columns {METHOD}, {SEED} and one for each metric")
+    if results.is_of_a_comparison(table):
+        table = results.as_scores(path, table)
+        metrics = metrics or _first_score(path, table.names, say)
     names = table.names
     _check_header(path, table)
     at = {name.lower(): i for i, name in enumerate(names)}
@@ -35,6 +42,13 @@ def read(path: Path, metrics: Sequence[str] = ()) -> list[Score]:
             )
         )
     return scores
+
+
+def _first_score(path: Path, names: Sequence[str], say: Callable[[str], object]) -> list[str]:
+    first, *others = (name for name in names if name.startswith(results.SCORE))
+    more = f"; --metrics names others ({_list(others)})" if others else ""
+    say(f"{path} is of a comparison: its loss is the method, and {first} is judged{more}")
+    return [first]
 
 
 def _check_header(path: Path, table: Rows) -> None:
@@ -73,7 +87,7 @@ def _word(where: str, text: str) -> str:
 def _seed(where: str, text: str) -> int:
     try:
         number = float(text)
-        if number != int(number):
+        if number != int(number) or "_" in text:
             raise ValueError
     except (ValueError, OverflowError):
         raise LabError(f"{where}: got {text!r}, expected a whole number; number seeds, or folds, alike for all methods") from None

@@ -7,6 +7,10 @@ from collections.abc import Callable, Mapping
 from types import CodeType, ModuleType
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 PLAIN = (int, float, complex, str, bytes, type(None))
 
 
@@ -41,7 +45,7 @@ def _names_of(function: Any) -> set[str]:
 
 def _is_near(value: Any, function: Any) -> bool:
     """Whether it belongs to the module of the function: a value, or a function or class that is defined there."""
-    if isinstance(value, (*PLAIN, list, tuple, dict, set, frozenset)):
+    if isinstance(value, (*PLAIN, list, tuple, dict, set, frozenset, np.ndarray, Tensor)):
         return True
     return getattr(value, "__module__", None) == function.__module__ and (inspect.isfunction(value) or inspect.isclass(value))
 
@@ -62,6 +66,8 @@ def _of_value(value: Any, seen: set[int]) -> str:
     if id(value) in seen:
         return name
     seen.add(id(value))
+    if isinstance(value, np.ndarray | Tensor):
+        return f"{name} {value.dtype} {tuple(value.shape)} {_of_numbers(value)}"
     if isinstance(value, ModuleType):
         return value.__name__
     if isinstance(value, Mapping):
@@ -75,6 +81,16 @@ def _of_value(value: Any, seen: set[int]) -> str:
     if callable(value):
         return _text_of(value, seen)
     return f"{name} {_of_value(vars(value), seen) if hasattr(value, '__dict__') else ''}"
+
+
+def _of_numbers(value: Any) -> str:
+    """A digest of the numbers of an array or a tensor; nothing where they are not at hand."""
+    try:
+        dense = value.detach().cpu().contiguous().reshape(-1) if isinstance(value, Tensor) else np.ascontiguousarray(value)
+        numbers = dense.view(torch.uint8).numpy() if isinstance(dense, Tensor) else dense.reshape(-1).view(np.uint8)
+    except (RuntimeError, TypeError):  # a tensor of another layout or without data, an array of objects
+        return ""
+    return hashlib.sha256(numbers.data).hexdigest()
 
 
 def _source_of(function: Any) -> str:

@@ -1,9 +1,12 @@
 """The losses of a comparison of a training function: words, pairs of a name and a module factory, dictionaries of settings."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from torch import nn
 
 from ..errors import LabError
 from ..options import Kind, options_of
@@ -47,8 +50,32 @@ def _given(one: Any) -> Given:
     if isinstance(one, Mapping):
         return _of_dictionary(dict(one))
     if isinstance(one, tuple | list) and len(one) == 2 and isinstance(one[0], str) and one[0].strip() and callable(one[1]):
+        _check_factory(*one)
         return Given(one[0], named=True, factory=one[1])
     raise LabError(f"losses has {one!r}; {FORMS}")
+
+
+def _check_factory(name: str, make: Callable[..., Any]) -> None:
+    """Refuse a loss in the place of what makes it."""
+    if isinstance(make, nn.Module):
+        made = type(make).__name__
+        raise LabError(
+            f'losses: the loss "{name}" is a module, {made}, and each run makes its own: write ("{name}", lambda: {made}(...)), with your '
+            "arguments"
+        )
+    try:
+        signature = inspect.signature(make)
+    except ValueError:  # of a callable without a signature
+        return
+    try:
+        signature.bind()
+    except TypeError as error:
+        called = getattr(make, "__name__", type(make).__name__)
+        loss = f"{called}(...)" if inspect.isclass(make) else called
+        raise LabError(
+            f'losses: what makes the loss "{name}" is called without arguments, and {called} takes some ({error}): write ("{name}", '
+            f"lambda: {loss})"
+        ) from error
 
 
 def _of_dictionary(given: dict[str, Any]) -> Given:

@@ -83,6 +83,10 @@ def _called(train: Callable[[Run], Any], run: Run) -> Any:
         raise
     except SystemExit as error:
         raise LabError(f"train called sys.exit({'' if error.code is None else error.code!r}); let it return its scores") from error
+    except Exception:
+        raise
+    except BaseException as error:  # nobody interrupts the process of a run by an exception
+        raise LabError(f"train raised {type(error).__name__}, which ends a process; let it raise an ordinary error") from error
     finally:
         if os.getpid() != process:  # a process that train has forked, and that came back from it too
             os._exit(1)
