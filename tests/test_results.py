@@ -208,7 +208,7 @@ PARTS = {
     "svhn-part": ("SVHN, WRN-28-10 × 0.1", "SVHN WRN-28-10"),
     "imagenet-part": ("25 classes of ImageNet, VGG-16-mod × 0.125", "ImageNet VGG-16-mod"),
     "places-part": ("20 categories of Places, VGG-16-mod × 0.125", "Places-365 VGG-16-mod"),
-    "cifar100-part": ("CIFAR-100, 13 layers × 0.25", ""),
+    "cifar100-part": ("CIFAR-100, 13 layers × 0.125", ""),
 }
 ROWS_OF_THE_PAPER = {"softmax": "softmax", "label_smoothing": "LSR λ=0.1", "large_margin": "ours λ=0.3"}
 
@@ -248,6 +248,7 @@ TABLES = {
     rows_of_50_epochs: PAGE,
     rows_of_few_images: PAGE,
     rows_of_the_losses_on_digits: PAGE,
+    rows_of_the_parts: PAGE,
     rows_of_human_noise: PAGE,
 }
 
