@@ -1,8 +1,8 @@
 """A run that is ended at chosen points, again and again, until it is done: a script, because it forks before torch starts threads.
 
-    python tests/interrupted.py kill|stop|full FOLDER [SEED]
+    python tests/interrupted.py kill|stop|full FOLDER [KILLS [SEED]]
 
-``kill``: SIGKILL at 20 points inside steps, writes and evaluations; ``stop``: SIGTERM at eight of them; ``full``: a disk that refuses a
+``kill``: SIGKILL at KILLS points inside steps, writes and evaluations; ``stop``: SIGTERM at eight of them; ``full``: a disk that refuses a
 checkpoint. The undisturbed run goes into FOLDER/whole, the other into FOLDER/broken; what happened is printed as JSON.
 """
 
@@ -121,7 +121,7 @@ def ended(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def main(how, folder, seed=0):
+def main(how, folder, kills=20, seed=0):
     images, draw = digits(), random.Random(seed)
     happened: list[Any] = []
 
@@ -141,7 +141,7 @@ def main(how, folder, seed=0):
     while not (folder / "broken" / "result.json").is_file():
         turn = len(happened)
         assert turn < 100, happened
-        if how == "kill" and turn < 20:
+        if how == "kill" and turn < kills:
             place = PLACES[turn % len(PLACES)]
             count = 1 if place in ("evaluation", "metrics.csv") else draw.randint(1, 6)  # those come once an epoch
             happened.append([place, count, ended(child(lambda place=place, count=count: ending(place, count, signal.SIGKILL)))])
@@ -159,4 +159,4 @@ def main(how, folder, seed=0):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 0)
+    main(sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:]))

@@ -431,13 +431,16 @@ def test_tensorboard_is_written_and_goes_on(device_recipe, tmp_path):
     assert [event.step for event in events.Scalars("train_rho")] == [1, 2, 3]
 
 
-@pytest.mark.parametrize(("how", "expected"), [("kill", -9), ("stop", 143), ("full", 2)])
-def test_a_run_ended_anywhere_ends_bit_for_bit_as_an_undisturbed_one(how, expected, tmp_path):
+@pytest.mark.parametrize(
+    ("how", "times", "expected"),
+    [("kill", 7, -9), pytest.param("kill", 20, -9, marks=pytest.mark.slow), ("stop", 8, 143), ("full", 2, 2)],
+)
+def test_a_run_ended_anywhere_ends_bit_for_bit_as_an_undisturbed_one(how, times, expected, tmp_path):
     script = Path(__file__).parent / "interrupted.py"
-    done = subprocess.run([sys.executable, script, how, tmp_path], capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, script, how, tmp_path, str(times)], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
     happened = json.loads(done.stdout)
-    assert sum(status == expected for _, _, status in happened) >= {"kill": 20, "stop": 8, "full": 2}[how], happened
+    assert sum(status == expected for _, _, status in happened) >= times, happened
     if how == "full":
         assert "checkpoint.pt cannot be written" in done.stderr
     whole, broken = tmp_path / "whole", tmp_path / "broken"
