@@ -61,7 +61,7 @@ def minus_softmax(of_study, name):
 
 def text(values, digits=2):
     mean, std = moments(values)
-    return spread(mean, std) if digits == 2 else f"{mean:.{digits}f} ± {std:.{digits}f}"
+    return spread(mean, std) if digits == 2 else f"{mean:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
 
 
 def last(by_seed, name, digits=2):
@@ -250,6 +250,7 @@ TABLES = {
     rows_of_the_losses_on_digits: PAGE,
     rows_of_the_parts: PAGE,
     rows_of_human_noise: PAGE,
+    rows_of_the_losses_on_human_noise: PAGE,
 }
 
 
