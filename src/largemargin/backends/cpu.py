@@ -237,7 +237,7 @@ def row_stats_backward(logits: Tensor, target: Tensor, softmax: Softmax, cotange
         softmax = Softmax(softmax.state.to(dtype), softmax.num_nontargets.to(dtype))
         cotangents = Cotangents(*(None if g is None else g.to(dtype) for g in cotangents))
     kind = _STATISTICS_GRADIENT
-    if gradient is None and softmax.exp_z is not None:
+    if gradient is None and softmax.exp_z is not None and softmax.exp_z.dtype is logits.dtype:
         kind, gradient = _KEPT_GRADIENT, softmax.exp_z
     elif gradient is None:
         gradient = torch.empty_like(logits)

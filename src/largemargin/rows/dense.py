@@ -154,9 +154,9 @@ class _RowStatsByKernels(torch.autograd.Function):
             and logits.dtype in ctx.backend.DTYPES
             and state.dtype == num_nontargets.dtype == rowstats.accumulation_dtype(logits.dtype)
         )
+        exp_z, ctx.exp_z = ctx.exp_z, None  # the gradient overwrites it; a second pass computes it again
         if not (plain and kept):
             return rowstats.row_stats_vjp(logits, target, cotangents), None, None
-        exp_z, ctx.exp_z = ctx.exp_z, None  # the gradient overwrites it; a second pass computes it again
         return ctx.backend.row_stats_backward(logits, target, Softmax(state, num_nontargets, exp_z), cotangents), None, None
 
 
