@@ -14,9 +14,9 @@ OF_LOGITS = (
     "softmax label_smoothing large_margin modified modified_large_margin multiclass_hinge crammer_singer_hinge hard_margin_softplus "
     "gce sce nce_rce taylor confidence_penalty maxsup focal dual_focal poly1 mbls logit_adjusted ldam"
 )
-FAST = "--recipe.precision bfloat16 --recipe.channels_last true --recipe.evaluate_every 100"
-SHORT = f"--recipe.batch_size 32 --recipe.schedule cosine {FAST}"
-LAYER13 = f"--data cifar100 --network layer13 --recipe.width 0.125 --recipe.batch_size 64 --recipe.schedule cosine {FAST}"
+FAST = "--recipe.schedule cosine --recipe.precision bfloat16 --recipe.channels_last true --recipe.evaluate_every 100"
+SHORT = f"--recipe.batch_size 32 {FAST}"
+LAYER13 = f"--data cifar100 --network layer13 --recipe.width 0.125 --recipe.batch_size 64 {FAST}"
 HUMAN = f"{LAYER13} --train-fraction 0.1 --epochs 20 --recipe.crop_padding 0"
 VGG = f"--image-size 64 --network vgg16_mod --recipe.width 0.125 --epochs 30 --recipe.learning_rate 0.004 --recipe.crop_padding 0 {SHORT}"
 WRN = f"--network wrn28_10 --recipe.width 0.1 {SHORT}"

@@ -611,6 +611,18 @@ def test_saved_tensors_may_come_back_changed(kernel, rng):
         assert_within(gradient, expected.double(), 2.0, 2, torch.bfloat16)
 
 
+def test_the_logits_alone_may_come_back_changed(rng):
+    skip_unless_available("cpu")
+    problem = Problem(logits((20, 33), rng, scale=1.0), rng, "cpu")
+    leaf = problem.leaf()
+    stats = row_stats(leaf, problem.target, backend="cpu")
+    node: Any = stats.log_odds.grad_fn
+    node._raw_saved_tensors[0].register_hooks(torch.Tensor.bfloat16, lambda t: t)
+    (gradient,) = torch.autograd.grad(stats.log_odds.sum(), leaf)
+    (expected,) = torch.autograd.grad(row_stats(leaf, problem.target, backend="reference").log_odds.sum(), leaf)
+    assert_within(gradient, expected.double(), 2.0, 2, torch.bfloat16)
+
+
 @every("loss", [large_margin_cross_entropy, focal_cross_entropy])  # by the kernel of the loss, and by the statistics
 def test_checkpointing_keeps_nothing_of_the_size_of_the_logits(loss, rng):
     skip_unless_available("cpu")

@@ -236,9 +236,9 @@ OF_IMAGES = (
 )
 
 
-def of_images(noise=0.0, data="cifar10"):
+def of_images(noise=0.0, data="cifar10", kind=""):
     return [
-        f"{data},small,{loss},,{noise},symmetric,1,1,{seed},3,{error + seed % 3 / 10},{0.4 + seed % 2 / 50},0.1,8.1,"
+        f"{data},small,{loss},,{noise},{kind},1,1,{seed},3,{error + seed % 3 / 10},{0.4 + seed % 2 / 50},0.1,8.1,"
         for loss, error in (("softmax", 9.0), ("large_margin", 8.0))
         for seed in range(4)
     ]
@@ -263,7 +263,12 @@ def test_the_results_of_images_are_of_their_data_set(judged):
     ("rows", "header", "says"),
     [
         ([*OWN_ROWS[:-1], OWN_ROWS[-1] + "its numbers are not finite"], OWN, "line 9: this run diverged (its numbers are not finite)"),
-        ([*of_images(), *of_images(0.2)], OF_IMAGES, "column label_noise: it has 0.0 and 0.2; keep the rows of one share of label noise"),
+        ([*of_images(), *of_images(0.2)], OF_IMAGES, "its label noise is 0.0 and 0.2; keep the rows of one kind and share"),
+        (
+            [*of_images(0.2), *of_images(0.2, kind="human")],
+            OF_IMAGES,
+            "its label noise is 0.2 and 0.2 human; keep the rows of one kind and share",
+        ),
         ([row.replace(",12.5,", ",12.5") for row in OWN_ROWS], OWN.replace(",diverged", ""), "expected one column method"),
     ],
 )

@@ -44,7 +44,7 @@ def result_of_runs(comparison: OwnComparison, out: Path, failed: Sequence[NotDon
     """The tables, the report and what failed."""
     if failed and not any(finished_records(comparison, out)):
         return result_without_runs(comparison, out, failed)
-    screen = Screen(file=io.StringIO(), width=140, emoji=False, force_jupyter=False)
+    text, screen = _screen()
     rows = print_and_write(comparison, out, screen, failed=failed)
     reasons = reasons_of(failed)
     said = [f"{name} failed and is left out: {reason} ({out / 'runs' / name / 'error.txt'})" for name, reason in reasons.items()]
@@ -59,8 +59,7 @@ def result_of_runs(comparison: OwnComparison, out: Path, failed: Sequence[NotDon
         sentences=[*remarks(finished_records(comparison, out)[1]), *advice(rows), *said],
         report=report,
     )
-    assert isinstance(screen.file, io.StringIO)
-    return Result(rows, report, reasons, screen.file.getvalue(), html)
+    return Result(rows, report, reasons, text.getvalue(), html)
 
 
 def result_without_runs(comparison: OwnComparison, out: Path, failed: Sequence[NotDone]) -> Result:
@@ -75,11 +74,16 @@ def result_without_runs(comparison: OwnComparison, out: Path, failed: Sequence[N
         sentences = [f"{said} {lines[0]}"]
     else:
         sentences = [said, *(f"{counted(len(found), 'run')}: {line}" for line, found in zip(lines, names.values(), strict=True))]
-    screen = Screen(file=io.StringIO(), width=140, emoji=False, force_jupyter=False)
+    text, screen = _screen()
     for line in sentences:
         screen.print(line, markup=False, highlight=False, soft_wrap=True)
-    assert isinstance(screen.file, io.StringIO)
-    return Result((), None, reasons, screen.file.getvalue(), page("result.html.j2", rows=(), judged=(), sentences=sentences, report=None))
+    return Result((), None, reasons, text.getvalue(), page("result.html.j2", rows=(), judged=(), sentences=sentences, report=None))
+
+
+def _screen() -> tuple[io.StringIO, Screen]:
+    """A screen that prints into a text."""
+    text = io.StringIO()
+    return text, Screen(file=text, width=140, emoji=False, force_jupyter=False)
 
 
 def reasons_of(failed: Sequence[NotDone]) -> dict[str, str]:

@@ -4,25 +4,28 @@ from pathlib import Path
 
 from ..errors import LabError
 from ..tables import Rows
+from ..words import listed
 
-LOSS, SEED, NOISE, DIVERGED, DATA = "loss", "seed", "label_noise", "diverged", "data"
+METHOD, SEED = "method", "seed"
+LOSS, DIVERGED, DATA = "loss", "diverged", "data"
+NOISE = ("label_noise", "noise_kind")
 SIGNS = {LOSS, SEED, "seconds", DIVERGED}  # columns that every such file has
 SCORE = "test_"  # begins the name of a score
 
 
 def is_of_a_comparison(table: Rows) -> bool:
-    return set(table.names) >= SIGNS and "method" not in table.names and any(name.startswith(SCORE) for name in table.names)
+    return set(table.names) >= SIGNS and METHOD not in table.names and any(name.startswith(SCORE) for name in table.names)
 
 
 def as_scores(path: Path, table: Rows) -> Rows:
-    """The methods, seeds, data sets and scores alone; raises LabError for runs that diverged, and for several shares of label noise."""
+    """The methods, seeds, data sets and scores alone; raises LabError for runs that diverged, and for several kinds of label noise."""
     at = {name: i for i, name in enumerate(table.names)}
     for line, row in zip(table.lines, table.rows, strict=True):
         if why := row[at[DIVERGED]]:
             raise LabError(f"{path}, line {line}: this run diverged ({why}); repeat it, or remove its seed for all losses")
-    shares = dict.fromkeys(row[at[NOISE]] for row in table.rows) if NOISE in at else {}
-    if len(shares) > 1:
-        raise LabError(f"{path}, column {NOISE}: it has {' and '.join(shares)}; keep the rows of one share of label noise")
+    noise = dict.fromkeys(" ".join(row[at[name]] for name in NOISE if name in at).strip() for row in table.rows)
+    if len(noise) > 1:
+        raise LabError(f"{path}: its label noise is {listed(list(noise))}; keep the rows of one kind and share")
     kept = [i for name, i in at.items() if name in (LOSS, SEED, DATA) or name.startswith(SCORE)]
-    names = ["method" if table.names[i] == LOSS else table.names[i] for i in kept]
+    names = [METHOD if table.names[i] == LOSS else table.names[i] for i in kept]
     return table._replace(names=names, rows=[[row[i] for i in kept] for row in table.rows])

@@ -8,9 +8,9 @@ from pathlib import Path
 from ..errors import LabError
 from ..tables import Rows, read_csv
 from . import results
+from .results import METHOD, SEED
 from .runs import Score
 
-METHOD, SEED = "method", "seed"
 DATA_SET = ("data set", "data_set", "dataset", "data")  # what the column of the data set may be called
 SHOWN = 12  # names in a message
 
