@@ -555,6 +555,39 @@ def test_labels_out_of_range(backend, rng):
         assert large_margin_cross_entropy(input, target, backend=backend, reduction="none").isnan().tolist() == [False, False, True, True]
 
 
+@pytest.mark.parametrize("label", [-1, -2])
+def test_no_label_of_a_user_is_taken_for_one_of_the_librarys_own(label, backend):
+    skip_unless_available(backend)
+    input = torch.zeros(2, 3, device=device_of(backend))
+    if input.device.type == "cpu":
+        with pytest.raises(IndexError, match=f"holds {label} "):
+            row_stats(input, torch.tensor([0, label]), backend=backend)
+    else:
+        assert row_stats(input, torch.tensor([0, label], device=input.device), backend=backend).rho.isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("ignore_index", [-1, -2, -100, 255, 4])
+def test_statistics_leave_out_the_ignored_label_whatever_its_number(ignore_index, backend, rng):
+    problem = Problem(logits((6, 7), rng, scale=1.0), rng, backend)
+    target = problem.target.clamp(0, 3)
+    kept, ignored = problem.leaf(), problem.leaf()
+    expected = row_stats(kept, target, backend=backend)
+    marked = torch.cat([target[:4], torch.full_like(target[4:], ignore_index)])
+    stats = row_stats(ignored, marked, ignore_index=ignore_index, backend=backend)
+    for got, field in zip(stats, expected, strict=True):
+        assert same_bits(got, torch.cat([field[:4], torch.zeros_like(field[4:])]))
+    first = torch.autograd.grad(expected.spread[:4].square().sum() + expected.log_odds[:4].sum(), kept)[0]
+    gradient, of_penalty = gradient_and_that_of_its_square(stats.spread.square().sum() + stats.log_odds.sum(), ignored)
+    assert same_bits(gradient, first)
+    assert of_penalty[:4].any() and not of_penalty[4:].any()
+
+
+def gradient_and_that_of_its_square(loss: Tensor, leaf: Tensor) -> tuple[Tensor, Tensor]:
+    (first,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    (graph,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    return first, torch.autograd.grad(graph.square().sum(), leaf)[0]
+
+
 # what kernels cannot do, the reference does for them
 
 

@@ -62,7 +62,7 @@ def row_stats(input: Tensor, target: Tensor, *, ignore_index: int = -100, backen
         local = dtensors.local_rows(input, target, None)
         return RowStats(*(local.to_dtensor(field, False) for field in local.stats(local.rows(ignore_index), backend)))
     _checks.check_plain("target", target)
-    return dense.stats(dense.Rows.of(input, target, ignore_index), backend)
+    return dense.stats_of(input, target, ignore_index, backend)
 
 
 @no_script

@@ -54,7 +54,7 @@ struct Job {
     int64_t logits_strides[3], gradient_strides[3];
     const void* logits;
     void* gradient;         // null: no gradient; may be the logits themselves; statistics write e^z to it
-    const int64_t* target;  // one per row; statistics also take -1, ignored, and -2, a class of the row that is not here
+    const int64_t* target;  // one per row; RECORD and the gradients of statistics also take -2, a class of the row that is not here
     int64_t ignore_index;
     int32_t dtype, num_threads;
     // statistics: each null or one number per row
@@ -80,8 +80,8 @@ struct Job {
     int32_t kind;              // the result wanted
 };
 
-// predictions have statistics too; KEPT_GRADIENT is that of statistics, whose e^z it finds in the gradient's memory
-enum Kind { STATISTICS = 0, STATISTICS_GRADIENT = 1, LOSS = 2, PREDICTIONS = 3, KEPT_GRADIENT = 4 };
+// RECORD is the statistics of some classes of a row; predictions have statistics too; KEPT_GRADIENT finds e^z in the gradient's memory
+enum Kind { STATISTICS = 0, STATISTICS_GRADIENT = 1, LOSS = 2, PREDICTIONS = 3, KEPT_GRADIENT = 4, RECORD = 5 };
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, FLOAT64 = 3 };
 enum Divergence { SYMMETRIC = 0, KL_QU = 1, KL_UQ = 2, HARD_MARGIN = 3, HINGE = 4 };  // the last two have no divergence
 
@@ -1588,7 +1588,7 @@ template <class T>
 int64_t run(const Job& job) {
     const int64_t num_rows = job.outer * job.inner, num_classes = job.num_classes;
     const bool soft = job.probabilities != nullptr;
-    const bool takes_elsewhere = job.kind != LOSS && job.kind != PREDICTIONS;
+    const bool takes_elsewhere = job.kind == RECORD || job.kind == STATISTICS_GRADIENT || job.kind == KEPT_GRADIENT;
     double total_weight = soft ? static_cast<double>(num_rows) : 0;
     for (int64_t row = 0; !soft && row < num_rows; ++row) {
         const int64_t y = job.target[row];

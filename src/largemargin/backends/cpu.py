@@ -12,13 +12,14 @@ from torch import Tensor
 
 from .. import _checks, backends
 from ..loss import DIVERGENCES, HingeOptions, LossOptions
-from ..rowstats import Cotangents, Record, RowStats, Softmax, accumulation_dtype
+from ..rowstats import IGNORED, Cotangents, Record, RowStats, Softmax, accumulation_dtype
 from .layout import lay_together
 from .protocol import Predictions, TwoPasses, record_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # in the order of Dtype in cpu.cpp
 _SUFFIXES = (".so", ".dylib", ".dll")
 _SCALARS = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
+CHECKS_LABELS = True
 two_passes: TwoPasses | None = None
 
 
@@ -75,7 +76,7 @@ class _LossJob(NamedTuple):
 
 
 _NO_STATISTICS, _NO_PROBABILITIES, _NO_LOSS = _StatisticsJob(), _ProbabilitiesJob(), _LossJob()
-_STATISTICS, _STATISTICS_GRADIENT, _LOSS, _PREDICTIONS, _KEPT_GRADIENT = range(5)  # kinds of a job
+_STATISTICS, _STATISTICS_GRADIENT, _LOSS, _PREDICTIONS, _KEPT_GRADIENT, _RECORD = range(6)  # kinds of a job
 
 
 def _codes(job: type) -> dict[str, str]:
@@ -205,14 +206,18 @@ def _run(
                 to.copy_(of)
 
 
-def row_stats(logits: Tensor, target: Tensor, keep_exp: bool = False) -> tuple[RowStats, Softmax]:
+def row_stats(logits: Tensor, target: Tensor, ignore_index: int = IGNORED, keep_exp: bool = False) -> tuple[RowStats, Softmax]:
+    kept = keep_exp and logits.dtype is accumulation_dtype(logits.dtype) and logits.is_contiguous()  # half precision would round
+    return _row_stats(_STATISTICS, logits, target, ignore_index, torch.empty_like(logits) if kept else None)
+
+
+def _row_stats(kind: int, logits: Tensor, target: Tensor, ignore_index: int, exp_z: Tensor | None = None) -> tuple[RowStats, Softmax]:
     dtype = accumulation_dtype(logits.dtype)
     # empty_like and new_empty take half the time of empty; views of one tensor could not be written in place
     log_odds = torch.empty_like(target, dtype=dtype, memory_format=torch.contiguous_format)
     stats = RowStats(log_odds, *[torch.empty_like(log_odds) for _ in RowStats._fields[1:]])
-    kept = torch.empty_like(logits) if keep_exp and logits.dtype is dtype and logits.is_contiguous() else None  # half precision would round
-    softmax = Softmax(log_odds.new_empty((3, *log_odds.shape)), stats.num_nontargets, kept)
-    _run(_STATISTICS, logits, target, -1, kept, statistics=_StatisticsJob(*map(_address, (*stats, softmax.state))))
+    softmax = Softmax(log_odds.new_empty((3, *log_odds.shape)), stats.num_nontargets, exp_z)
+    _run(kind, logits, target, ignore_index, exp_z, statistics=_StatisticsJob(*map(_address, (*stats, softmax.state))))
     return stats, softmax
 
 
@@ -226,12 +231,19 @@ def predictions(logits: Tensor, target: Tensor, ignore_index: int) -> Prediction
 
 
 def record(logits: Tensor, target: Tensor) -> Record:
-    return record_of(*row_stats(logits, target))
+    return record_of(*_row_stats(_RECORD, logits, target, IGNORED))
 
 
-def row_stats_backward(logits: Tensor, target: Tensor, softmax: Softmax, cotangents: Cotangents, gradient: Tensor | None = None) -> Tensor:
+def row_stats_backward(
+    logits: Tensor,
+    target: Tensor,
+    softmax: Softmax,
+    cotangents: Cotangents,
+    gradient: Tensor | None = None,
+    ignore_index: int = IGNORED,
+) -> Tensor:
     if gradient is not None and gradient.dtype != logits.dtype:
-        return gradient.copy_(row_stats_backward(logits, target, softmax, cotangents))
+        return gradient.copy_(row_stats_backward(logits, target, softmax, cotangents, ignore_index=ignore_index))
     dtype = accumulation_dtype(logits.dtype)
     if any(x is not None and x.dtype != dtype for x in (*softmax, *cotangents)):  # hooks on saved tensors may have changed the logits
         softmax = Softmax(softmax.state.to(dtype), softmax.num_nontargets.to(dtype))
@@ -245,7 +257,7 @@ def row_stats_backward(logits: Tensor, target: Tensor, softmax: Softmax, cotange
     upstream = [None if g is None else g.contiguous() for g in cotangents]  # keeps these tensors alive during the call
     addresses = num_nontargets.data_ptr(), state.data_ptr(), *map(_address, upstream)
     statistics = _StatisticsJob(0, 0, 0, 0, 0, *addresses)  # by position: names take a microsecond in every call
-    _run(kind, logits, target, -1, gradient, statistics=statistics)
+    _run(kind, logits, target, ignore_index, gradient, statistics=statistics)
     return gradient
 
 

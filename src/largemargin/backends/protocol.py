@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..loss import HingeOptions, LossOptions
-from ..rowstats import Cotangents, Record, RowStats, Softmax
+from ..rowstats import IGNORED, Cotangents, Record, RowStats, Softmax
 
 
 class WholeLoss(Protocol):
@@ -79,14 +79,20 @@ class Backend(Protocol):
     def DTYPES(self) -> tuple[torch.dtype, ...]:
         """The dtypes of the logits that it takes."""
 
+    @property
+    def CHECKS_LABELS(self) -> bool:
+        """Whether ``row_stats`` raises for a label out of range; elsewhere the caller checks the labels."""
+
     def why_not(self) -> str | None:
         """The reason why it cannot be used on this machine, or None."""
 
     def describe(self) -> str:
         """The version in use, in a few words."""
 
-    def row_stats(self, logits: Tensor, target: Tensor, keep_exp: bool = False) -> tuple[RowStats, Softmax]:
-        """The statistics of ``logits`` (..., C) about ``target`` (...), an index or IGNORED, and the softmax that their gradient needs.
+    def row_stats(self, logits: Tensor, target: Tensor, ignore_index: int = IGNORED, keep_exp: bool = False) -> tuple[RowStats, Softmax]:
+        """The statistics of ``logits`` (..., C) about ``target`` (...), and the softmax that their gradient needs.
+
+        A target is an index, or ``ignore_index`` for a row without statistics.
 
         With ``keep_exp`` the softmax may have ``exp_z``, so that the gradient needs no exponentials of its own.
         """
@@ -95,7 +101,13 @@ class Backend(Protocol):
         """The sums over the non-targets of ``logits`` (..., C); ``target`` (...) is an index, IGNORED or ELSEWHERE."""
 
     def row_stats_backward(
-        self, logits: Tensor, target: Tensor, softmax: Softmax, cotangents: Cotangents, gradient: Tensor | None = None
+        self,
+        logits: Tensor,
+        target: Tensor,
+        softmax: Softmax,
+        cotangents: Cotangents,
+        gradient: Tensor | None = None,
+        ignore_index: int = IGNORED,
     ) -> Tensor:
         """The gradient with respect to ``logits``. If these are only some classes of a row, ``softmax`` is over the whole row.
 
@@ -114,6 +126,11 @@ class Backend(Protocol):
     @property
     def two_passes(self) -> TwoPasses | None:
         """The loss of both kinds of targets in two passes, or None."""
+
+
+def mark_ignored(target: Tensor, ignore_index: int) -> Tensor:
+    """The target with IGNORED for ``ignore_index``."""
+    return target if ignore_index == IGNORED else torch.where(target == ignore_index, IGNORED, target)
 
 
 def record_of(stats: RowStats, softmax: Softmax) -> Record:

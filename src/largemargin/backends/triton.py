@@ -21,11 +21,12 @@ from torch import Tensor
 
 from .. import _checks
 from ..loss import LossOptions
-from ..rowstats import Cotangents, Record, RowStats, Softmax
+from ..rowstats import IGNORED, Cotangents, Record, RowStats, Softmax
 from .layout import lay_together
-from .protocol import Predict, TwoPasses, WholeLoss, for_kernel, record_of
+from .protocol import Predict, TwoPasses, WholeLoss, for_kernel, mark_ignored, record_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+CHECKS_LABELS = False
 MAX_TILE = 16384  # elements of a tile held on chip
 SUMMED = tl.constexpr(2048)  # numbers that the last program of a launch adds up at a time
 # what the forward pass of a loss saves of a row: these for class indices, and for probabilities as many again
@@ -624,15 +625,16 @@ def _on_device(tensor: Tensor) -> Any:
     return torch.get_device_module(tensor.device).device(tensor.device) if tensor.device.type != "cpu" else nullcontext()
 
 
-def row_stats(logits: Tensor, target: Tensor, keep_exp: bool = False) -> tuple[RowStats, Softmax]:
+def row_stats(logits: Tensor, target: Tensor, ignore_index: int = IGNORED, keep_exp: bool = False) -> tuple[RowStats, Softmax]:
     shape = logits.shape[:-1]
     stats = RowStats(*(torch.empty(shape, dtype=torch.float32, device=logits.device) for _ in RowStats._fields))
     softmax = Softmax(torch.empty((3, *shape), dtype=torch.float32, device=logits.device), stats.num_nontargets)
+    labels = mark_ignored(target, ignore_index).contiguous()
     launch = _lay([logits], [])
     if launch.num_rows:
         with _on_device(logits):
             _forward[(launch.tiles_of_rows,)](
-                *launch.read, target.contiguous(), *stats, softmax.state, *launch.rows, launch.tiles_a_row == 1, **launch.tile
+                *launch.read, labels, *stats, softmax.state, *launch.rows, launch.tiles_a_row == 1, **launch.tile
             )
     return stats, softmax
 
@@ -641,8 +643,15 @@ def record(logits: Tensor, target: Tensor) -> Record:
     return record_of(*row_stats(logits, target))
 
 
-def row_stats_backward(logits: Tensor, target: Tensor, softmax: Softmax, cotangents: Cotangents, gradient: Tensor | None = None) -> Tensor:
-    upstream, state = for_kernel(cotangents), softmax.state
+def row_stats_backward(
+    logits: Tensor,
+    target: Tensor,
+    softmax: Softmax,
+    cotangents: Cotangents,
+    gradient: Tensor | None = None,
+    ignore_index: int = IGNORED,
+) -> Tensor:
+    labels, upstream, state = mark_ignored(target, ignore_index).contiguous(), for_kernel(cotangents), softmax.state
     if gradient is None:
         gradient = torch.empty_like(logits)
     launch = _lay([logits], [gradient])
@@ -650,7 +659,7 @@ def row_stats_backward(logits: Tensor, target: Tensor, softmax: Softmax, cotange
         programs_a_row = 1 if upstream[-1] is not None else launch.tiles_a_row
         with _on_device(logits):
             _backward[(launch.tiles_of_rows * programs_a_row,)](
-                *launch.read, target.contiguous(), *launch.written, softmax.num_nontargets, state,
+                *launch.read, labels, *launch.written, softmax.num_nontargets, state,
                 *(state if g is None else g for g in upstream), *launch.rows, programs_a_row,
                 *(g is not None for g in upstream), **launch.tile,
             )  # fmt: skip

@@ -13,7 +13,7 @@ from .. import _checks, _torch, rowstats
 from .._backend_names import BackendName
 from .._reduce import Labels
 from ..backends import ladder, reference
-from ..backends.protocol import Backend, Predictions
+from ..backends.protocol import Backend, Predictions, mark_ignored
 from ..loss import HingeOptions, LossOptions, loss_of_indices
 from ..rowstats import IGNORED, Cotangents, RowStats, Softmax
 
@@ -46,6 +46,16 @@ def _weighted_cross_entropy(rows: Rows, weight: Tensor) -> Tensor:
     logits = rows.logits.masked_fill(rows.labels.class_index.unsqueeze(-1) < 0, 0.0)
     log_p = torch.where(logits != -torch.inf, logits.log_softmax(-1), 0.0)
     return -(log_p * weight.to(log_p.dtype)).sum(-1)
+
+
+def stats_of(input: Tensor, target: Tensor, ignore_index: int, backend: BackendName | None) -> RowStats:
+    """The same as :func:`stats` of these rows, without a pass over the labels if the kernel checks them."""
+    if not torch.compiler.is_compiling() and not _torch.is_recording():
+        kernels = ladder.pick(input, backend)
+        if kernels.CHECKS_LABELS and _torch.is_plain(target):
+            logits = _checks.classes_last(input)
+            return RowStats(*_apply_kernels(logits, target.long().reshape(logits.shape[:-1]), ignore_index, kernels))
+    return stats(Rows.of(input, target, ignore_index), backend)
 
 
 def stats(rows: Rows, backend: BackendName | None) -> RowStats:
@@ -88,7 +98,7 @@ def _stats(rows: Rows, backend: BackendName | None) -> RowStats:
         else:
             fields = _RowStats.apply(logits, index)
     elif (kernels := ladder.pick(logits, backend)) is not reference and _torch.is_plain(index):
-        fields = _apply_kernels(logits, index, kernels)
+        fields = _apply_kernels(logits, index, IGNORED, kernels)
     else:
         fields = _RowStatsWithJvp.apply(logits, index)
     return RowStats(*fields)
@@ -134,17 +144,17 @@ class _RowStatsWithJvp(_RowStats):
 
 class _RowStatsByKernels(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, backend: Backend) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, logits: Tensor, target: Tensor, ignore_index: int, backend: Backend) -> tuple[Tensor, ...]:
         keep_exp = ctx.needs_input_grad[0] and not _torch.has_saved_tensor_hooks()
-        stats, softmax = backend.row_stats(logits, target, keep_exp)
-        ctx.backend, ctx.exp_z = backend, softmax.exp_z
+        stats, softmax = backend.row_stats(logits, target, ignore_index, keep_exp)
+        ctx.backend, ctx.ignore_index, ctx.exp_z = backend, ignore_index, softmax.exp_z
         ctx.save_for_backward(logits, target, softmax.state, softmax.num_nontargets)
         ctx.mark_non_differentiable(stats.num_nontargets)
         ctx.set_materialize_grads(False)
         return tuple(stats)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None]:
         logits, target, state, num_nontargets = ctx.saved_tensors
         cotangents = Cotangents(*grads[:-1])
         plain = all(g is None or _torch.is_plain_gradient(g) for g in cotangents)
@@ -156,8 +166,9 @@ class _RowStatsByKernels(torch.autograd.Function):
         )
         exp_z, ctx.exp_z = ctx.exp_z, None  # the gradient overwrites it; a second pass computes it again
         if not (plain and kept):
-            return rowstats.row_stats_vjp(logits, target, cotangents), None, None
-        return ctx.backend.row_stats_backward(logits, target, Softmax(state, num_nontargets, exp_z), cotangents), None, None
+            return rowstats.row_stats_vjp(logits, mark_ignored(target, ctx.ignore_index), cotangents), None, None, None
+        softmax = Softmax(state, num_nontargets, exp_z)
+        return ctx.backend.row_stats_backward(logits, target, softmax, cotangents, None, ctx.ignore_index), None, None, None
 
 
 _apply_kernels = _torch.direct_apply(_RowStatsByKernels)
