@@ -56,7 +56,15 @@ def losses() -> Iterator[Pair]:
     for hinge in (hard_margin_softplus, crammer_singer_hinge):
         yield Pair(hinge.__name__, hinge, F.cross_entropy, input, target)
     yield Pair("multiclass_hinge / F.multi_margin_loss", multiclass_hinge, F.multi_margin_loss, input, target)
-    yield Pair("row_stats", lambda f, y: row_stats(f, y).spread.sum(), F.cross_entropy, input, target)
+
+    def of_rows(input: Tensor, target: Tensor) -> Tensor:
+        return row_stats(input, target).spread.sum()
+
+    def torchs_of_rows(input: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(input, target, reduction="none").sum()
+
+    yield Pair("row_stats", of_rows, F.cross_entropy, input, target)
+    yield Pair("row_stats / F.cross_entropy(reduction='none')", of_rows, torchs_of_rows, input, target)
 
 
 def layers() -> Iterator[Pair]:
