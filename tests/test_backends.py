@@ -33,6 +33,7 @@ from largemargin import (
 )
 from largemargin.backends import cpu, ladder
 from largemargin.loss import HingeOptions
+from largemargin.metrics import MarginMetrics
 from largemargin.rows import whole
 from measure import INF, assert_within, compiles, roundings, same_bits, waiting_refused
 from problems import loss_and_gradient, vjp_scale
@@ -553,6 +554,18 @@ def test_labels_out_of_range(backend, rng):
             row_stats(input, target, backend=backend)
     else:
         assert large_margin_cross_entropy(input, target, backend=backend, reduction="none").isnan().tolist() == [False, False, True, True]
+
+
+def test_no_label_is_in_range_without_classes(backend):
+    skip_unless_available(backend)
+    if device_of(backend).type != "cpu":
+        pytest.skip("a GPU's labels are not read")
+    input, target = torch.zeros(2, 0), torch.tensor([-100, 0])
+    with pytest.raises(IndexError, match=r"\[0, 0\) .* holds 0 \(1 of 2 "):
+        row_stats(input, target, backend=backend)
+    with pytest.raises(IndexError, match=r"\[0, 0\) .* holds 0 \(1 of 2 "):
+        MarginMetrics().update(input, target)
+    assert not any(field.any() for field in row_stats(input, torch.full_like(target, -100), backend=backend))
 
 
 @pytest.mark.parametrize("label", [-1, -2])

@@ -52,7 +52,7 @@ def stats_of(input: Tensor, target: Tensor, ignore_index: int, backend: BackendN
     """The same as :func:`stats` of these rows, without a pass over the labels if the kernel checks them."""
     if not torch.compiler.is_compiling() and not _torch.is_recording():
         kernels = ladder.pick(input, backend)
-        if kernels.CHECKS_LABELS and _torch.is_plain(target):
+        if kernels.CHECKS_LABELS and input.numel() and _torch.is_plain(target):  # without classes the kernel would see a masked one
             logits = _checks.classes_last(input)
             return RowStats(*_apply_kernels(logits, target.long().reshape(logits.shape[:-1]), ignore_index, kernels))
     return stats(Rows.of(input, target, ignore_index), backend)
@@ -66,7 +66,7 @@ def stats(rows: Rows, backend: BackendName | None) -> RowStats:
 def predictions(input: Tensor, target: Tensor, ignore_index: int) -> Predictions:
     """What the rows predict, without a gradient. ``input`` and ``target`` are as for :meth:`Rows.of`."""
     kernels = reference if torch.compiler.is_compiling() else ladder.pick(input, None)
-    if kernels.predictions is not None and _torch.is_plain(target):
+    if kernels.predictions is not None and input.numel() and _torch.is_plain(target):
         logits = _checks.classes_last(input)
         return kernels.predictions(logits, target.long().reshape(logits.shape[:-1]), ignore_index)
     rows = Rows.of(input, target, ignore_index)
