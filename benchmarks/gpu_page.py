@@ -18,7 +18,7 @@ def section(records: Records) -> str:
         "## GPU",
         ""
         if records
-        else "Nothing has been measured on a GPU yet. The Triton kernels of the whole loss have run only in Triton's interpreter.",
+        else "The loss has not been timed on a GPU. The Triton kernels that compute the whole loss have run only in Triton's interpreter.",
         "`make gpu` runs the tests and benchmarks on a GPU, in 8 minutes, and keeps their records in `results/gpu/`.\n"
         "`python benchmarks/gpu_all.py --help` says what it needs.",
         table(["", "found", "goal", ""], rows) if records else "",

@@ -56,19 +56,19 @@ def compare(
     """Compare losses in a training loop of your own: ``train(run)`` is called for each loss and seed, each time in a new process.
 
     ``train`` calls ``run.loss(logits, target)`` in its loop and returns ``run.score(logits, target)``, or a dictionary of numbers. Finished
-    runs are kept in ``out``, and the same call goes on where it stopped.
+    runs are kept in ``out``, and the same call continues where it stopped.
 
     Args:
         train: the function; it gets a :class:`~largemargin.lab.trial.run.Run`.
-        losses: words of ``largemargin compare --losses``, pairs ``("mine", MyLoss)`` of a name and what makes the module, and dictionaries
-            ``{"loss": "large_margin", "lam": 1.0}``. The others are compared with ``softmax``.
-        seeds: runs of one seed are pairs; ``"auto"`` adds seeds, up to ``max_seeds``, until every verdict is clear.
-        lam: the lambda of the large-margin losses. Of several, one is chosen in runs that hold out ``validation_fraction`` of the training
-            set, which ``train`` takes from ``run.split`` or ``run.validation``.
+        losses: names from ``largemargin compare --losses``, pairs ``("mine", MyLoss)`` of a name and a class or function that makes the
+            loss, and dictionaries ``{"loss": "large_margin", "lam": 1.0}``. The others are compared with ``softmax``.
+        seeds: losses are compared seed by seed; ``"auto"`` adds seeds, up to ``max_seeds``, until every verdict is ``better`` or ``worse``.
+        lam: lambda, the weight of the large-margin term. If several are given, one is chosen in runs that hold out
+            ``validation_fraction`` of the training set, which ``train`` takes from ``run.split`` or ``run.validation``.
         out: the folder of the runs and the report.
         settings: numbers and texts for ``run.settings``. Other settings are other runs.
         metric: the number that runs are compared by; None: the first that ``train`` returns.
-        lower_is_better: of that number; None: what its name says, as ``error`` and ``loss`` do.
+        lower_is_better: whether a lower number is better; None: decided by its name, such as ``error`` or ``loss``.
         device, threads: ``run.device``, and the threads of a run on the CPU.
         jobs: runs at a time; None: what suits the device.
         executor: ``"local"`` or ``"ray"``.

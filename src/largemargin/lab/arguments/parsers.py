@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser
 from ... import __version__
 from ..comparison.plan import Comparison
 from ..data import ARCHIVED, STREAMED
-from ..directions import LOWER_IS_BETTER
+from ..directions import LOWER_IS_BETTER, RATES_OF_ERROR
 from ..options import NON_NEGATIVE_INT, POSITIVE, POSITIVE_INT
 from ..paper.cells import SCALES, TARGETS
 from ..queue import EXECUTORS
@@ -24,7 +24,7 @@ FIGURES = ("fig1", "fig2", "fig4")  # computed at once, without runs
 # what the cells of a reproduction are made of
 OF_CELLS = ("loss", "seed", "data", "data_root", "train_fraction", "label_noise", "validation_fraction", "weights", *OF_SOME_LOSSES)
 COMPARED = "Train the same network under several losses and seeds on the same data; say which is better, and by how much."
-JOBS = "runs at a time, each a process; with ray, for each GPU; default: {} on the CPU, up to 3 on a GPU"
+JOBS = "runs at a time, each in its own process; with ray, on each GPU; default: {} on the CPU, up to 3 on a GPU"
 
 
 MODEL_HELP = "the folder of a run, or the model.safetensors in it"
@@ -62,7 +62,7 @@ def compare_parser(everything: bool = True) -> ArgumentParser:
         type=str,
         default="runs/compare",
         metavar="DIR",
-        help="finished runs are kept here; the same command goes on where it stopped",
+        help="the folder of the runs and the report; the same command continues where it stopped",
     )
     add_json(compare, "the table")
     add_quiet(compare, levels=True)
@@ -147,7 +147,7 @@ def report_parser(everything: bool = True) -> ArgumentParser:
 
 
 def verdict_parser(everything: bool = True) -> ArgumentParser:
-    verdict = new_parser("Say which method is better, and how sure that is, from the scores of runs that were made anywhere.")
+    verdict = new_parser("Say which method is better, and how sure that is, from the scores of finished runs of any origin.")
     verdict.add_argument(
         "scores",
         nargs="?",
@@ -166,9 +166,11 @@ def verdict_parser(everything: bool = True) -> ArgumentParser:
         type=str,
         default=None,
         metavar="M",
-        help=f"metrics besides those that end in {' '.join(LOWER_IS_BETTER)}",
+        help=f"more metrics of which lower is better, besides names that end in {' '.join((*LOWER_IS_BETTER, *RATES_OF_ERROR))}",
     )
-    verdict.add_argument("--higher-is-better", nargs="+", type=str, default=None, metavar="M", help="metrics that end so and are not")
+    verdict.add_argument(
+        "--higher-is-better", nargs="+", type=str, default=None, metavar="M", help="metrics with such a name of which higher is better"
+    )
     verdict.add_argument(
         "--predictions",
         nargs="+",
@@ -176,7 +178,7 @@ def verdict_parser(everything: bool = True) -> ArgumentParser:
         action="append",
         default=None,
         metavar="METHOD=FILE",
-        help="instead of SCORES: files of logits and labels, or folders of runs, one a seed in the same order: softmax=a.npz b.npz",
+        help="instead of SCORES: files of logits and labels, or folders of runs; one for each seed, in the same order: softmax=a.npz b.npz",
     )
     verdict.add_argument(
         "--out", type=str, default="runs/verdict", metavar="DIR", help="report.html, report.md, results.csv and verdict.json"
@@ -200,9 +202,7 @@ def data_parser(everything: bool = True) -> ArgumentParser:
 
 
 def inspect_parser(everything: bool = True) -> ArgumentParser:
-    inspect = new_parser(
-        "Say what a run's predictions, or a file of logits, say about a classifier: overall, class by class, and its worst rows."
-    )
+    inspect = new_parser("Analyse the predictions of a run, or a file of logits: overall, class by class, and the worst rows.")
     inspect.add_argument(
         "file",
         type=str,
@@ -222,7 +222,7 @@ def inspect_parser(everything: bool = True) -> ArgumentParser:
 
 
 def predict_parser(everything: bool = True) -> ArgumentParser:
-    predict = new_parser("Say what a run's model sees in new images or rows: a line for each, with the probability of the class.")
+    predict = new_parser("Predict new images or rows with the model of a run: a line for each, with the class and its probability.")
     predict.add_argument("model", type=str, metavar="MODEL", help=MODEL_HELP)
     predict.add_argument(
         "images",
@@ -262,20 +262,20 @@ def export_parser(everything: bool = True) -> ArgumentParser:
 
 
 def doctor_parser(everything: bool = True) -> ArgumentParser:
-    return new_parser("Say which backends are here, and whether they compute rightly; without options.")
+    return new_parser("Check the installation, and the results of every backend on this machine. It has no options.")
 
 
 COMMANDS: dict[str, tuple[str, Callable[[bool], ArgumentParser]]] = {
     "compare": ("train the same network under several losses and seeds, and compare", compare_parser),
-    "train": ("train one network with one loss; under torchrun or accelerate launch, in several processes", train_parser),
+    "train": ("train one network with one loss, with torchrun or accelerate launch in several processes", train_parser),
     "reproduce": ("compute a table or a figure of the paper", reproduce_parser),
-    "verdict": ("say which method is better, from the scores of runs that were made anywhere", verdict_parser),
+    "verdict": ("say which method is better, from the scores of finished runs of any origin", verdict_parser),
     "report": ("print and write the report of a comparison or a reproduction again", report_parser),
     "data": ("list, verify or fetch the data sets", data_parser),
-    "predict": ("say what the model of a run sees in new images", predict_parser),
-    "export": ("write the model of a run as a program of torch.export, or as ONNX", export_parser),
-    "inspect": ("say what a run's predictions, or a file of logits, say about a classifier", inspect_parser),
-    "doctor": ("say which backends are here, and whether they compute rightly", doctor_parser),
+    "predict": ("predict new images or rows with the model of a run", predict_parser),
+    "export": ("write the model of a run as a torch.export program, or as ONNX", export_parser),
+    "inspect": ("analyse the predictions of a run, or a file of logits", inspect_parser),
+    "doctor": ("check the installation, and the results of every backend", doctor_parser),
 }
 
 
@@ -283,7 +283,7 @@ def build_parser(everything: bool = True) -> ArgumentParser:
     """The whole command line; without ``everything``, its help shows what most people set."""
     # jsonargparse adds --print_completion where shtab is installed, if it is told to; an older version needs no telling
     os.environ.setdefault("JSONARGPARSE_ADD_PRINT_COMPLETION_ARGUMENT", "true")
-    top = new_parser("Large-margin softmax cross-entropy: compare losses on data of your own.", prog="largemargin", version=__version__)
+    top = new_parser("Large-margin softmax cross-entropy: compare losses on your own data.", prog="largemargin", version=__version__)
     commands = top.add_subcommands(dest="command", metavar="COMMAND")
     for name, (text, parser) in COMMANDS.items():
         commands.add_subcommand(name, parser(everything), help=text)

@@ -41,7 +41,7 @@ class Comparison(Design[Recipe]):
     )
     lam: tuple[float, ...] = option(
         (0.3,),
-        help="the paper's lambda, for the large-margin losses; of several one is chosen on a part of the training set",
+        help="lambda, the weight of the large-margin term; of several values one is chosen on held-out training data",
         type=NON_NEGATIVE,
         metavar="LAMBDA",
         usual=True,
@@ -55,7 +55,7 @@ class Comparison(Design[Recipe]):
     )
     seeds: tuple[int, ...] = option(
         (0, 1, 2, 3, 4),
-        help="every loss is run with each seed; runs of one seed are pairs; auto: more of them until every verdict is clear",
+        help="every loss runs with each seed, and losses are compared seed by seed; auto: add seeds until every verdict is clear",
         type=int | str,
         metavar="SEED",
         usual=True,
@@ -70,8 +70,8 @@ class Comparison(Design[Recipe]):
     )
     label_noise: tuple[Noise, ...] = option(
         (0.0,),
-        help="the share of the training labels that is moved to another class, asymmetric:SHARE (to the next class) or human "
-        "(cifar100n); each of several is compared by itself",
+        help="SHARE of the training labels to move to any other class, asymmetric:SHARE to move them to the next class, or human "
+        "(labels of cifar100n); several are compared separately",
         type=Noise,
         metavar="NOISE",
         usual=True,
