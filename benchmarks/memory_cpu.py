@@ -1,4 +1,4 @@
-"""Claim: beside the logits the loss needs the memory of one gradient, whatever the upstream gradient; donated logits need none."""
+"""Claim: the loss needs the memory of one gradient beside the logits, two to scale it in half precision, none if they are donated."""
 
 from functools import partial
 
