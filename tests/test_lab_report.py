@@ -7,17 +7,23 @@ from html.parser import HTMLParser
 
 import pytest
 
+from forked import context
 from largemargin.lab import cli
+from largemargin.lab.queue import local
 
 pytest.importorskip("jsonargparse", reason="needs jsonargparse, which is not installed, for the command line")
 
+pytestmark = pytest.mark.xdist_group("report")  # one worker makes the page
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     out = tmp_path_factory.mktemp("report") / "out"
-    assert cli.main(["compare", "--seeds", "0", "1", "--epochs", "2", "--label-noise", "0", "0.3", "--out", str(out)]) == 0
+    command = ["compare", "--seeds", "0", "1", "--epochs", "2", "--label-noise", "0", "0.3", "--jobs", "1", "--out", str(out)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local, "CONTEXT", context("largemargin.lab.run.train"))
+        assert cli.main(command) == 0
     return out / "report.html"
 
 
