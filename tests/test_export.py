@@ -302,19 +302,25 @@ def saved(tmp_path_factory) -> list[Path]:
     return paths
 
 
-@pytest.fixture(scope="module", params=ORDERS)
+@pytest.fixture(scope="module")
 def told(request, saved) -> dict[str, Any]:
-    """What a new process tells after these imports."""
-    found: dict[str, Any] = json.loads(in_a_new_process(AFTER_IMPORTS.format(imports=request.param), *saved))
+    """What a new process tells after these imports, and the losses of the programs if it loads them, which takes longer."""
+    imports, loads = request.param
+    found: dict[str, Any] = json.loads(in_a_new_process(AFTER_IMPORTS.format(imports=imports), *(saved if loads else saved[:1])))
     return found
 
 
+FIRST, *LATER = ORDERS
+
+
 @pytest.mark.xdist_group("orders of imports")
+@pytest.mark.parametrize("told", [(FIRST, True), *(pytest.param((order, True), marks=pytest.mark.slow) for order in LATER)], indirect=True)
 def test_saved_programs_load_after_the_import_of_the_package_alone(told):
     assert told["losses"] == [pytest.approx(module(*INPUTS).item(), rel=1e-6) for module in PROGRAMS]
 
 
 @pytest.mark.xdist_group("orders of imports")
+@pytest.mark.parametrize("told", [(FIRST, True), *((order, False) for order in LATER)], indirect=True)
 def test_the_operators_are_registered_without_sympy_and_the_compiler(told):
     assert (told["operator"], told["imported"]) == ("largemargin.row_stats.default", [])
 
