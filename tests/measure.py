@@ -117,10 +117,10 @@ def peak_bytes(step: Callable[[], object]) -> int:
     held = peak = 0
     with torch.profiler.profile(profile_memory=True) as profiler:
         step()
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
+    taken = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(taken, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
     return peak
 
 

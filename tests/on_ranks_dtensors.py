@@ -34,7 +34,7 @@ from row_losses import OTHERS
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {hinge.function.__name__: hinge.function for hinge in HINGES}
 # those that can be split by classes or by rows
 SPLIT = ("lsoftmax", "cosface", "arcface", "arcface_insightface", "mixture", "mixture_diagonal", "center")
-MAKERS: list[Callable[[], nn.Module]] = [partial(HEADS[name], 5, 10, dtype=torch.float64) for name in SPLIT]
+KINDS = ("lsoftmax", "cosface", "mixture_diagonal", "center")  # one of each class: the others have another margin or no variances
 PLACES = {"rows": Shard(0), "classes": Shard(1), "inner": Shard(-1), "": Replicate()}
 
 
@@ -203,15 +203,17 @@ def what_meets_a_plain_tensor_is_plain(group: dist.ProcessGroup) -> None:
                 call()
 
 
-def heads_equal_whole(group: dist.ProcessGroup, mesh_shape: tuple[int, ...], of_classes: tuple[str, ...], of_rows: tuple[str, ...]) -> None:
+def heads_equal_whole(
+    group: dist.ProcessGroup, names: tuple[str, ...], mesh_shape: tuple[int, ...], of_classes: tuple[str, ...], of_rows: tuple[str, ...]
+) -> None:
     """Heads whose classes lie as ``of_classes`` says, for features and targets that lie as ``of_rows`` says."""
     mesh = init_device_mesh("cpu", mesh_shape)
     generator = torch.Generator().manual_seed(0)
     features, target = torch.randn(7, 5, generator=generator, dtype=torch.float64), torch.tensor([0, 8, 3, -100, 3, 4, 7])
     classes, rows = ([PLACES[place] for place in places] for places in (of_classes, of_rows))
-    for make in MAKERS:
+    for name_of_head in names:
         torch.manual_seed(0)  # the same head on every rank
-        whole = make()
+        whole = HEADS[name_of_head](5, 10, dtype=torch.float64)
         head = copy.deepcopy(whole)
         for name, parameter in list(head.named_parameters()):
             head.register_parameter(name, nn.Parameter(distribute_tensor(parameter.detach(), mesh, classes)))

@@ -3,7 +3,6 @@
 import atexit
 import contextlib
 import datetime
-import multiprocessing
 import os
 import signal
 import tempfile
@@ -12,18 +11,38 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from forked import context
+
 WORLD = 4
 PATIENCE = 120  # seconds
+MODULES = ("on_ranks", "on_ranks_dtensors", "plain_on_ranks", "metrics_on_ranks")
 
 
-def _rank(rank: int, store: str, pipe: Any) -> None:
+def each(group: Any, function: Callable[..., Any], cases: list[tuple[Any, ...]]) -> list[Any]:
+    """What ``function`` returns for each of the cases; a failure names its case."""
+    results = []
+    for case in cases:
+        try:
+            results.append(function(group, *case))
+        except BaseException as error:
+            error.add_note(f"with {case}")
+            raise
+    return results
+
+
+def script(group: Any, code: str) -> None:
+    """A function for code that is in no module."""
+    exec(compile(code, "script", "exec"), {"__name__": "__main__"})
+
+
+def _rank(rank: int, world: int, store: str, pipe: Any) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=PATIENCE)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=limit)
-    groups = {size: dist.new_group(list(range(size))) for size in range(1, WORLD + 1)}
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit)
+    groups = {size: dist.new_group(list(range(size))) for size in range(1, world + 1)}
     while (work := pipe.recv()) is not None:
         function, size, arguments = work
         try:
@@ -36,7 +55,8 @@ def _rank(rank: int, store: str, pipe: Any) -> None:
 class Ranks:
     """The processes; started when they are first needed, and anew after a failure, which may have left them waiting for each other."""
 
-    def __init__(self) -> None:
+    def __init__(self, world: int = WORLD) -> None:
+        self.world = world
         self.processes: list[Any] = []
         self.pipes: list[Any] = []
 
@@ -67,18 +87,22 @@ class Ranks:
         self._send(signal.SIGSTOP)  # gloo asks its sockets a hundred times a second, for each group that was ever made
         return results
 
+    def assert_on_each(self, size: int, function: Callable[..., Any], cases: list[tuple[Any, ...]]) -> list[list[Any]]:
+        """As :meth:`assert_on` for each of the cases, without a way to the ranks and back for each."""
+        return [list(of_case) for of_case in zip(*self.assert_on(size, each, function, cases), strict=True)]
+
     def _send(self, number: int) -> None:
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError):  # some tests have a rank die
                 os.kill(process.pid, number)
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        processes = context(*MODULES)
         store = Path(tempfile.mkdtemp()) / "store"
         atexit.register(self.stop)  # before multiprocessing waits for them: who sleeps does not end
-        for rank in range(WORLD):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_rank, args=(rank, str(store), theirs), daemon=True)
+        for rank in range(self.world):
+            ours, theirs = processes.Pipe()
+            process = processes.Process(target=_rank, args=(rank, self.world, str(store), theirs), daemon=True)
             process.start()
             theirs.close()  # so that the end of the process is the end of its pipe
             self.processes.append(process)

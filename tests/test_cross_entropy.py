@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from combinations import every
+from combinations import covering, every
 from largemargin import large_margin_cross_entropy
 from measure import INF, assert_within, compiles
 
@@ -75,7 +75,8 @@ def test_class_indices(shape, dtype, rng, device):
     classes = num_classes(shape)
     input = torch.randn(shape, generator=rng, dtype=torch.float64).to(device, dtype) * 3
     weights = (None, torch.rand(classes, generator=rng, dtype=torch.float64).to(device, dtype) + 0.5)
-    for ignore_index, weight, smoothing, reduction in itertools.product((-100, 0, 1, 255), weights, (0.0, 0.1, 1.0), REDUCTIONS):
+    cases = covering(3, ignore_index=(-100, 0, 1, 255), weight=weights, smoothing=(0.0, 0.1, 1.0), reduction=REDUCTIONS)
+    for ignore_index, weight, smoothing, reduction in cases:
         target = torch.randint(max(classes, 1), index_shape(shape), generator=rng).to(device)
         target.view(-1)[:1] = ignore_index
         target.view(-1)[1:2] = int(ignore_index == 0)  # a row that is kept

@@ -3,18 +3,18 @@
 import math
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import forked
 import largemargin
 from combinations import every
 from largemargin.lab._torchvision import import_torchvision
 from largemargin.lab.arguments.parsers import COMMANDS, build_parser
+from largemargin.lab.queue import local
 from row_losses import OTHERS
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +22,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 FRAMEWORKS = {"transformers", "accelerate", "lightning", "skorch", "sklearn", "timm", "torchmetrics", "trl", "fastai", "monai", "keras"}
 FRAMEWORKS |= {"sentence_transformers", "opacus"}
+MODULES = ("largemargin.lab.trial.work", "largemargin.lab.queue.local", "sklearn.datasets", "torch.distributed.checkpoint")
 
 
 def name_of(page):
@@ -83,8 +84,9 @@ def test_every_python_block_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some leave runs
     blocks = python_blocks(page)
     if any("distributed" in block for block in blocks):  # a process group is a matter of the whole process
-        subprocess.run([sys.executable, "-c", "\n".join(blocks)], check=True, timeout=120)
+        forked.run("\n".join(blocks), *MODULES)
         return
+    monkeypatch.setattr(local, "CONTEXT", forked.context(*MODULES))  # each run of a comparison has a process of its own
     namespace: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, str(page), "exec"), namespace)

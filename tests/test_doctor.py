@@ -1,5 +1,6 @@
 """The command that says who computes."""
 
+import functools
 import importlib.util
 import os
 import platform
@@ -16,9 +17,16 @@ from largemargin.backends import cpu, ladder
 from largemargin.lab import doctor
 
 
+@pytest.fixture(scope="module")
+def worst_error():
+    """The check of a backend, done once: Triton's interpreter takes seconds for it."""
+    return functools.cache(doctor.worst_error)
+
+
 @pytest.fixture(autouse=True)
-def nothing_beside(request, monkeypatch):
+def nothing_beside(request, monkeypatch, worst_error):
     """Importing all that is beside torch takes seconds: only the tests of that do it."""
+    monkeypatch.setattr(doctor, "worst_error", worst_error)
     if "packages" not in request.fixturenames:
         monkeypatch.setattr(doctor, "BESIDE", ())
 
@@ -180,6 +188,7 @@ status = main(["doctor"])
 assert not {*lab, *heavy} & set(sys.modules)
 sys.exit(status)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "backend cpu" in done.stdout and "no: pip install 'largemargin[lab]'" in done.stdout

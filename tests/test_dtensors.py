@@ -1,10 +1,11 @@
 """DTensor logits: every loss, the statistics and every metric are those of the full tensor, wherever its rows and classes are."""
 
-import itertools
+from typing import Any
 
 import pytest
 
 import on_ranks_dtensors
+from combinations import covering
 
 pytestmark = [
     pytest.mark.xdist_group("ranks"),
@@ -17,8 +18,12 @@ each_layout = pytest.mark.parametrize(("mesh", "places"), LAYOUTS, ids=str)
 @each_layout
 @pytest.mark.parametrize("name", on_ranks_dtensors.FUNCTIONS)
 def test_hinges_equal_those_of_the_full_tensor(ranks, name, mesh, places):
-    for num_classes, reduction, options in itertools.product((9, 3), ("none", "sum", "mean"), ({}, {"weighted": True, "margin": 0.5})):
-        ranks.assert_on(4, on_ranks_dtensors.hinge_equals_whole, name, mesh, places, num_classes, {**options, "reduction": reduction})
+    settings: tuple[dict[str, Any], ...] = ({}, {"weighted": True, "margin": 0.5})
+    given = [
+        (name, mesh, places, num_classes, {**options, "reduction": reduction})
+        for num_classes, reduction, options in covering(2, num_classes=(9, 3), reduction=("none", "sum", "mean"), options=settings)
+    ]
+    ranks.assert_on_each(4, on_ranks_dtensors.hinge_equals_whole, given)
 
 
 @each_layout
@@ -55,12 +60,17 @@ def test_what_meets_a_plain_tensor_is_plain(ranks):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "classes", "rows"),
-    [((4,), ("rows",), ("",)), ((4,), ("rows",), ("rows",)), ((2, 2), ("", "rows"), ("rows", ""))],
+    ("names", "mesh", "classes", "rows"),
+    [
+        (on_ranks_dtensors.KINDS, (4,), ("rows",), ("",)),
+        (on_ranks_dtensors.SPLIT, (4,), ("rows",), ("rows",)),
+        (on_ranks_dtensors.KINDS, (2, 2), ("", "rows"), ("rows", "")),
+        pytest.param(on_ranks_dtensors.SPLIT, (2, 2), ("", "rows"), ("rows", ""), marks=pytest.mark.slow),
+    ],
     ids=str,
 )
-def test_heads_whose_classes_are_split_equal_the_whole(ranks, mesh, classes, rows):
-    ranks.assert_on(4, on_ranks_dtensors.heads_equal_whole, mesh, classes, rows)
+def test_heads_whose_classes_are_split_equal_the_whole(ranks, names, mesh, classes, rows):
+    ranks.assert_on(4, on_ranks_dtensors.heads_equal_whole, names, mesh, classes, rows)
 
 
 def test_centers_move_where_they_are_whole(ranks):

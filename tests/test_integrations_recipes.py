@@ -2,11 +2,11 @@
 
 import importlib.util
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+import forked
 
 PAGE = Path(__file__).parent.parent / "docs" / "integrations.md"
 BEFORE = """
@@ -89,11 +89,12 @@ def recipe(section: str) -> str:
     return block
 
 
+@pytest.mark.xdist_group("recipes")  # their processes begin as copies of one
 @pytest.mark.parametrize("section", RECIPES)
-def test_a_recipe_gives_the_loss_of_the_library(section, tmp_path):
+def test_a_recipe_gives_the_loss_of_the_library(section, tmp_path, monkeypatch):
     package, check = RECIPES[section]
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"without {package}")
     code = "\n".join([BEFORE, recipe(section), check])
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.chdir(tmp_path)
+    forked.run(code, "vision", patience=300)

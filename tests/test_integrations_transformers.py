@@ -2,9 +2,6 @@
 
 import contextlib
 import copy
-import os
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -15,6 +12,7 @@ from largemargin import large_margin_cross_entropy
 from largemargin.integrations.transformers import LargeMarginLoss, fuse_large_margin_loss
 from largemargin.lab._torchvision import import_torchvision
 from measure import peak_bytes
+from ranks import Ranks, script
 
 with contextlib.suppress(ImportError):
     import_torchvision()  # which transformers imports where it is installed
@@ -524,7 +522,6 @@ with contextlib.suppress(ImportError):
     import_torchvision()
 import transformers
 
-distributed.init_process_group("gloo")
 mesh = distributed.init_device_mesh("cpu", (2,))
 tokens = torch.arange(64).view(4, 16) * 7 % 64
 mine = tokens.chunk(2)[distributed.get_rank()]
@@ -552,16 +549,16 @@ sharded = copy.deepcopy(whole)
 parallelize_module(sharded.lm_head, mesh, ColwiseParallel())
 with pytest.raises(ValueError, match="it cannot be tensor parallel"):
     sharded(mine, labels=mine)
-distributed.destroy_process_group()
 """
 
 
 @pytest.mark.xdist_group("ranks")
-def test_two_shards_of_a_model_have_the_gradients_of_the_whole(tmp_path):
-    (tmp_path / "on_ranks.py").write_text(ON_RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "on_ranks.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_two_shards_of_a_model_have_the_gradients_of_the_whole():
+    ranks = Ranks(2)
+    try:
+        ranks.assert_on(2, script, ON_RANKS)
+    finally:
+        ranks.stop()
 
 
 def test_evaluation_of_the_trainer(tmp_path, device):

@@ -25,6 +25,7 @@ from largemargin.lab.paper.page import write
 from largemargin.lab.results import RunRecord
 from properties import given, st
 
+pytestmark = pytest.mark.xdist_group("paper report")  # one worker writes it
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FULL, REDUCED = paper.SCALES["full"], paper.SCALES["reduced"]
 BOUND = math.log(99)

@@ -11,6 +11,7 @@ from largemargin.lab import cli
 
 pytest.importorskip("jsonargparse", reason="needs jsonargparse, which is not installed, for the command line")
 
+pytestmark = pytest.mark.xdist_group("report")  # one worker makes the page
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 

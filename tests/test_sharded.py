@@ -1,7 +1,6 @@
 """Classes split over ranks: the loss and its gradient are those of the whole logits, and every rank has the same."""
 
 import itertools
-import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -11,10 +10,11 @@ import torch.distributed as dist
 
 import on_ranks
 from combinations import covering
+from forked import context
 from largemargin import large_margin_cross_entropy, sharded_large_margin_cross_entropy
 from largemargin.rows import collectives
 from measure import assert_within, same_bits
-from ranks import Ranks
+from ranks import MODULES, Ranks
 from registry import DIVERGENCES
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -35,8 +35,10 @@ def assert_same_everywhere(losses: list[torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_equals_the_whole_logits(ranks, sizes):
-    for reduction, weighted, options in itertools.product(("none", "sum", "mean"), (False, True), OPTIONS):
-        assert_same_everywhere(ranks.assert_on(len(sizes), on_ranks.equals_whole, sizes, (), weighted, {**options, "reduction": reduction}))
+    cases = covering(2, reduction=("none", "sum", "mean"), weighted=(False, True), options=OPTIONS)
+    given = [(sizes, (), weighted, {**options, "reduction": reduction}) for reduction, weighted, options in cases]
+    for losses in ranks.assert_on_each(len(sizes), on_ranks.equals_whole, given):
+        assert_same_everywhere(losses)
 
 
 def test_equals_the_whole_logits_of_images(ranks):
@@ -58,10 +60,12 @@ SOFT = {
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_probabilities_equal_those_of_the_whole_logits(ranks, sizes):
+    given = []
     for case in covering(2, **SOFT):
         options = dict(zip(SOFT, case, strict=True))
-        weighted, lead = options.pop("weighted"), options.pop("lead")
-        assert_same_everywhere(ranks.assert_on(len(sizes), on_ranks.soft_equals_whole, sizes, (), weighted, lead, options))
+        given.append((sizes, (), options.pop("weighted"), options.pop("lead"), options))
+    for losses in ranks.assert_on_each(len(sizes), on_ranks.soft_equals_whole, given):
+        assert_same_everywhere(losses)
 
 
 def test_probabilities_equal_those_of_the_whole_logits_of_images(ranks):
@@ -109,9 +113,12 @@ def test_lower_precision_is_within_roundings_of_float64(ranks, sizes, dtype):
 def test_dtensor_logits_take_their_classes_from_where_they_are(ranks, mesh, places):
     labels: tuple[tuple[torch.dtype, dict[str, Any]], ...] = ((torch.int64, {}), (torch.uint8, {"ignore_index": 255}))
     losses: tuple[dict[str, Any], ...] = ({}, {"weighted": True, "label_smoothing": 0.1})
-    for reduction, (dtype, ignoring), options in itertools.product(("none", "sum", "mean"), labels, losses):
-        settings = {**options, **ignoring, "reduction": reduction}
-        assert_same_everywhere(ranks.assert_on(4, on_ranks.equals_whole_as_dtensor, mesh, places, dtype, settings))
+    given = [
+        (mesh, places, dtype, {**options, **ignoring, "reduction": reduction})
+        for reduction, (dtype, ignoring), options in covering(2, reduction=("none", "sum", "mean"), labels=labels, options=losses)
+    ]
+    for found in ranks.assert_on_each(4, on_ranks.equals_whole_as_dtensor, given):
+        assert_same_everywhere(found)
 
 
 def test_a_classifier_under_tensor_parallelism(ranks):
@@ -126,10 +133,9 @@ BOTH = ((True, True),)
 @pytest.mark.parametrize(("shape", "tile"), [((6, 3), 2**20), ((6, 3), 8), ((4, 9), 8), ((0, 3), 8)], ids=str)
 @pytest.mark.parametrize("sizes", [(7,), (4, 4), (1, 6, 3), (1, 1, 1, 0), (0, 5, 0)], ids=str)
 def test_linear_equals_the_whole_classifier(ranks, sizes, shape, tile):
-    for reduction, weighted, options in itertools.product(("none", "sum", "mean"), (False, True), ({}, OPTIONS[2])):
-        losses = ranks.assert_on(
-            len(sizes), on_ranks.linear_equals_whole, sizes, shape, tile, weighted, BOTH, {**options, "reduction": reduction}
-        )
+    cases = covering(2, reduction=("none", "sum", "mean"), weighted=(False, True), options=({}, OPTIONS[2]))
+    given = [(sizes, shape, tile, weighted, BOTH, {**options, "reduction": reduction}) for reduction, weighted, options in cases]
+    for losses in ranks.assert_on_each(len(sizes), on_ranks.linear_equals_whole, given):
         assert_same_everywhere(losses)
 
 
@@ -146,9 +152,10 @@ def test_a_rank_that_needs_no_gradient_still_contributes(ranks, needed, shape, t
 @pytest.mark.parametrize(("shape", "tile"), [((6, 3), 2**20), ((6, 3), 8), ((0, 3), 8)], ids=str)
 @pytest.mark.parametrize("sizes", [(7,), (1, 6, 3), (1, 1, 1, 0), (0, 5, 0)], ids=str)
 def test_linear_takes_the_probabilities_of_its_classes(ranks, sizes, shape, tile):
-    for reduction, options in itertools.product(("none", "sum", "mean"), ({}, OPTIONS[2])):
-        settings = {**options, "reduction": reduction}
-        assert_same_everywhere(ranks.assert_on(len(sizes), on_ranks.soft_linear_equals_whole, sizes, shape, tile, BOTH, settings))
+    cases = itertools.product(("none", "sum", "mean"), ({}, OPTIONS[2]))
+    given = [(sizes, shape, tile, BOTH, {**options, "reduction": reduction}) for reduction, options in cases]
+    for losses in ranks.assert_on_each(len(sizes), on_ranks.soft_linear_equals_whole, given):
+        assert_same_everywhere(losses)
 
 
 @pytest.mark.parametrize("needed", [((True, False),), ((False, True),), ((True, True), (False, True), (False, False))], ids=str)
@@ -240,7 +247,7 @@ def test_a_head_of_the_meta_device(ranks):
     [("cuda:fake", "cpu"), pytest.param("nccl", "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
 )
 def test_a_head_is_built_on_the_cpu_where_its_group_carries_no_tensors_of_the_cpu(backend, device, tmp_path):
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:  # the group is of a process of its own
+    with ProcessPoolExecutor(1, context(*MODULES)) as process:  # the group is of a process of its own
         assert process.submit(on_ranks.built_on_the_cpu, backend, device, str(tmp_path)).result() == {device}
 
 
@@ -278,7 +285,7 @@ def test_a_rank_holds_its_gradients_and_a_tile(ranks):
 
 
 def test_an_assertion_that_fails_on_a_rank_fails_the_test():
-    ranks = Ranks()
+    ranks = Ranks(2)
     try:
         with pytest.raises(AssertionError, match=r"^rank 1: (?s:.*)AssertionError: as it should"):
             ranks.assert_on(2, on_ranks.fails_on_the_second)
@@ -287,7 +294,7 @@ def test_an_assertion_that_fails_on_a_rank_fails_the_test():
 
 
 def test_survivors_of_a_killed_rank_end_soon_and_say_why():
-    ranks = Ranks()
+    ranks = Ranks(3)
     try:
         first, dead, last = ranks.assert_on(3, on_ranks.loses_a_rank, may_die=(1,))  # "no answer" as long as gloo would wait
     finally:

@@ -18,6 +18,7 @@ from largemargin import heads
 pytest.importorskip("mkdocs", reason="needs mkdocs-material, which is not installed")
 pytest.importorskip("material")
 
+pytestmark = pytest.mark.xdist_group("site")  # one worker builds it
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
