@@ -1112,6 +1112,13 @@ def test_every_option_with_class_probabilities(kernel, dtype, shape, divergence,
     soft.check(lam=lam, hard_bias=hard_bias, factor=factor, label_smoothing=smoothing, divergence=divergence, reduction=reduction)
 
 
+def test_the_largest_of_all_classes_may_lie_in_any_tile(kernel, rng):
+    soft = Soft((2, 9000), rng, backend=kernel)
+    soft.input[0, 8900], soft.input[1, 100] = 60.0, 60.0
+    soft.target[:, ::300] += 0.1
+    soft.check(reduction="none")
+
+
 @pytest.mark.parametrize("shape", [(2, 300, 37), (1, 19, 300)], ids=str)  # several blocks of classes; several tasks of rows
 @every("dtype", DTYPES)
 def test_class_probabilities_of_rows_side_by_side(shape, dtype, rng):
