@@ -36,7 +36,6 @@ from largemargin.lab.comparison.table import as_json
 from largemargin.lab.errors import LabError, RunFailed
 from largemargin.lab.predictions import Predictions
 from largemargin.lab.queue import local
-from largemargin.lab.queue.attempt import Inputs, attempt
 from largemargin.lab.results import TrialRecord, result_of
 from largemargin.lab.run.methods import METHODS
 from largemargin.lab.trial.digest import digest_of
@@ -710,17 +709,6 @@ def test_a_process_that_has_initialised_cuda_starts_runs_that_have_not(unruly):
     (path,) = out.glob("runs/leaves*/result.json")
     assert json.loads(path.read_text())["scores"]["initialised"] == 0.0
     assert local.CONTEXT.get_start_method() == "spawn"
-
-
-@pytest.fixture
-def here(monkeypatch):
-    """Let runs be done in this process."""
-
-    def execute(plan, job, *_):
-        while (trial := plan.take()) is not None:
-            plan.ended(trial, attempt(trial, job, Inputs(), lambda _: None, lambda _: None))
-
-    monkeypatch.setattr(local, "execute", execute)
 
 
 def test_an_error_of_train_is_told_and_the_others_go_on(here, tmp_path):
