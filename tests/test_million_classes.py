@@ -54,6 +54,7 @@ def test_it_finds_more_than_before_and_goes_on_on_other_ranks(alone, tmp_path, c
     assert found[0] < 1 and found[1] == found[2] and found[0] < 30 < found[1] < found[3]
 
 
+@pytest.mark.slow  # test_sharded.py holds that the survivors end and say why
 def test_when_a_rank_is_killed_the_others_end_and_it_is_named():
     process = started(2, "--num-classes=3001", "--steps=1000000")
     kill_if_silent = threading.Timer(60, process.terminate)
