@@ -67,8 +67,9 @@ def stop_at(count):
 
 def run(name, folder, processes):
     """Train a case."""
-    case, module = CASES[name], trainer
-    before: Any = module.build, module.CHECKPOINT_SECONDS
+    case = CASES[name]
+    module: Any = trainer
+    before = module.build, module.CHECKPOINT_SECONDS
     try:
         module.CHECKPOINT_SECONDS = 0.0
         if case.network == "plain":
