@@ -3,7 +3,8 @@
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,21 @@ def rng() -> torch.Generator:
     It is the CPU's on every machine: tests draw from it and move the numbers, so that the problems are the same on every device.
     """
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the runs of a comparison be done in this process, one after the other: for tests that are not about processes."""
+    from largemargin.lab.queue import local
+    from largemargin.lab.queue.attempt import Inputs, Job, attempt
+    from largemargin.lab.queue.plan import Plan
+
+    def execute(plan: Plan, job: Job, jobs: int, on_epoch: Callable[..., object]) -> None:
+        inputs = Inputs()
+        while (recipe := plan.take()) is not None:
+            plan.ended(recipe, attempt(recipe, job, inputs, partial(on_epoch, recipe), partial(plan.say, recipe)))
+
+    monkeypatch.setattr(local, "execute", execute)
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,9 @@
-"""A run that is ended at chosen points, again and again, until it is done: a script, because it forks before torch starts threads.
+"""Runs that are ended at chosen points, again and again, until they are done: a script, because it forks before torch starts threads.
 
-    python tests/interrupted.py kill|stop|full FOLDER [KILLS [SEED]]
+    python tests/interrupted.py FOLDER HOW=TIMES ...
 
-``kill``: SIGKILL at KILLS points inside steps, writes and evaluations; ``stop``: SIGTERM at eight of them; ``full``: a disk that refuses a
-checkpoint. The undisturbed run goes into FOLDER/whole, the other into FOLDER/broken; what happened is printed as JSON.
+``kill``: SIGKILL at TIMES points inside steps, writes and evaluations; ``stop``: SIGTERM at TIMES of them; ``full``: a disk that refuses a
+checkpoint TIMES times. The undisturbed run goes into FOLDER/whole, the others into FOLDER/HOW; what happened is printed as JSON, by HOW.
 """
 
 import dataclasses
@@ -14,13 +14,13 @@ import resource
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
+import torch._dynamo  # which the first optimiser of a process imports: once here, and not in every child
 
 from largemargin.lab import files
-from largemargin.lab.data import images
+from largemargin.lab.data.images import ImageSet
 from largemargin.lab.errors import LabError
 from largemargin.lab.run import checkpoint, train, trainer
 from largemargin.lab.run.methods import LOSSES
@@ -29,7 +29,7 @@ from largemargin.lab.run.recipe import Recipe
 RECIPE = Recipe(
     loss="center_large_margin",
     seed=3,
-    epochs=16,
+    epochs=8,
     batch_size=32,
     crop_padding=1,
     flip=True,
@@ -40,15 +40,11 @@ PLACES = ("step", "evaluation", "half a checkpoint", "before the replacement", "
 STOPPED_AT = ("step", "evaluation", "step", "before the replacement", "step", "metrics.csv", "step", "after the replacement")
 
 
-def digits():
-    whole = images.digits()
-    return dataclasses.replace(
-        whole,
-        train_images=whole.train_images[:200],
-        train_labels=whole.train_labels[:200],
-        test_images=whole.test_images[:80],
-        test_labels=whole.test_labels[:80],
-    )
+def noise():
+    """Images of noise: 200 to train on and 80 to test."""
+    images = torch.randint(0, 256, (280, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(280) % 10
+    return ImageSet(images[:200], labels[:200], images[200:], labels[200:], tuple("0123456789"))
 
 
 def end_at(place, count, sent=signal.SIGKILL):
@@ -121,42 +117,44 @@ def ended(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def main(how, folder, kills=20, seed=0):
-    images, draw = digits(), random.Random(seed)
-    happened: list[Any] = []
-
-    def go(where, every=0.0):
-        trainer.CHECKPOINT_SECONDS = every  # seconds; 0 is after every step
-        train.train(RECIPE, images, folder / where, keep_checkpoint=True)
-
-    def ending(place, count, sent, every=0.0):
-        end_at(place, count, sent)
-        go("broken", every)
-
-    def without_room():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-        go("broken")
-
-    assert ended(child(lambda: go("whole", every=60.0))) == 0
-    while not (folder / "broken" / "result.json").is_file():
-        turn = len(happened)
-        assert turn < 100, happened
-        if how == "kill" and turn < kills:
+def endings(how, times):
+    """What ends the runs of one kind in turn: where, and from which time on that a run comes there."""
+    draw = random.Random(0)
+    for turn in range(times):
+        if how == "kill":
             place = PLACES[turn % len(PLACES)]
-            count = 1 if place in ("evaluation", "metrics.csv") else draw.randint(1, 6)  # those come once an epoch
-            happened.append([place, count, ended(child(lambda place=place, count=count: ending(place, count, signal.SIGKILL)))])
-        elif how == "stop" and turn < 8:
+            yield place, 1 if place in ("evaluation", "metrics.csv") else draw.randint(1, 6)  # those come once an epoch
+        elif how == "stop":
             place = STOPPED_AT[turn % len(STOPPED_AT)]
-            count = draw.randint(1, 20) if place == "step" else 1  # of 112
-            happened.append([place, count, ended(child(lambda place=place, count=count: ending(place, count, signal.SIGTERM, every=60.0)))])
-        elif how == "full" and turn == 0:
-            happened.append(["step", 9, ended(child(lambda: ending("step", 9, signal.SIGKILL)))])
-        elif how == "full" and turn < 3:
-            happened.append(["no room", 0, ended(child(without_room))])
+            yield place, draw.randint(1, 10) if place == "step" else 1  # of 7 steps an epoch
         else:
-            happened.append(["undisturbed", 0, ended(child(lambda: go("broken", every=60.0)))])
+            yield "no room", 0
+
+
+def main(folder, times):
+    images, recipe = noise(), dataclasses.replace(RECIPE, epochs=max(8, *times.values()))
+
+    def go(where, every=60.0):
+        trainer.CHECKPOINT_SECONDS = every  # seconds; 0 is after every step
+        train.train(recipe, images, folder / where, keep_checkpoint=True)
+
+    def ending(how, place, count):
+        if place == "no room":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+        else:
+            end_at(place, count, signal.SIGTERM if how == "stop" else signal.SIGKILL)
+        go(how, 60.0 if how == "stop" else 0.0)
+
+    assert ended(child(lambda: go("whole"))) == 0
+    happened = {}
+    for how, count in times.items():
+        turns = [("step", 9)] if how == "full" else []  # with the checkpoint that a full disk must not harm
+        turns += endings(how, count)
+        happened[how] = [[*turn, ended(child(lambda how=how, turn=turn: ending(how, *turn)))] for turn in turns]
+        assert not (folder / how / "result.json").exists(), happened
+        assert ended(child(lambda how=how: go(how))) == 0, happened
     print(json.dumps(happened))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:]))
+    main(Path(sys.argv[1]), {how: int(times) for how, times in (word.split("=") for word in sys.argv[2:])})

@@ -1,22 +1,38 @@
-"""A run of as many processes as a launcher starts: ``torchrun ... tests/processes.py FOLDER BATCH [LOSS [NETWORK [STEP]]]``.
+"""Runs of as many processes as a launcher starts: ``torchrun ... tests/processes.py FOLDER [STEP]``.
 
-NETWORK ``plain``, the default, has no batch norm. The last process sends itself SIGTERM at its STEP-th step.
+Without STEP, every case of :data:`CASES` is trained in its own folder of FOLDER. With STEP, only ``broken`` is, whose last process sends
+itself SIGTERM at its STEP-th step.
 """
 
-import dataclasses
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from largemargin.lab.data.images import digits
+from largemargin.lab.data.images import ImageSet
 from largemargin.lab.run import train, trainer
 from largemargin.lab.run.methods import LOSSES
 from largemargin.lab.run.recipe import Recipe
+
+
+class Case(NamedTuple):
+    batch_size: int  # of 200 samples
+    loss: str = "large_margin"
+    network: str = "plain"  # which has no batch norm
+
+
+CASES = {
+    "even": Case(64),
+    "odd": Case(199),
+    "odd_last": Case(27, "center"),  # whose last batch has 11
+    "one_of_two": Case(199, "crammer_singer_hinge"),
+    "whole": Case(20, network="small"),
+    "broken": Case(20, network="small"),
+}
 
 
 class Plain(nn.Module):
@@ -27,6 +43,12 @@ class Plain(nn.Module):
 
     def forward(self, images):
         return self.classifier(self.features(images))
+
+
+def noise():
+    images = torch.randint(0, 256, (400, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(400) % 10
+    return ImageSet(images[:200], labels[:200], images[200:], labels[200:], tuple("0123456789"))
 
 
 def stop_at(count):
@@ -43,19 +65,29 @@ def stop_at(count):
     optimizer.step = stopping
 
 
-def main(folder, batch_size, loss="large_margin", network="plain", step=0):
-    whole = digits()
-    parts = {name: getattr(whole, name)[:200] for name in ("train_images", "train_labels", "test_images", "test_labels")}
+def run(name, folder, processes):
+    """Train a case."""
+    case = CASES[name]
+    module: Any = trainer
+    before = module.build, module.CHECKPOINT_SECONDS
+    try:
+        module.CHECKPOINT_SECONDS = 0.0
+        if case.network == "plain":
+            module.build = lambda *_: Plain()
+        settings: dict[str, Any] = LOSSES[case.loss]
+        recipe = Recipe(seed=0, epochs=4, batch_size=case.batch_size, crop_padding=1, processes=processes, loss=case.loss, **settings)
+        return train.train(recipe, noise(), folder, keep_checkpoint=True)
+    finally:
+        module.build, module.CHECKPOINT_SECONDS = before
+
+
+def main(folder, step=0):
     world = int(os.environ["WORLD_SIZE"])
-    if network == "plain":
-        module: Any = trainer
-        module.build = lambda *_: Plain()
     if step and int(os.environ["RANK"]) == world - 1:
         stop_at(step)
-    recipe = Recipe(seed=0, epochs=4, batch_size=batch_size, crop_padding=1, processes=world, loss=loss, **LOSSES[loss])
-    trainer.CHECKPOINT_SECONDS = 0.0
-    train.train(recipe, dataclasses.replace(whole, **parts), folder, keep_checkpoint=True)
+    for name in ["broken"] if step else CASES:
+        run(name, folder / name, world)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:5], *map(int, sys.argv[5:]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

@@ -161,7 +161,8 @@ listener = gpu_tests.Listener(gpu_common.Record(pathlib.Path("tests.json"), "Cla
 status = pytest.main(["-c", "/dev/null", "--rootdir", ".", "-p", "no:cacheprovider", *gpu_tests.OPTIONS, "."], plugins=[listener])
 listener.write()
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=250)
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # whatever is installed here, and takes its time to import
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=250, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "tests.json").read_text())
     assert (found["passed"], found["failed"], found["skipped"]) == (1, 2, 1)
@@ -236,6 +237,7 @@ WAITS = """
 import pathlib, signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
+    pathlib.Path(OUT, "begun").touch()
     time.sleep(60)
 except KeyboardInterrupt:
     pathlib.Path(OUT, "kept").touch()
@@ -252,8 +254,13 @@ def test_a_part_that_crashes_or_hangs_leaves_the_others_theirs(parts, tmp_path, 
 
 def test_an_interrupt_ends_the_parts_and_leaves_the_table(parts, tmp_path, capsys):
     parts(tests=f"OUT = {str(tmp_path)!r}\n{WAITS}", kernels="print('never')")
-    timer = threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
+
+    def interrupt():
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
     assert gpu_all.main() == 130
     assert (tmp_path / "kept").is_file()
     said = capsys.readouterr().out

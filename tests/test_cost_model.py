@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import on_ranks
+from combinations import covering
 from largemargin import linear_large_margin_cross_entropy
 from largemargin.rows import collectives, shards, tiles
 from largemargin.rows.parts import Part, merge
@@ -52,9 +53,11 @@ def test_merging_the_statistics_of_many_ranks_holds_45_bytes_a_row_and_rank(monk
 
 
 @pytest.mark.xdist_group("ranks")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("mesh_shape", [(1, 4), (2, 2), (4, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("mesh_shape", "fused", "dtype"),
+    covering(2, mesh_shape=[(1, 4), (2, 2), (4, 1)], fused=[True, False], dtype=[torch.float32, torch.bfloat16]),
+    ids=str,
+)
 def test_a_rank_sends_what_the_model_counts(ranks, mesh_shape, fused, dtype):
     data_ranks, class_ranks = mesh_shape
     problem = Problem(*SHAPE, class_ranks, data_ranks, fused, dtype.itemsize)

@@ -11,11 +11,14 @@ FOLDER = Path(__file__).parent.parent / "examples"
 needs_digits = pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="needs scikit-learn, which is not installed")
 
 
-def run(name):
-    """What main() of an example returns."""
+def run(name, **constants):
+    """What main() of an example returns, with other constants of the file: fewer seeds, say."""
     spec = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    for constant, value in constants.items():
+        assert hasattr(module, constant)
+        setattr(module, constant, value)
     return module.main()
 
 
@@ -28,7 +31,7 @@ def test_every_example_says_how_to_run_it(path):
 
 @needs_digits
 def test_image_classification():
-    found = run("image_classification")
+    found = run("image_classification", SEEDS=range(1))
     softmax, large_margin = found["softmax"], found["large margin"]
     assert min(softmax["accuracy"], large_margin["accuracy"]) > 0.94
     assert large_margin["rho_hat"] > 2 * softmax["rho_hat"]  # Fig. 3 of the paper
@@ -59,7 +62,7 @@ def test_language_model():
 
 @needs_digits
 def test_long_tail():
-    found = run("long_tail")
+    found = run("long_tail", SEEDS=range(2))
     assert found["large margin"]["error"] < found["softmax"]["error"] < 30
     for plain, adjusted in [("softmax", "softmax, adjusted"), ("large margin", "large margin, adjusted")]:
         assert found[adjusted]["tail error"] < found[plain]["tail error"]

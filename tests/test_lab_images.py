@@ -293,7 +293,7 @@ def test_all_files_that_are_gone_are_named_at_once(tmp_path):
 # what is said
 
 
-def test_compare_and_train_print_what_is_left_out(tmp_path, capsys):
+def test_compare_and_train_print_what_is_left_out(here, tmp_path, capsys):
     folder = make_folder(tmp_path / "set", ("train", "test"))
     (folder / "train" / "cat" / "a.heic").write_bytes(b"heic")
     options = ["--data", str(folder), "--image-size", "8", "--epochs", "1", "--device", "cpu"]

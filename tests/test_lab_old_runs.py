@@ -61,7 +61,7 @@ def test_report_reads_old_runs(out, capsys):
     assert (out / "report.html").is_file()
 
 
-def test_a_run_that_is_missing_is_trained_as_it_was(out):
+def test_a_run_that_is_missing_is_trained_as_it_was(out, here):
     (missing,) = [folder for folder in (out / "runs").iterdir() if folder.name.startswith("large_margin-noise0-seed1")]
     shutil.rmtree(missing)
     assert cli.main(["compare", *OPTIONS, "--out", str(out)]) == 0

@@ -5,10 +5,12 @@ import functools
 import importlib
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -641,7 +643,7 @@ print(result)
 """
 
 
-def test_a_script_needs_no_guard_and_its_functions_no_module(tmp_path):
+def test_a_script_needs_no_guard_and_its_functions_no_module(tmp_path, monkeypatch, capsys):
     printed = script(tmp_path, PLAIN)
     assert printed.count("2 runs of train") == 1 and "[2/2]" in printed and "mine" in printed
     assert "printed in the run" not in printed
@@ -649,57 +651,79 @@ def test_a_script_needs_no_guard_and_its_functions_no_module(tmp_path):
     assert "printed in the run of mine 0.1" in logs["mine"]
     assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix in (".pkl", ".pickle")]
     first = {path: path.read_bytes() for path in (tmp_path / "out").glob("runs/*/result.json")}
-    again = " ".join(script(tmp_path, PLAIN).split())
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path("script.py", run_name="__main__")  # in another process than the first time, so that it cannot tell by an address
+    again = " ".join(capsys.readouterr().out.split())
     assert "2 already done" in again and "held a comparison" not in again
     assert {path: path.read_bytes() for path in (tmp_path / "out").glob("runs/*/result.json")} == first
 
 
-UNRULY = """
-import json, os, sys, time
-import torch
-from largemargin import lab
+@pytest.fixture(scope="module")
+def unruly(tmp_path_factory):
+    """A comparison whose runs do what they should not, in a process that has initialised CUDA: its folder and its result."""
 
-def train(run):
-    assert "LEFT" not in os.environ  # each run has a process of its own
-    if run.name == "raises":
-        raise ValueError("the learning rate is odd")
-    if run.name == "exits":
-        sys.exit(3)
-    if run.name == "dies":
-        os._exit(7)
-    if run.name == "hangs":
-        print("an attempt", flush=True)
-        while True:
-            time.sleep(0.01)
-    if run.name == "forks" and os.fork() == 0:
-        return {"error": 99.0}
-    if run.name == "leaves":
+    def train(run):
+        assert "LEFT" not in os.environ  # each run has a process of its own
+        if run.name == "dies":
+            os._exit(7)
+        if run.name == "hangs":
+            print("an attempt", flush=True)
+            while True:
+                time.sleep(0.01)
+        if os.fork() == 0:
+            return {"error": 99.0}
         os.chdir("/")
         os.environ["LEFT"] = "something"
-    return {"error": 1.0 + run.seed}
+        return {"error": 1.0, "initialised": float(torch.cuda.is_initialized())}
 
-names = ["raises", "exits", "dies", "hangs", "forks", "leaves"]
-result = lab.compare(train, losses=["softmax", *((name, torch.nn.CrossEntropyLoss) for name in names)], seeds=[0], timeout=20.0, out="out")
-print(json.dumps({"failures": {name.split("-")[0]: why for name, why in result.failures.items()}, "text": str(result)}))
-"""
+    def no_call(*_):
+        raise AssertionError("a comparison on the CPU calls CUDA")
+
+    out = tmp_path_factory.mktemp("unruly")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_lazy_init", "mem_get_info", "get_device_name", "set_device"):
+            patch.setattr(torch.cuda, name, no_call)
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        losses = [(name, nn.CrossEntropyLoss) for name in ("leaves", "dies", "hangs")]
+        return out, compare(out, train, losses, seeds=[0], timeout=10.0)
 
 
-def test_what_goes_wrong_in_a_run_is_told_and_the_others_go_on(tmp_path):
-    found = json.loads(script(tmp_path, UNRULY).splitlines()[-1])
-    failures = found["failures"]
-    assert failures.keys() == {"raises", "exits", "dies", "hangs"}
-    assert failures["raises"] == "ValueError: the learning rate is odd"
-    assert "train called sys.exit(3)" in failures["exits"] and "died (status 7)" in failures["dies"]
-    assert "took longer than the timeout of 20 s" in failures["hangs"]
-    done = {path.parent.name.split("-")[0]: json.loads(path.read_text()) for path in (tmp_path / "out").glob("runs/*/result.json")}
-    assert done.keys() == {"softmax", "forks", "leaves"} and done["forks"]["scores"] == {"error": 1.0}
-    assert "3 of 7 runs are finished" in found["text"] and "hangs-seed0" in found["text"]
-    (place,) = (tmp_path / "out").glob("runs/hangs*/error.txt")
+@pytest.mark.xdist_group("unruly")
+def test_what_goes_wrong_in_a_run_is_told_and_the_others_go_on(unruly):
+    out, result = unruly
+    failures = {name.split("-")[0]: why for name, why in result.failures.items()}
+    assert failures.keys() == {"dies", "hangs"}
+    assert "died (status 7)" in failures["dies"] and "took longer than the timeout of 10 s" in failures["hangs"]
+    done = {path.parent.name.split("-")[0]: json.loads(path.read_text()) for path in out.glob("runs/*/result.json")}
+    assert done.keys() == {"leaves"} and done["leaves"]["scores"]["error"] == 1.0
+    assert "1 of 3 runs is finished" in str(result) and "hangs-seed0" in str(result)
+    (place,) = out.glob("runs/hangs*/error.txt")
     assert "in train" in place.read_text()  # where it hung
     assert (place.parent / "log.txt").read_text().count("an attempt") == 1  # a second would take as long again
 
 
-def test_where_every_run_fails_there_is_a_result_without_a_table(tmp_path):
+@pytest.mark.xdist_group("unruly")
+def test_a_process_that_has_initialised_cuda_starts_runs_that_have_not(unruly):
+    """A forked process could not use CUDA: what the parent has set would be set there too."""
+    out, _ = unruly
+    (path,) = out.glob("runs/leaves*/result.json")
+    assert json.loads(path.read_text())["scores"]["initialised"] == 0.0
+    assert local.CONTEXT.get_start_method() == "spawn"
+
+
+def test_an_error_of_train_is_told_and_the_others_go_on(here, tmp_path):
+    def raises(run):
+        if run.name == "softmax":
+            raise ValueError("the learning rate is odd")
+        return sys.exit(3) if run.name == "exits" else {"error": 1.0}
+
+    result = compare(tmp_path, raises, losses=["softmax", ("exits", nn.CrossEntropyLoss), "large_margin"], seeds=[0])
+    failures = {name.split("-")[0]: why for name, why in result.failures.items()}
+    assert failures.keys() == {"softmax", "exits"} and failures["softmax"] == "ValueError: the learning rate is odd"
+    assert "train called sys.exit(3)" in failures["exits"] and "1 of 3 runs is finished" in str(result)
+
+
+def test_where_every_run_fails_there_is_a_result_without_a_table(here, tmp_path):
     def returns_nothing(run):
         return None
 
@@ -859,20 +883,3 @@ def test_the_digest_is_of_what_a_script_has_around_its_function(changed, tmp_pat
 def test_seeds_that_are_a_number_are_told_to_be_several(tmp_path):
     with pytest.raises(LabError, match=r"seeds must be several whole numbers, or .auto., got 3; give range\(3\)"):
         lab.compare(train, ["softmax"], seeds=3, out=tmp_path)
-
-
-def test_a_process_that_has_initialised_cuda_starts_runs_that_have_not(tmp_path, monkeypatch):
-    """A forked process could not use CUDA: what the parent has set would be set there too."""
-
-    def of_the_process(run):
-        return {"error": float(torch.cuda.is_initialized())}
-
-    def no_call(*_):
-        raise AssertionError("a comparison on the CPU calls CUDA")
-
-    for name in ("_lazy_init", "mem_get_info", "get_device_name", "set_device"):
-        monkeypatch.setattr(torch.cuda, name, no_call)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    result = compare(tmp_path, of_the_process, losses=["softmax"], seeds=[0])
-    assert not result.failures and result.table[0]["error"] == 0.0
-    assert local.CONTEXT.get_start_method() == "spawn"

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from accelerate.state import PartialState
 
 import largemargin
+import processes
 from largemargin.heads import CosineLinear
 from largemargin.lab import models
 from largemargin.lab.data.images import digits
@@ -29,13 +30,20 @@ from largemargin.lab.run.optimizer import learning_rates
 from largemargin.lab.run.recipe import PLACES, Recipe
 
 DIGITS = digits()
-SMALL = dataclasses.replace(
-    DIGITS,
-    train_images=DIGITS.train_images[:200],
-    train_labels=DIGITS.train_labels[:200],
-    test_images=DIGITS.test_images[:100],
-    test_labels=DIGITS.test_labels[:100],
-)
+
+
+def part(num_train):
+    """Of the digits, so many to train on and 100 to test."""
+    return dataclasses.replace(
+        DIGITS,
+        train_images=DIGITS.train_images[:num_train],
+        train_labels=DIGITS.train_labels[:num_train],
+        test_images=DIGITS.test_images[:100],
+        test_labels=DIGITS.test_labels[:100],
+    )
+
+
+SMALL = part(200)
 
 
 def recipe(**changes):
@@ -194,7 +202,8 @@ SLOW = ("gce", "nce_rce", "taylor", "t_vmf")  # bounded losses, and a similarity
 
 @pytest.mark.parametrize("word", LOSSES)
 def test_every_loss_trains_on_the_device(word, device_recipe, device, tmp_path):
-    record = train.train(device_recipe(epochs=3, loss=word, **LOSSES[word]), DIGITS, tmp_path, on_end=keep)
+    short = device_recipe(epochs=3, batch_size=32, crop_padding=0, loss=word, **LOSSES[word])
+    record = train.train(short, part(400), tmp_path, on_end=keep)
     first, *_, last = record["epochs"]
     assert last["train_error"] < first["train_error"] / (1 if word in SLOW else 2) or word == "dual_focal"
     # the margin of two grows from 0 over the run; gamma = 5 makes the steps of the third too long at this learning rate
@@ -431,19 +440,35 @@ def test_tensorboard_is_written_and_goes_on(device_recipe, tmp_path):
     assert [event.step for event in events.Scalars("train_rho")] == [1, 2, 3]
 
 
-@pytest.mark.parametrize(
-    ("how", "times", "expected"),
-    [("kill", 7, -9), pytest.param("kill", 20, -9, marks=pytest.mark.slow), ("stop", 8, 143), ("full", 2, 2)],
-)
-def test_a_run_ended_anywhere_ends_bit_for_bit_as_an_undisturbed_one(how, times, expected, tmp_path):
+def interrupted(folder, *words):
+    """What ``interrupted.py`` did in ``folder``, and what it said."""
     script = Path(__file__).parent / "interrupted.py"
-    done = subprocess.run([sys.executable, script, how, tmp_path, str(times)], capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, script, folder, *words], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
-    happened = json.loads(done.stdout)
-    assert sum(status == expected for _, _, status in happened) >= times, happened
+    return folder, json.loads(done.stdout), done.stderr
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    return interrupted(tmp_path_factory.mktemp("ended"), "kill=7", "stop=8", "full=2")
+
+
+@pytest.mark.xdist_group("ended")
+@pytest.mark.parametrize(("how", "times", "expected"), [("kill", 7, -9), ("stop", 8, 143), ("full", 2, 2)])
+def test_a_run_ended_anywhere_ends_bit_for_bit_as_an_undisturbed_one(how, times, expected, ended):
+    ends_as_an_undisturbed_one(how, times, expected, *ended)
+
+
+@pytest.mark.slow
+def test_a_run_ended_more_often_ends_bit_for_bit_as_an_undisturbed_one(tmp_path):
+    ends_as_an_undisturbed_one("kill", 20, -9, *interrupted(tmp_path, "kill=20"))
+
+
+def ends_as_an_undisturbed_one(how, times, expected, folder, happened, said):
+    assert sum(status == expected for _, _, status in happened[how]) == times, happened
     if how == "full":
-        assert "checkpoint.pt cannot be written" in done.stderr
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+        assert "checkpoint.pt cannot be written" in said
+    whole, broken = folder / "whole", folder / how
     assert {path.name for path in broken.iterdir()} == {path.name for path in whole.iterdir()}  # nothing half-written is left
     for name in ("metrics.csv", "recipe.json", "training_set.npz"):
         assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
@@ -487,42 +512,43 @@ def test_a_checkpoint_executes_nothing(device_recipe, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def launched(count, *arguments, **environment):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    script = Path(__file__).parent / "processes.py"
-    environment = {**os.environ, **environment}
-    return subprocess.run([*command, script, *map(str, arguments)], capture_output=True, text=True, timeout=200, env=environment)
+def launched(*arguments):
+    """Two processes of ``processes.py``, by a launcher whose own idea of the precision counts for nothing."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", processes.__file__]
+    environment = {**os.environ, "ACCELERATE_MIXED_PRECISION": "bf16"}
+    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=200, env=environment)
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "loss"),
-    [(64, "large_margin"), (199, "large_margin"), (27, "center"), (199, "crammer_singer_hinge")],  # 200 samples; of 27, the last has 11
-)
-def test_two_processes_train_as_one_with_the_same_global_batch(batch_size, loss, tmp_path):
-    for count in (1, 2):
-        # the launcher's own idea of the precision counts for nothing
-        done = launched(count, tmp_path / str(count), batch_size, loss, ACCELERATE_MIXED_PRECISION="bf16")
-        assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (json.loads((tmp_path / str(count) / "result.json").read_text()) for count in (1, 2))
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """The folder of the runs of two processes, one of which was told to stop and has gone on since."""
+    folder = tmp_path_factory.mktemp("processes")
+    done = launched(folder, 18)  # of 4 epochs of 10 steps; it stops before an evaluation
+    assert done.returncode != 0 and (folder / "broken" / "checkpoint.pt").is_file(), done.stderr[-3000:]
+    assert not (folder / "broken" / "result.json").is_file()
+    done = launched(folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.xdist_group("two_processes")
+@pytest.mark.parametrize("name", [name for name, case in processes.CASES.items() if case.network == "plain"])
+def test_two_processes_train_as_one_with_the_same_global_batch(name, two_processes, tmp_path):
+    one = processes.run(name, tmp_path, 1)
+    two = json.loads((two_processes / name / "result.json").read_text())
+    batch_size = processes.CASES[name].batch_size
     assert two["environment"]["processes"] == 2 and two["environment"]["batch_of_a_process"] == -(-batch_size // 2)
     for ours, theirs in zip(two["epochs"], one["epochs"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, nan_ok=True)
-    for name, value in (weights := torch.load(tmp_path / "1" / "checkpoint.pt", weights_only=True)["method"]).items():
-        other = torch.load(tmp_path / "2" / "checkpoint.pt", weights_only=True)["method"][name]
-        torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-5, msg=name)
+    weights, others = (torch.load(folder / "checkpoint.pt", weights_only=True)["method"] for folder in (tmp_path, two_processes / name))
+    for key, value in weights.items():
+        torch.testing.assert_close(others[key], value, rtol=1e-4, atol=1e-5, msg=key)
     assert weights
 
 
-def test_two_processes_of_which_one_is_told_to_stop_go_on_and_end_as_undisturbed_ones(tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    for folder, step, fails in (
-        (whole, 0, False),
-        (broken, 18, True),
-        (broken, 0, False),
-    ):  # of 4 epochs of 10 steps; stops before an evaluation
-        done = launched(2, folder, 20, "large_margin", "small", step)
-        assert (done.returncode != 0) == fails, done.stderr[-3000:]
-        assert (folder / "result.json").is_file() != fails and (folder / "checkpoint.pt").is_file()
+@pytest.mark.xdist_group("two_processes")
+def test_two_processes_of_which_one_is_told_to_stop_go_on_and_end_as_undisturbed_ones(two_processes):
+    whole, broken = two_processes / "whole", two_processes / "broken"
     assert (whole / "metrics.csv").read_bytes() == (broken / "metrics.csv").read_bytes()
     ours, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (broken, whole))
     assert bits(ours["method"]) == bits(theirs["method"]) and bits(ours["optimizer"]) == bits(theirs["optimizer"])
