@@ -50,6 +50,17 @@ def rng() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def forked_workers() -> Iterator[None]:
+    """The runs of a queue are processes that start at once; see workers.py."""
+    import workers
+    from largemargin.lab.queue import local
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local, "CONTEXT", workers.CONTEXT)
+        yield
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
     """Gloo processes; tests that use them carry ``xdist_group("ranks")``, so that one worker has them all."""

@@ -375,7 +375,7 @@ def test_a_failed_run_is_no_usage_error(tmp_path, capsys, monkeypatch):
     assert "could not be done" in capsys.readouterr().err
 
 
-def test_failed_is_told_from_refused(tmp_path):
+def test_failed_is_told_from_refused(forked_workers, tmp_path):
     recipes = [Recipe("softmax", seed, epochs=1) for seed in (0, 1)]
     with pytest.raises(RunFailed):
         run_all(recipes, tmp_path / "a", 1, lambda *_: None, work="lab_work:fails")
