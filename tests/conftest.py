@@ -52,7 +52,7 @@ def rng() -> torch.Generator:
 
 @pytest.fixture(scope="module")
 def forked_workers() -> Iterator[None]:
-    """The runs of a queue are processes that start at once; see workers.py."""
+    """The queue does its runs in processes that start at once; see workers.py."""
     import workers
     from largemargin.lab.queue import local
 

@@ -18,6 +18,7 @@ from largemargin.lab.run.recipe import Recipe
 ONE = Recipe(loss="softmax", seed=0, epochs=10)
 SECOND_AN_IMAGE = Pace(training=1.0, evaluation=0.5)
 SMALL = Comparison(losses=("softmax", "large_margin"), seeds=(0, 1), epochs=1, train_fraction=0.1)
+pytestmark = pytest.mark.usefixtures("forked_workers")
 
 
 @pytest.fixture(scope="module")

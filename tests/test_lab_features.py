@@ -29,6 +29,7 @@ from largemargin.lab.run.train import train
 
 CPU = torch.device("cpu")
 WINE = load_wine()
+pytestmark = pytest.mark.usefixtures("forked_workers")
 
 
 def written(path, header, rows):

@@ -1,21 +1,20 @@
-"""Processes for runs that start at once: each is forked from a server that has imported torch, which takes a new interpreter seconds.
+"""Worker processes that start at once: a server that has imported torch forks them. A new interpreter imports torch for seconds.
 
-They are processes of their own all the same. What a test says of the start of a process, it must say of ``spawn``, as users have it.
+Users have ``spawn``. A test of how a process starts, or of what a signal does to it, uses that too: it runs a command.
 """
 
 import multiprocessing
 import os
 from multiprocessing.context import ForkServerContext, ForkServerProcess
-from typing import Any
 
 IMPORTED = [
     *("largemargin.lab.queue.local", "largemargin.lab.queue.budget", "largemargin.lab.run.train"),
-    *("accelerate", "sklearn.model_selection", "sklearn.datasets", "torch._dynamo"),  # which a run imports on its way
+    *("accelerate", "sklearn.model_selection", "sklearn.datasets", "torch._dynamo"),  # a run imports these on its way
 ]
 
 
 class Process(ForkServerProcess):
-    """In the environment of the process that starts it, and not in that of the server."""
+    """Has the environment of the process that starts it, not that of the server."""
 
     _environment: dict[str, str]
 
@@ -30,7 +29,7 @@ class Process(ForkServerProcess):
 
 
 class Context(ForkServerContext):
-    Process: Any = Process
+    Process = Process
 
 
 CONTEXT = Context()
