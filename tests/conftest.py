@@ -66,6 +66,17 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "execute", execute)
 
 
+@pytest.fixture(scope="module")
+def forked_workers() -> Iterator[None]:
+    """The queue does its runs in processes that start at once; see forked.py."""
+    import forked
+    from largemargin.lab.queue import local
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local, "CONTEXT", forked.context())
+        yield
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
     """Gloo processes; tests that use them carry ``xdist_group("ranks")``, so that one worker has them all."""

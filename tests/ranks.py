@@ -15,7 +15,6 @@ from forked import context
 
 WORLD = 4
 PATIENCE = 120  # seconds
-MODULES = ("on_ranks", "on_ranks_dtensors", "plain_on_ranks", "metrics_on_ranks")
 
 
 def each(group: Any, function: Callable[..., Any], cases: list[tuple[Any, ...]]) -> list[Any]:
@@ -97,7 +96,7 @@ class Ranks:
                 os.kill(process.pid, number)
 
     def _start(self) -> None:
-        processes = context(*MODULES)
+        processes = context()
         store = Path(tempfile.mkdtemp()) / "store"
         atexit.register(self.stop)  # before multiprocessing waits for them: who sleeps does not end
         for rank in range(self.world):

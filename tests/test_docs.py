@@ -22,7 +22,6 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 FRAMEWORKS = {"transformers", "accelerate", "lightning", "skorch", "sklearn", "timm", "torchmetrics", "trl", "fastai", "monai", "keras"}
 FRAMEWORKS |= {"sentence_transformers", "opacus"}
-MODULES = ("largemargin.lab.trial.work", "largemargin.lab.queue.local", "sklearn.datasets", "torch.distributed.checkpoint")
 
 
 def name_of(page):
@@ -84,9 +83,9 @@ def test_every_python_block_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some leave runs
     blocks = python_blocks(page)
     if any("distributed" in block for block in blocks):  # a process group is a matter of the whole process
-        forked.run("\n".join(blocks), *MODULES)
+        forked.run("\n".join(blocks))
         return
-    monkeypatch.setattr(local, "CONTEXT", forked.context(*MODULES))  # each run of a comparison has a process of its own
+    monkeypatch.setattr(local, "CONTEXT", forked.context())  # each run of a comparison has a process of its own
     namespace: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, str(page), "exec"), namespace)

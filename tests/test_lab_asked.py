@@ -27,6 +27,7 @@ from largemargin.lab.run.streams import training_transform
 
 SHORT = ["--epochs", "1", "--device", "cpu"]
 TWO = ["compare", *SHORT, "--losses", "softmax", "--seeds", "0", "1", "--train-fraction", "0.1"]
+pytestmark = [pytest.mark.usefixtures("forked_workers"), pytest.mark.xdist_group("lab_asked")]  # its finished runs are made once
 
 # help
 
@@ -170,6 +171,8 @@ def test_a_tie_is_printed_and_in_the_report(tmp_path, capsys):
         "0.1000001",
         "--seeds",
         "0",
+        "--train-fraction",
+        "0.1",
         "--out",
         str(tmp_path),
     ]

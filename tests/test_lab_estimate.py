@@ -18,6 +18,7 @@ from largemargin.lab.run.recipe import Recipe
 ONE = Recipe(loss="softmax", seed=0, epochs=10)
 SECOND_AN_IMAGE = Pace(training=1.0, evaluation=0.5)
 SMALL = Comparison(losses=("softmax", "large_margin"), seeds=(0, 1), epochs=1, train_fraction=0.1)
+pytestmark = pytest.mark.usefixtures("forked_workers")
 
 
 @pytest.fixture(scope="module")
@@ -97,19 +98,20 @@ def test_a_comparison_says_how_long_it_takes_before_it_starts(tmp_path, capsys):
 
 def test_an_estimate_changes_no_run(tmp_path):
     for name, console in (("quiet", Console(quiet=True)), ("told", Console(width=140))):
-        compare.compare(SMALL, tmp_path / name, 1, console)
+        compare.compare(dataclasses.replace(SMALL, seeds=(0,)), tmp_path / name, 1, console)
     left = {
         name: {path.parent.name: json.loads(path.read_text())["test"] for path in (tmp_path / name).glob("runs/*/result.json")}
         for name in ("quiet", "told")
     }
-    assert len(left["told"]) == 4 and left["told"] == left["quiet"]
+    assert len(left["told"]) == 2 and left["told"] == left["quiet"]
 
 
 def test_who_does_not_read_an_estimate_does_not_wait_for_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "how_long", lambda *_: pytest.fail("measured"))
-    compare.compare(SMALL, tmp_path / "quiet", 1, Console(quiet=True))
+    one = dataclasses.replace(SMALL, losses=("softmax",), seeds=(0,))
+    compare.compare(one, tmp_path / "quiet", 1, Console(quiet=True))
     budget = Budget(10_000, measure=lambda *_: Cost(0.0, 0.0))
-    compare.compare(SMALL, tmp_path / "minutes", 1, Console(width=140), budget=budget)
+    compare.compare(one, tmp_path / "minutes", 1, Console(width=140), budget=budget)
 
 
 def test_a_step_that_fails_is_told_and_the_runs_go_on(digits, monkeypatch, tmp_path):

@@ -1,10 +1,10 @@
 """From a run to a prediction: the commands predict and export, and the line by which compare leads to them."""
 
+import contextlib
 import copy
 import csv
+import io
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -26,6 +26,7 @@ from largemargin.lab.stats import paired_by_seed
 from largemargin.lab.verdicts import judge
 
 CLASSES = ("blue", "green", "red")
+pytestmark = [pytest.mark.usefixtures("forked_workers"), pytest.mark.xdist_group("lab_predict")]  # its finished runs are made once
 
 
 def picture(c, seed):
@@ -308,9 +309,10 @@ def compared(images, tmp_path_factory):
         "large_margin",
     ]
     command += ["--jobs", "1", "--device", "cpu", "--out", str(out)]
-    done = subprocess.run([sys.executable, "-m", "largemargin", *command], capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    return command, out, done.stdout
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert cli.main(command) == 0
+    return command, out, said.getvalue()
 
 
 def test_compare_says_what_it_keeps_and_ends_with_a_command_that_works(compared, unseen, capsys):

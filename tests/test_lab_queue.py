@@ -9,12 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 
 from largemargin.lab.errors import LabError, NotDone
-from largemargin.lab.queue import local
+from largemargin.lab.queue import local, plan
 from largemargin.lab.queue import runs as queue
 from largemargin.lab.queue.attempt import Job, Outcome, printed_into
 from largemargin.lab.queue.locks import Lock
@@ -24,6 +26,7 @@ from largemargin.lab.run.recipe import Recipe
 
 RECIPES = [Recipe(loss="softmax", seed=seed, epochs=2) for seed in range(3)]
 PATIENCE = 60  # seconds
+pytestmark = pytest.mark.usefixtures("forked_workers")
 
 
 def run(runs, work, recipes=RECIPES, jobs=1, **options):
@@ -51,8 +54,15 @@ def is_running(process):
     return True
 
 
-def command(runs, work="lasts", jobs=2):
-    """The queue in a process of its own, as the command line is."""
+def of_few_samples(folder):
+    """The runs on a data set that a new process reads at once."""
+    path = folder / "few.npz"
+    np.savez(path, x=np.eye(4), y=[0, 1, 0, 1], split=["train", "train", "test", "test"])
+    return [dataclasses.replace(recipe, data=str(path)) for recipe in RECIPES]
+
+
+def command(runs, recipes, jobs):
+    """The queue in a process of its own, as the command line is, with processes as users have them."""
     code = f"""
 import sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
@@ -60,11 +70,10 @@ from pathlib import Path
 from largemargin.lab.queue.runs import run_all
 from largemargin.lab.run.recipe import Recipe
 if __name__ == "__main__":
-    recipes = [Recipe(loss="softmax", seed=seed, epochs=2) for seed in range(3)]
-    say = lambda line: print(line, flush=True)
-    run_all(recipes, Path({str(runs)!r}), {jobs}, lambda *_: None, on_message=say, work="lab_work:{work}")
+    recipes = [Recipe(**fields) for fields in {[vars(recipe) for recipe in recipes]!r}]
+    run_all(recipes, Path({str(runs)!r}), {jobs}, lambda *_: None, work="lab_work:lasts")
 """
-    script = runs.parent / f"queue_of_{work}.py"
+    script = runs.parent / "queue_of_lasts.py"
     script.write_text(code)
     return subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -124,54 +133,59 @@ def test_a_run_whose_process_dies_twice_is_given_up(tmp_path):
     assert len(attempts(tmp_path, RECIPES[0])) == 2
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_leaves_checkpoints_and_the_same_command_goes_on(sent, tmp_path):
-    runs = tmp_path / "runs"
-    process = command(runs)
-    wait_for(lambda: len(list(runs.glob("*/started"))) == 2 or process.poll() is not None)
+@pytest.mark.parametrize(("sent", "jobs"), [(signal.SIGINT, 2), (signal.SIGTERM, 1)])
+def test_an_interrupt_leaves_checkpoints_and_the_same_command_goes_on(sent, jobs, tmp_path):
+    runs, recipes = tmp_path / "runs", of_few_samples(tmp_path)
+    process = command(runs, recipes, jobs)
+    wait_for(lambda: len(list(runs.glob("*/started"))) == jobs or process.poll() is not None)
     workers = [json.loads(path.read_text()) for path in runs.glob("*/started")]
     os.killpg(process.pid, sent) if sent == signal.SIGINT else process.send_signal(sent)
     _, error = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0 and "KeyboardInterrupt" in error
-    assert len(list(runs.glob("*/checkpoint.pt"))) == 2
+    assert len(list(runs.glob("*/checkpoint.pt"))) == jobs
     assert not any(is_running(worker) for worker in workers)
     (runs / "go").touch()
-    records, _ = run(runs, "lasts")
+    records, _ = run(runs, "lasts", recipes)
     assert len(records) == 3
 
 
 def test_no_process_trains_on_when_the_parent_is_killed(tmp_path):
     runs = tmp_path / "runs"
-    process = command(runs)
-    wait_for(lambda: len(list(runs.glob("*/started"))) == 2 or process.poll() is not None)
-    workers = [json.loads(path.read_text()) for path in runs.glob("*/started")]
+    process = command(runs, of_few_samples(tmp_path), jobs=1)
+    wait_for(lambda: list(runs.glob("*/started")) or process.poll() is not None)
+    (worker,) = [json.loads(path.read_text()) for path in runs.glob("*/started")]
     process.kill()
     process.communicate(timeout=PATIENCE)
-    wait_for(lambda: not any(is_running(worker) for worker in workers))
-    assert len(list(runs.glob("*/checkpoint.pt"))) == 2
+    wait_for(lambda: not is_running(worker))
+    assert len(list(runs.glob("*/checkpoint.pt"))) == 1
 
 
-def test_two_queues_on_one_folder_do_each_run_once(tmp_path):
-    runs = tmp_path / "runs"
-    first, second = command(runs), command(runs)
-    wait_for(lambda: len(list(runs.glob("*/started"))) == 3)  # two of one queue, the third of the other
-    time.sleep(0.5)
-    (runs / "go").touch()
-    said = [process.communicate(timeout=PATIENCE) for process in (first, second)]
-    assert first.returncode == second.returncode == 0, said
-    assert [(runs / f"times-{recipe.id}").read_text() for recipe in RECIPES] == ["done\n"] * 3
-    assert all(output.count("another process") <= 1 for output, _ in said)
-    assert not list(runs.glob("*/lock"))
+def test_two_queues_on_one_folder_do_each_run_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "HELD_SECONDS", 0.2)
+    said: tuple[list[str], list[str]] = [], []
+    with ThreadPoolExecutor() as pool:
+        try:
+            queues = []
+            for messages, started in zip(said, (2, 3), strict=True):  # two runs of one queue, the third of the other
+                queues.append(pool.submit(run, tmp_path, "lasts", jobs=2, on_message=messages.append))
+                wait_for(lambda started=started: len(list(tmp_path.glob("*/started"))) == started)
+        finally:
+            (tmp_path / "go").touch()
+    assert [len(queue.result()[0]) for queue in queues] == [3, 3]
+    assert [(tmp_path / f"times-{recipe.id}").read_text() for recipe in RECIPES] == ["done\n"] * 3
+    assert all(sum("another process" in line for line in messages) <= 1 for messages in said)
+    assert not list(tmp_path.glob("*/lock"))
 
 
-def test_a_run_that_another_process_does_is_waited_for(tmp_path):
+def test_a_run_that_another_process_does_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "HELD_SECONDS", 0.2)
     recipe = RECIPES[0]
     lock = Lock.take(tmp_path / recipe.id)
     messages = []
 
     def release(line):
         messages.append(line)
-        threading.Timer(3, lock.__exit__).start()  # later than the next look
+        threading.Timer(1.3, lock.__exit__).start()  # later than the next look
 
     records, _ = run(tmp_path, "finish", [recipe], on_message=release)
     assert len(records) == 1 and len(messages) == 1 and recipe.id in messages[0]

@@ -29,6 +29,8 @@ from largemargin.lab.run.recipe import Recipe
 from largemargin.lab.stopping import by_interrupt
 from largemargin.lab.words import counted, printable, short
 
+pytestmark = [pytest.mark.usefixtures("forked_workers"), pytest.mark.xdist_group("lab_words")]  # its finished runs are made once
+
 ESCAPES = {
     "colour": "\x1b[31mred",
     "clear": "\x1b[2J",
@@ -161,10 +163,23 @@ def test_paths_and_classes_are_shown(tmp_path, capsys):
 # a terminal that is not UTF-8
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ascii", "cp437", "latin-1"))])
-def test_a_run_ends_well_on_a_terminal_that_is_not_utf8(encoding, tmp_path):
-    command = [sys.executable, "-m", "largemargin.lab.cli", "compare", "--epochs", "1", "--seeds", "0", "--lam", "0.1", "0.3"]
-    command += ["--losses", "softmax", "large_margin", "--train-fraction", "0.1", "--device", "cpu", "--out", str(tmp_path / "λ")]
+CHOOSING = ["compare", "--epochs", "1", "--seeds", "0", "--lam", "0.1", "0.3", "--losses", "softmax", "large_margin"]
+CHOOSING += ["--train-fraction", "0.1", "--device", "cpu"]
+
+
+def test_a_comparison_ends_well_on_a_terminal_that_is_not_utf8(tmp_path, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert cli.main([*CHOOSING, "--out", str(tmp_path / "λ")]) == 0
+    terminal.flush()
+    assert b"lambda=" in terminal.buffer.getvalue()
+    assert "λ=" in (tmp_path / "λ" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "cp437", "latin-1"])
+def test_all_processes_of_a_comparison_end_well_in_another_encoding(encoding, tmp_path):
+    command = [sys.executable, "-m", "largemargin.lab.cli", *CHOOSING, "--out", str(tmp_path / "λ")]
     environment = os.environ | {"PYTHONIOENCODING": encoding, "LC_ALL": "C.UTF-8"}
     done = subprocess.run(command, capture_output=True, env=environment, timeout=280)
     assert done.returncode == 0, done.stderr
@@ -286,16 +301,15 @@ AT = [
     "rich.console",
 ]
 AT += ["jsonargparse", "torchvision", "sklearn.datasets"]
-OF_COMPARE = ["scipy.stats", "matplotlib.figure"]
 
 
 @pytest.mark.parametrize(
     ("command", "module"),
     [
         *(("train", name) for name in ("numpy", "torch", "accelerate")),
-        *(("compare", name) for name in OF_COMPARE),
+        ("compare", "scipy.stats"),
         *(pytest.param("train", name, marks=pytest.mark.slow) for name in AT if name not in ("numpy", "torch")),
-        *(pytest.param("compare", name, marks=pytest.mark.slow) for name in AT[:2]),
+        *(pytest.param("compare", name, marks=pytest.mark.slow) for name in (*AT[:2], "matplotlib.figure")),
     ],
 )
 def test_an_interrupt_in_an_import_ends_in_one_line(command, module, tmp_path):
@@ -345,26 +359,29 @@ def test_train_that_is_interrupted_keeps_its_checkpoint_and_exits_with_130(tmp_p
 # failures
 
 
-def listed(shell: str) -> subprocess.CompletedProcess[str]:
-    """``data list`` with its output sent somewhere."""
-    command = f"{shlex.quote(sys.executable)} -m largemargin.lab.cli data list"
+def judged(shell: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """``verdict``, which needs no torch, with its output sent somewhere."""
+    (folder / "scores.csv").write_text("method,seed,error\nsoftmax,0,3\nsoftmax,1,4.5\nours,0,2\nours,1,3\n")
+    words = ["verdict", str(folder / "scores.csv"), "--baseline", "softmax", "--out", str(folder / "out")]
+    command = shlex.join([sys.executable, "-m", "largemargin", *words])
     return subprocess.run(["bash", "-c", shell.format(command)], capture_output=True, text=True, timeout=200)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_an_output_that_is_full_ends_in_one_line():
-    done = listed("{} > /dev/full")
+def test_an_output_that_is_full_ends_in_one_line(tmp_path):
+    done = judged("{} > /dev/full", tmp_path)
     assert done.returncode == 2
     assert done.stderr == "largemargin: the output cannot be written: No space left on device; make room, or send it elsewhere\n"
 
 
-def test_a_process_without_an_output_does_its_work():
-    done = listed("{} >&-")
+def test_a_process_without_an_output_does_its_work(tmp_path):
+    done = judged("{} >&-", tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "out" / "report.html").is_file()
 
 
-def test_a_reader_that_has_gone_is_no_failed_run():
-    done = listed("{} | true; exit ${{PIPESTATUS[0]}}")
+def test_a_reader_that_has_gone_is_no_failed_run(tmp_path):
+    done = judged("{} | true; exit ${{PIPESTATUS[0]}}", tmp_path)
     assert (done.returncode, done.stderr) == (READER_GONE, "")
 
 

@@ -14,7 +14,7 @@ from forked import context
 from largemargin import large_margin_cross_entropy, sharded_large_margin_cross_entropy
 from largemargin.rows import collectives
 from measure import assert_within, same_bits
-from ranks import MODULES, Ranks
+from ranks import Ranks
 from registry import DIVERGENCES
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -247,7 +247,7 @@ def test_a_head_of_the_meta_device(ranks):
     [("cuda:fake", "cpu"), pytest.param("nccl", "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
 )
 def test_a_head_is_built_on_the_cpu_where_its_group_carries_no_tensors_of_the_cpu(backend, device, tmp_path):
-    with ProcessPoolExecutor(1, context(*MODULES)) as process:  # the group is of a process of its own
+    with ProcessPoolExecutor(1, context()) as process:  # the group is of a process of its own
         assert process.submit(on_ranks.built_on_the_cpu, backend, device, str(tmp_path)).result() == {device}
 
 
