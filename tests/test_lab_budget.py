@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -269,6 +270,16 @@ def test_what_cannot_be_measured_is_told():
     with pytest.raises(LabError, match=r"could not measure how long .* no such folder"):
         budget.measured_cost(unknown, Path("runs"), patience=120.0)
     assert budget.measured_cost(unknown, Path("runs"), patience=0.0).of_a_pass == float("inf")
+
+
+def dies(*_: object) -> None:
+    os._exit(3)
+
+
+def test_a_measurement_whose_process_dies_is_told_at_once(monkeypatch):
+    monkeypatch.setattr(budget, "_measure_a_pass", dies)
+    with pytest.raises(LabError, match="the process that measures how long .* takes died"):
+        budget.measured_cost(RECIPES[0], Path("runs"), patience=20.0)
 
 
 def test_many_refused_runs_are_looked_through_at_once(clock, monkeypatch):

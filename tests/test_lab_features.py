@@ -169,6 +169,14 @@ def test_constant_and_missing_and_counting_columns_are_said(tmp_path):
     assert "1 missing number in the training set, in 1 feature, filled with the median" in notes
 
 
+@pytest.mark.parametrize(("count", "named"), [(5, "c0, c1, c2, c3, c4"), (6, "c0, c1, c2, c3, c4, ...")])
+def test_at_most_five_constant_columns_are_named(count, named, tmp_path):
+    names = [f"c{i}" for i in range(count)]
+    rows = [[7] * count + [i * i, "ab"[i % 2]] for i in range(30)]
+    notes = data.load(few_rows(tmp_path, ",".join([*names, "height", "label"]), rows), "data", 32).notes
+    assert f"{count} features of one value in the training set, of no effect: {named}" in notes
+
+
 BAD = {
     "an infinite number": ("height,label", [["1", "a"], ["inf", "b"]], "line 3, column height: got inf, expected a finite number"),
     "a word among numbers": ("height,label", [["1", "a"], ["2", "b"], ["tall", "a"]], "line 4, column height: got 'tall'"),
