@@ -52,7 +52,7 @@ def test_doctor_names_every_backend_and_checks_it(capsys):
     assert doctor.main() == 0
     said = capsys.readouterr().out
     assert "backend reference" in said
-    assert ("right: off by" in said) == (not isinstance(ladder.load("cpu"), str))
+    assert ("right: largest error" in said) == (not isinstance(ladder.load("cpu"), str))
 
 
 def test_doctor_says_why_a_backend_is_not_there(monkeypatch):
@@ -66,7 +66,7 @@ def test_doctor_fails_when_a_kernel_is_wrong(monkeypatch):
         pytest.skip(cpu.why_not())
     monkeypatch.setattr(doctor, "worst_error", lambda name: 1e6)
     lines, fine = doctor.report()
-    assert not fine and any("WRONG: off by 1000000.0 roundings" in line for line in lines)
+    assert not fine and any("WRONG: largest error 1000000.0 roundings" in line for line in lines)
 
 
 def test_doctor_says_what_a_report_of_a_bug_needs(monkeypatch):

@@ -767,7 +767,7 @@ def test_the_command_tells_that_every_run_failed_and_ends_with_1(fails, tmp_path
     assert cli.main(words) == 1
     printed = capsys.readouterr()
     assert "No run of train finished" in printed.out
-    assert printed.err == "largemargin: no run could be done; the same command tries them again.\n"
+    assert printed.err == "largemargin: no run could be done; run the same command to try again.\n"
     assert cli.main([*words, "--json"]) == 1
     document = json.loads(capsys.readouterr().out)
     assert document["rows"] == [] and document["runs"] == {"finished": 0, "planned": 2}

@@ -147,4 +147,4 @@ def test_a_run_told_to_stop_says_how_it_goes_on(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         cli.main([*SHORT, "--out", str(tmp_path / "run")])
     assert stopped.value.code == 143
-    assert "the same command goes on" in " ".join(capsys.readouterr().out.split())
+    assert "Run the same command to continue" in " ".join(capsys.readouterr().out.split())

@@ -132,7 +132,7 @@ def report() -> tuple[list[str], bool]:
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in module.DTYPES)
         fine = fine and works
         lines.append(
-            f"backend {name:11} {module.describe()}, takes {dtypes}; {'right' if works else 'WRONG'}: off by {error:.1f} roundings at most"
+            f"backend {name:11} {module.describe()}, takes {dtypes}; {'right' if works else 'WRONG'}: largest error {error:.1f} roundings"
         )
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     lines.append("lab                 " + (f"no: {how_to_install('lab')}" if missing else "installed"))

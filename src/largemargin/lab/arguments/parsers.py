@@ -71,7 +71,7 @@ def compare_parser(everything: bool = True) -> ArgumentParser:
 
 
 def train_parser(everything: bool = True) -> ArgumentParser:
-    train = new_parser("Train one network with one loss; the same command goes on where it was interrupted.")
+    train = new_parser("Train one network with one loss. The same command continues an interrupted run.")
     train.add_argument("--config", action="config", help="a YAML file with any of these options")
     add_fields(train, Recipe, leave_out=("loss", "seed", "device"), everything=everything)
     train.add_argument("--device", type=str, default=None, metavar="VALUE", help=DEVICE_HELP)

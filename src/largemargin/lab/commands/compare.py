@@ -170,7 +170,9 @@ def compare(
         decoded_images(comparison.example, out / "runs").unlink(missing_ok=True)
     rows = print_and_write(comparison, out, console, choices_too=False, failed=failed)
     console.print(
-        f"{out / 'report.html'}  the same with figures; results.csv has a line for each run, runs/ a record", markup=False, highlight=False
+        f"{out / 'report.html'}  this table with figures; results.csv has a line for each run, runs/ a record",
+        markup=False,
+        highlight=False,
     )
     for line in next_command(rows, finished_records(comparison, out)[1], out / "runs"):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -124,7 +124,7 @@ def print_and_write(
     print_evidence(rows, console)
     if len(records) < comparison.num_runs:
         of_all = f"{len(records)} of {counted(comparison.num_runs, 'run')} {'is' if len(records) == 1 else 'are'} finished"
-        console.print(f"{of_all} and in the table; the command that started the comparison does the others.", highlight=False)
+        console.print(f"{of_all} and in the table; run the command of the comparison again to do the others.", highlight=False)
     for sentence in [*remarks(records), *advice(rows)]:
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)
     try:
@@ -139,7 +139,7 @@ def print_and_write(
         write_text(out / "report.md", markdown)
     except OSError as error:
         raise LabError(
-            f"{out} cannot be written to: {error.strerror or error}; the runs are kept, largemargin report {out} goes on"
+            f"{out} cannot be written to: {error.strerror or error}; the runs are kept; make room, then run largemargin report {out}"
         ) from error
     return rows
 

@@ -76,9 +76,9 @@ def run(options: Any, console: Console) -> None:
     if options.json:
         print_json(comparison_as_json(reopen(out), found.rows, out) | {"failures": dict(found.failures)})
     if found.failures and not found.rows:
-        raise RunFailed("no run could be done; the same command tries them again.")
+        raise RunFailed("no run could be done; run the same command to try again.")
     if found.failures:
-        raise RunFailed(f"{counted(len(found.failures), 'run')} could not be done. The others are kept; the same command goes on.")
+        raise RunFailed(f"{counted(len(found.failures), 'run')} could not be done. The others are kept; run the same command to continue.")
 
 
 def compare(

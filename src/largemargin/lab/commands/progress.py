@@ -21,7 +21,7 @@ def interrupted(recipes: Sequence[Planned], runs: Path) -> LabError:
     """What to say in place of a KeyboardInterrupt."""
     done = num_finished(recipes, runs)
     kept = f"{done} of {counted(len(recipes), 'run')} {'is' if done == 1 else 'are'} done and kept in {runs.parent}"
-    return LabError(f"interrupted; {kept}. The same command goes on from here.")
+    return LabError(f"interrupted; {kept}. Run the same command to continue.")
 
 
 def say_what_is_left(recipes: Sequence[Planned], runs: Path, budget: Budget, console: Console) -> None:

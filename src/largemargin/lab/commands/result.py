@@ -49,7 +49,7 @@ def result_of_runs(comparison: OwnComparison, out: Path, failed: Sequence[NotDon
     reasons = reasons_of(failed)
     said = [f"{name} failed and is left out: {reason} ({out / 'runs' / name / 'error.txt'})" for name, reason in reasons.items()]
     report = out / "report.html"
-    for line in [*said, f"{report}  the same with figures; results.csv has a line for each run, runs/ a record"]:
+    for line in [*said, f"{report}  this table with figures; results.csv has a line for each run, runs/ a record"]:
         screen.print(line, markup=False, highlight=False, soft_wrap=True)
     html = page(
         "result.html.j2",

@@ -114,7 +114,7 @@ def train_one(
                 on_message=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
             )
     except Stopped:
-        console.print(f"told to stop; {out} holds a checkpoint, and the same command goes on from there", markup=False, highlight=False)
+        console.print(f"told to stop; {out} holds a checkpoint. Run the same command to continue", markup=False, highlight=False)
         raise
     except OSError as error:
         raise LabError(f"--out {out} cannot be written: {error.strerror or error}; make room, or choose another folder") from error

@@ -298,5 +298,5 @@ def write(out: Path, entries: Sequence[Entry], scale: Scale, command: str, conso
         for sentence in drawing.sentences:
             console.print(sentence, highlight=False, markup=False)
     console.print(note, style="dim")
-    console.print(f"{out / 'report.html'}  the same with figures; report.md and report.csv beside it", markup=False, highlight=False)
+    console.print(f"{out / 'report.html'}  this report with figures; report.md and report.csv lie beside it", markup=False, highlight=False)
     return lines

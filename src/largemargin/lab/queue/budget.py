@@ -149,7 +149,7 @@ class Budget:
             line += f", about {hours(seconds)}" if 0 < seconds < float("inf") else ", and there was no time to measure how long they take"
         if len(left) == whole:
             return f"{line}. None was started: the runs of one seed are started together or not at all. Give more minutes."
-        return f"{line}. The same command goes on with them; the runs of one seed are started together or not at all."
+        return f"{line}. Run the same command to do them; the runs of one seed are started together or not at all."
 
 
 def nothing_known(recipe: Planned, runs: Path, patience: float) -> Cost:

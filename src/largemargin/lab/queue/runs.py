@@ -57,7 +57,9 @@ def run_all(
         if (text := runs / failed[0].id / "error.txt").is_file():
             reason += f" (whole text: {text})"
         kind = NotDone if all(recipe.id in plan.refused for recipe in failed) else RunFailed
-        rest = "The others are kept; the same command goes on." if len(failed) < len(recipes) else "The same command tries again."
+        rest = (
+            "The others are kept; run the same command to continue." if len(failed) < len(recipes) else "Run the same command to try again."
+        )
         raise kind(
             f"{len(failed)} of {counted(len(recipes), 'run')} could not be done: {reason}. {rest}",
             {recipe.id: plan.reasons.get(recipe.id, "it left no record") for recipe in failed},

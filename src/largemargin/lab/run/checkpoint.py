@@ -21,8 +21,8 @@ def save(folder: Path, recipe: Recipe, state: dict[str, Any]) -> None:
         write_atomically(folder / NAME, lambda file: file.write(memory.getbuffer()))
     except OSError as error:
         raise LabError(
-            f"{folder / NAME} cannot be written: {error.strerror or error}; the checkpoint before it is kept: make room, and the same "
-            "command goes on from there"
+            f"{folder / NAME} cannot be written: {error.strerror or error}; the checkpoint before it is kept: make room, then run the "
+            "same command to continue from it"
         ) from error
 
 

@@ -61,4 +61,4 @@ def phrase_of(noise: Noise) -> str:
         return f"human training labels, {100 * HUMAN_SHARE:g}% of them wrong"
     if isinstance(noise, str):
         return f"{100 * float(noise.partition(':')[2]):g}% of the training labels moved to the next class"
-    return f"{100 * noise:g}% wrong training labels" if noise else "the labels as they are"
+    return f"{100 * noise:g}% wrong training labels" if noise else "the given labels"
