@@ -1,4 +1,4 @@
-"""Claim: a small call spends its time on checks and autograd, and a head on the logits with their margin.
+"""Claim: a small call spends most of its time on checks and autograd, and a head on the logits with their margin.
 
 One thread, forward and backward; of each part the fastest tenth of its turns, because other programs on the machine can only add to it.
 """
