@@ -1,4 +1,4 @@
-"""Claim: on the CPU the large-margin loss is faster than torch's cross-entropy, which has no margin, at all but the smallest sizes.
+"""Claim: on the CPU a plain call of the loss is faster than torch's cross-entropy, which has no margin, at all but the smallest sizes.
 
 Forward and backward as in training, through the public functions with all their checks; each contestant in turns with F.cross_entropy,
 in one process. Donated logits are computed ones, and the gradient stops at them, for both sides.

@@ -136,6 +136,13 @@ def test_both_sides_lay_out_a_job_of_the_cpu_kernel_alike():
     assert library.largemargin_offset_of(b"no_such_field") == -1
 
 
+def test_a_kernel_that_lacks_a_kind_of_job_belongs_to_another_version(monkeypatch):
+    if cpu.why_not() is not None:
+        pytest.skip(cpu.why_not())
+    monkeypatch.setattr(cpu, "KINDS", (*cpu.KINDS, "no such kind"))
+    assert "belongs to another version" in cpu._library.__wrapped__()
+
+
 # the page
 
 

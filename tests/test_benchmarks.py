@@ -389,6 +389,23 @@ def test_the_page_shows_what_was_measured_and_the_errors_of_what_failed():
     assert "has not been timed" not in page and "has not been timed" in gpu_page.section({})
 
 
+def test_the_page_of_the_cpu_has_the_script_that_training_is_compared_with_and_every_shape_that_is_slower():
+    report = pytest.importorskip("report", reason="needs matplotlib", exc_type=ImportError)
+    names = ("the script, 0 workers", "the script, 2 workers", "the lab, float32, channels last")
+    rates = {name: {"images per second": 30.0, "times the script": 1.0} for name in names}
+    for compared, other in (names[:2], names[1::-1]):
+        page = report.training_page({"input alone": {}, "training": rates, "compared with": compared})
+        assert f"| {compared} |" in page and f"| {names[2]} |" in page and other not in page
+    ratios = {(32, 10): 1.4, (256, 1000): 0.8, (512, 10): 0.8}
+    calls = {shape: {way: {"ratio": ratio} for way in report.WAYS} for shape, ratio in ratios.items()}
+    calls[256, 1000]["ours, reduction none"] = {"ratio": 1.1}
+    plain, other = report.slower_page({"rows": [{"shape": shape, "against F.cross_entropy": of} for shape, of in calls.items()]}).split(
+        "\n"
+    )
+    assert "32×10" in plain and "256×1000" not in plain
+    assert "256×1000" in other and "32×10" not in other and "512×10" not in other
+
+
 def test_without_any_record_the_table_says_that_nothing_was_measured(tmp_path):
     lines = gpu_all.summary(argparse.Namespace(out=tmp_path), {})
     assert len(lines) <= 23 and sum("not measured" in line for line in lines) == len(gpu_summary.figures({}))

@@ -81,13 +81,14 @@ struct Job {
 };
 
 // RECORD is the statistics of some classes of a row; predictions have statistics too; KEPT_GRADIENT finds e^z in the gradient's memory
-enum Kind { STATISTICS = 0, STATISTICS_GRADIENT = 1, LOSS = 2, PREDICTIONS = 3, KEPT_GRADIENT = 4, RECORD = 5 };
+enum Kind { STATISTICS = 0, STATISTICS_GRADIENT = 1, LOSS = 2, PREDICTIONS = 3, KEPT_GRADIENT = 4, RECORD = 5, NUM_KINDS };
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, FLOAT64 = 3 };
 enum Divergence { SYMMETRIC = 0, KL_QU = 1, KL_UQ = 2, HARD_MARGIN = 3, HINGE = 4 };  // the last two have no divergence
 
 #ifndef LARGEMARGIN_ISA
 
 EXPORT int64_t largemargin_sizeof_job() { return sizeof(Job); }
+EXPORT int64_t largemargin_num_kinds() { return NUM_KINDS; }
 
 // The offset of a field of Job, by its name in cpu.py; -1 for an unknown name.
 EXPORT int64_t largemargin_offset_of(const char* name) {

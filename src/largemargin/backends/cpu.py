@@ -76,7 +76,8 @@ class _LossJob(NamedTuple):
 
 
 _NO_STATISTICS, _NO_PROBABILITIES, _NO_LOSS = _StatisticsJob(), _ProbabilitiesJob(), _LossJob()
-_STATISTICS, _STATISTICS_GRADIENT, _LOSS, _PREDICTIONS, _KEPT_GRADIENT, _RECORD = range(6)  # kinds of a job
+KINDS = ("statistics", "gradient of statistics", "loss", "predictions", "gradient from kept e^z", "record")  # of a job, as in cpu.cpp
+_STATISTICS, _STATISTICS_GRADIENT, _LOSS, _PREDICTIONS, _KEPT_GRADIENT, _RECORD = range(len(KINDS))
 
 
 def _codes(job: type) -> dict[str, str]:
@@ -123,7 +124,8 @@ def _library() -> tuple[ctypes.CDLL, Path] | str:
         return f"{found[0].name} could not be loaded: {error}"
     library.largemargin_offset_of.argtypes, library.largemargin_offset_of.restype = (ctypes.c_char_p,), ctypes.c_int64
     agree = all(library.largemargin_offset_of(name.encode()) == offset for name, offset in offsets().items())
-    if not agree or library.largemargin_sizeof_job() != _JOB.size:
+    num_kinds = getattr(library, "largemargin_num_kinds", int)  # older kernels do not count them
+    if not agree or library.largemargin_sizeof_job() != _JOB.size or num_kinds() != len(KINDS):
         return f"{found[0]} belongs to another version of largemargin; reinstall largemargin"
     library.largemargin_isa.restype = ctypes.c_char_p
     return library, found[0]

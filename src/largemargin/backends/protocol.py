@@ -81,7 +81,7 @@ class Backend(Protocol):
 
     @property
     def CHECKS_LABELS(self) -> bool:
-        """Whether ``row_stats`` raises for a label out of range; elsewhere the caller checks the labels."""
+        """Whether ``row_stats`` raises for a label out of range; if not, the caller checks the labels."""
 
     def why_not(self) -> str | None:
         """The reason why it cannot be used on this machine, or None."""
