@@ -53,7 +53,7 @@ def rng() -> torch.Generator:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the runs of a comparison be done in this process, one after the other: for tests that are not about processes."""
+    """A comparison does its runs in this process, one after another: for tests that are not about processes."""
     from largemargin.lab.queue import local
     from largemargin.lab.queue.attempt import Inputs, Job, attempt
     from largemargin.lab.queue.plan import Plan
@@ -68,7 +68,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def forked_workers() -> Iterator[None]:
-    """The queue does its runs in processes that start at once; see forked.py."""
+    """The queue does its runs in processes that start in no time; see forked.py."""
     import forked
     from largemargin.lab.queue import local
 

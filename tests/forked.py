@@ -1,13 +1,13 @@
-"""Processes that start at once: a server that has imported what they need forks them. A new interpreter imports torch for seconds.
+"""Processes that start in no time: a server imports what they need and forks them. A new interpreter takes seconds to import torch.
 
-Users have ``spawn``. A test of how a process starts, or of what a signal does to it, uses that too: it runs a command.
+Users have ``spawn``. A test of how a process starts, or of what a signal does to it, has it too: it runs a command. All tests have it where
+a fork is unsafe: with a GPU, and on any system but Linux.
 """
 
 import multiprocessing
 import os
+import sys
 import traceback
-from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +22,33 @@ IMPORTED = [
 ]
 
 
-class _Process(ForkServerProcess):
-    """Has the environment of the process that starts it, not that of the server."""
+if sys.platform == "linux":
+    from multiprocessing import forkserver
+    from multiprocessing.context import ForkServerContext, ForkServerProcess
 
-    _environment: dict[str, str]
+    class _Process(ForkServerProcess):
+        """As a new interpreter: it has the environment of the process that starts it, and random numbers of its own."""
 
-    def start(self) -> None:
-        self._environment = dict(os.environ)
-        super().start()
+        _environment: dict[str, str]
 
-    def run(self) -> None:
-        os.environ.clear()
-        os.environ.update(self._environment)
-        super().run()
+        def start(self) -> None:
+            self._environment = dict(os.environ)
+            super().start()
 
+        def run(self) -> None:
+            os.environ.clear()
+            os.environ.update(self._environment)
+            if (numpy := sys.modules.get("numpy")) is not None:
+                numpy.random.seed()  # Python's own generator sees to itself, and torch's begins alike in every process
+            super().run()
 
-class _Context(ForkServerContext):
-    Process = _Process
+    class _Context(ForkServerContext):
+        Process = _Process
 
 
 def context() -> Any:
-    """As ``multiprocessing.get_context``. With a GPU each process imports all it needs itself: a copy of a process cannot use a GPU."""
-    if HAS_KERNELS or "forkserver" not in multiprocessing.get_all_start_methods():
+    """The context of :mod:`multiprocessing` whose processes start fastest here."""
+    if HAS_KERNELS or sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     multiprocessing.set_forkserver_preload(IMPORTED)
     with pytest.MonkeyPatch.context() as patch:
@@ -53,7 +58,7 @@ def context() -> Any:
 
 
 def run(code: str, patience: float = 120) -> None:
-    """Run a script in a process of its own, which ends well."""
+    """Run a script in a process of its own; fail where it raises, dies or takes longer than ``patience`` seconds."""
     processes = context()
     ours, theirs = processes.Pipe(duplex=False)
     process = processes.Process(target=_run, args=(code, theirs), daemon=True)

@@ -20,11 +20,11 @@ import torch
 import torch._dynamo  # which the first optimiser of a process imports: once here, and not in every child
 
 from largemargin.lab import files
-from largemargin.lab.data.images import ImageSet
 from largemargin.lab.errors import LabError
 from largemargin.lab.run import checkpoint, train, trainer
 from largemargin.lab.run.methods import LOSSES
 from largemargin.lab.run.recipe import Recipe
+from processes import noise
 
 RECIPE = Recipe(
     loss="center_large_margin",
@@ -38,13 +38,6 @@ RECIPE = Recipe(
 )
 PLACES = ("step", "evaluation", "half a checkpoint", "before the replacement", "after the replacement", "metrics.csv")
 STOPPED_AT = ("step", "evaluation", "step", "before the replacement", "step", "metrics.csv", "step", "after the replacement")
-
-
-def noise():
-    """Images of noise: 200 to train on and 80 to test."""
-    images = torch.randint(0, 256, (280, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(280) % 10
-    return ImageSet(images[:200], labels[:200], images[200:], labels[200:], tuple("0123456789"))
 
 
 def end_at(place, count, sent=signal.SIGKILL):

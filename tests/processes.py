@@ -46,6 +46,7 @@ class Plain(nn.Module):
 
 
 def noise():
+    """Images of noise: 200 to train on and as many to test."""
     images = torch.randint(0, 256, (400, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(400) % 10
     return ImageSet(images[:200], labels[:200], images[200:], labels[200:], tuple("0123456789"))

@@ -1,4 +1,4 @@
-"""Four gloo processes that stay for a whole test session and run the functions of ``on_ranks``."""
+"""Gloo processes, four unless a test asks for another number, that stay and run the functions of ``on_ranks``."""
 
 import atexit
 import contextlib
@@ -30,7 +30,7 @@ def each(group: Any, function: Callable[..., Any], cases: list[tuple[Any, ...]])
 
 
 def script(group: Any, code: str) -> None:
-    """A function for code that is in no module."""
+    """Run code that is in no module."""
     exec(compile(code, "script", "exec"), {"__name__": "__main__"})
 
 
@@ -87,7 +87,7 @@ class Ranks:
         return results
 
     def assert_on_each(self, size: int, function: Callable[..., Any], cases: list[tuple[Any, ...]]) -> list[list[Any]]:
-        """As :meth:`assert_on` for each of the cases, without a way to the ranks and back for each."""
+        """As :meth:`assert_on` for each of the cases, which the ranks get in one message."""
         return [list(of_case) for of_case in zip(*self.assert_on(size, each, function, cases), strict=True)]
 
     def _send(self, number: int) -> None:

@@ -223,15 +223,15 @@ def error(got: list[Tensor], truth: list[Tensor]) -> float:
 
 
 def assert_float32(name: str, path: Callable[..., list[Tensor]], without_autocast: Callable[..., list[Tensor]] | None = None) -> None:
-    """A product and its derivatives on a path, under autocast; what they are without it, another path may say."""
+    """A product and its derivatives on a path, under autocast, are as exact as without it, on ``without_autocast`` if that is given."""
     half = (torch.bfloat16, torch.float16)[list(PRODUCTS).index(name) % 2]  # every path sees both
     if name == "linear_module" and path is subclass:
         pytest.skip("a weight of another class is computed from the logits of its layer, in the precision of that")
     function, shapes = PRODUCTS[name]
     inputs = leaves(0, *shapes)
-    other = without_autocast or path
-    truth = other(function, [tensor.double() for tensor in inputs], lambda: torch.autocast("cpu", enabled=False))
-    without = other(function, inputs, lambda: torch.autocast("cpu", enabled=False))
+    plain = without_autocast or path
+    truth = plain(function, [tensor.double() for tensor in inputs], lambda: torch.autocast("cpu", enabled=False))
+    without = plain(function, inputs, lambda: torch.autocast("cpu", enabled=False))
     got = path(function, inputs, lambda: torch.autocast("cpu", dtype=half))
     assert error(got, truth) <= 2 * error(without, truth) + 1e-6
     assert [tensor.dtype for tensor in got] == [tensor.dtype for tensor in without]

@@ -73,7 +73,8 @@ def language_patched_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", lambda function: type(scope)())
         yield
-    scope.restore()
+    if scope is not None:  # as in older versions of Triton, which leave their language patched
+        scope.restore()
 
 
 @pytest.fixture(params=("reference", *KERNELS))
@@ -220,7 +221,7 @@ STRIDES = (
 
 
 def dtypes_of_strides(fixtures: dict[str, Any]) -> tuple[torch.dtype, ...]:
-    """Each, or in the interpreter of Triton one for each of the strides: there a dtype is a word in a load and a store."""
+    """All; in Triton's interpreter they take turns, because there a dtype only changes how a number is loaded and stored."""
     return (DTYPES[STRIDES.index(fixtures["name"]) % len(DTYPES)],) if is_interpreted(fixtures["backend"]) else DTYPES
 
 
@@ -1135,9 +1136,9 @@ STRIDES_OF_TARGETS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def strides_of_both(fixtures: dict[str, Any]) -> list[tuple[str, str, torch.dtype]]:
-    """All of logits and target with each dtype; in the interpreter of Triton those of the target and the dtypes take turns.
+    """Every stride of logits with every stride of targets and every dtype.
 
-    Both kernels have their strides from layout.py.
+    In Triton's interpreter targets and dtypes take turns: both kernels get their strides from layout.py.
     """
     if is_interpreted(fixtures["kernel"]):
         turns = itertools.cycle(zip(STRIDES_OF_TARGETS, (*DTYPES[1:], DTYPES[0]), strict=True))

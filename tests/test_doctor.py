@@ -24,9 +24,13 @@ def worst_error():
 
 
 @pytest.fixture(autouse=True)
-def nothing_beside(request, monkeypatch, worst_error):
-    """Importing all that is beside torch takes seconds: only the tests of that do it."""
+def checked_once(monkeypatch, worst_error):
     monkeypatch.setattr(doctor, "worst_error", worst_error)
+
+
+@pytest.fixture(autouse=True)
+def nothing_beside(request, monkeypatch):
+    """Importing all that is beside torch takes seconds: only the tests of that do it."""
     if "packages" not in request.fixturenames:
         monkeypatch.setattr(doctor, "BESIDE", ())
 

@@ -89,7 +89,7 @@ def recipe(section: str) -> str:
     return block
 
 
-@pytest.mark.xdist_group("recipes")  # their processes begin as copies of one
+@pytest.mark.xdist_group("recipes")  # one worker starts the server that forks their processes
 @pytest.mark.parametrize("section", RECIPES)
 def test_a_recipe_gives_the_loss_of_the_library(section, tmp_path, monkeypatch):
     package, check = RECIPES[section]

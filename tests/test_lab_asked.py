@@ -27,7 +27,7 @@ from largemargin.lab.run.streams import training_transform
 
 SHORT = ["--epochs", "1", "--device", "cpu"]
 TWO = ["compare", *SHORT, "--losses", "softmax", "--seeds", "0", "1", "--train-fraction", "0.1"]
-pytestmark = [pytest.mark.usefixtures("forked_workers"), pytest.mark.xdist_group("lab_asked")]  # its finished runs are made once
+pytestmark = [pytest.mark.usefixtures("forked_workers"), pytest.mark.xdist_group("lab_asked")]  # one worker makes its runs
 
 # help
 

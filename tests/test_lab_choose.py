@@ -22,7 +22,7 @@ COMMAND = ["compare", "--losses", "softmax", "large_margin", "--lam", "0.1", "1"
 COMMAND += ["--epochs", "2", "--label-noise", "0", "0.3", "--train-fraction", "0.3", "--device", "cpu"]  # runs are repeated bit for bit
 
 
-pytestmark = [pytest.mark.usefixtures("forked_workers"), pytest.mark.xdist_group("lab_choose")]  # its finished runs are made once
+pytestmark = [pytest.mark.usefixtures("forked_workers"), pytest.mark.xdist_group("lab_choose")]  # one worker makes its runs
 
 
 def reopened(out):

@@ -32,7 +32,7 @@ from largemargin.lab.run.methods import LOSSES, SYMBOLS
 from largemargin.lab.run.recipe import Recipe
 
 LARGEMARGIN = [sys.executable, "-W", "error", "-m", "largemargin.lab.cli"]
-pytestmark = [pytest.mark.usefixtures("forked_workers"), pytest.mark.xdist_group("lab_compare")]  # its finished runs are made once
+pytestmark = [pytest.mark.usefixtures("forked_workers"), pytest.mark.xdist_group("lab_compare")]  # one worker makes its runs
 
 
 def reopened(out):

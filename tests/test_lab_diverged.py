@@ -22,7 +22,7 @@ from largemargin.lab.stats import paired
 from largemargin.lab.verdicts import judge
 
 FINITE = {"error": 10.0, "nll": 0.4, "ece": 2.0, "margin": 3.0, "rho": 0.5, "predicted_classes": 10, "target_classes": 10}
-pytestmark = [pytest.mark.usefixtures("forked_workers"), pytest.mark.xdist_group("lab_diverged")]  # its finished runs are made once
+pytestmark = [pytest.mark.usefixtures("forked_workers"), pytest.mark.xdist_group("lab_diverged")]  # one worker makes its runs
 
 
 def record(loss, seed, error=10.0, lam=None, split="test", train_loss=1.0, **changes):

@@ -29,7 +29,7 @@ from largemargin.lab.run.train import train
 
 CPU = torch.device("cpu")
 WINE = load_wine()
-pytestmark = [pytest.mark.usefixtures("forked_workers"), pytest.mark.xdist_group("lab_features")]  # its finished runs are made once
+pytestmark = [pytest.mark.usefixtures("forked_workers"), pytest.mark.xdist_group("lab_features")]  # one worker makes its runs
 
 
 def written(path, header, rows):

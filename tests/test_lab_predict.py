@@ -26,7 +26,7 @@ from largemargin.lab.stats import paired_by_seed
 from largemargin.lab.verdicts import judge
 
 CLASSES = ("blue", "green", "red")
-pytestmark = [pytest.mark.usefixtures("forked_workers"), pytest.mark.xdist_group("lab_predict")]  # its finished runs are made once
+pytestmark = [pytest.mark.usefixtures("forked_workers"), pytest.mark.xdist_group("lab_predict")]  # one worker makes its runs
 
 
 def picture(c, seed):

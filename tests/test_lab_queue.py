@@ -55,7 +55,7 @@ def is_running(process):
 
 
 def of_few_samples(folder):
-    """The runs on a data set that a new process reads at once."""
+    """The runs, on a data set that a new process reads quickly."""
     path = folder / "few.npz"
     np.savez(path, x=np.eye(4), y=[0, 1, 0, 1], split=["train", "train", "test", "test"])
     return [dataclasses.replace(recipe, data=str(path)) for recipe in RECIPES]
@@ -181,13 +181,19 @@ def test_a_run_that_another_process_does_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "HELD_SECONDS", 0.2)
     recipe = RECIPES[0]
     lock = Lock.take(tmp_path / recipe.id)
-    messages = []
+    messages: list[str] = []
+    looks: list[str] = []
+    ended = plan.Plan.ended
 
-    def release(line):
-        messages.append(line)
-        threading.Timer(1.3, lock.__exit__).start()  # later than the next look
+    def release_at_the_second_look(self, recipe, outcome):
+        ended(self, recipe, outcome)
+        looks.append(outcome.kind)
+        if len(looks) == 2:
+            lock.__exit__()
 
-    records, _ = run(tmp_path, "finish", [recipe], on_message=release)
+    monkeypatch.setattr(plan.Plan, "ended", release_at_the_second_look)
+    records, _ = run(tmp_path, "finish", [recipe], on_message=messages.append)
+    assert looks == ["held", "held", "done"]
     assert len(records) == 1 and len(messages) == 1 and recipe.id in messages[0]
 
 

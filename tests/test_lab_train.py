@@ -33,7 +33,7 @@ DIGITS = digits()
 
 
 def part(num_train):
-    """Of the digits, so many to train on and 100 to test."""
+    """Digits: ``num_train`` to train on and 100 to test."""
     return dataclasses.replace(
         DIGITS,
         train_images=DIGITS.train_images[:num_train],
@@ -513,7 +513,7 @@ def test_a_checkpoint_executes_nothing(device_recipe, tmp_path):
 
 
 def launched(*arguments):
-    """Two processes of ``processes.py``, by a launcher whose own idea of the precision counts for nothing."""
+    """Two processes of ``processes.py``, which must ignore the precision that their launcher sets."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", processes.__file__]
     environment = {**os.environ, "ACCELERATE_MIXED_PRECISION": "bf16"}
     return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=200, env=environment)

@@ -29,7 +29,7 @@ from largemargin.lab.run.recipe import Recipe
 from largemargin.lab.stopping import by_interrupt
 from largemargin.lab.words import counted, printable, short
 
-pytestmark = [pytest.mark.usefixtures("forked_workers"), pytest.mark.xdist_group("lab_words")]  # its finished runs are made once
+pytestmark = [pytest.mark.usefixtures("forked_workers"), pytest.mark.xdist_group("lab_words")]  # one worker makes its runs
 
 ESCAPES = {
     "colour": "\x1b[31mred",

@@ -35,7 +35,7 @@ def assert_same_everywhere(losses: list[torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_equals_the_whole_logits(ranks, sizes):
-    cases = covering(2, reduction=("none", "sum", "mean"), weighted=(False, True), options=OPTIONS)
+    cases = itertools.product(("none", "sum", "mean"), (False, True), OPTIONS)
     given = [(sizes, (), weighted, {**options, "reduction": reduction}) for reduction, weighted, options in cases]
     for losses in ranks.assert_on_each(len(sizes), on_ranks.equals_whole, given):
         assert_same_everywhere(losses)
@@ -133,7 +133,7 @@ BOTH = ((True, True),)
 @pytest.mark.parametrize(("shape", "tile"), [((6, 3), 2**20), ((6, 3), 8), ((4, 9), 8), ((0, 3), 8)], ids=str)
 @pytest.mark.parametrize("sizes", [(7,), (4, 4), (1, 6, 3), (1, 1, 1, 0), (0, 5, 0)], ids=str)
 def test_linear_equals_the_whole_classifier(ranks, sizes, shape, tile):
-    cases = covering(2, reduction=("none", "sum", "mean"), weighted=(False, True), options=({}, OPTIONS[2]))
+    cases = itertools.product(("none", "sum", "mean"), (False, True), ({}, OPTIONS[2]))
     given = [(sizes, shape, tile, weighted, BOTH, {**options, "reduction": reduction}) for reduction, weighted, options in cases]
     for losses in ranks.assert_on_each(len(sizes), on_ranks.linear_equals_whole, given):
         assert_same_everywhere(losses)

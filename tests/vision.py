@@ -1,4 +1,4 @@
-"""torchvision, imported for processes that begin as copies (forked.py); it may be absent."""
+"""Imports torchvision, where it is installed, for the processes of forked.py."""
 
 import contextlib
 
