@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 from gpu_page import section
 
 from common import RESULTS, ROOT, table, words_of_machine
+from largemargin.lab.words import listed
 
 PAGE = ROOT / "docs" / "performance.md"
 CHART = ROOT / "docs" / "performance.svg"
@@ -52,10 +53,6 @@ def slower_page(record: dict[str, Any]) -> str:
         f"At least one of the other calls is slower at {listed(others)}." if others else "",
     ]
     return "\n".join(filter(None, sentences))
-
-
-def listed(names: list[str]) -> str:
-    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
 def slower_at(record: dict[str, Any], ways: tuple[str, ...]) -> list[str]:

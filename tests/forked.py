@@ -57,7 +57,7 @@ def context() -> Any:
     return _Context()
 
 
-def run(code: str, patience: float = 120) -> None:
+def assert_runs(code: str, patience: float = 120) -> None:
     """Run a script in a process of its own; fail where it raises, dies or takes longer than ``patience`` seconds."""
     processes = context()
     ours, theirs = processes.Pipe(duplex=False)

@@ -35,6 +35,7 @@ from largemargin.backends import cpu, ladder
 from largemargin.loss import HingeOptions
 from largemargin.metrics import MarginMetrics
 from largemargin.rows import whole
+from largemargin.rowstats import IGNORED, Cotangents
 from measure import INF, assert_within, compiles, roundings, same_bits, waiting_refused
 from problems import loss_and_gradient, vjp_scale
 from registry import DIVERGENCES, HALVES, KERNELS
@@ -625,6 +626,22 @@ def test_statistics_leave_out_the_ignored_label_whatever_its_number(ignore_index
     gradient, of_penalty = gradient_and_that_of_its_square(stats.spread.square().sum() + stats.log_odds.sum(), ignored)
     assert same_bits(gradient, first)
     assert of_penalty[:4].any() and not of_penalty[4:].any()
+
+
+def test_each_backend_leaves_out_the_rows_of_ignore_index(backend, rng):
+    problem = Problem(logits((6, 7), rng, scale=1.0), rng, backend)
+    kernels: Any = ladder.load(backend)
+    ignored = problem.target.clamp(0, 5).index_fill(0, torch.tensor([1, 4], device=problem.target.device), IGNORED)
+    problem.input[1] = float("nan")
+    results = []
+    for index in (IGNORED, 255, 6):
+        target = ignored.where(ignored != IGNORED, index)
+        stats, softmax = kernels.row_stats(problem.input, target, index)
+        upstream = Cotangents(torch.linspace(1, 2, 6, device=target.device).masked_fill(ignored == IGNORED, INF))
+        gradient = kernels.row_stats_backward(problem.input, target, softmax, upstream, ignore_index=index)
+        results.append((*stats, gradient))
+        assert gradient.any(-1).equal(ignored != IGNORED)
+    assert all(same_bits(first, other) for first, *others in zip(*results, strict=True) for other in others)
 
 
 def gradient_and_that_of_its_square(loss: Tensor, leaf: Tensor) -> tuple[Tensor, Tensor]:

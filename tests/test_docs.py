@@ -14,7 +14,6 @@ import largemargin
 from combinations import every
 from largemargin.lab._torchvision import import_torchvision
 from largemargin.lab.arguments.parsers import COMMANDS, build_parser
-from largemargin.lab.queue import local
 from row_losses import OTHERS
 
 ROOT = Path(__file__).parent.parent
@@ -79,13 +78,12 @@ def test_the_integrations_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page) and page.name != "integrations.md"], ids=name_of)
-def test_every_python_block_runs(page, tmp_path, monkeypatch):
+def test_every_python_block_runs(page, tmp_path, monkeypatch, forked_workers):  # each run of a comparison has a process of its own
     monkeypatch.chdir(tmp_path)  # some leave runs
     blocks = python_blocks(page)
     if any("distributed" in block for block in blocks):  # a process group is a matter of the whole process
-        forked.run("\n".join(blocks))
+        forked.assert_runs("\n".join(blocks))
         return
-    monkeypatch.setattr(local, "CONTEXT", forked.context())  # each run of a comparison has a process of its own
     namespace: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, str(page), "exec"), namespace)

@@ -26,11 +26,11 @@ def test_processes_draw_numbers_of_their_own():
 
 
 def test_a_script_that_raises_or_dies_fails():
-    forked.run("assert True")
+    forked.assert_runs("assert True")
     with pytest.raises(AssertionError, match="ValueError: as it should"):
-        forked.run("raise ValueError('as it should')")
+        forked.assert_runs("raise ValueError('as it should')")
     with pytest.raises(AssertionError, match="the process died"):
-        forked.run("import os; os._exit(0)")
+        forked.assert_runs("import os; os._exit(0)")
 
 
 def test_a_machine_without_forks_starts_new_interpreters(monkeypatch):

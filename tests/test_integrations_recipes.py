@@ -97,4 +97,4 @@ def test_a_recipe_gives_the_loss_of_the_library(section, tmp_path, monkeypatch):
         pytest.skip(f"without {package}")
     code = "\n".join([BEFORE, recipe(section), check])
     monkeypatch.chdir(tmp_path)
-    forked.run(code, patience=300)
+    forked.assert_runs(code, patience=300)

@@ -456,15 +456,15 @@ def ended(tmp_path_factory):
 @pytest.mark.xdist_group("ended")
 @pytest.mark.parametrize(("how", "times", "expected"), [("kill", 7, -9), ("stop", 8, 143), ("full", 2, 2)])
 def test_a_run_ended_anywhere_ends_bit_for_bit_as_an_undisturbed_one(how, times, expected, ended):
-    ends_as_an_undisturbed_one(how, times, expected, *ended)
+    assert_ends_as_an_undisturbed_one(how, times, expected, *ended)
 
 
 @pytest.mark.slow
 def test_a_run_ended_more_often_ends_bit_for_bit_as_an_undisturbed_one(tmp_path):
-    ends_as_an_undisturbed_one("kill", 20, -9, *interrupted(tmp_path, "kill=20"))
+    assert_ends_as_an_undisturbed_one("kill", 20, -9, *interrupted(tmp_path, "kill=20"))
 
 
-def ends_as_an_undisturbed_one(how, times, expected, folder, happened, said):
+def assert_ends_as_an_undisturbed_one(how, times, expected, folder, happened, said):
     assert sum(status == expected for _, _, status in happened[how]) == times, happened
     if how == "full":
         assert "checkpoint.pt cannot be written" in said

@@ -215,7 +215,8 @@ def row_stats_vjp(logits: Tensor, target: Tensor, grads: Sequence[Tensor | None]
         at_max = torch.zeros_like(row.q).scatter(-1, row.first_max(), (~row.alone).to(row.q.dtype))
         grad = grad + g_rho * (row.q - at_max)
     on_target = torch.zeros_like(row.alone, dtype=grad.dtype) if g_l is None else g_l * (~row.alone).to(grad.dtype)
-    return _on_target(grad, target, on_target).to(logits.dtype)
+    grad = _on_target(grad, target, on_target).to(logits.dtype)
+    return grad.masked_fill((target == IGNORED).unsqueeze(-1), 0.0)  # its upstream gradient may be infinite
 
 
 def row_stats_jvp(logits: Tensor, target: Tensor, tangent: Tensor) -> RowStats:

@@ -25,9 +25,14 @@ class Rows(NamedTuple):
     @classmethod
     def of(cls, input: Tensor, target: Tensor, ignore_index: int) -> "Rows":
         """``input`` (C,), (N, C) or (N, C, d1, ..., dk) and the class indices have been checked."""
-        logits = _checks.classes_last(input)
-        target = target.long() if input.dim() == 2 else target.long().reshape(logits.shape[:-1])
+        logits, target = _classes_last(input, target)
         return cls(logits, Labels.of(target, _checks.num_classes(input), ignore_index))
+
+
+def _classes_last(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits (..., C), and the target (...) in int64."""
+    logits = _checks.classes_last(input)
+    return logits, target.long() if input.dim() == 2 else target.long().reshape(logits.shape[:-1])
 
 
 def loss(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions | HingeOptions) -> Tensor:
@@ -49,12 +54,11 @@ def _weighted_cross_entropy(rows: Rows, weight: Tensor) -> Tensor:
 
 
 def stats_of(input: Tensor, target: Tensor, ignore_index: int, backend: BackendName | None) -> RowStats:
-    """The same as :func:`stats` of these rows, without a pass over the labels if the kernel checks them."""
-    if not torch.compiler.is_compiling() and not _torch.is_recording():
+    """As :func:`stats`. ``input`` and ``target`` are as for :meth:`Rows.of`; a kernel that checks labels spares a pass over them."""
+    if _checks.can_look_at(target) and _torch.is_plain(target) and input.numel():  # without classes the kernel would see a masked one
         kernels = ladder.pick(input, backend)
-        if kernels.CHECKS_LABELS and input.numel() and _torch.is_plain(target):  # without classes the kernel would see a masked one
-            logits = _checks.classes_last(input)
-            return RowStats(*_apply_kernels(logits, target.long().reshape(logits.shape[:-1]), ignore_index, kernels))
+        if kernels.CHECKS_LABELS:
+            return RowStats(*_apply_kernels(*_classes_last(input, target), ignore_index, kernels))
     return stats(Rows.of(input, target, ignore_index), backend)
 
 
@@ -67,8 +71,7 @@ def predictions(input: Tensor, target: Tensor, ignore_index: int) -> Predictions
     """What the rows predict, without a gradient. ``input`` and ``target`` are as for :meth:`Rows.of`."""
     kernels = reference if torch.compiler.is_compiling() else ladder.pick(input, None)
     if kernels.predictions is not None and input.numel() and _torch.is_plain(target):
-        logits = _checks.classes_last(input)
-        return kernels.predictions(logits, target.long().reshape(logits.shape[:-1]), ignore_index)
+        return kernels.predictions(*_classes_last(input, target), ignore_index)
     rows = Rows.of(input, target, ignore_index)
     index = rows.labels.class_index
     prediction = torch.where(index >= 0, rows.logits.argmax(-1), IGNORED)
